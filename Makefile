@@ -1,0 +1,42 @@
+# Needs Python 3.11 or newer, make and a package index; everything else is set up in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+RUNS ?= runs
+QUICKSTART := $(RUNS)/quickstart
+
+.PHONY: help quickstart test test-slow lint clean
+
+help:
+	@echo 'make quickstart  train, evaluate and draw on the embedded data set (a few minutes)'
+	@echo 'make test        run the tests (some need the folder that PPN_SHARED names)'
+	@echo 'make test-slow   run the tests that take minutes each'
+	@echo 'make lint        check the style'
+	@echo 'make clean       remove the environment'
+
+quickstart: $(VENV)/base
+	$(VENV)/bin/ppn train --config=configs/quickstart.py --workdir=$(QUICKSTART)
+	$(VENV)/bin/ppn evaluate --workdir=$(QUICKSTART) --pictures=12
+
+test: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/base: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ppn_jax needs Python 3.11 or newer; name one with make PYTHON=...")'
+	@echo 'setting up $(VENV) (about a minute)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base
+	@$(PIP) -e '.[dev]'
+	@touch $@
