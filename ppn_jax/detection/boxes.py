@@ -1,0 +1,123 @@
+"""Box arithmetic. One code for NumPy and JAX arrays: each function computes in the namespace
+of what it is given, so the input pipeline and the compiled step share every formula.
+
+Boxes are `[..., 4]` float32, `[ymin, xmin, ymax, xmax]`, 0 to 1 of the image unless said
+otherwise.
+"""
+
+import numpy as np
+
+from ppn_jax.detection.structures import Array
+
+# SSD's variances as the TF Object Detection API states them: (y, x, height, width).
+CODE_SCALES = (10.0, 10.0, 5.0, 5.0)
+# Added to sides before dividing and taking logarithms, in `encode` only, as the reference does.
+CODE_EPSILON = 1e-8
+
+
+def _namespace(*arrays: Array):
+  """The array namespace to compute in: JAX's as soon as one array is JAX's."""
+  for a in arrays:
+    if not isinstance(a, (np.ndarray, np.generic)) and hasattr(a, '__array_namespace__'):
+      return a.__array_namespace__()
+  return np
+
+
+def area(boxes: Array) -> Array:
+  """[..., 4] -> [...]; zero for boxes turned inside out."""
+  xp = _namespace(boxes)
+  height = xp.maximum(boxes[..., 2] - boxes[..., 0], 0)
+  width = xp.maximum(boxes[..., 3] - boxes[..., 1], 0)
+  return _rounded_product(height, width)
+
+
+def intersection(a: Array, b: Array) -> Array:
+  """Area of overlap, pairwise: [..., N, 4], [..., M, 4] -> [..., N, M]."""
+  xp = _namespace(a, b)
+  a, b = a[..., :, None, :], b[..., None, :, :]
+  # Coordinate by coordinate: a [N, M, 2] intermediate pads its last axis to 128 lanes on a TPU.
+  height = xp.minimum(a[..., 2], b[..., 2]) - xp.maximum(a[..., 0], b[..., 0])
+  width = xp.minimum(a[..., 3], b[..., 3]) - xp.maximum(a[..., 1], b[..., 1])
+  return _rounded_product(xp.maximum(height, 0), xp.maximum(width, 0))
+
+
+def iou(a: Array, b: Array) -> Array:
+  """Intersection over union, pairwise: [..., N, 4], [..., M, 4] -> [..., N, M], 0 to 1.
+
+  Zero where the intersection is zero, so boxes without area overlap nothing.
+  """
+  xp = _namespace(a, b)
+  overlap = intersection(a, b)
+  union = area(a)[..., :, None] + area(b)[..., None, :] - overlap
+  return xp.where(overlap > 0, overlap / xp.where(overlap > 0, union, 1), 0)
+
+
+def coverage(a: Array, b: Array) -> Array:
+  """Share of each box of `a` that lies in each box of `b`, pairwise -> [..., N, M], 0 to 1."""
+  xp = _namespace(a, b)
+  overlap = intersection(a, b)
+  own = area(a)[..., :, None]
+  return xp.where(overlap > 0, overlap / xp.where(overlap > 0, own, 1), 0)
+
+
+def clip(boxes: Array) -> Array:
+  """Cuts boxes at the image's border, to [0, 1]."""
+  return _namespace(boxes).clip(boxes, 0, 1)
+
+
+def flip_horizontal(boxes: Array) -> Array:
+  """The boxes of the image mirrored left to right."""
+  xp = _namespace(boxes)
+  return xp.stack([boxes[..., 0], 1 - boxes[..., 3], boxes[..., 2], 1 - boxes[..., 1]], axis=-1)
+
+
+def encode(boxes: Array, anchors: Array) -> Array:
+  """Boxes as offsets from anchors, the regression target (SSD, equation 2).
+
+  (10 (yc - yc_a) / h_a, 10 (xc - xc_a) / w_a, 5 ln(h / h_a), 5 ln(w / w_a)). The inverse of
+  `decode` up to `CODE_EPSILON`, which keeps boxes without area finite.
+
+  Args:
+    boxes: [..., 4].
+    anchors: [..., 4], broadcast against `boxes`, with area.
+
+  Returns:
+    [..., 4] (ty, tx, th, tw).
+  """
+  xp = _namespace(boxes, anchors)
+  yc, xc, h, w = _center_and_size(boxes)
+  yc_a, xc_a, h_a, w_a = _center_and_size(anchors)
+  h, w, h_a, w_a = (side + CODE_EPSILON for side in (h, w, h_a, w_a))
+  codes = ((yc - yc_a) / h_a, (xc - xc_a) / w_a, xp.log(h / h_a), xp.log(w / w_a))
+  return xp.stack([scale * code for scale, code in zip(CODE_SCALES, codes, strict=True)], axis=-1)
+
+
+def decode(codes: Array, anchors: Array) -> Array:
+  """The boxes that `encode` would turn into `codes`; neither clipped nor clamped.
+
+  Args:
+    codes: [..., 4] (ty, tx, th, tw).
+    anchors: [..., 4], broadcast against `codes`.
+  """
+  xp = _namespace(codes, anchors)
+  ty, tx, th, tw = (codes[..., i] / scale for i, scale in enumerate(CODE_SCALES))
+  yc_a, xc_a, h_a, w_a = _center_and_size(anchors)
+  yc, xc, h, w = ty * h_a + yc_a, tx * w_a + xc_a, xp.exp(th) * h_a, xp.exp(tw) * w_a
+  return xp.stack([yc - h / 2, xc - w / 2, yc + h / 2, xc + w / 2], axis=-1)
+
+
+def _rounded_product(height: Array, width: Array) -> Array:
+  """height * width of sides that are not negative, rounded before anything is added to it.
+
+  XLA's CPU compiler contracts a product and a sum into one instruction (and sees through an
+  optimization barrier); overlaps that are equal by the definition then differ in the last bit,
+  and force-match claims another anchor than the reference. A selection in between prevents it.
+  """
+  product = height * width
+  return _namespace(product).where(product > 0, product, 0)
+
+
+def _center_and_size(boxes: Array) -> tuple[Array, Array, Array, Array]:
+  ymin, xmin, ymax, xmax = (boxes[..., i] for i in range(4))
+  height, width = ymax - ymin, xmax - xmin
+  return ymin + height / 2, xmin + width / 2, height, width
