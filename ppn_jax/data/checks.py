@@ -1,0 +1,26 @@
+"""Options of data sets and transforms: the value and the legal range in one line."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ppn_jax.errors import InputError
+
+
+def check_integer(what: str, value: Any, least: int) -> None:
+  """Raises InputError unless `value` is an integer from `least` up."""
+  if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    raise InputError(f'{what} is {value!r}, legal: an integer, {least} or more')
+
+
+def check_number(what: str, value: Any, low: float, high: float) -> None:
+  """Raises InputError unless `value` is a number within [low, high]."""
+  if not isinstance(value, (int, float)) or not low <= value <= high:
+    raise InputError(f'{what} is {value!r}, legal: {low} to {high}')
+
+
+def check_range(what: str, value: Any, low: float, high: float) -> None:
+  """Raises InputError unless `value` is two numbers in order, both within [low, high]."""
+  if (not isinstance(value, Sequence) or len(value) != 2
+      or not all(isinstance(n, (int, float)) for n in value)
+      or not low <= value[0] <= value[1] <= high):
+    raise InputError(f'{what} is {value!r}, legal: two numbers in order, {low} to {high}')

@@ -1,0 +1,205 @@
+"""Sources -> batches of NumPy arrays. Step k is a function of (seed, k), whoever asks for it.
+
+Order and augmentation are computed from the position of an image in the endless stream, so
+nothing has to be saved: a run that restarts at step k asks for step k. Grain's threads do the
+work ahead of time; their number changes no bit.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import cv2
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+
+from ppn_jax.data.checks import check_integer
+from ppn_jax.data.sources import Source
+from ppn_jax.data.transforms import Resize, Transform
+from ppn_jax.detection.structures import Batch, Example, GroundTruth
+from ppn_jax.errors import InputError
+
+_ORDER_TAG, _AUGMENT_TAG = 0x0de4, 0xa063  # Keep the two uses of one seed apart.
+
+Rows = Sequence[int] | slice | None
+
+
+def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: int,
+                  max_boxes: int, batch_size: int, seed: int, start_step: int = 0,
+                  rows: Rows = None, threads: int = 0, resize: str = 'area') -> Iterator[Batch]:
+  """Batches without end, from step `start_step` on.
+
+  Row r of step k shows position p = k * batch_size + r: image order(epoch)[p % N] of epoch
+  p // N, where the order is a permutation given by (seed, epoch) and the transforms' random
+  numbers by (seed, epoch, image).
+
+  Args:
+    source: of N images.
+    transforms: applied in order; a resize to the network's input follows by itself.
+    image_size: S, side of the network's input.
+    max_boxes: G; see `required_boxes`.
+    batch_size: B of all processes together.
+    seed: 0 and more.
+    start_step: the first step to yield; nothing before it is read.
+    rows: the rows of the global batch that this process needs, in this order; None is all. They
+      need not be contiguous.
+    threads: workers; 0 is one for each processor core that this process may use.
+    resize: method of `transforms.Resize`.
+
+  Yields:
+    Batch of NumPy arrays that nobody else holds, len(rows) rows.
+
+  Raises:
+    InputError: an image cannot be read, or has more than `max_boxes` boxes.
+  """
+  check_integer('seed', seed, 0)
+  check_integer('batch_size', batch_size, 1)
+  rows = _row_numbers(rows, batch_size)
+  ops = (*transforms, Resize(image_size, resize))
+
+  def load(number: int) -> Example:
+    step, row = divmod(number, len(rows))
+    epoch, at = divmod((start_step + step) * batch_size + rows[row], len(source))
+    index = index_shuffle(at, len(source) - 1, _order_seed(seed, epoch), 4)
+    rng = np.random.default_rng((_AUGMENT_TAG, seed, epoch, index))
+    example = source[index]
+    for op in ops:
+      example = op(example, rng)
+    return example
+
+  return _batches(load, sys.maxsize // len(rows), len(rows), image_size, max_boxes, threads)
+
+
+def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size: int,
+                 rows: Rows = None, threads: int = 0, resize: str = 'area') -> Iterator[Batch]:
+  """Every image once, in order, in `num_eval_batches` batches; arguments as `train_batches`.
+
+  The last batch is filled up with rows of zeros whose `valid` is False. All processes get the
+  same number of batches, whichever rows they ask for.
+  """
+  check_integer('batch_size', batch_size, 1)
+  rows = _row_numbers(rows, batch_size)
+  op = Resize(image_size, resize)
+
+  def load(number: int) -> Example | None:
+    step, row = divmod(number, len(rows))
+    index = step * batch_size + rows[row]
+    return op(source[index]) if index < len(source) else None
+
+  steps = num_eval_batches(len(source), batch_size)
+  return _batches(load, steps, len(rows), image_size, max_boxes, threads)
+
+
+def num_eval_batches(num_images: int, batch_size: int) -> int:
+  """How many batches `eval_batches` yields."""
+  return -(-num_images // batch_size)
+
+
+def required_boxes(sources: Source | Sequence[Source], max_boxes: int = 0) -> int:
+  """G, the boxes to pad every image's truth to.
+
+  Args:
+    sources: one or all of the run's data sets.
+    max_boxes: the config's figure; 0 means as many as the fullest image has, rounded up to a
+      multiple of 8.
+
+  Raises:
+    InputError: some image has more than `max_boxes`.
+  """
+  check_integer('max_boxes', max_boxes, 0)
+  needed = max(s.max_boxes for s in (sources if isinstance(sources, Sequence) else [sources]))
+  if not max_boxes:
+    return max(8, -(-needed // 8) * 8)
+  if max_boxes < needed:
+    raise InputError(f'max_boxes is {max_boxes}, but one image has {needed} boxes; '
+                     f'legal: {needed} and more, or 0 for as many as needed')
+  return max_boxes
+
+
+def _row_numbers(rows: Rows, batch_size: int) -> list[int]:
+  every = range(batch_size)
+  if rows is None or isinstance(rows, slice):
+    rows = every[rows or slice(None)]
+  numbers = [int(r) for r in rows]
+  if not numbers or not all(r in every for r in numbers):
+    raise ValueError(f'rows {numbers} of a batch of {batch_size}; wanted: one or more of '
+                     f'0 to {batch_size - 1}')
+  return numbers
+
+
+@functools.lru_cache(maxsize=16)
+def _order_seed(seed: int, epoch: int) -> int:
+  # Hashed, because with seed + epoch the second epoch of one run is the first of the next seed.
+  return int(np.random.SeedSequence((_ORDER_TAG, seed, epoch)).generate_state(1)[0])
+
+
+def _batches(load: Callable[[int], Example | None], steps: int, rows: int, image_size: int,
+             max_boxes: int, threads: int) -> Iterator[Batch]:
+  """Groups load(0), load(1), ... by `rows`; None makes a row that is not valid."""
+  check_integer('threads', threads, 0)
+  # The workers already fill the cores; OpenCV's own threads would only fight them for these.
+  cv2.setNumThreads(1)
+  threads = threads or _available_cores()
+  dataset = grain.MapDataset.source(_Calls(load, steps * rows))
+  # Two batches ahead hide a slow image; more would only cost memory and delay the exit.
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * rows + threads)
+  examples = iter(dataset.to_iter_dataset(options, allow_nones=True))
+  return _group(examples, steps, rows, image_size, max_boxes)
+
+
+def _group(examples: Iterator[Example | None], steps: int, rows: int, image_size: int,
+           max_boxes: int) -> Iterator[Batch]:
+  try:
+    for _ in range(steps):
+      yield _stack([next(examples) for _ in range(rows)], image_size, max_boxes)
+  finally:
+    examples.close()
+
+
+class _Calls:
+  """A function of 0, 1, ... as the random-access source that Grain wants."""
+
+  def __init__(self, function: Callable[[int], Example | None], length: int):
+    self._function, self._length = function, length
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __getitem__(self, number: int) -> Example | None:
+    return self._function(number)
+
+
+def _available_cores() -> int:
+  if hasattr(os, 'sched_getaffinity'):  # Linux: a container may own fewer cores than there are.
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
+def _stack(examples: Sequence[Example | None], image_size: int, max_boxes: int) -> Batch:
+  """Pads and stacks into new arrays: JAX on a CPU may go on using the memory it is handed."""
+  b = len(examples)
+  batch = Batch(
+      images=np.zeros((b, image_size, image_size, 3), np.uint8),
+      truth=GroundTruth(boxes=np.zeros((b, max_boxes, 4), np.float32),
+                        labels=np.zeros((b, max_boxes), np.int32),
+                        crowd=np.zeros((b, max_boxes), bool),
+                        valid=np.zeros((b, max_boxes), bool)),
+      image_id=np.zeros(b, np.int64), size=np.zeros((b, 2), np.int32), valid=np.zeros(b, bool))
+  for row, example in enumerate(examples):
+    if example is not None:
+      _fill(batch, row, example, max_boxes)
+  return batch
+
+
+def _fill(batch: Batch, row: int, example: Example, max_boxes: int) -> None:
+  n = len(example.boxes)
+  if n > max_boxes:
+    raise InputError(f'image {example.image_id} has {n} boxes, but max_boxes is {max_boxes}; '
+                     'raise it, or set it to 0 for as many as the data needs')
+  batch.images[row] = example.image
+  for column, values in zip(batch.truth, (example.boxes, example.labels, example.crowd, True),
+                            strict=True):
+    column[row, :n] = values
+  batch.image_id[row], batch.size[row], batch.valid[row] = example.image_id, example.size, True

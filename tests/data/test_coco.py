@@ -1,0 +1,271 @@
+"""CocoJson on small files that are written here, each wrong in one way, and on real ones."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from ppn_jax.data.coco import BORDER_TOLERANCE, CocoJson
+from ppn_jax.data.images import encode_jpeg
+from ppn_jax.data.sources import build_source
+from ppn_jax.detection.structures import Category
+from ppn_jax.errors import InputError
+
+GOOD = {
+    'images': [{'id': 30, 'file_name': 'a.jpg', 'height': 20, 'width': 40},
+               {'id': 10, 'file_name': 'sub/b.jpg', 'height': 30, 'width': 20},
+               {'id': 20, 'file_name': 'c.jpg', 'height': 10, 'width': 10}],
+    'annotations': [
+        {'id': 5, 'image_id': 20, 'category_id': 3, 'bbox': [1, 2, 3, 4], 'area': 9.5,
+         'iscrowd': 1},
+        {'id': 5, 'image_id': 30, 'category_id': 90, 'bbox': [10.5, 5, 20, 10]},
+        {'image_id': 20, 'category_id': 90, 'bbox': [0, 0, 10, 10.4], 'area': 100}],
+    'categories': [{'id': 90, 'name': 'dog', 'supercategory': 'animal'}, {'id': 3, 'name': 'cat'}],
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for image in GOOD['images']:
+    path = tmp_path / 'images' / image['file_name']
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_jpeg(np.full((image['height'], image['width'], 3), 100, np.uint8)))
+  return tmp_path
+
+
+def load(folder, content=GOOD, **options):
+  text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+  (folder / 'truth.json').write_bytes(text if isinstance(text, bytes) else text.encode())
+  return CocoJson(str(folder / 'images'), str(folder / 'truth.json'), **options)
+
+
+def changed(*path_and_value):
+  """GOOD with the entry at a path set to a value; a value of `...` removes it."""
+  *path, key, value = path_and_value
+  content = copy.deepcopy(GOOD)
+  at = content
+  for step in path:
+    at = at[step]
+  if value is ...:
+    del at[key]
+  else:
+    at[key] = value
+  return content
+
+
+def test_examples(folder):
+  source = load(folder)
+  assert len(source) == 3 and source.max_boxes == 2 and not source.bad_boxes
+  assert source.categories == (Category(3, 'cat'), Category(90, 'dog'))
+  first, second, third = (source[i] for i in range(3))
+  assert (first.image_id, second.image_id, third.image_id) == (30, 10, 20)
+  assert first.image.shape == (20, 40, 3) and first.size == (20, 40)
+  np.testing.assert_allclose(first.boxes, [[5 / 20, 10.5 / 40, 15 / 20, 30.5 / 40]], rtol=1e-6)
+  assert second.boxes.shape == (0, 4) and second.image.shape == (30, 20, 3)
+  np.testing.assert_allclose(third.boxes, [[.2, .1, .6, .4], [0, 0, 1, 1]], rtol=1e-6)
+  np.testing.assert_array_equal(third.labels, [0, 1])
+  np.testing.assert_array_equal(third.crowd, [True, False])
+  assert (first.boxes.dtype, first.labels.dtype, first.crowd.dtype) == (
+      np.float32, np.int32, np.bool_)
+
+
+def test_an_example_is_the_caller_s_to_change(folder):
+  source = load(folder)
+  source[2].boxes[:] = 9
+  assert source[2].boxes.max() <= 1
+
+
+def test_ground_truth_is_the_file_s_own(folder):
+  truth = load(folder).ground_truth()
+  assert truth['categories'] == [{'id': 3, 'name': 'cat'}, {'id': 90, 'name': 'dog'}]
+  assert [i['id'] for i in truth['images']] == [30, 10, 20]
+  assert truth['images'][0] == GOOD['images'][0]
+  assert truth['annotations'] == [
+      {'id': 1, 'image_id': 30, 'category_id': 90, 'bbox': [10.5, 5, 20, 10], 'area': 200.0,
+       'iscrowd': 0},
+      {'id': 2, 'image_id': 20, 'category_id': 3, 'bbox': [1, 2, 3, 4], 'area': 9.5, 'iscrowd': 1},
+      {'id': 3, 'image_id': 20, 'category_id': 90, 'bbox': [0, 0, 10, 10.4], 'area': 100.0,
+       'iscrowd': 0}]
+  json.dumps(truth)
+
+
+def test_no_boxes_at_all(folder):
+  source = load(folder, changed('annotations', []))
+  assert len(source) == 3 and source.max_boxes == 0 and source[0].boxes.shape == (0, 4)
+  assert source.ground_truth()['annotations'] == []
+
+
+def test_categories_of_the_run(folder):
+  wanted = (Category(3, 'cat'), Category(90, 'dog'))
+  load(folder, categories=wanted)
+  for other, message in (
+      ((Category(3, 'cat'), Category(91, 'dog')), r"'dog' \(id 90\) here and 'dog' \(id 91\)"),
+      ((Category(3, 'kat'), Category(90, 'dog')), r"label 0 is 'cat' .* 'kat'"),
+      ((*wanted, Category(91, 'cow')), r"label 2 is no class here and 'cow'"),
+      (wanted[:1], r"label 1 is 'dog' \(id 90\) here and no class")):
+    with pytest.raises(InputError, match=message):
+      load(folder, categories=other)
+
+
+@pytest.mark.parametrize('content, message', [
+    ('{"images": [', 'not valid JSON'),
+    (b'\xff\xfe\x00garbage', 'not valid JSON'),
+    ('[]', 'it looks like COCO results'),
+    ('[{"image_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}]', 'it looks like COCO results'),
+    ('3', "no list 'images' in it; it holds 3"),
+    ('{}', "no list 'images'"),
+    ({'images': [], 'foo': 1}, "no list 'annotations' in it; its keys: .*'foo'"),
+    ({'images': [{}], 'categories': [{}]}, 'it looks like an image_info file'),
+    ({'images': {}, 'annotations': [], 'categories': []}, "no list 'images'"),
+    ({'images': GOOD['images'], 'annotations': [{'image_id': 30, 'id': 1, 'caption': 'A dog.'}]},
+     "no list 'categories' in it; it looks like a captions file"),
+    (changed('annotations', 0, {'image_id': 30, 'category_id': 3, 'segments_info': []}),
+     r"annotations\[0\]: no 'bbox' .*panoptic"),
+    (changed('images', []), 'no images'),
+    (changed('categories', []), 'no categories'),
+    (changed('images', 1, 'id', 30), r'images\[0\]: id 30 is listed 2 times'),
+    (changed('categories', 1, 'id', 90), r'categories\[0\]: id 90 is listed 2 times'),
+    (changed('images', 1, 'file_name', ...), r"images\[1\]: no 'file_name'"),
+    (changed('images', 2, 'width', ...), r"images\[2\]: no 'width'"),
+    (changed('images', 2, 'height', 0), r'images\[2\]: height and width are \[0, 10\]'),
+    (changed('images', 2, 'height', '10'), r"images\[2\]: height is '10', legal: an integer"),
+    (changed('images', 0, 'id', '30'), r"images\[0\]: id is '30', legal: an integer"),
+    (changed('images', 0, 'id', 1 << 70), r'images\[0\]: id is 1180591620717411303424, legal'),
+    (changed('images', 0, 7), r'images\[0\]: no .* in 7'),
+    (changed('annotations', 0, None), r"annotations\[0\]: no 'image_id' in None"),
+    (changed('annotations', 1, 'image_id', '30'), r"annotations\[1\]: image_id is '30'"),
+    (changed('annotations', 1, 'image_id', 30.0), r'annotations\[1\]: image_id is 30\.0'),
+    (changed('annotations', 1, 'image_id', 31), r'annotations\[1\]: image_id is 31, which the'),
+    (changed('annotations', 2, 'category_id', 1), r'annotations\[2\]: category_id is 1, which'),
+    (changed('annotations', 2, 'category_id', 99), r'annotations\[2\]: category_id is 99, which'),
+    (changed('annotations', 0, 'iscrowd', 2), r'annotations\[0\]: iscrowd is 2, legal: 0, 1'),
+    (changed('annotations', 0, 'area', 'big'), r"annotations\[0\]: area is 'big'"),
+    (changed('annotations', 0, 'area', -1), r'annotations\[0\]: area is -1'),
+    (changed('categories', 0, 'name', ''), r"categories\[0\]: name is '', legal: a name"),
+    (changed('images', 0, 'file_name', '../a.jpg'), 'inside the folder of images'),
+    (changed('images', 0, 'file_name', 'sub/../../a.jpg'), 'inside the folder of images'),
+    (changed('images', 0, 'file_name', '..\\a.jpg'), 'inside the folder of images'),
+    (changed('images', 0, 'file_name', '/etc/passwd'), 'inside the folder of images'),
+    (changed('images', 0, 'file_name', 'a\0.jpg'), 'inside the folder of images'),
+    (changed('images', 0, 'file_name', ''), 'inside the folder of images'),
+    (changed('images', 0, 'file_name', 'A.jpg'), r'1 of the 3 images .* are not in .*: A\.jpg'),
+    (changed('images', 0, 'file_name', 'other/a.jpg'), r'1 of the 3 images .*: other/a\.jpg'),
+])
+def test_wrong_files(folder, content, message):
+  with pytest.raises(InputError, match=message) as caught:
+    load(folder, content)
+  assert 'truth.json' in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('bbox, reason', [
+    ([1, 2, 3], 'not four numbers'), ([1, 2, 3, 4, 5], 'not four numbers'),
+    (['1', 2, 3, 4], 'not four numbers'), (None, 'not four numbers'), ([], 'not four numbers'),
+    ([1, 2, [3], 4], 'not four numbers'), ([True, 2, 3, 4], 'not four numbers'),
+    ([float('nan'), 2, 3, 4], 'not finite'), ([1, 2, float('inf'), 4], 'not finite'),
+    ([1, 2, 0, 4], 'no area'), ([1, 2, 3, -4], 'no area'), ([1, 2, 1e-9, 4], 'no area'),
+    ([10.2, 2, 0.5, 4], 'no area'), ([-0.9, 2, 0.9, 4], 'no area'),
+    ([-1.5, 2, 3, 4], 'outside the image'), ([1, -2, 3, 4], 'outside the image'),
+    ([8, 2, 3.5, 4], 'outside the image'), ([1, 8, 3, 3.1], 'outside the image'),
+    ([100, 100, 3, 3], 'outside the image'), ([1, 2, 10**400, 4], 'outside the image'),
+])
+def test_bad_boxes(folder, bbox, reason, recwarn):
+  content = changed('annotations', 0, 'bbox', bbox)
+  with pytest.raises(InputError) as caught:
+    load(folder, content)
+  message = str(caught.value)
+  for part in ('image 20', 'c.jpg', reason, "on_bad_box='drop'", '1 bad boxes', 'truth.json'):
+    assert part in message
+  assert '\n' not in message
+  source = load(folder, content, on_bad_box='drop')
+  assert source.bad_boxes and source.bad_boxes.count == 1
+  assert source.bad_boxes.reasons == {reason: 1}
+  assert f'1 {reason}' in str(source.bad_boxes)
+  np.testing.assert_array_equal(source[2].labels, [1])
+  assert [a['bbox'] for a in source.ground_truth()['annotations']] == [
+      [10.5, 5, 20, 10], [0, 0, 10, 10.4]]
+  assert not recwarn.list
+
+
+def test_a_dropped_box_need_not_be_right_elsewhere(folder):
+  content = changed('annotations', 0, {'image_id': 20, 'category_id': 3, 'bbox': [float('inf')] * 4,
+                                       'area': float('nan')})
+  assert load(folder, content, on_bad_box='drop').bad_boxes.count == 1
+
+
+def test_many_bad_boxes_are_counted_and_few_are_named(folder):
+  content = copy.deepcopy(GOOD)
+  content['annotations'] += [{'image_id': 20, 'category_id': 3, 'bbox': [1, 1, 0, i]}
+                             for i in range(50)]
+  source = load(folder, content, on_bad_box='drop')
+  assert source.bad_boxes.count == 50 and len(source.bad_boxes.first) == 5
+  with pytest.raises(InputError, match='50 bad boxes in all'):
+    load(folder, content)
+
+
+def test_overshooting_by_a_pixel_is_cut_at_the_border(folder):
+  edge = BORDER_TOLERANCE
+  source = load(folder, changed('annotations', 0, 'bbox', [-edge, 2, 10 + 2 * edge, 8 + edge]))
+  np.testing.assert_allclose(source[2].boxes[0], [0.2, 0, 1, 1])
+  assert source.ground_truth()['annotations'][1]['bbox'] == [-edge, 2, 10 + 2 * edge, 8 + edge]
+
+
+def test_missing_images_are_counted(folder):
+  content = copy.deepcopy(GOOD)
+  content['images'] += [{'id': 100 + i, 'file_name': f'{i:03d}.jpg', 'height': 5, 'width': 5}
+                        for i in range(20)]
+  with pytest.raises(InputError, match=r'20 of the 23 images .*: 000\.jpg, .*004\.jpg, \.\.\.'):
+    load(folder, content)
+
+
+def test_missing_folder_or_json(folder):
+  with pytest.raises(InputError, match=r"no folder of images at '.*nowhere'"):
+    CocoJson(str(folder / 'nowhere'), str(folder / 'truth.json'))
+  with pytest.raises(InputError, match=r"no annotations at '.*none\.json': No such file"):
+    CocoJson(str(folder / 'images'), str(folder / 'none.json'))
+  with pytest.raises(InputError, match=r'no annotations at .*: Is a directory'):
+    CocoJson(str(folder / 'images'), str(folder))
+  with pytest.raises(InputError, match=r'coco_json\.images is None, legal: a path'):
+    CocoJson(None, str(folder / 'none.json'))
+  with pytest.raises(InputError, match="on_bad_box is 'ignore', legal: 'raise', 'drop'"):
+    load(folder, on_bad_box='ignore')
+
+
+def test_images_that_cannot_be_used(folder):
+  source = load(folder)
+  image = folder / 'images' / 'a.jpg'
+  whole = image.read_bytes()
+  for data, message in ((whole[:-40], 'truncated'), (b'', 'empty'), (b'text', 'not an image'),
+                        (encode_jpeg(np.zeros((21, 40, 3), np.uint8)), '21 x 40')):
+    image.write_bytes(data)
+    with pytest.raises(InputError, match=rf'a\.jpg: .*{message}'):
+      source[0]
+  image.unlink()
+  with pytest.raises(InputError, match=r'a\.jpg: cannot be read: No such file'):
+    source[0]
+
+
+@pytest.mark.parametrize('images, annotations, numbers', [
+    ('coco100/train2017', 'coco100/annotations/instances_train2017.json', (50, 80, 470)),
+    ('coco100/val2017', 'coco100/annotations/instances_val2017.json', (50, 80, 382)),
+    ('voc300/train', 'voc300/instances_train.json', (3200, 20, 9679)),
+    ('voc300/val', 'voc300/instances_val.json', (800, 20, 2261)),
+])
+def test_real_data_sets_load_clean(shared, images, annotations, numbers):
+  file = shared / 'data' / annotations
+  source = build_source({'name': 'coco_json', 'images': str(shared / 'data' / images),
+                         'annotations': str(file)})
+  truth, original = source.ground_truth(), json.loads(file.read_text())
+  assert (len(source), len(source.categories), len(truth['annotations'])) == numbers
+  kept = ('image_id', 'category_id', 'bbox', 'area', 'iscrowd')
+  def table(annotations):
+    return sorted([a[k] for k in kept] for a in annotations)
+  assert table(truth['annotations']) == table(original['annotations'])
+  for i in range(0, len(source), max(1, len(source) // 10)):
+    example = source[i]
+    assert example.image.shape[:2] == example.size
+    height, width = example.size
+    written = [a['bbox'] for a in original['annotations'] if a['image_id'] == example.image_id]
+    ymin, xmin, ymax, xmax = example.boxes.T * np.float32([[height], [width]] * 2)
+    np.testing.assert_allclose(np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=-1),
+                               np.reshape(written, (-1, 4)), atol=1e-3)
