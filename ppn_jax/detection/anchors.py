@@ -1,5 +1,6 @@
 """SSD's default boxes (SSD, section 2.2, "Choosing scales and aspect ratios for default boxes")."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -62,7 +63,7 @@ def _shapes_by_level(num_levels, min_scale, max_scale, aspect_ratios, reduce_low
   ratios = [float(np.float32(r)) for r in aspect_ratios]
   scales = [low + (high - low) * i / max(num_levels - 1, 1) for i in range(num_levels)] + [1.0]
   shapes = []
-  for i, (scale, coarser) in enumerate(zip(scales[:-1], scales[1:], strict=True)):
+  for i, (scale, coarser) in enumerate(itertools.pairwise(scales)):
     if i == 0 and reduce_lowest_level:
       level = ([0.1, scale, scale], [1.0, 2.0, 0.5])
     else:

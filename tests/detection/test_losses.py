@@ -70,7 +70,8 @@ def small_problem(rng):
   shape = (2, 12)
   positive = rng.uniform(size=shape) < 0.3
   ignored = (rng.uniform(size=shape) < 0.3) & ~positive
-  outputs = Outputs(rng.normal(size=(*shape, 4)).astype('f'), rng.normal(size=(*shape, 5)).astype('f'))
+  outputs = Outputs(rng.normal(size=(*shape, 4)).astype('f'),
+                    rng.normal(size=(*shape, 5)).astype('f'))
   targets = Targets(np.where(positive[..., None], rng.normal(size=(*shape, 4)), 0).astype('f'),
                     np.where(positive, rng.integers(0, 5, shape), 0).astype('i'), positive, ignored)
   return outputs, targets

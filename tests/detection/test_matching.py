@@ -13,13 +13,20 @@ GRIDS = tuple((n, n) for n in (19, 10, 5, 3, 2, 1))
 
 
 def make_truth(boxes, labels=None, crowd=None, pad_to=None):
+  """One image's truth; labels count up and nothing is a crowd unless given."""
   boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
   n = len(boxes)
-  g = pad_to or n
-  pad = lambda x, dtype: np.concatenate([np.asarray(x, dtype), np.zeros((g - n, *np.shape(x)[1:]),
-                                                                        dtype)])[None]
-  return GroundTruth(pad(boxes, np.float32), pad(np.arange(n) if labels is None else labels, np.int32),
-                     pad(np.zeros(n) if crowd is None else crowd, bool), pad(np.ones(n), bool))
+
+  def padded(values, dtype):
+    values = np.asarray(values, dtype)
+    rows = np.zeros((pad_to or n, *values.shape[1:]), dtype)
+    rows[:n] = values
+    return rows[None]
+
+  return GroundTruth(padded(boxes, np.float32),
+                     padded(np.arange(n) if labels is None else labels, np.int32),
+                     padded(np.zeros(n) if crowd is None else crowd, bool),
+                     padded(np.ones(n), bool))
 
 
 def golden_truth(golden):
