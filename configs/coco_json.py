@@ -1,0 +1,31 @@
+"""Your own images: a folder and a json in COCO's instances format for each split.
+
+  ppn train --config=configs/coco_json.py --workdir=W \\
+    --config.data.train.images=DIR --config.data.train.annotations=JSON \\
+    --config.data.eval.images=DIR --config.data.eval.annotations=JSON \\
+    --config.train.steps=N --config.train.batch_size=B --config.train.checkpoint_every=K
+
+Runs on a laptop, a GPU or a TPU. The number of classes is read from the json. The rate goes with
+the batch size, the warm-up with the number of steps, so both may be changed alone. Without data
+to evaluate on, add --config.train.evaluate_every=0.
+"""
+
+from ppn_jax.config import base_config
+
+
+def get_config():
+  config = base_config()
+  # on_bad_box='drop' leaves out boxes that cannot be right, and says how many.
+  config.data.train = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
+  config.data.eval = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
+  config.model.layers.norm_decay = 0.99
+  config.optim.learning_rate = 0.1
+  config.optim.warmup_learning_rate = 0.01
+  config.optim.rate_batch_size = 32
+  config.optim.clip_norm = 10.0
+  config.train.steps = 10_000
+  config.train.batch_size = 32
+  config.train.log_every = 20
+  config.train.checkpoint_every = 500
+  config.train.evaluate_every = 1_000
+  return config.lock()

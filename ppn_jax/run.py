@@ -1,0 +1,159 @@
+"""A run on disk: what it was asked to do, for which classes, and what came of it.
+
+  WORKDIR/config.json       the config, with the number of classes filled in
+  WORKDIR/categories.json   label k is its k-th category
+  WORKDIR/checkpoints/      a folder for each saved step
+  WORKDIR/metrics.jsonl     and tensorboard/: the curves
+  WORKDIR/evaluation/       a folder for each evaluated step
+
+Evaluation, detection and export need the workdir and nothing else.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ppn_jax import detector as detector_lib
+from ppn_jax import files, registry
+from ppn_jax.data.sources import check_categories
+from ppn_jax.detection.structures import Category
+from ppn_jax.detector import Detector
+from ppn_jax.errors import InputError
+from ppn_jax.training.checkpoint import Checkpoints
+from ppn_jax.training.optim import Optimizer, build_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A workdir with a config in it.
+
+  Attributes:
+    workdir: the folder.
+    config: locked, `config.model.num_classes` set.
+    categories: of the training data, in order of label.
+  """
+  workdir: pathlib.Path
+  config: ConfigDict
+  categories: tuple[Category, ...]
+
+  def detector(self) -> Detector:
+    """The detector that the config describes."""
+    return build_detector(self.config)
+
+  def optimizer(self) -> Optimizer:
+    """The optimizer that the config describes."""
+    train = self.config.train
+    return registry.bind('optim', build_optimizer, self.config.optim.to_dict(),
+                         given=['steps', 'batch_size'])(
+                             steps=train.steps, batch_size=train.batch_size)
+
+  def checkpoints(self, *, read_only: bool) -> Checkpoints:
+    """The run's checkpoints; with `read_only` another process may be writing them."""
+    train = self.config.train
+    return Checkpoints(self.workdir / 'checkpoints', keep_last=train.keep_last,
+                       keep_best=train.keep_best, read_only=read_only)
+
+
+def build_detector(config: ConfigDict) -> Detector:
+  """The detector of a config whose `model.num_classes` is set.
+
+  Raises:
+    InputError: see `detector.build`.
+  """
+  given = {block: config[block].to_dict() for block in ('matching', 'loss', 'postprocess')}
+  return registry.bind('model', detector_lib.build, config.model.to_dict(), given=given)(**given)
+
+
+def create_run(workdir: str | pathlib.Path, config: ConfigDict,
+               categories: Sequence[Category]) -> Run:
+  """Makes the run, or takes up the one that is there.
+
+  The config may differ from an earlier one in how to go on (steps, rates, data folders), not in
+  the model or its classes, which the checkpoints belong to.
+
+  Args:
+    workdir: made if need be.
+    config: `model.num_classes` 0 means as many as there are categories.
+    categories: of the training data.
+
+  Raises:
+    InputError: the workdir is a file, or holds another model's run; the difference is named.
+  """
+  workdir = pathlib.Path(workdir)
+  config = resolve_classes(config, categories)
+  if workdir.exists() and not workdir.is_dir():
+    raise InputError(f'workdir {workdir} is a file; give a folder, new or of an earlier run')
+  if _config_path(workdir).exists():
+    _check_same_model(open_run(workdir), config, categories)
+  elif (workdir / 'checkpoints').exists():
+    raise InputError(f'workdir {workdir} has checkpoints but no config.json, so what they hold is '
+                     'unknown; give a new folder')
+  files.write_text(workdir / 'categories.json',
+                   json.dumps([c._asdict() for c in categories], indent=2) + '\n')
+  files.write_text(_config_path(workdir), json.dumps(config.to_dict(), indent=2) + '\n')
+  return Run(workdir, config, tuple(categories))
+
+
+def open_run(workdir: str | pathlib.Path) -> Run:
+  """The run in `workdir`.
+
+  Raises:
+    InputError: there is none, or its files cannot be read.
+  """
+  workdir = pathlib.Path(workdir)
+  if not _config_path(workdir).is_file():
+    raise InputError(f'workdir {workdir} is not a run: it has no config.json; '
+                     'give the --workdir of a `ppn train`')
+  try:
+    config = ConfigDict(_tuples(json.loads(_config_path(workdir).read_text())))
+    categories = json.loads((workdir / 'categories.json').read_text())
+    return Run(workdir, config.lock(), tuple(Category(**c) for c in categories))
+  except (OSError, ValueError, TypeError) as e:
+    raise InputError(f'workdir {workdir} cannot be read as a run: {e}') from e
+
+
+def resolve_classes(config: ConfigDict, categories: Sequence[Category]) -> ConfigDict:
+  """A locked copy of `config` in which `model.num_classes` is the number of categories.
+
+  Raises:
+    InputError: the config asks for another number.
+  """
+  asked = config.model.num_classes
+  if asked not in (0, len(categories)):
+    raise InputError(f'model.num_classes={asked}, but the training data has {len(categories)} '
+                     'categories; set it to 0 to take theirs')
+  config = config.copy_and_resolve_references()
+  config.model.num_classes = len(categories)
+  return config.lock()
+
+
+def _check_same_model(run: Run, config: ConfigDict, categories: Sequence[Category]) -> None:
+  for key, there, here in _differences(run.config.model.to_dict(), config.model.to_dict()):
+    raise InputError(f'workdir {run.workdir} holds a run of another model: model.{key} is {there} '
+                     f'there and {here} in this config; use another workdir')
+  check_categories('training data', categories, run.categories)
+
+
+def _differences(there: Any, here: Any, key: str = '') -> Iterator[tuple[str, Any, Any]]:
+  """(dotted key, value there, value here) of every leaf in which two blocks differ."""
+  if isinstance(there, dict) and isinstance(here, dict):
+    for name in sorted(there.keys() | here.keys()):
+      dotted = f'{key}.{name}' if key else name
+      yield from _differences(there.get(name, 'absent'), here.get(name, 'absent'), dotted)
+  elif _tuples(there) != _tuples(here):
+    yield key, there, here
+
+
+def _tuples(value: Any) -> Any:
+  """JSON has lists only; configs have tuples."""
+  if isinstance(value, dict):
+    return {k: _tuples(v) for k, v in value.items()}
+  return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _config_path(workdir: pathlib.Path) -> pathlib.Path:
+  return workdir / 'config.json'

@@ -1,0 +1,223 @@
+"""`train(config, workdir)`: from a config to a trained, evaluated run."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ppn_jax.data.loader import required_boxes, train_batches
+from ppn_jax.data.sources import Source, build_source
+from ppn_jax.data.transforms import build_transforms
+from ppn_jax.detection.structures import Array, GroundTruth
+from ppn_jax.errors import InputError
+from ppn_jax.evaluation.coco import Scores
+from ppn_jax.evaluation.job import Evaluator, build_evaluator
+from ppn_jax.run import Run, create_run
+from ppn_jax.training import partition
+from ppn_jax.training.checkpoint import Checkpoints
+from ppn_jax.training.metrics import MetricsWriter, Progress, Stopwatch, duration
+from ppn_jax.training.prefetch import Prefetcher
+from ppn_jax.training.state import TrainState
+from ppn_jax.training.step import (
+  StepMetrics,
+  abstract_batch,
+  abstract_state,
+  jit_init,
+  jit_train_step,
+)
+
+# How many steps may be under way on the device: enough to keep it busy, few enough that their
+# batches do not fill its memory.
+STEPS_IN_FLIGHT = 2
+
+
+class TrainingDiverged(RuntimeError):
+  """A loss or gradient is not finite; the message names step, quantity and the way back."""
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
+  """Trains the detector that `config` describes, from where `workdir` stands.
+
+  The same config and seed give the same run, bit for bit on one machine, whether or not it was
+  killed and started again in between.
+
+  Args:
+    config: as those in configs/.
+    workdir: a new folder, or that of an earlier run of the same model, which is gone on with.
+
+  Returns:
+    The figures of the last evaluation, or None if the config asks for none.
+
+  Raises:
+    InputError: anything wrong with config, data or workdir. It is found before the first
+      compile, and nothing is overwritten.
+    TrainingDiverged: a loss or gradient is not finite.
+  """
+  # 1. Everything that can be wrong with the user's input, cheapest first.
+  _check_intervals(config)
+  mesh = partition.data_mesh()
+  partition.check_batch_size('train.batch_size', config.train.batch_size, mesh)
+  source = build_source(config.data.train.to_dict())
+  eval_source = None
+  if config.train.evaluate_every:
+    eval_source = build_source(config.data.eval.to_dict(), categories=source.categories)
+  run = create_run(workdir, config, source.categories)
+  detector, optimizer = run.detector(), run.optimizer()
+  # 2. The state: the newest whole checkpoint, or a fresh one.
+  with (Progress(run.config.train.steps) as progress,
+        run.checkpoints(read_only=False) as checkpoints):
+    abstract = abstract_state(detector, optimizer, mesh)
+    progress.say(_describe(run, abstract, source, mesh))
+    for bad_boxes in filter(None, (getattr(s, 'bad_boxes', None) for s in (source, eval_source))):
+      progress.say(str(bad_boxes))
+    start = checkpoints.latest() or 0
+    if start:
+      progress.say(f'resuming {run.workdir} from step {start:,}')
+      state = checkpoints.restore(abstract, start)
+    else:
+      state = jit_init(detector, optimizer, mesh)(config.seed)
+    # 3. The steps.
+    evaluator = None
+    if eval_source is not None:
+      evaluator = build_evaluator(run, detector, mesh, source=eval_source)
+    steps = _Steps(run, mesh, checkpoints, progress, MetricsWriter(run.workdir, start), evaluator)
+    return steps.take(state, start, jit_train_step(detector, optimizer, mesh), source)
+
+
+@dataclasses.dataclass
+class _Steps:
+  """The loop over steps, and what happens between them."""
+  run: Run
+  mesh: Mesh
+  checkpoints: Checkpoints
+  progress: Progress
+  writer: MetricsWriter
+  evaluator: Evaluator | None
+  pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
+  watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
+
+  def take(self, state: TrainState, start: int, train_step, source: Source) -> Scores | None:
+    """Takes the steps after `start`; returns the last evaluation's figures."""
+    train = self.run.config.train
+    if start >= train.steps:
+      self.progress.say(f'nothing to do: trained to step {start:,} already')
+      return None
+    train_step = self._compile(train_step, state, source)
+    scores = None
+    with Prefetcher(self._batches(source, start)) as batches:
+      for step in range(start + 1, train.steps + 1):
+        images, truth = self._next(batches)
+        with self.watch.stepping():
+          state, metrics = train_step(state, images, truth)
+          self.pending.append((step, metrics))
+          if len(self.pending) > STEPS_IN_FLIGHT:
+            jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT])
+        self.progress.advance(step)
+
+        last = step == train.steps
+        evaluating = self.evaluator and (last or step % train.evaluate_every == 0)
+        saving = evaluating or last or step % train.checkpoint_every == 0
+        if saving or step % train.log_every == 0:
+          self._report(step)  # Also what keeps a state that is not finite from being saved.
+        if evaluating:
+          scores = self._evaluate(step, state)
+        if saving:
+          self.checkpoints.save(step, state, scores.figures if evaluating else None)
+    self.checkpoints.wait()
+    self.writer.close()
+    return scores
+
+  def _next(self, batches: Prefetcher) -> tuple[Array, GroundTruth]:
+    """The next batch; time counts as waiting for data only while the devices have no work."""
+    if not batches.ready():
+      with self.watch.stepping(steps=0):
+        jax.block_until_ready(self.pending[-1:])
+    with self.watch.waiting():
+      return next(batches)
+
+  def _compile(self, train_step, state: TrainState, source: Source):
+    config = self.run.config
+    batch = abstract_batch(config.train.batch_size, config.model.image_size,
+                           required_boxes(source, config.data.max_boxes), self.mesh)
+    self.progress.say('compiling the training step (once a start; a minute or so on a TPU)')
+    started = time.perf_counter()
+    compiled = train_step.lower(state, *batch).compile()
+    self.progress.say(f'compiled in {duration(time.perf_counter() - started)}')
+    return compiled
+
+  def _batches(self, source: Source, start: int) -> Iterator[tuple[Array, GroundTruth]]:
+    """Global arrays for the steps after `start`, which is as many batches into the order."""
+    config = self.run.config
+    batch_size = config.train.batch_size
+    batches = train_batches(
+        source, transforms=build_transforms(config.data.transforms), resize=config.data.resize,
+        image_size=config.model.image_size, batch_size=batch_size, seed=config.seed,
+        max_boxes=required_boxes(source, config.data.max_boxes), start_step=start,
+        rows=partition.local_rows(batch_size, self.mesh), threads=config.data.threads)
+    for batch in batches:
+      yield partition.to_global((batch.images, batch.truth), self.mesh, batch_size)
+
+  def _report(self, step: int) -> None:
+    """Checks and averages the metrics since the last report, then writes and shows them."""
+    taken, metrics = zip(*jax.device_get(self.pending), strict=True)
+    self.pending.clear()
+    columns = StepMetrics(*(np.array(column) for column in zip(*metrics, strict=True)))
+    self._check_finite(taken, columns)
+    means = {name: float(np.mean(column)) for name, column in columns._asdict().items()}
+    means['learning_rate'] = float(columns.learning_rate[-1])
+    means |= self.watch.rates(self.run.config.train.batch_size)
+    left = (self.run.config.train.steps - step) * self.watch.seconds / self.watch.steps
+    self.watch = Stopwatch()
+    if jax.process_index() == 0:
+      self.writer.write(step, {f'train/{name}': value for name, value in means.items()})
+    self.progress.report(step, (
+        'loss {loss:.4g} (class {classification:.4g}, box {localization:.4g}, decay '
+        '{regularization:.3g})  rate {learning_rate:.3g}  {images_per_second:,.1f} images/s  '
+        'data {data_wait:.0%}  ').format(**means) + f'left {duration(left)}')
+
+  def _check_finite(self, steps: tuple[int, ...], columns: StepMetrics) -> None:
+    finite = np.isfinite(np.stack(columns))  # [quantities, steps]
+    if finite.all():
+      return
+    at = int(np.argmin(finite.all(axis=0)))
+    quantity = StepMetrics._fields[int(np.argmin(finite[:, at]))]
+    good = self.checkpoints.latest()
+    raise TrainingDiverged(
+        f'{quantity} is {float(columns[StepMetrics._fields.index(quantity)][at])} at step '
+        f'{steps[at]:,}; ' + (f'the last good checkpoint is step {good:,}' if good else
+                              'there is no checkpoint before it') +
+        f' in {self.run.workdir}. A lower optim.learning_rate or optim.clip_norm=10 may help')
+
+  def _evaluate(self, step: int, state: TrainState) -> Scores:
+    started = time.perf_counter()
+    rows = self.evaluator.rows(state.best_variables(), on_images=lambda count: None)
+    scores = self.evaluator.score(rows)
+    if jax.process_index() == 0:
+      self.writer.write(step, {f'eval/{name}': value for name, value in scores.figures.items()})
+    figures = scores.figures
+    self.progress.say(
+        f'evaluated step {step:,}: AP {figures["AP"]:.4f}  AP50 {figures["AP50"]:.4f}  AP75 '
+        f'{figures["AP75"]:.4f}  on {scores.num_images:,} images in '
+        f'{duration(time.perf_counter() - started)}')
+    return scores
+
+
+def _describe(run: Run, state: TrainState, source: Source, mesh: Mesh) -> str:
+  config = run.config
+  count = sum(p.size for p in jax.tree.leaves(state.variables['params']))
+  device = mesh.devices.flat[0].device_kind
+  return (f'{config.model.neck.name} on {config.model.backbone.name}, {count:,} parameters, '
+          f'{len(run.categories)} classes, {config.model.image_size} px; {len(source):,} images, '
+          f'batch {config.train.batch_size}, on {mesh.size} x {device}')
+
+
+def _check_intervals(config: ConfigDict) -> None:
+  for name, least in [('steps', 1), ('batch_size', 1), ('log_every', 1), ('checkpoint_every', 1),
+                      ('evaluate_every', 0)]:
+    if config.train[name] < least:
+      raise InputError(f'train.{name}={config.train[name]} must be at least {least}')

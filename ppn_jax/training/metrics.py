@@ -1,0 +1,142 @@
+"""What a run tells while it runs: a progress line, JSON lines and TensorBoard files."""
+
+import contextlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+from ppn_jax import files
+
+
+class MetricsWriter:
+  """Scalars to `metrics.jsonl` and to TensorBoard event files, the same in both.
+
+  A line is `{"step": 120, "train/loss": 1.5, ...}`; a figure that is not a number is null.
+
+  Args:
+    workdir: of the run.
+    step: the step that the run starts from. What a killed run wrote beyond it is taken out,
+      since it will be written again.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    path = workdir / 'metrics.jsonl'
+    if path.exists():
+      files.write_text(path, ''.join(_lines_up_to(path, step)))
+    self._file = path.open('a', buffering=1, encoding='utf-8')
+    self._tensorboard = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+
+  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Records the scalars of one step."""
+    known = {name: float(value) if math.isfinite(value) else None
+             for name, value in scalars.items()}
+    self._file.write(json.dumps({'step': step, **known}) + '\n')
+    for name, value in scalars.items():
+      self._tensorboard.add_scalar(name, value, step)
+    self._tensorboard.flush()
+
+  def close(self) -> None:
+    self._file.close()
+    self._tensorboard.close()
+
+
+def _lines_up_to(path: pathlib.Path, step: int) -> Iterator[str]:
+  for line in path.read_text(encoding='utf-8').splitlines(keepends=True):
+    # A killed run may leave half a line behind.
+    with contextlib.suppress(ValueError):
+      if json.loads(line)['step'] <= step:
+        yield line
+
+
+class Progress:
+  """One live line on a terminal, plain lines elsewhere; on stderr, so that results can be piped.
+
+  Args:
+    steps: of the whole run.
+    console: where to write.
+  """
+
+  def __init__(self, steps: int, console: Console | None = None):
+    self._steps = steps
+    self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+    self._live = Live(Text(''), console=self._console, auto_refresh=False)
+    self._status = ''
+
+  def __enter__(self) -> 'Progress':
+    if self._console.is_terminal:
+      self._live.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._console.is_terminal:
+      self._live.stop()
+
+  def say(self, text: str) -> None:
+    """A line that stays."""
+    self._console.print(Text(text))
+
+  def report(self, step: int, status: str) -> None:
+    """The state of the run after `step`; on a terminal it replaces the one before."""
+    self._status = status
+    if self._console.is_terminal:
+      self.advance(step)
+    else:
+      self.say(self._line(step))
+
+  def advance(self, step: int) -> None:
+    """Moves the live line's step on; nothing elsewhere."""
+    if self._console.is_terminal:
+      self._live.update(Text(self._line(step), no_wrap=True, overflow='ellipsis'), refresh=True)
+
+  def _line(self, step: int) -> str:
+    return f'step {step:,}/{self._steps:,}  {self._status}'.rstrip()
+
+
+class Stopwatch:
+  """Where the time of training goes: waiting for data, or stepping.
+
+  Time outside `waiting` and `stepping`, such as evaluation and compiling, does not count.
+  """
+
+  def __init__(self):
+    self.waited = self.stepped = 0.0
+    self.steps = 0
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    self.waited += time.perf_counter() - start
+
+  @contextlib.contextmanager
+  def stepping(self, steps: int = 1) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    self.stepped += time.perf_counter() - start
+    self.steps += steps
+
+  @property
+  def seconds(self) -> float:
+    return self.waited + self.stepped
+
+  def rates(self, batch_size: int) -> dict[str, float]:
+    """`images_per_second`, and `data_wait`, the share of the time spent waiting, 0 to 1."""
+    seconds = max(self.seconds, 1e-9)
+    return {'images_per_second': self.steps * batch_size / seconds,
+            'data_wait': self.waited / seconds}
+
+
+def duration(seconds: float) -> str:
+  """4000 -> '1h06m', 70 -> '1m10s', 5 -> '5s'."""
+  seconds = round(seconds)
+  minutes, hours = seconds // 60, seconds // 3600
+  if hours:
+    return f'{hours}h{minutes % 60:02}m'
+  return f'{minutes}m{seconds % 60:02}s' if minutes else f'{seconds}s'

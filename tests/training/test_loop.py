@@ -1,0 +1,170 @@
+"""`train`: what a run leaves behind, and that kills and restarts change no bit of it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny import CONFIG_FILE, tiny_config
+
+from ppn_jax.errors import InputError
+from ppn_jax.evaluation.job import evaluate
+from ppn_jax.run import open_run
+from ppn_jax.training import loop, partition
+from ppn_jax.training.step import abstract_state
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+
+
+def final_state(workdir):
+  run = open_run(workdir)
+  mesh = partition.data_mesh()
+  with run.checkpoints(read_only=True) as checkpoints:
+    state = checkpoints.restore(abstract_state(run.detector(), run.optimizer(), mesh),
+                                checkpoints.latest())
+  return jax.device_get(state)
+
+
+def assert_same_bits(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def metrics(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('undisturbed')
+  config = tiny_config(evaluate_every=6)
+  config.unlock()
+  config.optim.ema_decay = 0.9
+  scores = loop.train(config.lock(), workdir)
+  return workdir, config, scores
+
+
+def test_a_run_leaves_everything_that_others_need(undisturbed):
+  workdir, _, scores = undisturbed
+  run = open_run(workdir)
+  assert run.config.model.num_classes == 5 and len(run.categories) == 5
+  lines = metrics(workdir)
+  assert [line['step'] for line in lines] == [2, 3, 4, 6, 6]
+  assert all(np.isfinite(line['train/loss']) for line in lines if 'train/loss' in line)
+  assert lines[-1]['eval/AP'] == scores.figures['AP']
+  assert int(final_state(workdir).step) == 6
+  # The same figures from the workdir alone.
+  assert evaluate(run, say=lambda _: None).scores == scores
+  assert json.loads((workdir / 'evaluation' / '6' / 'scores.json').read_text())['figures'] == (
+      scores.figures)
+
+
+def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
+  workdir, config, _ = undisturbed
+  loop.train(config, tmp_path)
+  assert_same_bits(final_state(workdir), final_state(tmp_path))
+
+
+def test_another_seed_gives_another_run(undisturbed, tmp_path):
+  workdir, config, _ = undisturbed
+  config = config.copy_and_resolve_references()
+  config.seed = 1
+  loop.train(config, tmp_path)
+  kernels = [jax.tree.leaves(final_state(w).variables['params'])[0] for w in (workdir, tmp_path)]
+  assert not np.array_equal(*kernels)
+
+
+def test_a_run_that_broke_off_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
+  workdir, config, _ = undisturbed
+  report = loop._Steps._report
+
+  def break_off(self, step):
+    report(self, step)
+    if step == 4:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop._Steps, '_report', break_off)
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(config, tmp_path)
+  monkeypatch.undo()
+  assert metrics(tmp_path)[-1]['step'] == 4
+  loop.train(config, tmp_path)
+  assert_same_bits(final_state(workdir), final_state(tmp_path))
+  timing = ('train/images_per_second', 'train/data_wait')
+  strip = lambda lines: [{k: v for k, v in line.items() if k not in timing} for line in lines]
+  assert strip(metrics(tmp_path)) == strip(metrics(workdir))
+
+
+def test_sigkill_and_restart_end_with_the_same_bits(tmp_path):
+  config = tmp_path / 'config.py'
+  config.write_text(CONFIG_FILE.format(folder=str(TESTS)))
+  command = [sys.executable, '-m', 'ppn_jax.cli.main', 'train', f'--config={config}',
+             '--config.train.steps=30', '--config.train.checkpoint_every=5']
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  killed, whole = tmp_path / 'killed', tmp_path / 'whole'
+  process = subprocess.Popen([*command, f'--workdir={killed}'], env=environment,
+                             stderr=subprocess.DEVNULL)
+  deadline = time.monotonic() + 120
+  while not (killed / 'checkpoints' / '10').exists():
+    assert process.poll() is None and time.monotonic() < deadline, 'no checkpoint to kill after'
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  for workdir in (killed, whole):
+    subprocess.run([*command, f'--workdir={workdir}'], env=environment, check=True, timeout=120,
+                   stderr=subprocess.DEVNULL)
+  assert int(final_state(killed).step) == 30
+  assert_same_bits(final_state(killed), final_state(whole))
+
+
+def test_a_finished_run_is_left_alone(undisturbed, capsys):
+  workdir, config, _ = undisturbed
+  before = {p: p.stat().st_mtime_ns for p in (workdir / 'checkpoints').rglob('*') if p.is_file()}
+  assert loop.train(config, workdir) is None
+  assert 'trained to step 6 already' in capsys.readouterr().err
+  assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+  config = tiny_config()
+  loop.train(config, tmp_path)
+  config = config.copy_and_resolve_references()
+  config.unlock()
+  config.train.steps, config.optim.clip_norm = 12, 0.0
+  config.optim.learning_rate = 1e30
+  with pytest.raises(loop.TrainingDiverged) as error:
+    loop.train(config.lock(), tmp_path)
+  message = str(error.value)
+  assert 'is nan at step' in message or 'is inf at step' in message
+  assert 'the last good checkpoint is step 6' in message
+  with open_run(tmp_path).checkpoints(read_only=True) as checkpoints:
+    assert checkpoints.latest() == 6
+
+
+def test_another_model_in_the_workdir_is_refused(undisturbed):
+  workdir, config, _ = undisturbed
+  before = (workdir / 'config.json').read_text()
+  other = config.copy_and_resolve_references()
+  other.model.head.depth = 32
+  with pytest.raises(InputError, match=r'model.head.depth is 16 there and 32 in this config'):
+    loop.train(other, workdir)
+  assert (workdir / 'config.json').read_text() == before
+
+
+def test_more_steps_go_on_with_the_run(undisturbed, tmp_path):
+  loop.train(tiny_config(), tmp_path)
+  loop.train(tiny_config(steps=8), tmp_path)
+  assert int(final_state(tmp_path).step) == 8
+
+
+@pytest.mark.parametrize('entry, value', [
+    ('steps', 0), ('batch_size', 0), ('log_every', 0), ('checkpoint_every', -1)])
+def test_intervals_out_of_range(tmp_path, entry, value):
+  with pytest.raises(InputError, match=f'train.{entry}={value}'):
+    loop.train(tiny_config(**{entry: value}), tmp_path)
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,55 @@
+"""Running an iterator ahead."""
+
+import threading
+
+import pytest
+
+from ppn_jax.training.prefetch import Prefetcher
+
+
+def test_all_items_in_order_then_the_end():
+  with Prefetcher(iter(range(50))) as items:
+    assert list(items) == list(range(50))
+    with pytest.raises(StopIteration):
+      next(items)
+
+
+def test_errors_surface_where_the_item_is_asked_for():
+  def broken():
+    yield 1
+    raise ValueError('bad image')
+
+  with Prefetcher(broken()) as items:
+    assert next(items) == 1
+    for _ in range(2):
+      with pytest.raises(ValueError, match='bad image'):
+        next(items)
+
+
+def test_closing_ends_an_endless_iterator_and_closes_it():
+  closed = threading.Event()
+
+  def endless():
+    try:
+      while True:
+        yield 0
+    finally:
+      closed.set()
+
+  items = Prefetcher(endless())
+  next(items)
+  items.close()
+  assert closed.is_set() and not items._thread.is_alive()
+
+
+def test_ready_tells_whether_an_item_waits():
+  gate = threading.Event()
+
+  def gated():
+    gate.wait(10)
+    yield 1
+
+  with Prefetcher(gated()) as items:
+    assert not items.ready()
+    gate.set()
+    assert next(items) == 1
