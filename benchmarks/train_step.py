@@ -1,0 +1,159 @@
+"""Images/s of the training step, and where its time goes.
+
+  python benchmarks/train_step.py --batch=8 --json
+
+Each part is compiled and timed on its own, in turns with the others, on real shapes: the whole
+step, the backbone forward and backward, assignment, loss with its gradient, the optimizer, and
+the input path (JPEGs drawn by the synthetic source, decoded, flipped, cropped, resized) for one
+batch. Medians over the rounds. The parts do not add up to the step: neck and head are not among
+them, and the compiler fuses what is timed apart here. With --json the last line is JSON.
+"""
+
+import argparse
+import functools
+import json
+import time
+
+import hardware
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ppn_jax.config import base_config
+from ppn_jax.data.loader import train_batches
+from ppn_jax.data.sources import build_source
+from ppn_jax.data.transforms import build_transforms
+from ppn_jax.detection.structures import GroundTruth, Outputs
+from ppn_jax.run import build_detector
+from ppn_jax.training.optim import build_optimizer
+from ppn_jax.training.partition import data_mesh
+from ppn_jax.training.step import jit_init, jit_train_step
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--batch', type=int, default=8)
+  parser.add_argument('--image_size', type=int, default=300)
+  parser.add_argument('--num_classes', type=int, default=90)
+  parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
+  parser.add_argument('--conv_form', default='auto', choices=('auto', 'native', 'shifted'))
+  parser.add_argument('--rounds', type=int, default=7)
+  parser.add_argument('--json', action='store_true', help='print JSON as the last line')
+  args = parser.parse_args()
+
+  config = base_config()
+  config.model.image_size, config.model.num_classes = args.image_size, args.num_classes
+  with config.unlocked():
+    config.model.layers.update(dtype=args.dtype, conv_form=args.conv_form)
+  milliseconds, compile_seconds = measure(config, args.batch, args.rounds)
+
+  step = milliseconds['train_step']
+  result = {
+      'benchmark': 'train_step', 'batch': args.batch, 'image_size': args.image_size,
+      'num_classes': args.num_classes, 'dtype': args.dtype, 'conv_form': args.conv_form,
+      'images_per_s': round(1000 * args.batch / step['median'], 2),
+      'parts_ms': milliseconds, 'compile_s': round(compile_seconds, 1), **hardware.describe()}
+  for part, ms in milliseconds.items():
+    print(f'{part:18} {ms["median"]:9.1f} ms   (fastest {ms["fastest"]:.1f})')
+  print(f'{result["images_per_s"]} images/s at batch {args.batch}')
+  if args.json:
+    print(json.dumps(result))
+
+
+def measure(config, batch_size: int, rounds: int) -> tuple[dict, float]:
+  """{part: {median, fastest} in ms}, and the seconds that the step took to compile."""
+  parts, compile_seconds = prepare(config, batch_size)
+  times = {name: [] for name in parts}
+  for run in parts.values():
+    run()  # Warm up, compile.
+  for _ in range(rounds):
+    for name, run in parts.items():
+      start = time.perf_counter()
+      run()
+      times[name].append(1000 * (time.perf_counter() - start))
+  return {name: {'median': round(float(np.median(t)), 2), 'fastest': round(min(t), 2)}
+          for name, t in times.items()}, compile_seconds
+
+
+def prepare(config, batch_size: int):
+  """{part: a function that does it once}, and the seconds that the step took to compile."""
+  detector = build_detector(config)
+  optimizer = build_optimizer(steps=1000, batch_size=batch_size, learning_rate=0.01)
+  mesh = data_mesh()
+  state = jit_init(detector, optimizer, mesh)(0)
+  variables = jax.tree.map(jnp.copy, state.variables)
+  images, truth = random_batch(batch_size, detector.image_size, detector.num_classes)
+  started = time.perf_counter()
+  step = jit_train_step(detector, optimizer, mesh).lower(state, images, truth).compile()
+  compile_seconds = time.perf_counter() - started
+
+  def train_step():
+    nonlocal state
+    state, metrics = step(state, images, truth)
+    jax.block_until_ready(metrics)
+
+  outputs = jax.jit(detector.forward)(variables, images)
+  targets = jax.jit(functools.partial(detector.assign, detector.anchors))(truth)
+  total = lambda o, t: sum(detector.outputs_loss(Outputs(*o), t)[:2])
+  backbone = detector.network.backbone
+  weights = {k: v['backbone'] for k, v in variables.items()}
+  pixels = jnp.asarray(images, jnp.float32) * (2 / 255) - 1
+
+  def features(params):
+    maps, _ = backbone.apply({**weights, 'params': params}, pixels, train=True,
+                             mutable=['batch_stats'])
+    return maps[config.model.neck.stride]
+
+  cotangent = jax.eval_shape(features, weights['params'])
+  cotangent = jnp.ones(cotangent.shape, cotangent.dtype)
+
+  def both(params):
+    _, pullback = jax.vjp(features, params)
+    return pullback(cotangent)
+
+  def update(gradient, opt_state, params):
+    updates, opt_state = optimizer.transform.update(gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+  opt_state = optimizer.transform.init(variables['params'])
+  batches = input_batches(config, batch_size)
+  return {
+      'train_step': train_step,
+      'backbone_forward': blocking(jax.jit(features), weights['params']),
+      'backbone_forward_backward': blocking(jax.jit(both), weights['params']),
+      'assignment': blocking(jax.jit(functools.partial(detector.assign, detector.anchors)), truth),
+      'loss_with_gradient': blocking(jax.jit(jax.value_and_grad(total)), outputs, targets),
+      'optimizer': blocking(jax.jit(update), variables['params'], opt_state, variables['params']),
+      'input': lambda: next(batches),
+  }, compile_seconds
+
+
+def blocking(function, *arguments):
+  """Calls and waits, since JAX returns before it has computed."""
+  return lambda: jax.block_until_ready(function(*arguments))
+
+
+def random_batch(batch_size: int, side: int, num_classes: int, max_boxes: int = 100):
+  """Noise, with up to `max_boxes` boxes an image; the step's time does not depend on content."""
+  rng = np.random.default_rng(0)
+  corners = np.sort(rng.uniform(0, 1, (batch_size, max_boxes, 2, 2)), axis=2)
+  valid = np.arange(max_boxes) < rng.integers(1, 15, (batch_size, 1))
+  shape = (batch_size, max_boxes)
+  truth = GroundTruth(corners.reshape(*shape, 4).astype(np.float32),
+                      rng.integers(0, num_classes, shape).astype(np.int32),
+                      np.zeros(shape, bool), valid)
+  images = rng.integers(0, 256, (batch_size, side, side, 3), np.uint8)
+  return jax.device_put((images, truth))
+
+
+def input_batches(config, batch_size: int):
+  """Batches from JPEGs of 640 x 480."""
+  source = build_source({'name': 'synthetic_shapes', 'num_images': 64, 'image_size': (480, 640)})
+  return train_batches(source, transforms=build_transforms(config.data.transforms),
+                       image_size=config.model.image_size, max_boxes=100, batch_size=batch_size,
+                       seed=0, resize=config.data.resize)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,39 @@
+"""`ppn evaluate`."""
+
+import argparse
+
+from ppn_jax.cli.flags import CONFIG_HELP, override
+
+HELP = f"""Score a checkpoint with COCO's metrics.
+
+Prints COCO's twelve figures and a table by class; writes results.json (COCO's
+results format) and scores.json to WORKDIR/evaluation/STEP.
+{CONFIG_HELP}
+So --config.data.eval.images and .annotations evaluate on other data."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
+  parser.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
+  parser.add_argument('--scorer', choices=('hotcoco', 'pycocotools'), default='hotcoco',
+                      help='hotcoco gives the same figures as pycocotools, sooner '
+                           '(default: %(default)s)')
+  parser.add_argument('--pictures', type=int, default=0, metavar='N',
+                      help='draw truth (white) and detections of N images to pictures.png there')
+
+
+def run(args: argparse.Namespace) -> int:
+  import dataclasses
+  import sys
+
+  from ppn_jax.evaluation.coco import format_table
+  from ppn_jax.evaluation.job import evaluate
+  from ppn_jax.run import open_run
+  opened = open_run(args.workdir)
+  opened = dataclasses.replace(opened, config=override(opened.config, args.overrides))
+  evaluation = evaluate(opened, step=args.step, scorer=args.scorer, pictures=args.pictures,
+                        say=lambda line: print(line, file=sys.stderr))
+  print(format_table(evaluation.scores))
+  print(f'{evaluation.scores.num_detections:,} detections on {evaluation.scores.num_images:,} '
+        f'images in {evaluation.folder}')
+  return 0

@@ -1,0 +1,83 @@
+"""`ppn`: one command, its sub-commands, and what their exit codes mean.
+
+  0  done        1  failed, such as a loss that is not finite
+  2  a mistake in what was given; one line on stderr says which
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ppn_jax.errors import InputError, did_you_mean
+
+# Each is a module of ppn_jax.cli with `HELP`, `add_arguments(parser)` and `run(args)`. They
+# import the heavy libraries inside `run`, so that help and mistakes answer at once.
+COMMANDS = ('train', 'evaluate', 'detect')
+
+DESCRIPTION = """\
+Train, evaluate and use single-stage object detectors.
+
+  ppn train --config=configs/quickstart.py --workdir=runs/quickstart
+  ppn evaluate --workdir=runs/quickstart
+  ppn detect --workdir=runs/quickstart photo.jpg --output=found
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+  """A parser whose mistakes are InputErrors, one line each, with the nearest legal flag."""
+
+  def error(self, message: str):
+    raise InputError(f'{self.prog}: {message}; see `{self.prog} --help`')
+
+  def check_flags(self, arguments: Sequence[str]) -> None:
+    """Raises InputError on a flag that this parser does not have."""
+    legal = list(self._option_string_actions)
+    for argument in arguments:
+      flag = argument.partition('=')[0]
+      if flag.startswith('--') and flag not in legal and not flag.startswith('--config.'):
+        raise InputError(f'{self.prog}: unknown flag {flag}; {did_you_mean(flag, legal)}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command line and returns its exit code."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    return _run(argv)
+  except InputError as e:
+    print(f'ppn: error: {" ".join(str(e).split())}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('ppn: interrupted', file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # `ppn ... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _run(argv: list[str]) -> int:
+  parser = _Parser(prog='ppn', description=DESCRIPTION, allow_abbrev=False,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+  modules, parsers = {}, {}
+  for name in COMMANDS:
+    modules[name] = importlib.import_module(f'ppn_jax.cli.{name}')
+    summary, _, details = modules[name].HELP.partition('\n')
+    parsers[name] = subparsers.add_parser(
+        name, help=summary, description=f'{summary}\n{details}', allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    modules[name].add_arguments(parsers[name])
+  if argv and not argv[0].startswith('-') and argv[0] not in COMMANDS:
+    raise InputError(f'unknown command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}')
+  if argv and argv[0] in parsers:
+    parsers[argv[0]].check_flags(argv[1:])
+  args, rest = parser.parse_known_args(argv)
+  if rest and any(not r.startswith('--config.') for r in rest):
+    raise InputError(f'ppn {args.command}: unexpected argument {rest[0]!r}')
+  args.overrides = rest
+  return modules[args.command].run(args)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
