@@ -4,8 +4,9 @@ import ctypes
 import functools
 
 # Of <malloc.h>.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _NEVER = 2**31 - 1
+_PAD_BYTES = 256 << 20
 
 
 @functools.cache
@@ -25,5 +26,5 @@ def keep_freed_memory() -> bool:
   except (OSError, AttributeError, TypeError):
     return False
   # One pool: those of other threads cannot hold buffers of this size.
-  return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, _NEVER),
-              mallopt(_M_ARENA_MAX, 1)])
+  return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_ARENA_MAX, 1),
+              mallopt(_M_TRIM_THRESHOLD, _NEVER), mallopt(_M_TOP_PAD, _PAD_BYTES)])
