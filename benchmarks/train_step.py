@@ -25,6 +25,7 @@ from ppn_jax.data.loader import train_batches
 from ppn_jax.data.sources import build_source
 from ppn_jax.data.transforms import build_transforms
 from ppn_jax.detection.structures import GroundTruth, Outputs
+from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import build_detector
 from ppn_jax.training.optim import build_optimizer
 from ppn_jax.training.partition import data_mesh
@@ -78,6 +79,7 @@ def measure(config, batch_size: int, rounds: int) -> tuple[dict, float]:
 
 def prepare(config, batch_size: int):
   """{part: a function that does it once}, and the seconds that the step took to compile."""
+  keep_freed_memory()  # As `train` does.
   detector = build_detector(config)
   optimizer = build_optimizer(steps=1000, batch_size=batch_size, learning_rate=0.01)
   mesh = data_mesh()

@@ -40,6 +40,13 @@ class Run:
   config: ConfigDict
   categories: tuple[Category, ...]
 
+  def save(self) -> None:
+    """Writes config and categories to the workdir, which is made if need be."""
+    categories = [c._asdict() for c in self.categories]
+    files.write_text(self.workdir / 'categories.json', json.dumps(categories, indent=2) + '\n')
+    files.write_text(_config_path(self.workdir),
+                     json.dumps(self.config.to_dict(), indent=2) + '\n')
+
   def detector(self) -> Detector:
     """The detector that the config describes."""
     return build_detector(self.config)
@@ -70,13 +77,13 @@ def build_detector(config: ConfigDict) -> Detector:
 
 def create_run(workdir: str | pathlib.Path, config: ConfigDict,
                categories: Sequence[Category]) -> Run:
-  """Makes the run, or takes up the one that is there.
+  """The run that `workdir` is to hold, or holds already; writes nothing (`Run.save` does).
 
   The config may differ from an earlier one in how to go on (steps, rates, data folders), not in
   the model or its classes, which the checkpoints belong to.
 
   Args:
-    workdir: made if need be.
+    workdir: new, or of an earlier run.
     config: `model.num_classes` 0 means as many as there are categories.
     categories: of the training data.
 
@@ -92,9 +99,6 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
   elif (workdir / 'checkpoints').exists():
     raise InputError(f'workdir {workdir} has checkpoints but no config.json, so what they hold is '
                      'unknown; give a new folder')
-  files.write_text(workdir / 'categories.json',
-                   json.dumps([c._asdict() for c in categories], indent=2) + '\n')
-  files.write_text(_config_path(workdir), json.dumps(config.to_dict(), indent=2) + '\n')
   return Run(workdir, config, tuple(categories))
 
 

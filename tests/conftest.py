@@ -24,7 +24,7 @@ def compilation_cache(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def shared() -> pathlib.Path:
-  """The folder with real images and the reference's arrays; skips where it is absent, but not in CI."""
+  """The folder of real images and reference arrays. Without it tests skip, except in CI."""
   default = pathlib.Path(__file__).resolve().parents[2] / 'shared'
   folder = pathlib.Path(os.environ.get('PPN_SHARED', default))
   if not (folder / 'golden').is_dir():

@@ -28,8 +28,8 @@ class _Shape(NamedTuple):
 class SyntheticShapes:
   """Circles, squares, triangles, stars and crosses; a `sources.Source` that needs no files.
 
-  Image i is a function of (seed, split, i): shapes of log-uniform size, any rotation, mild
-  stretching, own colour and shading, drawn over a mottled background and through a JPEG file, so
+  Image i is a function of (seed, split, i): shapes of log-uniform size, turned, mildly stretched,
+  own colour and shading, drawn over a mottled background and through a JPEG file, so
   that it takes the same way as a photograph. Boxes overlap by little, and a shape drawn later
   hides part of an earlier one.
 
@@ -40,6 +40,7 @@ class SyntheticShapes:
     image_size: (height, width) in pixels, or the side of a square.
     max_shapes: shapes an image, from 1 to this many.
     scale: least and greatest extent of a shape, of the image's shorter side.
+    max_turn: how far a shape may be turned from upright either way, in degrees, 0 to 180.
 
   Raises:
     InputError: an argument outside its range.
@@ -48,11 +49,12 @@ class SyntheticShapes:
 
   def __init__(self, num_images: int, seed: int = 0, split: str = 'train',
                image_size: int | Sequence[int] = 160, max_shapes: int = 6,
-               scale: Sequence[float] = (0.08, 0.7)):
+               scale: Sequence[float] = (0.08, 0.7), max_turn: float = 180.0):
     check_integer('synthetic_shapes.num_images', num_images, 1)
     check_integer('synthetic_shapes.seed', seed, 0)
     check_integer('synthetic_shapes.max_shapes', max_shapes, 1)
     check_range('synthetic_shapes.scale', scale, 0.02, 0.9)
+    check_range('synthetic_shapes.max_turn', (0, max_turn), 0, 180)
     if split not in _SPLITS:
       raise InputError(f"synthetic_shapes.split is {split!r}, legal: 'train', 'eval'")
     size = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
@@ -61,6 +63,7 @@ class SyntheticShapes:
     check_range('synthetic_shapes.image_size', sorted(size), 32, 4096)
     self._num_images, self._key = num_images, (_TAG, seed, _SPLITS.index(split))
     self._size, self._scale = tuple(size), tuple(scale)
+    self._max_turn = np.deg2rad(max_turn)
     self.max_boxes = max_shapes
 
   def __len__(self) -> int:
@@ -107,7 +110,7 @@ class SyntheticShapes:
     shapes = []
     for extent in extents:
       label = int(rng.integers(len(_NAMES)))
-      outline = _outline(rng, _NAMES[label], extent)
+      outline = _outline(rng, _NAMES[label], extent, self._max_turn)
       place = _place(rng, outline.max(axis=0), self._size, [s.box for s in shapes])
       if place is not None:
         outline = outline + place
@@ -116,29 +119,36 @@ class SyntheticShapes:
     return shapes
 
 
-def _outline(rng: np.random.Generator, name: str, extent: float) -> np.ndarray:
+def _outline(rng: np.random.Generator, name: str, extent: float,
+             max_turn: float) -> np.ndarray:
   """f64 [P, 2] of a shape turned and stretched at random, longer side `extent`, corner at 0."""
-  turn = rng.uniform(0, 2 * np.pi)
   stretch = np.exp(rng.uniform(-0.18, 0.18))
-  points = _POLYGONS[name] @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
-  points = points * [stretch, 1 / stretch]
+  points = _turn(_POLYGONS[name], rng.uniform(-max_turn, max_turn)) * [stretch, 1 / stretch]
   points -= points.min(axis=0)
   return points * (extent / points.max())
 
 
+def _turn(points: np.ndarray, angle: float) -> np.ndarray:
+  """Points [P, 2] turned about the origin, `angle` in radians."""
+  return points @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
 def _regular(corners: int, radii: Sequence[float] = (1.0,)) -> np.ndarray:
-  """A polygon whose corners go round the origin at these distances in turn; f64 [corners, 2]."""
+  """A polygon with corners around the origin, the first at the right; f64 [corners, 2].
+
+  The corners' distances from the origin are `radii` over and over.
+  """
   angle = np.arange(corners) * 2 * np.pi / corners
   radius = np.resize(radii, corners)
   return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
 _ARM = 0.3  # Half the width of the cross's arms, of their length.
-_POLYGONS = {
+_POLYGONS = {  # Upright; y points down.
     'circle': _regular(48),
-    'square': _regular(4),
-    'triangle': _regular(3),
-    'star': _regular(10, (1.0, 0.42)),
+    'square': _turn(_regular(4), np.pi / 4),
+    'triangle': _turn(_regular(3), -np.pi / 2),
+    'star': _turn(_regular(10, (1.0, 0.42)), -np.pi / 2),
     'cross': np.array([(1, _ARM), (_ARM, _ARM), (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM),
                        (-1, -_ARM), (-_ARM, -_ARM), (-_ARM, -1), (_ARM, -1), (_ARM, -_ARM),
                        (1, -_ARM)]),

@@ -18,6 +18,7 @@ from ppn_jax.detector import Detector, Variables
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation import coco
 from ppn_jax.evaluation.drawing import draw_boxes, mosaic, save_png
+from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import Run
 from ppn_jax.training import partition
 from ppn_jax.training.step import abstract_state, jit_detect
@@ -120,6 +121,7 @@ def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pict
   Raises:
     InputError: no such checkpoint, or bad data.
   """
+  keep_freed_memory()
   mesh = partition.data_mesh()
   detector = run.detector()
   evaluator = build_evaluator(run, detector, mesh, scorer=scorer)

@@ -3,7 +3,8 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,11 +13,12 @@ from ml_collections import ConfigDict
 
 from ppn_jax.data.loader import required_boxes, train_batches
 from ppn_jax.data.sources import Source, build_source
-from ppn_jax.data.transforms import build_transforms
+from ppn_jax.data.transforms import Resize, build_transforms
 from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation.coco import Scores
 from ppn_jax.evaluation.job import Evaluator, build_evaluator
+from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import Run, create_run
 from ppn_jax.training import partition
 from ppn_jax.training.checkpoint import Checkpoints
@@ -58,23 +60,26 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
       compile, and nothing is overwritten.
     TrainingDiverged: a loss or gradient is not finite.
   """
-  # 1. Everything that can be wrong with the user's input, cheapest first.
+  keep_freed_memory()
+  # 1. Everything that can be wrong with the user's input, before anything is written.
   _check_intervals(config)
   mesh = partition.data_mesh()
   partition.check_batch_size('train.batch_size', config.train.batch_size, mesh)
-  source = build_source(config.data.train.to_dict())
-  eval_source = None
+  source, eval_source = build_source(config.data.train.to_dict()), None
   if config.train.evaluate_every:
     eval_source = build_source(config.data.eval.to_dict(), categories=source.categories)
   run = create_run(workdir, config, source.categories)
-  detector, optimizer = run.detector(), run.optimizer()
-  # 2. The state: the newest whole checkpoint, or a fresh one.
-  with (Progress(run.config.train.steps) as progress,
+  detector, optimizer, evaluator = run.detector(), run.optimizer(), None
+  if eval_source is not None:
+    evaluator = build_evaluator(run, detector, mesh, source=eval_source)
+  input_options = _input_options(config, source)
+  with (Progress(config.train.steps) as progress,
         run.checkpoints(read_only=False) as checkpoints):
     abstract = abstract_state(detector, optimizer, mesh)
     progress.say(_describe(run, abstract, source, mesh))
     for bad_boxes in filter(None, (getattr(s, 'bad_boxes', None) for s in (source, eval_source))):
       progress.say(str(bad_boxes))
+    # 2. The state: the newest whole checkpoint, or a fresh one.
     start = checkpoints.latest() or 0
     if start:
       progress.say(f'resuming {run.workdir} from step {start:,}')
@@ -82,11 +87,19 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
     else:
       state = jit_init(detector, optimizer, mesh)(config.seed)
     # 3. The steps.
-    evaluator = None
-    if eval_source is not None:
-      evaluator = build_evaluator(run, detector, mesh, source=eval_source)
+    run.save()
     steps = _Steps(run, mesh, checkpoints, progress, MetricsWriter(run.workdir, start), evaluator)
-    return steps.take(state, start, jit_train_step(detector, optimizer, mesh), source)
+    return steps.take(state, start, jit_train_step(detector, optimizer, mesh), source,
+                      input_options)
+
+
+def _input_options(config: ConfigDict, source: Source) -> dict[str, Any]:
+  """Arguments of `train_batches` that the config decides, checked."""
+  Resize(config.model.image_size, config.data.resize)
+  return {'transforms': build_transforms(config.data.transforms), 'resize': config.data.resize,
+          'image_size': config.model.image_size, 'batch_size': config.train.batch_size,
+          'seed': config.seed, 'threads': config.data.threads,
+          'max_boxes': required_boxes(source, config.data.max_boxes)}
 
 
 @dataclasses.dataclass
@@ -101,15 +114,16 @@ class _Steps:
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
   watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
 
-  def take(self, state: TrainState, start: int, train_step, source: Source) -> Scores | None:
+  def take(self, state: TrainState, start: int, train_step: Callable, source: Source,
+           input_options: dict[str, Any]) -> Scores | None:
     """Takes the steps after `start`; returns the last evaluation's figures."""
     train = self.run.config.train
     if start >= train.steps:
       self.progress.say(f'nothing to do: trained to step {start:,} already')
       return None
-    train_step = self._compile(train_step, state, source)
+    train_step = self._compile(train_step, state, input_options['max_boxes'])
     scores = None
-    with Prefetcher(self._batches(source, start)) as batches:
+    with Prefetcher(self._batches(source, start, input_options)) as batches:
       for step in range(start + 1, train.steps + 1):
         images, truth = self._next(batches)
         with self.watch.stepping():
@@ -140,26 +154,21 @@ class _Steps:
     with self.watch.waiting():
       return next(batches)
 
-  def _compile(self, train_step, state: TrainState, source: Source):
+  def _compile(self, train_step: Callable, state: TrainState, max_boxes: int) -> Callable:
     config = self.run.config
-    batch = abstract_batch(config.train.batch_size, config.model.image_size,
-                           required_boxes(source, config.data.max_boxes), self.mesh)
+    batch = abstract_batch(config.train.batch_size, config.model.image_size, max_boxes, self.mesh)
     self.progress.say('compiling the training step (once a start; a minute or so on a TPU)')
     started = time.perf_counter()
     compiled = train_step.lower(state, *batch).compile()
     self.progress.say(f'compiled in {duration(time.perf_counter() - started)}')
     return compiled
 
-  def _batches(self, source: Source, start: int) -> Iterator[tuple[Array, GroundTruth]]:
+  def _batches(self, source: Source, start: int, options: dict[str, Any]
+               ) -> Iterator[tuple[Array, GroundTruth]]:
     """Global arrays for the steps after `start`, which is as many batches into the order."""
-    config = self.run.config
-    batch_size = config.train.batch_size
-    batches = train_batches(
-        source, transforms=build_transforms(config.data.transforms), resize=config.data.resize,
-        image_size=config.model.image_size, batch_size=batch_size, seed=config.seed,
-        max_boxes=required_boxes(source, config.data.max_boxes), start_step=start,
-        rows=partition.local_rows(batch_size, self.mesh), threads=config.data.threads)
-    for batch in batches:
+    batch_size = options['batch_size']
+    rows = partition.local_rows(batch_size, self.mesh)
+    for batch in train_batches(source, start_step=start, rows=rows, **options):
       yield partition.to_global((batch.images, batch.truth), self.mesh, batch_size)
 
   def _report(self, step: int) -> None:
