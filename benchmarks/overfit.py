@@ -28,7 +28,7 @@ from ppn_jax.training.loop import train
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--images', type=int, default=32)
-  parser.add_argument('--steps', type=int, default=600)
+  parser.add_argument('--steps', type=int, default=300)
   parser.add_argument('--batch', type=int, default=16)
   parser.add_argument('--learning_rate', type=float, default=0.1)
   parser.add_argument('--workdir', help='keep the run here (default: a temporary folder)')
@@ -84,8 +84,8 @@ def make_config(args: argparse.Namespace, annotations: str):
   config.optim.weight_decay = 0.0
   config.train.steps, config.train.batch_size = args.steps, args.batch
   config.train.log_every = 20
-  config.train.checkpoint_every = 200
-  config.train.evaluate_every = 200
+  config.train.checkpoint_every = 100
+  config.train.evaluate_every = 100
   config.eval.batch_size = 16
   return config.lock()
 

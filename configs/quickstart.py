@@ -17,9 +17,9 @@ def get_config():
   config.model.head.depth = 128
   config.model.layers.norm_decay = 0.95
   config.data.train = dict(name='synthetic_shapes', num_images=20_000, split='train', seed=0,
-                           image_size=128, scale=(0.12, 0.7), max_shapes=5, max_turn=20.0)
+                           image_size=128, scale=(0.16, 0.7), max_shapes=4, max_turn=20.0)
   config.data.eval = dict(name='synthetic_shapes', num_images=500, split='eval', seed=0,
-                          image_size=128, scale=(0.12, 0.7), max_shapes=5, max_turn=20.0)
+                          image_size=128, scale=(0.16, 0.7), max_shapes=4, max_turn=20.0)
   config.loss.alpha = 0.75
   config.data.transforms = (dict(name='horizontal_flip'),)
   config.optim.learning_rate = 0.15
