@@ -96,7 +96,7 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
     raise InputError(f'workdir {workdir} is a file; give a folder, new or of an earlier run')
   if _config_path(workdir).exists():
     _check_same_model(open_run(workdir), config, categories)
-  elif (workdir / 'checkpoints').exists():
+  elif any((workdir / 'checkpoints').glob('*')):
     raise InputError(f'workdir {workdir} has checkpoints but no config.json, so what they hold is '
                      'unknown; give a new folder')
   return Run(workdir, config, tuple(categories))

@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   except InputError as e:
     print(f'ppn: error: {" ".join(str(e).split())}', file=sys.stderr)
     return 2
+  except PermissionError as e:
+    print(f'ppn: error: {e.filename}: {e.strerror}', file=sys.stderr)
+    return 2
   except KeyboardInterrupt:
     print('ppn: interrupted', file=sys.stderr)
     return 130

@@ -125,6 +125,8 @@ def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pict
   mesh = partition.data_mesh()
   detector = run.detector()
   evaluator = build_evaluator(run, detector, mesh, scorer=scorer)
+  if getattr(evaluator.source, 'bad_boxes', None):
+    say(str(evaluator.source.bad_boxes))
   step, variables = load_variables(run, detector, mesh, step=step)
   say(f'evaluating step {step:,} on {len(evaluator.source):,} images')
   rows = evaluator.rows(variables, on_images=_every_tenth(len(evaluator.source), say))

@@ -204,7 +204,9 @@ class _Steps:
 
   def _evaluate(self, step: int, state: TrainState) -> Scores:
     started = time.perf_counter()
-    rows = self.evaluator.rows(state.best_variables(), on_images=lambda count: None)
+    total = len(self.evaluator.source)
+    rows = self.evaluator.rows(state.best_variables(), on_images=lambda count: (
+        self.progress.advance(step, f'evaluating: {count:,}/{total:,} images')))
     scores = self.evaluator.score(rows)
     if jax.process_index() == 0:
       self.writer.write(step, {f'eval/{name}': value for name, value in scores.figures.items()})

@@ -88,15 +88,16 @@ class Progress:
     if self._console.is_terminal:
       self.advance(step)
     else:
-      self.say(self._line(step))
+      self.say(self._line(step, status))
 
-  def advance(self, step: int) -> None:
-    """Moves the live line's step on; nothing elsewhere."""
+  def advance(self, step: int, doing: str = '') -> None:
+    """Moves the live line on, for the moment with what the run is `doing`; nothing elsewhere."""
     if self._console.is_terminal:
-      self._live.update(Text(self._line(step), no_wrap=True, overflow='ellipsis'), refresh=True)
+      line = Text(self._line(step, doing or self._status), no_wrap=True, overflow='ellipsis')
+      self._live.update(line, refresh=True)
 
-  def _line(self, step: int) -> str:
-    return f'step {step:,}/{self._steps:,}  {self._status}'.rstrip()
+  def _line(self, step: int, status: str) -> str:
+    return f'step {step:,}/{self._steps:,}  {status}'.rstrip()
 
 
 class Stopwatch:
