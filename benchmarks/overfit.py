@@ -28,7 +28,7 @@ from ppn_jax.training.loop import train
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--images', type=int, default=32)
-  parser.add_argument('--steps', type=int, default=300)
+  parser.add_argument('--steps', type=int, default=500)
   parser.add_argument('--batch', type=int, default=16)
   parser.add_argument('--learning_rate', type=float, default=0.1)
   parser.add_argument('--workdir', help='keep the run here (default: a temporary folder)')

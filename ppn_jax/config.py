@@ -5,6 +5,7 @@ means, which values are legal and what the default does.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def base_config() -> ConfigDict:
@@ -15,14 +16,16 @@ def base_config() -> ConfigDict:
   config.model = dict(  # ppn_jax.detector.build
       image_size=300,
       num_classes=0,  # 0: as many as the training data has.
-      backbone=dict(name='mobilenet_v1', depth_multiplier=1.0),
+      backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11),
       neck=dict(name='pooling_pyramid', stride=16, num_levels=6, projection=0),
-      head=dict(name='shared_box_predictor', depth=512, norm_per_level=True),
+      head=dict(name='shared_box_predictor', depth=512, norm_per_level=True,
+                prior=0.01),
       anchors=dict(  # ppn_jax.detection.anchors.ssd_anchors
           min_scale=0.15, max_scale=0.95, aspect_ratios=(1.0, 2.0, 0.5, 3.0, 0.3333),
           reduce_lowest_level=False),
       layers=dict(  # ppn_jax.models.layers.LayerPolicy
-          dtype='float32', norm_decay=0.97, norm_epsilon=0.001))
+          dtype='float32', norm_decay=0.97, norm_epsilon=0.001, conv_form='auto',
+          kernel_stddev=placeholder(float)))  # None: He's.
   config.matching = dict(  # ppn_jax.detection.matching.assign
       matched_iou=0.5, force_match=True, ignore_crowd=True)
   config.loss = dict(  # ppn_jax.detection.losses.detection_loss

@@ -150,7 +150,10 @@ def _shared_count(per_cell: tuple[int, ...]) -> int:
 
 
 def _check_rows(detector: Detector) -> None:
-  """Every output row must have its anchor; shapes only, nothing is compiled."""
+  """Every output row must have its anchor, and loss and postprocess take what comes.
+
+  Shapes only, nothing is compiled.
+  """
   outputs = jax.eval_shape(lambda: detector.forward(detector.init(jax.random.key(0)),
                                                     detector.blank_images()))
   rows, classes = outputs.class_logits.shape[1:]
@@ -158,3 +161,7 @@ def _check_rows(detector: Detector) -> None:
     raise InputError(
         f'the head gives {rows} rows of {classes} classes, but there are '
         f'{len(detector.anchors.boxes)} anchors and {detector.num_classes} classes')
+  one_box = GroundTruth(*(jnp.zeros((1, 1, *tail), dtype) for tail, dtype in [
+      ((4,), jnp.float32), ((), jnp.int32), ((), jnp.bool_), ((), jnp.bool_)]))
+  jax.eval_shape(detector.loss, outputs, one_box)
+  jax.eval_shape(lambda o: detector.postprocess(o, detector.anchors), outputs)

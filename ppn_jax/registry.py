@@ -30,7 +30,7 @@ def resolve(kind: str, name: str, known: Mapping[str, str]) -> Callable[..., Any
   module, _, attribute = path.partition(':')
   try:
     return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as e:
+  except (ImportError, AttributeError, ValueError, TypeError) as e:  # The last two: a bad path.
     raise InputError(f'{kind} {name!r} cannot be loaded: {e}') from e
 
 
@@ -43,6 +43,8 @@ def build(kind: str, block: Mapping[str, Any], known: Mapping[str, str], **given
   Raises:
     InputError: no such component, or an option that it does not take.
   """
+  if not isinstance(block, Mapping):
+    raise InputError(f"{kind} {block!r} is no block; write {{'name': ..., option: value}}")
   options = dict(block)
   name = options.pop('name', None)
   component = resolve(kind, name, known)
@@ -54,7 +56,8 @@ def bind(what: str, function: Callable[..., Any], options: Mapping[str, Any], *,
   """`function` with a config block's options filled in; the caller passes the arguments `given`.
 
   Raises:
-    InputError: an option that `function` does not take, with the nearest that it does.
+    InputError: an option that `function` does not take, with the nearest that it does, or one
+      that it needs and is not given.
   """
   parameters = inspect.signature(function).parameters
   if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -63,4 +66,8 @@ def bind(what: str, function: Callable[..., Any], options: Mapping[str, Any], *,
     for option in options:
       if option not in legal:
         raise InputError(f'{what} has no option {option!r}; {did_you_mean(option, legal)}')
+  required = {n for n, p in parameters.items()
+              if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+  for missing in sorted(required - set(given) - set(options)):
+    raise InputError(f'{what} needs the option {missing!r}')
   return functools.partial(function, **options)

@@ -90,7 +90,7 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
   Raises:
     InputError: the workdir is a file, or holds another model's run; the difference is named.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = _local(workdir)
   config = resolve_classes(config, categories)
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f'workdir {workdir} is a file; give a folder, new or of an earlier run')
@@ -108,7 +108,7 @@ def open_run(workdir: str | pathlib.Path) -> Run:
   Raises:
     InputError: there is none, or its files cannot be read.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = _local(workdir)
   if not _config_path(workdir).is_file():
     raise InputError(f'workdir {workdir} is not a run: it has no config.json; '
                      'give the --workdir of a `ppn train`')
@@ -157,6 +157,12 @@ def _tuples(value: Any) -> Any:
   if isinstance(value, dict):
     return {k: _tuples(v) for k, v in value.items()}
   return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _local(workdir: str | pathlib.Path) -> pathlib.Path:
+  if '://' in str(workdir):
+    raise InputError(f'workdir {workdir}: runs are kept in local folders; give one, or mount it')
+  return pathlib.Path(workdir)
 
 
 def _config_path(workdir: pathlib.Path) -> pathlib.Path:

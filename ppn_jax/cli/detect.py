@@ -4,7 +4,7 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ppn_jax.errors import InputError
 
@@ -12,7 +12,10 @@ HELP = """Find objects in pictures.
 
 Writes each picture with its boxes drawn, and detections.json, to the output folder."""
 
-SUFFIXES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff'})
+SUFFIXES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm',
+                      '.avif'})
+
+TAKES_CONFIG = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,24 +56,29 @@ def _detect(predictor, file: pathlib.Path, picture: pathlib.Path, threshold: flo
   """Draws what is found in one file; returns its entry in detections.json."""
   from ppn_jax.data.images import decode
   from ppn_jax.evaluation.drawing import draw_boxes, save_png
-  image = decode(file.read_bytes(), name=str(file))
+  try:
+    data = file.read_bytes()
+  except OSError as e:
+    raise InputError(f'{file}: cannot be read: {e.strerror}') from e
+  image = decode(data, name=str(file))
   height, width = image.shape[:2]
   detections, = predictor([image])
   drawn = detections.scores >= threshold
   save_png(picture, draw_boxes(image, detections.boxes[drawn], detections.labels[drawn],
                                [c.name for c in predictor.categories], detections.scores[drawn]))
   return {'file': str(file), 'picture': str(picture), 'width': width, 'height': height,
-          'detections': list(_entries(predictor.categories, detections, height, width))}
+          'detections': _entries(predictor.categories, detections, height, width)}
 
 
-def _entries(categories: Sequence, detections, height: int, width: int) -> Iterator[dict]:
-  for box, score, label in zip(detections.boxes, detections.scores, detections.labels,
-                               strict=True):
-    ymin, xmin, ymax, xmax = (float(b) for b in box)
-    yield {'category': categories[label].name, 'category_id': categories[label].id,
-           'score': float(score),
-           # As in COCO's results: x, y, width, height in pixels.
-           'bbox': [xmin * width, ymin * height, (xmax - xmin) * width, (ymax - ymin) * height]}
+def _entries(categories: Sequence, detections, height: int, width: int) -> list[dict]:
+  """COCO rows, bbox [x, y, width, height] in pixels, with the class's name for the image's id."""
+  from ppn_jax.detection.structures import Detections
+  from ppn_jax.evaluation.coco import to_rows
+  batch = Detections(*(field[None] for field in detections))
+  names = {c.id: c.name for c in categories}
+  rows = to_rows(batch, [0], [(height, width)], [True], categories)
+  return [{'category': names[row['category_id']],
+           **{key: row[key] for key in ('category_id', 'score', 'bbox')}} for row in rows]
 
 
 def _find(paths: Sequence[str]) -> list[pathlib.Path]:

@@ -1,15 +1,19 @@
 """`ppn evaluate`."""
 
 import argparse
+import pathlib
 
 from ppn_jax.cli.flags import CONFIG_HELP, override
+from ppn_jax.errors import InputError
 
 HELP = f"""Score a checkpoint with COCO's metrics.
 
 Prints COCO's twelve figures and a table by class; writes results.json (COCO's
 results format) and scores.json to WORKDIR/evaluation/STEP.
 {CONFIG_HELP}
-So --config.data.eval.images and .annotations evaluate on other data."""
+So --config.data.eval.images and .annotations evaluate on other data, with --output."""
+
+TAKES_CONFIG = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--scorer', choices=('hotcoco', 'pycocotools'), default='hotcoco',
                       help='hotcoco gives the same figures as pycocotools, sooner '
                            '(default: %(default)s)')
+  parser.add_argument('--output', metavar='DIR',
+                      help='folder to write to (default: WORKDIR/evaluation/STEP)')
   parser.add_argument('--pictures', type=int, default=0, metavar='N',
                       help='draw truth (white) and detections of N images to pictures.png there')
 
@@ -29,9 +35,15 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.evaluation.coco import format_table
   from ppn_jax.evaluation.job import evaluate
   from ppn_jax.run import open_run
+  if args.pictures < 0:
+    raise InputError(f'--pictures={args.pictures} must be at least 0')
+  if args.overrides and not args.output:
+    raise InputError('give --output=DIR beside --config entries, so that the figures of the '
+                     "run's own evaluation are not overwritten")
   opened = open_run(args.workdir)
   opened = dataclasses.replace(opened, config=override(opened.config, args.overrides))
   evaluation = evaluate(opened, step=args.step, scorer=args.scorer, pictures=args.pictures,
+                        output=pathlib.Path(args.output) if args.output else None,
                         say=lambda line: print(line, file=sys.stderr))
   print(format_table(evaluation.scores))
   print(f'{evaluation.scores.num_detections:,} detections on {evaluation.scores.num_images:,} '

@@ -19,7 +19,7 @@ def load_config(path: str, overrides: Sequence[str]) -> 'ConfigDict':
 
   Args:
     path: of a Python file; 'FILE:ARGUMENT' passes an argument to `get_config`.
-    overrides: '--config.block.key=value' each.
+    overrides: '--config.block.key=value' each, with the '='.
 
   Raises:
     InputError: no such file, a file that fails, an unknown key or a value of another type.
@@ -55,10 +55,7 @@ def override(config: 'ConfigDict', overrides: Sequence[str]) -> 'ConfigDict':
   from ml_collections import config_flags
 
   for argument in overrides:
-    key, equals, _ = argument.removeprefix('--config.').partition('=')
-    if not equals:
-      raise InputError(f'{argument}: write --config.{key}=VALUE')
-    _check_key(config, key)
+    _check_key(config, argument.removeprefix('--config.').partition('=')[0])
   argv = ['ppn', *overrides]
   values = flags.FlagValues()
   config_flags.DEFINE_config_dict('config', config.copy_and_resolve_references(),

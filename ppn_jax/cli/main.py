@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from ppn_jax.errors import InputError, did_you_mean
 
-# Each is a module of ppn_jax.cli with `HELP`, `add_arguments(parser)` and `run(args)`. They
-# import the heavy libraries inside `run`, so that help and mistakes answer at once.
+# Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (whether --config.key=value is for it),
+# `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that help
+# and mistakes answer at once.
 COMMANDS = ('train', 'evaluate', 'detect')
 
 DESCRIPTION = """\
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except InputError as e:
     print(f'ppn: error: {" ".join(str(e).split())}', file=sys.stderr)
     return 2
-  except PermissionError as e:
+  except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as e:
     print(f'ppn: error: {e.filename}: {e.strerror}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
@@ -76,10 +77,20 @@ def _run(argv: list[str]) -> int:
   if argv and argv[0] in parsers:
     parsers[argv[0]].check_flags(argv[1:])
   args, rest = parser.parse_known_args(argv)
-  if rest and any(not r.startswith('--config.') for r in rest):
-    raise InputError(f'ppn {args.command}: unexpected argument {rest[0]!r}')
+  _check_rest(args.command, rest, modules[args.command].TAKES_CONFIG)
   args.overrides = rest
   return modules[args.command].run(args)
+
+
+def _check_rest(command: str, rest: Sequence[str], takes_config: bool) -> None:
+  """Raises InputError unless all that no flag took is `--config.key=value`, and wanted."""
+  for argument in rest:
+    if not argument.startswith('--config.'):
+      raise InputError(f'ppn {command}: unexpected argument {argument!r}')
+    if not takes_config:
+      raise InputError(f'ppn {command} takes no config entries, got {argument}')
+    if '=' not in argument:
+      raise InputError(f'ppn {command}: write {argument}=VALUE')
 
 
 if __name__ == '__main__':

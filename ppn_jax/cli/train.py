@@ -10,6 +10,8 @@ HELP = f"""Train a detector, or go on with a run that was stopped.
 A workdir that holds a run of the same model is resumed from its newest checkpoint.
 {CONFIG_HELP}"""
 
+TAKES_CONFIG = True
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', required=True, metavar='FILE',

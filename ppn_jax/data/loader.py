@@ -97,11 +97,11 @@ def num_eval_batches(num_images: int, batch_size: int) -> int:
   return -(-num_images // batch_size)
 
 
-def required_boxes(sources: Source | Sequence[Source], max_boxes: int = 0) -> int:
+def required_boxes(source: Source, max_boxes: int = 0) -> int:
   """G, the boxes to pad every image's truth to.
 
   Args:
-    sources: one or all of the run's data sets.
+    source: the data set.
     max_boxes: the config's figure; 0 means as many as the fullest image has, rounded up to a
       multiple of 8.
 
@@ -109,7 +109,7 @@ def required_boxes(sources: Source | Sequence[Source], max_boxes: int = 0) -> in
     InputError: some image has more than `max_boxes`.
   """
   check_integer('max_boxes', max_boxes, 0)
-  needed = max(s.max_boxes for s in (sources if isinstance(sources, Sequence) else [sources]))
+  needed = source.max_boxes
   if not max_boxes:
     return max(8, -(-needed // 8) * 8)
   if max_boxes < needed:

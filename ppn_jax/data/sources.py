@@ -41,8 +41,8 @@ class Source(Protocol):
     """
 
 
-def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | None = None,
-                 **given: Any) -> Source:
+def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | None = None
+                 ) -> Source:
   """The source of a config block; see `registry.build`.
 
   Args:
@@ -52,7 +52,7 @@ def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | N
   Raises:
     InputError: no such source or option, bad data, or other classes than the run's.
   """
-  source = registry.build('source', block, SOURCES, **given)
+  source = registry.build('source', block, SOURCES)
   if categories is not None:
     check_categories(f"source {block['name']!r}", source.categories, categories)
   return source

@@ -56,7 +56,7 @@ def _shapes_by_level(num_levels, min_scale, max_scale, aspect_ratios, reduce_low
   if not 0 < min_scale <= max_scale <= 1:
     raise InputError(f'anchors: min_scale={min_scale} and max_scale={max_scale} must satisfy '
                      '0 < min_scale <= max_scale <= 1')
-  if not aspect_ratios or min(aspect_ratios) <= 0:
+  if not aspect_ratios or not all(isinstance(r, (int, float)) and r > 0 for r in aspect_ratios):
     raise InputError(f'anchors: aspect_ratios={tuple(aspect_ratios)} must be positive numbers')
   # The reference's options pass through protobuf's float32, then Python computes in float64.
   low, high = float(np.float32(min_scale)), float(np.float32(max_scale))

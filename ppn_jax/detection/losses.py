@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ppn_jax.detection.structures import Array, Outputs, Targets
+from ppn_jax.errors import InputError
 
 
 class DetectionLoss(NamedTuple):
@@ -29,7 +30,13 @@ def detection_loss(outputs: Outputs, targets: Targets, *, alpha: float = 0.25, g
     targets: of `matching.assign`.
     alpha, gamma: of `focal`. The paper states .25 and 2; the reference's config has .75.
     localization_weight: w. The reference's PPN config has 1.5.
+
+  Raises:
+    InputError: a weight outside its range.
   """
+  if not 0 <= alpha <= 1 or gamma < 0 or localization_weight < 0:
+    raise InputError(f'loss: alpha={alpha} must lie in 0 to 1, gamma={gamma} and '
+                     f'localization_weight={localization_weight} be at least 0')
   num_classes = outputs.class_logits.shape[-1]
   # The label of an anchor that is not positive is masked off, which leaves all columns zero.
   wanted = jax.nn.one_hot(targets.labels, num_classes, dtype=bool) & targets.positive[..., None]

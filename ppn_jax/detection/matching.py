@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ppn_jax.detection import boxes
 from ppn_jax.detection.structures import Anchors, Array, GroundTruth, Targets
+from ppn_jax.errors import InputError
 
 # An anchor of which this share lies in a crowd box is neither right nor wrong there.
 CROWD_COVERAGE = 0.5
@@ -22,7 +23,7 @@ def assign(anchors: Anchors, truth: GroundTruth, *, matched_iou: float = 0.5,
   Args:
     anchors: A anchors.
     truth: G truth boxes for each of B images; rows that are not valid take no part.
-    matched_iou: least IoU of a positive anchor, 0 to 1.
+    matched_iou: least IoU of a positive anchor, above 0 and at most 1.
     force_match: whether each truth box claims its best anchor.
     ignore_crowd: crowd boxes get no anchor, and anchors half covered by one are ignored unless
       positive. If False, a crowd box is a box like any other, as in the reference.
@@ -30,7 +31,12 @@ def assign(anchors: Anchors, truth: GroundTruth, *, matched_iou: float = 0.5,
   Returns:
     Targets with leading dimensions [B, A]. Codes and labels of anchors that are not positive
     are zero and must be masked by `positive`.
+
+  Raises:
+    InputError: `matched_iou` is outside its range.
   """
+  if not 0 < matched_iou <= 1:
+    raise InputError(f'matching: matched_iou={matched_iou} must be above 0 and at most 1')
   wanted = truth.valid & ~truth.crowd if ignore_crowd else truth.valid
   # Truth by anchors, so that the long axis lies in a TPU's lanes.
   overlap = jnp.where(wanted[..., None], boxes.iou(truth.boxes, anchors.boxes), -1.0)  # [B, G, A]

@@ -108,6 +108,7 @@ class Evaluation:
 
 
 def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pictures: int = 0,
+             output: pathlib.Path | None = None,
              say: Callable[[str], None] = print) -> Evaluation:
   """Scores a saved step on the run's evaluation data and writes down what it found.
 
@@ -116,6 +117,7 @@ def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pict
     step: a saved step; the newest by default.
     scorer: see `coco.score`.
     pictures: how many images to draw on a contact sheet, `pictures.png`.
+    output: folder to write to; by default `evaluation/STEP` in the workdir.
     say: told what goes on, a line at a time.
 
   Raises:
@@ -131,7 +133,7 @@ def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pict
   say(f'evaluating step {step:,} on {len(evaluator.source):,} images')
   rows = evaluator.rows(variables, on_images=_every_tenth(len(evaluator.source), say))
   scores = evaluator.score(rows)
-  folder = run.workdir / 'evaluation' / str(step)
+  folder = output or run.workdir / 'evaluation' / str(step)
   if jax.process_index() == 0:
     coco.write_results(folder / 'results.json', rows)
     write_scores(folder / 'scores.json', scores)

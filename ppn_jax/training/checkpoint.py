@@ -26,7 +26,7 @@ class Checkpoints:
   that the last save is completed.
 
   Args:
-    folder: created on the first save.
+    folder: made if need be.
     keep_last: how many of the newest steps to keep.
     keep_best: how many of the steps with the highest AP to keep besides.
     read_only: for those who look at a run that another process may be writing.
@@ -106,6 +106,10 @@ def _check_same_tree(saved: Any, wanted: Any, where: pathlib.Path) -> None:
   """InputError, naming one difference, unless both trees have the same names and shapes."""
   there, here = _shapes(saved), _shapes(wanted)
   # Variables before what follows from them.
+  for what in ('average', 'opt_state'):
+    if (any(n.startswith(what) for n in there) != any(n.startswith(what) for n in here)):
+      raise InputError(f'{where} and this config differ in whether there is a state of {what!r}; '
+                       'optim.ema_decay cannot be turned on or off in a run')
   for name in sorted(there.keys() | here.keys(), key=lambda n: (not n.startswith('variables'), n)):
     if there.get(name) != here.get(name):
       raise InputError(

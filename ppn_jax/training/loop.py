@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import required_boxes, train_batches
 from ppn_jax.data.sources import Source, build_source
 from ppn_jax.data.transforms import Resize, build_transforms
@@ -62,7 +63,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
   """
   keep_freed_memory()
   # 1. Everything that can be wrong with the user's input, before anything is written.
-  _check_intervals(config)
+  _check_numbers(config)
   mesh = partition.data_mesh()
   partition.check_batch_size('train.batch_size', config.train.batch_size, mesh)
   source, eval_source = build_source(config.data.train.to_dict()), None
@@ -75,20 +76,26 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
   input_options = _input_options(config, source)
   with (Progress(config.train.steps) as progress,
         run.checkpoints(read_only=False) as checkpoints):
+    start = checkpoints.latest() or 0
+    if start >= config.train.steps:
+      progress.say(f'nothing to do: {run.workdir} is trained to step {start:,} already')
+      return None
     abstract = abstract_state(detector, optimizer, mesh)
     progress.say(_describe(run, abstract, source, mesh))
     for bad_boxes in filter(None, (getattr(s, 'bad_boxes', None) for s in (source, eval_source))):
       progress.say(str(bad_boxes))
     # 2. The state: the newest whole checkpoint, or a fresh one.
-    start = checkpoints.latest() or 0
     if start:
       progress.say(f'resuming {run.workdir} from step {start:,}')
       state = checkpoints.restore(abstract, start)
     else:
       state = jit_init(detector, optimizer, mesh)(config.seed)
     # 3. The steps.
-    run.save()
-    steps = _Steps(run, mesh, checkpoints, progress, MetricsWriter(run.workdir, start), evaluator)
+    writer = None
+    if jax.process_index() == 0:
+      run.save()
+      writer = MetricsWriter(run.workdir, start)
+    steps = _Steps(run, mesh, checkpoints, progress, writer, evaluator)
     return steps.take(state, start, jit_train_step(detector, optimizer, mesh), source,
                       input_options)
 
@@ -96,6 +103,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
 def _input_options(config: ConfigDict, source: Source) -> dict[str, Any]:
   """Arguments of `train_batches` that the config decides, checked."""
   Resize(config.model.image_size, config.data.resize)
+  check_integer('data.threads', config.data.threads, 0)
   return {'transforms': build_transforms(config.data.transforms), 'resize': config.data.resize,
           'image_size': config.model.image_size, 'batch_size': config.train.batch_size,
           'seed': config.seed, 'threads': config.data.threads,
@@ -109,7 +117,7 @@ class _Steps:
   mesh: Mesh
   checkpoints: Checkpoints
   progress: Progress
-  writer: MetricsWriter
+  writer: MetricsWriter | None  # Of the first process only.
   evaluator: Evaluator | None
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
   watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
@@ -118,9 +126,6 @@ class _Steps:
            input_options: dict[str, Any]) -> Scores | None:
     """Takes the steps after `start`; returns the last evaluation's figures."""
     train = self.run.config.train
-    if start >= train.steps:
-      self.progress.say(f'nothing to do: trained to step {start:,} already')
-      return None
     train_step = self._compile(train_step, state, input_options['max_boxes'])
     scores = None
     with Prefetcher(self._batches(source, start, input_options)) as batches:
@@ -139,11 +144,12 @@ class _Steps:
         if saving or step % train.log_every == 0:
           self._report(step)  # Also what keeps a state that is not finite from being saved.
         if evaluating:
-          scores = self._evaluate(step, state)
+          scores = self._evaluate_or_save(step, state)
         if saving:
           self.checkpoints.save(step, state, scores.figures if evaluating else None)
     self.checkpoints.wait()
-    self.writer.close()
+    if self.writer:
+      self.writer.close()
     return scores
 
   def _next(self, batches: Prefetcher) -> tuple[Array, GroundTruth]:
@@ -173,7 +179,8 @@ class _Steps:
 
   def _report(self, step: int) -> None:
     """Checks and averages the metrics since the last report, then writes and shows them."""
-    taken, metrics = zip(*jax.device_get(self.pending), strict=True)
+    with self.watch.stepping(steps=0):  # The last steps are still under way.
+      taken, metrics = zip(*jax.device_get(self.pending), strict=True)
     self.pending.clear()
     columns = StepMetrics(*(np.array(column) for column in zip(*metrics, strict=True)))
     self._check_finite(taken, columns)
@@ -182,7 +189,7 @@ class _Steps:
     means |= self.watch.rates(self.run.config.train.batch_size)
     left = (self.run.config.train.steps - step) * self.watch.seconds / self.watch.steps
     self.watch = Stopwatch()
-    if jax.process_index() == 0:
+    if self.writer:
       self.writer.write(step, {f'train/{name}': value for name, value in means.items()})
     self.progress.report(step, (
         'loss {loss:.4g} (class {classification:.4g}, box {localization:.4g}, decay '
@@ -202,13 +209,21 @@ class _Steps:
                               'there is no checkpoint before it') +
         f' in {self.run.workdir}. A lower optim.learning_rate or optim.clip_norm=10 may help')
 
+  def _evaluate_or_save(self, step: int, state: TrainState) -> Scores:
+    """A checkpoint waits for its figures, but must not be lost with them."""
+    try:
+      return self._evaluate(step, state)
+    except BaseException:
+      self.checkpoints.save(step, state)
+      raise
+
   def _evaluate(self, step: int, state: TrainState) -> Scores:
     started = time.perf_counter()
     total = len(self.evaluator.source)
     rows = self.evaluator.rows(state.best_variables(), on_images=lambda count: (
         self.progress.advance(step, f'evaluating: {count:,}/{total:,} images')))
     scores = self.evaluator.score(rows)
-    if jax.process_index() == 0:
+    if self.writer:
       self.writer.write(step, {f'eval/{name}': value for name, value in scores.figures.items()})
     figures = scores.figures
     self.progress.say(
@@ -227,7 +242,9 @@ def _describe(run: Run, state: TrainState, source: Source, mesh: Mesh) -> str:
           f'batch {config.train.batch_size}, on {mesh.size} x {device}')
 
 
-def _check_intervals(config: ConfigDict) -> None:
+def _check_numbers(config: ConfigDict) -> None:
+  if not 0 <= config.seed < 2**31:
+    raise InputError(f'seed={config.seed} must be at least 0 and below 2**31')
   for name, least in [('steps', 1), ('batch_size', 1), ('log_every', 1), ('checkpoint_every', 1),
                       ('evaluate_every', 0)]:
     if config.train[name] < least:

@@ -52,16 +52,17 @@ def build_optimizer(*, steps: int, batch_size: int, learning_rate: float,
   Raises:
     InputError: a value outside its range.
   """
+  if warmup_learning_rate is None:
+    warmup_learning_rate = learning_rate / 10
   for name, value, below in [
-      ('learning_rate', learning_rate, None), ('warmup_fraction', warmup_fraction, 1),
+      ('learning_rate', learning_rate, None), ('rate_batch_size', rate_batch_size, None),
+      ('warmup_learning_rate', warmup_learning_rate, None), ('warmup_fraction', warmup_fraction, 1),
       ('momentum', momentum, 1), ('weight_decay', weight_decay, None),
       ('clip_norm', clip_norm, None), ('ema_decay', ema_decay, 1)]:
     if not (0 <= value and (below is None or value < below)):
       limit = '' if below is None else f' and below {below}'
       raise InputError(f'optim.{name}={value} must be at least 0{limit}')
   scale = batch_size / rate_batch_size if rate_batch_size else 1.0
-  if warmup_learning_rate is None:
-    warmup_learning_rate = learning_rate / 10
   schedule = warmup_cosine(scale * learning_rate, steps=steps,
                            warmup_steps=round(warmup_fraction * steps),
                            warmup_rate=scale * warmup_learning_rate)

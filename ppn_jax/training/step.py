@@ -23,6 +23,7 @@ class StepMetrics(NamedTuple):
   regularization: Array
   num_positive: Array  # Positive anchors.
   gradient_norm: Array  # Euclidean, over all parameters, before clipping.
+  parameter_norm: Array  # Euclidean, of the kernels and biases that the step leaves.
   learning_rate: Array
 
 
@@ -52,7 +53,9 @@ def train_step(detector: Detector, optimizer: Optimizer, state: TrainState, imag
   metrics = StepMetrics(
       loss=total, classification=loss.classification, localization=loss.localization,
       regularization=penalty, num_positive=loss.num_positive,
-      gradient_norm=optax.tree.norm(gradient), learning_rate=optimizer.schedule(state.step))
+      gradient_norm=optax.tree.norm(gradient),
+      parameter_norm=optax.tree.norm(variables['params']),
+      learning_rate=optimizer.schedule(state.step))
   return TrainState(state.step + 1, variables, opt_state, average), metrics
 
 

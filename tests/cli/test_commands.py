@@ -141,6 +141,12 @@ def test_detect_never_writes_over_what_it_was_given(run, tmp_path, capsys):
   (['evaluate', '--workdir=w', '--step=three'], '--step'),
   (['evaluate', '--workdir=w', '--scorer=mine'], 'hotcoco'),
   (['detect', '--workdir=w', '--output=o'], 'IMAGE'),
+  (['detect', '--workdir=w', '--output=o', 'a.jpg', '--config.x=1'], 'takes no config entries'),
+  (['train', '--config=c.py', '--workdir=w', '--config.train.steps', '5'],
+   'write --config.train.steps=VALUE'),
+  (['train', '--config=c.py', '--workdir=w', '--config.a=5', 'extra'], "argument 'extra'"),
+  (['evaluate', '--workdir=w', '--pictures=-1'], '--pictures=-1'),
+  (['evaluate', '--workdir=w', '--config.eval.batch_size=8'], '--output'),
   (['detect', '--workdir=w', '--output=o', 'nothing.jpg'], 'no file or folder nothing.jpg'),
 ])
 def test_mistakes_on_the_command_line(capsys, tmp_path, monkeypatch, argv, said):
@@ -160,6 +166,15 @@ def test_mistakes_on_the_command_line(capsys, tmp_path, monkeypatch, argv, said)
   ('--config.data.transforms=({"name":"horizontal_flp"},)', 'horizontal_flip'),
   ('--config.data.max_boxes=1', 'max_boxes'),
   ('--config.model.neck.stride=13', 'stride 13'),
+  ('--config.model.anchors.aspect_ratios=(1,"a")', 'aspect_ratios'),
+  ('--config.seed=-1', 'seed=-1'),
+  ('--config.seed=2147483648', 'seed=2147483648'),
+  ('--config.data.threads=-1', 'threads'),
+  ('--config.data.transforms=3', 'transform 3 is no block'),
+  ('--config.optim.rate_batch_size=-8', 'optim.rate_batch_size=-8'),
+  ('--config.loss.alpha=1.5', 'alpha=1.5'),
+  ('--config.matching.matched_iou=0', 'matched_iou'),
+  ('--config.data.train.name=:X', "':X'"),
   ('--config.model.num_classes=4', 'model.num_classes=4'),
   ('--config.model.backbone.name=resnet', "unknown backbone 'resnet'"),
   ('--config.model.layers.dtype=float8', 'float8'),
@@ -187,7 +202,7 @@ def spoiled(folder, change):
 
 @pytest.mark.parametrize('change, said', [
   (lambda t: t['annotations'][0].update(image_id=12345), '12345'),
-  (lambda t: t['annotations'][0].update(category_id=3), '3'),
+  (lambda t: t['annotations'][0].update(category_id=3), 'category'),
   (lambda t: t['annotations'][0].update(bbox=[5, 5, 0, 9]), "on_bad_box='drop'"),
   (lambda t: t['annotations'][0].update(bbox=[200, 5, 9, 9]), 'outside'),
   (lambda t: t['annotations'][0].update(bbox=[float('nan'), 5, 9, 9]), 'finite'),

@@ -124,10 +124,24 @@ def test_sigkill_and_restart_end_with_the_same_bits(tmp_path):
 
 def test_a_finished_run_is_left_alone(undisturbed, capsys):
   workdir, config, _ = undisturbed
-  before = {p: p.stat().st_mtime_ns for p in (workdir / 'checkpoints').rglob('*') if p.is_file()}
+  def files():
+    return {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
+
+  before = files()
   assert loop.train(config, workdir) is None
   assert 'trained to step 6 already' in capsys.readouterr().err
-  assert before == {p: p.stat().st_mtime_ns for p in before}
+  assert files() == before
+
+
+def test_an_evaluation_that_fails_does_not_lose_the_step(tmp_path, monkeypatch):
+  def fail(*_, **__):
+    raise InputError('bad image')
+
+  monkeypatch.setattr(loop._Steps, '_evaluate', fail)
+  with pytest.raises(InputError, match='bad image'):
+    loop.train(tiny_config(evaluate_every=6, checkpoint_every=6), tmp_path)
+  with open_run(tmp_path).checkpoints(read_only=True) as checkpoints:
+    assert checkpoints.latest() == 6
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -135,15 +149,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   loop.train(config, tmp_path)
   config = config.copy_and_resolve_references()
   config.unlock()
-  config.train.steps, config.optim.clip_norm = 12, 0.0
+  config.train.steps, config.train.checkpoint_every = 12, 1
   config.optim.learning_rate = 1e30
   with pytest.raises(loop.TrainingDiverged) as error:
     loop.train(config.lock(), tmp_path)
   message = str(error.value)
   assert 'is nan at step' in message or 'is inf at step' in message
-  assert 'the last good checkpoint is step 6' in message
   with open_run(tmp_path).checkpoints(read_only=True) as checkpoints:
-    assert checkpoints.latest() == 6
+    good = checkpoints.latest()
+  assert f'the last good checkpoint is step {good}' in message
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(final_state(tmp_path)))
 
 
 def test_another_model_in_the_workdir_is_refused(undisturbed):

@@ -26,5 +26,19 @@ def test_there_and_back():
 def test_batch_sizes_that_cannot_be_split():
   mesh = partition.data_mesh()
   partition.check_batch_size('train.batch_size', 3 * mesh.size, mesh)
-  with pytest.raises(InputError, match='train.batch_size=0 cannot be split'):
+  with pytest.raises(InputError, match=r'train\.batch_size=0 cannot be split'):
     partition.check_batch_size('train.batch_size', 0, mesh)
+
+
+def test_rows_of_many_processes_go_through_devices_byte_by_byte(monkeypatch):
+  # One process plays all: what differs with more is whose devices the rows lie on.
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(partition, 'to_host', jax.device_get)
+  mesh = partition.data_mesh()
+  rng = np.random.default_rng(0)
+  local = (rng.integers(-2**62, 2**62, 8), rng.integers(0, 9999, (8, 2)).astype(np.int32),
+           rng.uniform(size=8) < 0.5)
+  gathered = partition.gather_rows(local, mesh, 8)
+  for there, back in zip(local, gathered, strict=True):
+    assert there.dtype == back.dtype
+    np.testing.assert_array_equal(there, back)
