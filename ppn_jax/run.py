@@ -116,7 +116,8 @@ def open_run(workdir: str | pathlib.Path) -> Run:
     config = ConfigDict(_tuples(json.loads(_config_path(workdir).read_text())))
     categories = json.loads((workdir / 'categories.json').read_text())
     return Run(workdir, config.lock(), tuple(Category(**c) for c in categories))
-  except (OSError, ValueError, TypeError) as e:
+  # Whatever a file of another shape leads to.
+  except (OSError, ValueError, TypeError, AttributeError) as e:
     raise InputError(f'workdir {workdir} cannot be read as a run: {e}') from e
 
 

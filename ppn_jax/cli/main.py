@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from ppn_jax.errors import InputError, did_you_mean
 
-# Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (whether --config.key=value is for it),
-# `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that help
-# and mistakes answer at once.
+# Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (is --config.key=value for it?),
+# `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that
+# help and mistakes answer at once.
 COMMANDS = ('train', 'evaluate', 'detect')
 
 DESCRIPTION = """\

@@ -215,10 +215,10 @@ def test_more_boxes_than_there_is_room_for():
 def test_required_boxes():
   a, b = Numbered(4), SyntheticShapes(1, max_shapes=11)
   assert loader.required_boxes(a, 0) == 8
-  assert loader.required_boxes([a, b], 0) == 16
-  assert loader.required_boxes((a, b), 11) == 11
+  assert loader.required_boxes(b, 0) == 16
+  assert loader.required_boxes(b, 11) == 11
   with pytest.raises(InputError, match='max_boxes is 10, but one image has 11 boxes'):
-    loader.required_boxes([a, b], 10)
+    loader.required_boxes(b, 10)
   with pytest.raises(InputError, match='max_boxes is -1'):
     loader.required_boxes(a, -1)
 
