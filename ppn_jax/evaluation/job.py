@@ -159,7 +159,7 @@ def load_variables(run: Run, detector: Detector, mesh: Mesh, *,
 
 
 def picture(source: Source, rows: list[dict[str, Any]], categories: tuple[Category, ...], *,
-            count: int, threshold: float = 0.3) -> Array:
+            count: int, threshold: float = 0.5) -> Array:
   """A contact sheet of `count` images spread over the data set, truth and detections drawn.
 
   Args:
