@@ -5,12 +5,11 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUNS ?= runs
 QUICKSTART := $(RUNS)/quickstart
 
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test lint clean
 
 help:
 	@echo 'make quickstart  train, evaluate and draw on the embedded data set (a few minutes)'
 	@echo 'make test        run the tests (some need the folder that PPN_SHARED names)'
-	@echo 'make test-slow   run the tests that take minutes each'
 	@echo 'make lint        check the style'
 	@echo 'make clean       remove the environment'
 
@@ -19,10 +18,7 @@ quickstart: $(VENV)/base
 	$(VENV)/bin/ppn evaluate --workdir=$(QUICKSTART) --pictures=12
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -m 'not slow' $(PYTEST_ARGS)
-
-test-slow: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
