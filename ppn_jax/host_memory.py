@@ -5,7 +5,7 @@ import functools
 
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
-_NEVER = 2**31 - 1
+_NEVER = -1
 _PAD_BYTES = 256 << 20
 
 
