@@ -105,11 +105,10 @@ def _rank(figures: dict[str, float]) -> float:
 def _check_same_tree(saved: Any, wanted: Any, where: pathlib.Path) -> None:
   """InputError, naming one difference, unless both trees have the same names and shapes."""
   there, here = _shapes(saved), _shapes(wanted)
+  if any(n.startswith('average') for n in there) != any(n.startswith('average') for n in here):
+    raise InputError(f'{where} and this config differ in whether an average of the weights is '
+                     'kept; optim.ema_decay cannot be turned on or off in a run')
   # Variables before what follows from them.
-  for what in ('average', 'opt_state'):
-    if (any(n.startswith(what) for n in there) != any(n.startswith(what) for n in here)):
-      raise InputError(f'{where} and this config differ in whether there is a state of {what!r}; '
-                       'optim.ema_decay cannot be turned on or off in a run')
   for name in sorted(there.keys() | here.keys(), key=lambda n: (not n.startswith('variables'), n)):
     if there.get(name) != here.get(name):
       raise InputError(
