@@ -87,3 +87,12 @@ def test_a_step_that_is_not_there(tmp_path):
 def test_options_out_of_range(tmp_path, options):
   with pytest.raises(InputError, match=next(iter(options))):
     Checkpoints(tmp_path / 'c', **options)
+
+
+def test_the_moving_average_cannot_come_or_go_in_a_run(tmp_path):
+  without = make_state()
+  average = without._replace(average=without.variables)
+  with Checkpoints(tmp_path / 'c') as checkpoints:
+    checkpoints.save(1, without)
+    with pytest.raises(InputError, match=r'optim\.ema_decay cannot be turned on or off'):
+      checkpoints.restore(abstract(average), 1)
