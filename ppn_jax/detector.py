@@ -15,7 +15,8 @@ from flax import linen as nn
 
 from ppn_jax import registry
 from ppn_jax.detection.anchors import anchors_per_cell, ssd_anchors
-from ppn_jax.detection.losses import DetectionLoss, detection_loss
+from ppn_jax.detection.columns import ClassColumns
+from ppn_jax.detection.losses import LOSSES, DetectionLoss
 from ppn_jax.detection.matching import assign
 from ppn_jax.detection.postprocess import postprocess as postprocess_outputs
 from ppn_jax.detection.structures import Anchors, Array, Detections, GroundTruth, Outputs, Targets
@@ -40,7 +41,7 @@ class Detector:
     network: images u8 [B, S, S, 3] -> Outputs.
     anchors: one for each row of the outputs.
     image_size: S.
-    num_classes: C.
+    columns: what the C or 1 + C columns of the class logits mean.
     assign: (anchors, truth) -> Targets.
     outputs_loss: (outputs, targets) -> DetectionLoss.
     postprocess: (outputs, anchors) -> Detections.
@@ -48,10 +49,15 @@ class Detector:
   network: nn.Module
   anchors: Anchors
   image_size: int
-  num_classes: int
+  columns: ClassColumns
   assign: Callable[[Anchors, GroundTruth], Targets]
   outputs_loss: Callable[[Outputs, Targets], DetectionLoss]
   postprocess: Callable[[Outputs, Anchors], Detections]
+
+  @property
+  def num_classes(self) -> int:
+    """C, the background not counted."""
+    return self.columns.num_classes
 
   def init(self, key: Array) -> Variables:
     """Fresh variables: `{'params', 'batch_stats'}`, float32."""
@@ -85,7 +91,8 @@ class Detector:
 def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
           neck: Mapping[str, Any], head: Mapping[str, Any], anchors: Mapping[str, Any],
           layers: Mapping[str, Any], matching: Mapping[str, Any], loss: Mapping[str, Any],
-          postprocess: Mapping[str, Any]) -> Detector:
+          postprocess: Mapping[str, Any], background_column: bool = False,
+          score_activation: str = 'sigmoid') -> Detector:
   """Builds a detector from config blocks and checks that its parts fit.
 
   Args:
@@ -94,8 +101,9 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
     backbone, neck, head: a `name` or dotted path each, and its arguments.
     anchors: arguments of `anchors.ssd_anchors`; the grids come from the neck.
     layers: arguments of `LayerPolicy`, with `dtype` by name: 'float32' or 'bfloat16'.
-    matching, loss, postprocess: arguments of `matching.assign`, `losses.detection_loss` and
-      `postprocess.postprocess`.
+    loss: a `name` of `losses.LOSSES` or a dotted path, and its arguments.
+    matching, postprocess: arguments of `matching.assign` and `postprocess.postprocess`.
+    background_column, score_activation: of `columns.ClassColumns`.
 
   Raises:
     InputError: an unknown name or option, or parts that do not fit, with both numbers. Nothing
@@ -103,20 +111,23 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
   """
   if image_size < 1 or num_classes < 1:
     raise InputError(f'image_size={image_size} and num_classes={num_classes} must be positive')
+  columns = ClassColumns(num_classes, background_column, score_activation)
   network = functools.partial(build_network, backbone=backbone, neck=neck, head=head,
-                              num_classes=num_classes, policy=_layer_policy(layers))
+                              num_classes=columns.count, policy=_layer_policy(layers))
   lay_anchors = registry.bind('anchors', ssd_anchors, anchors, given=['grid_sizes'])
-  grids = _grid_sizes(network(anchors_per_cell=1), image_size)
+  grids = _grid_sizes(network(anchors_per_cell=(1,)), image_size)
   laid = lay_anchors(grids)
+  outputs_loss = registry.select('loss', loss, LOSSES, given=['outputs', 'targets', 'columns'])
+  report = registry.bind('postprocess', postprocess_outputs, postprocess,
+                         given=['outputs', 'anchors', 'columns'])
   detector = Detector(
-      network=network(anchors_per_cell=_shared_count(anchors_per_cell(laid, grids))),
+      network=network(anchors_per_cell=anchors_per_cell(laid, grids)),
       anchors=laid,
       image_size=image_size,
-      num_classes=num_classes,
+      columns=columns,
       assign=registry.bind('matching', assign, matching, given=['anchors', 'truth']),
-      outputs_loss=registry.bind('loss', detection_loss, loss, given=['outputs', 'targets']),
-      postprocess=registry.bind('postprocess', postprocess_outputs, postprocess,
-                                given=['outputs', 'anchors']))
+      outputs_loss=functools.partial(outputs_loss, columns=columns),
+      postprocess=functools.partial(report, columns=columns))
   _check_rows(detector)
   return detector
 
@@ -142,13 +153,6 @@ def _grid_sizes(network: nn.Module, image_size: int) -> list[tuple[int, int]]:
   return [m.shape[1:3] for m in jax.eval_shape(pyramid, images)]
 
 
-def _shared_count(per_cell: tuple[int, ...]) -> int:
-  if len(set(per_cell)) != 1:
-    raise InputError(f'a head shared by all levels needs as many anchors on each, but there are '
-                     f'{per_cell} on a cell; set anchors.reduce_lowest_level=False')
-  return per_cell[0]
-
-
 def _check_rows(detector: Detector) -> None:
   """Every output row must have its anchor, and loss and postprocess take what comes.
 
@@ -156,11 +160,11 @@ def _check_rows(detector: Detector) -> None:
   """
   outputs = jax.eval_shape(lambda: detector.forward(detector.init(jax.random.key(0)),
                                                     detector.blank_images()))
-  rows, classes = outputs.class_logits.shape[1:]
-  if rows != len(detector.anchors.boxes) or classes != detector.num_classes:
+  rows, columns = outputs.class_logits.shape[1:]
+  if rows != len(detector.anchors.boxes) or columns != detector.columns.count:
     raise InputError(
-        f'the head gives {rows} rows of {classes} classes, but there are '
-        f'{len(detector.anchors.boxes)} anchors and {detector.num_classes} classes')
+        f'the head gives {rows} rows of {columns} class columns, but there are '
+        f'{len(detector.anchors.boxes)} anchors and {detector.columns.count} columns to fill')
   one_box = GroundTruth(*(jnp.zeros((1, 1, *tail), dtype) for tail, dtype in [
       ((4,), jnp.float32), ((), jnp.int32), ((), jnp.bool_), ((), jnp.bool_)]))
   jax.eval_shape(detector.loss, outputs, one_box)

@@ -43,12 +43,18 @@ def build(kind: str, block: Mapping[str, Any], known: Mapping[str, str], **given
   Raises:
     InputError: no such component, or an option that it does not take.
   """
+  return select(kind, block, known, given=given)(**given)
+
+
+def select(kind: str, block: Mapping[str, Any], known: Mapping[str, str], *,
+           given: Iterable[str] = ()) -> Callable[..., Any]:
+  """As `build`, but leaves the call to the caller, who passes the arguments `given`."""
   if not isinstance(block, Mapping):
     raise InputError(f"{kind} {block!r} is no block; write {{'name': ..., option: value}}")
   options = dict(block)
   name = options.pop('name', None)
   component = resolve(kind, name, known)
-  return bind(f'{kind} {name!r}', component, options, given=('name', *given))(**given)
+  return bind(f'{kind} {name!r}', component, options, given=('name', *given))
 
 
 def bind(what: str, function: Callable[..., Any], options: Mapping[str, Any], *,

@@ -36,8 +36,7 @@ def test_ppn_at_300_px():
 
 
 def test_parameters_are_those_of_the_reference():
-  # The reference's head has a background column, one logit more an anchor.
-  variables = jax.eval_shape(ppn_300(num_classes=91).init, jax.random.key(0))
+  variables = jax.eval_shape(ppn_300(background_column=True).init, jax.random.key(0))
   count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   assert count(variables['params']) == 2_173_818
   assert count(variables) == 2_194_682
@@ -108,7 +107,7 @@ def test_blocks_beside_the_model_are_checked_too():
   config = base_config()
   config.model.num_classes = 3
   config.loss.gama = 3.0
-  with pytest.raises(InputError, match="loss has no option 'gama'; did you mean 'gamma'"):
+  with pytest.raises(InputError, match="loss 'focal' has no option 'gama'; did you mean 'gamma'"):
     build_detector(config)
 
 

@@ -1,12 +1,22 @@
-"""The training objective: focal loss for classes, smooth L1 for boxes."""
+"""Training objectives: what class logits and box codes cost, for a whole batch.
+
+Each objective is a function of outputs and targets, named in a config's `loss` block; smooth L1
+serves the boxes in all of them.
+"""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ppn_jax.detection.columns import ClassColumns
 from ppn_jax.detection.structures import Array, Outputs, Targets
 from ppn_jax.errors import InputError
+
+LOSSES = {
+    'focal': 'ppn_jax.detection.losses:focal_objective',
+    'hard_negative_mining': 'ppn_jax.detection.losses:mined_objective',
+}
 
 
 class DetectionLoss(NamedTuple):
@@ -16,40 +26,103 @@ class DetectionLoss(NamedTuple):
   num_positive: Array  # Positive anchors of the whole batch.
 
 
-def detection_loss(outputs: Outputs, targets: Targets, *, alpha: float = 0.25, gamma: float = 2.0,
-                   localization_weight: float = 1.0) -> DetectionLoss:
-  """Loss of a batch, normalised by the number of positive anchors in it.
+def focal_objective(outputs: Outputs, targets: Targets, *, columns: ClassColumns,
+                    alpha: float = 0.25, gamma: float = 2.0, localization_weight: float = 1.0
+                    ) -> DetectionLoss:
+  """Focal loss for classes, normalised by the number of positive anchors in the batch.
 
   classification = sum(focal) / n and localization = w sum(smooth L1) / (4 n), where n is the
   number of positive anchors of the whole batch, at least 1, and 4 the size of a box code
-  (RetinaNet, section 4.1; PPN, section 3). Every class of every anchor that is not ignored
-  counts in the first sum, positive anchors in the second.
+  (RetinaNet, section 4.1; PPN, section 3). Every column of every anchor that is not ignored
+  counts in the first sum, positive anchors in the second. A background column is always wrong
+  (REFERENCE.md 7).
 
   Args:
     outputs: of the network, f32.
     targets: of `matching.assign`.
+    columns: what the class logits mean.
     alpha, gamma: of `focal`. The paper states .25 and 2; the reference's config has .75.
     localization_weight: w. The reference's PPN config has 1.5.
 
   Raises:
-    InputError: a weight outside its range.
+    InputError: a weight outside its range, or columns scored by softmax.
   """
   if not 0 <= alpha <= 1 or gamma < 0 or localization_weight < 0:
     raise InputError(f'loss: alpha={alpha} must lie in 0 to 1, gamma={gamma} and '
                      f'localization_weight={localization_weight} be at least 0')
-  num_classes = outputs.class_logits.shape[-1]
-  # The label of an anchor that is not positive is masked off, which leaves all columns zero.
-  wanted = jax.nn.one_hot(targets.labels, num_classes, dtype=bool) & targets.positive[..., None]
-  class_loss = focal(outputs.class_logits, wanted, alpha=alpha, gamma=gamma)
-  class_loss = jnp.sum(jnp.where(targets.ignored[..., None], 0.0, class_loss))
-  box_loss = smooth_l1(outputs.box_codes - targets.box_codes)
-  box_loss = jnp.sum(jnp.where(targets.positive[..., None], box_loss, 0.0))
+  if columns.activation != 'sigmoid':
+    raise InputError("loss 'focal' is of sigmoid scores, but model.score_activation is "
+                     f"{columns.activation!r}; take loss.name='hard_negative_mining'")
+  wanted = columns.targets(targets.labels, targets.positive)
+  class_loss = jnp.sum(focal(outputs.class_logits, wanted, alpha=alpha, gamma=gamma), axis=-1)
+  weight = localization_weight / outputs.box_codes.shape[-1]
+  return _normalised(class_loss, ~targets.ignored, _box_loss(outputs, targets), targets.positive,
+                     targets, weight)
+
+
+def mined_objective(outputs: Outputs, targets: Targets, *, columns: ClassColumns,
+                    negatives_per_positive: float = 3.0, localization_weight: float = 1.0
+                    ) -> DetectionLoss:
+  """Cross-entropy over the positive anchors and the hardest negatives (SSD, section 2.2).
+
+  Of each image's negative anchors those with the highest class loss count, at most
+  `negatives_per_positive` times as many as it has positive ones; an image without positive
+  anchors costs nothing. classification = sum(cross-entropy) / n and localization =
+  w sum(smooth L1) / n with n as in `focal_objective`. Negative anchors want the background's
+  column where there is one.
+
+  The activation of `columns` decides which cross-entropy: softmax is the SSD paper's, sigmoid
+  (summed over columns) that of the reference's first SSD config, which besides leaves out
+  anchors whose decoded box overlaps that of a harder one by more than .99.
+
+  Args:
+    outputs, targets, columns: see `focal_objective`.
+    negatives_per_positive: at least 0.
+    localization_weight: w, at least 0.
+
+  Raises:
+    InputError: a value below 0.
+  """
+  if negatives_per_positive < 0 or localization_weight < 0:
+    raise InputError(f'loss: negatives_per_positive={negatives_per_positive} and '
+                     f'localization_weight={localization_weight} must be at least 0')
+  wanted = columns.targets_with_background(targets.labels, targets.positive)
+  class_loss = _cross_entropy(outputs.class_logits, wanted, columns.activation)
+  hard = _hardest(jax.lax.stop_gradient(class_loss), ~(targets.positive | targets.ignored),
+                  negatives_per_positive * jnp.sum(targets.positive, axis=-1))
+  return _normalised(class_loss, targets.positive | hard, _box_loss(outputs, targets),
+                     targets.positive, targets, localization_weight)
+
+
+def _normalised(class_loss: Array, class_mask: Array, box_loss: Array, box_mask: Array,
+                targets: Targets, weight: float) -> DetectionLoss:
+  """Losses [B, A] -> their masked sums over the number of positive anchors."""
   num_positive = jnp.sum(targets.positive, dtype=jnp.float32)
   normalizer = jnp.maximum(num_positive, 1.0)
-  code_size = outputs.box_codes.shape[-1]
-  return DetectionLoss(class_loss / normalizer,
-                       localization_weight * box_loss / (code_size * normalizer),
+  return DetectionLoss(jnp.sum(jnp.where(class_mask, class_loss, 0.0)) / normalizer,
+                       weight * jnp.sum(jnp.where(box_mask, box_loss, 0.0)) / normalizer,
                        num_positive)
+
+
+def _box_loss(outputs: Outputs, targets: Targets) -> Array:
+  return jnp.sum(smooth_l1(outputs.box_codes - targets.box_codes), axis=-1)
+
+
+def _cross_entropy(logits: Array, wanted: Array, activation: str) -> Array:
+  """[B, A, columns] -> [B, A]."""
+  if activation == 'softmax':
+    return -jnp.sum(jnp.where(wanted, jax.nn.log_softmax(logits), 0.0), axis=-1)
+  return jnp.sum(jax.nn.softplus(jnp.where(wanted, -logits, logits)), axis=-1)
+
+
+def _hardest(loss: Array, eligible: Array, count: Array) -> Array:
+  """Marks the eligible entries of highest loss, `count` [B] of each row [B, A] at most.
+
+  Of equal losses the first comes first.
+  """
+  order = jnp.argsort(jnp.where(eligible, -loss, jnp.inf), axis=-1, stable=True)
+  rank = jnp.argsort(order, axis=-1)
+  return eligible & (rank < count[:, None])
 
 
 def focal(logits: Array, targets: Array, *, alpha: float = 0.25, gamma: float = 2.0) -> Array:

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from ppn_jax.detection import boxes as box_ops
+from ppn_jax.detection.columns import ClassColumns
 from ppn_jax.detection.structures import Anchors, Array, Detections, Outputs
 from ppn_jax.errors import InputError
 
-_GONE = -1.0  # In place of a score that is out of the race; sigmoid scores are above it.
+_GONE = -1.0  # In place of a score that is out of the race; scores are above it.
 
 
-def postprocess(outputs: Outputs, anchors: Anchors, *, score_threshold: float = 1e-8,
-                iou_threshold: float = 0.6, max_per_class: int = 100, max_detections: int = 100,
+def postprocess(outputs: Outputs, anchors: Anchors, *, columns: ClassColumns,
+                score_threshold: float = 1e-8, iou_threshold: float = 0.6,
+                max_per_class: int = 100, max_detections: int = 100,
                 candidates: int = 256) -> Detections:
   """Decodes boxes, scores them and keeps the best of those that show the same object.
 
@@ -35,7 +37,8 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, score_threshold: float = 
   Args:
     outputs: of B images, any float type; computed in float32.
     anchors: the boxes that the codes refer to, and their levels.
-    score_threshold: a pair takes part when its sigmoid score is above this; 0 to 1.
+    columns: what the class logits mean; a background column takes no part.
+    score_threshold: a pair takes part when its score is above this; 0 to 1.
     iou_threshold: 0 to 1; at 1 nothing is suppressed.
     max_per_class: how many boxes of a class may survive.
     max_detections: K of the result.
@@ -46,7 +49,7 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, score_threshold: float = 
     InputError: a threshold outside its range, a count below 1.
   """
   _check(score_threshold, iou_threshold, max_per_class, max_detections, candidates)
-  scores = jax.nn.sigmoid(outputs.class_logits.astype(jnp.float32))
+  scores = columns.scores(outputs.class_logits.astype(jnp.float32))
   boxes = box_ops.decode(outputs.box_codes.astype(jnp.float32), jnp.asarray(anchors.boxes))
   found = _suppress(
       boxes, scores, score_threshold=score_threshold, iou_threshold=iou_threshold,

@@ -64,7 +64,7 @@ class Anchors(NamedTuple):
 class Outputs(NamedTuple):
   """What the network says of every anchor."""
   box_codes: Array  # f32 [B, A, 4], (ty, tx, th, tw) of `boxes.encode`.
-  class_logits: Array  # f32 [B, A, C].
+  class_logits: Array  # f32 [B, A, C], or 1 + C with the background in front (`columns`).
 
 
 class Targets(NamedTuple):

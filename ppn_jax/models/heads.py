@@ -14,32 +14,34 @@ Array = jax.Array
 
 
 class SharedBoxPredictor(nn.Module):
-  """PPN's head: one predictor for all levels (section 2.3, REFERENCE.md 4).
+  """PPN's head: one predictor for all levels (section 2.1, REFERENCE.md 4).
 
   A shared 1x1 convolution without bias, batch norm, ReLU6; then one 1x1 convolution for boxes
   and one for classes. Every level passes through the same kernels.
 
   Attributes:
-    num_classes: logits of an anchor, C.
-    anchors_per_cell: anchors of a cell, the same at every level.
+    num_classes: logits of an anchor, a background column included where there is one.
+    anchors_per_cell: anchors of a cell of each level; here all the same.
     depth: channels of the shared layer.
     norm_per_level: each level has its own batch norm, as in the reference; False shares one.
     prior: probability that the classes' biases start from (focal loss, section 4.1).
     policy: see LayerPolicy.
   """
   num_classes: int
-  anchors_per_cell: int
+  anchors_per_cell: tuple[int, ...]
   depth: int = 512
   norm_per_level: bool = True
   prior: float = 0.01
   policy: LayerPolicy = LayerPolicy()
 
   def __post_init__(self):
-    for field in ('num_classes', 'anchors_per_cell', 'depth'):
-      if getattr(self, field) < 1:
-        raise InputError(f'head: {field} {getattr(self, field)} is not at least 1')
-    if not 0 < self.prior < 1:
-      raise InputError(f'head: prior {self.prior} is not between 0 and 1')
+    _check(self)
+    if self.depth < 1:
+      raise InputError(f'head: depth {self.depth} is not at least 1')
+    if len(set(self.anchors_per_cell)) != 1:
+      raise InputError(
+          f'a head shared by all levels needs as many anchors on each, but there are '
+          f'{tuple(self.anchors_per_cell)} on a cell; set anchors.reduce_lowest_level=False')
     super().__post_init__()
 
   @nn.compact
@@ -49,12 +51,7 @@ class SharedBoxPredictor(nn.Module):
     # each level's own would all-reduce its own part of the kernels' gradients.
     x = jnp.concatenate([_as_rows(level) for level in levels], axis=1)
     x = self._tower(x, [level.shape[1] * level.shape[2] for level in levels], train)
-    # bfloat16 would sum the gradients of thousands of rows and lose the biases' last digits.
-    x = x.astype(accumulator(self.policy.dtype))
-    bias = -math.log((1 - self.prior) / self.prior)
-    boxes = self._predict(x, 'box', self.anchors_per_cell, 4, 0.0)
-    classes = self._predict(x, 'class', self.anchors_per_cell, self.num_classes, bias)
-    return Outputs(box_codes=boxes, class_logits=classes)
+    return _predict(self, x[:, :, None], self.anchors_per_cell[0])
 
   def _tower(self, x: Array, cells: list[int], train: bool) -> Array:
     policy = self.policy
@@ -69,13 +66,88 @@ class SharedBoxPredictor(nn.Module):
               for i, level in enumerate(jnp.split(x, starts, axis=1))]
     return relu6(jnp.concatenate(levels, axis=1))
 
-  def _predict(self, x: Array, name: str, anchors: int, width: int, bias: float) -> Array:
-    """[B, N, d] -> [B, N * anchors, width]."""
-    kernel = self.param(f'{name}_kernel', nn.initializers.normal(0.01),
-                        (1, 1, x.shape[-1], anchors * width), jnp.float32)
-    b = self.param(f'{name}_bias', nn.initializers.constant(bias), (anchors * width,), jnp.float32)
-    y = conv(x[:, :, None], kernel.astype(x.dtype), form=self.policy.conv_form) + b
+
+class PerLevelBoxPredictor(nn.Module):
+  """Vanilla SSD's head: a predictor of its own for every level (REFERENCE.md 4).
+
+  A convolution with bias for boxes and one for classes, straight from the map; nothing is
+  shared. Level i's parameters are those of `level_{i}`.
+
+  Attributes:
+    num_classes: logits of an anchor, a background column included where there is one.
+    anchors_per_cell: anchors of a cell of each level, finest first.
+    side: of the square kernels; the reference has 1, the SSD paper 3.
+    prior: probability that the classes' biases start from; 0.5 makes them zero.
+    policy: see LayerPolicy.
+  """
+  num_classes: int
+  anchors_per_cell: tuple[int, ...]
+  side: int = 1
+  prior: float = 0.01
+  policy: LayerPolicy = LayerPolicy()
+
+  def __post_init__(self):
+    _check(self)
+    if self.side not in (1, 3):
+      raise InputError(f'head: side {self.side} of the kernels is not 1 or 3')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, levels: tuple[Array, ...], *, train: bool) -> Outputs:
+    """Maps [B, h, w, d_i] of any depths -> float32 Outputs; rows by level, y, x, anchor.
+
+    Raises:
+      InputError: there are not as many levels as entries of `anchors_per_cell`.
+    """
+    del train  # Nothing here is normalised.
+    if len(levels) != len(self.anchors_per_cell):
+      raise InputError(f'head: {len(levels)} levels, but anchors_per_cell '
+                       f'{tuple(self.anchors_per_cell)} is for {len(self.anchors_per_cell)}')
+    outputs = [_LevelPredictor(self.num_classes, anchors, self.side, self.prior, self.policy,
+                               name=f'level_{i}')(level)
+               for i, (level, anchors) in enumerate(
+                   zip(levels, self.anchors_per_cell, strict=True))]
+    return Outputs(*(jnp.concatenate(rows, axis=1) for rows in zip(*outputs, strict=True)))
+
+
+class _LevelPredictor(nn.Module):
+  """The two convolutions of one level."""
+  num_classes: int
+  anchors: int
+  side: int
+  prior: float
+  policy: LayerPolicy
+
+  @nn.compact
+  def __call__(self, x: Array) -> Outputs:
+    return _predict(self, x, self.anchors, side=self.side)
+
+
+def _predict(head: nn.Module, x: Array, anchors: int, *, side: int = 1) -> Outputs:
+  """[B, h, w, d] -> Outputs of its h * w * anchors rows, with parameters of `head`."""
+  # bfloat16 would sum the gradients of thousands of rows and lose the biases' last digits.
+  x = x.astype(accumulator(head.policy.dtype))
+
+  def convolve(name: str, width: int, bias: float) -> Array:
+    kernel = head.param(f'{name}_kernel', nn.initializers.normal(0.01),
+                        (side, side, x.shape[-1], anchors * width), jnp.float32)
+    b = head.param(f'{name}_bias', nn.initializers.constant(bias), (anchors * width,), jnp.float32)
+    y = conv(x, kernel.astype(x.dtype), form=head.policy.conv_form) + b
     return y.reshape(x.shape[0], -1, width)
+
+  boxes = convolve('box', 4, 0.0)
+  classes = convolve('class', head.num_classes, -math.log((1 - head.prior) / head.prior))
+  return Outputs(box_codes=boxes, class_logits=classes)
+
+
+def _check(head: nn.Module) -> None:
+  if head.num_classes < 1:
+    raise InputError(f'head: num_classes {head.num_classes} is not at least 1')
+  if not head.anchors_per_cell or min(head.anchors_per_cell) < 1:
+    raise InputError(f'head: anchors_per_cell {tuple(head.anchors_per_cell)} is not at least 1 '
+                     'for each level')
+  if not 0 < head.prior < 1:
+    raise InputError(f'head: prior {head.prior} is not between 0 and 1')
 
 
 def _as_rows(x: Array) -> Array:

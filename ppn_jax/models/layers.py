@@ -357,11 +357,13 @@ class ConvNorm(nn.Module):
     side: of the square kernel; a depthwise one has 3.
     stride: 1 or 2.
     depthwise: one kernel for each channel.
+    activation: False leaves out the ReLU6.
   """
   features: int
   side: int = 1
   stride: int = 1
   depthwise: bool = False
+  activation: bool = True
   policy: LayerPolicy = LayerPolicy()
 
   @nn.compact
@@ -374,7 +376,8 @@ class ConvNorm(nn.Module):
     op = depthwise_conv if self.depthwise else conv
     x = op(x.astype(policy.dtype), kernel.astype(policy.dtype), stride=self.stride,
            form=policy.conv_form)
-    return relu6(BatchNorm(policy, name='norm')(x, train=train))
+    x = BatchNorm(policy, name='norm')(x, train=train)
+    return relu6(x) if self.activation else x
 
 
 class DepthwiseSeparable(nn.Module):

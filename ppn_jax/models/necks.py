@@ -1,5 +1,6 @@
 """From a backbone's features to the pyramid of maps that the head reads."""
 
+import itertools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -42,16 +43,135 @@ class PoolingPyramid(nn.Module):
     Raises:
       InputError: the backbone has no map at `stride`, or it is 1x1 before the last level.
     """
-    if self.stride not in features:
-      raise InputError(f'neck: the backbone has no map of stride {self.stride}; '
-                       f"it has {', '.join(str(s) for s in sorted(features))}")
-    x = features[self.stride]
+    x = _map_of(features, self.stride)
     if self.projection:
       x = ConvNorm(self.projection, policy=self.policy, name='projection')(x, train=train)
     levels = [x]
     while len(levels) < self.num_levels:
-      if levels[-1].shape[1:3] == (1, 1):
-        raise InputError(f'neck: num_levels {self.num_levels} is too many: a '
-                         f'{x.shape[1]}x{x.shape[2]} map is 1x1 after {len(levels)}')
+      _check_shrinkable(levels, f'num_levels {self.num_levels}')
       levels.append(max_pool(levels[-1], form=self.policy.conv_form))
     return tuple(levels)
+
+
+class ConvPyramid(nn.Module):
+  """Vanilla SSD's neck: maps of the backbone, shrunk further by convolutions (REFERENCE.md 3).
+
+  The first levels are the backbone's maps as they are. Each further one comes from the one
+  before by a 1x1 ConvNorm to half its depth and a 3x3 stride-2 ConvNorm. 300 px become 19, 10, 5,
+  3, 2, 1 with the defaults.
+
+  Attributes:
+    strides: which of the backbone's maps to take, in input pixels per cell, finest first.
+    depths: of each further level, even numbers.
+    policy: see LayerPolicy.
+  """
+  strides: tuple[int, ...] = (16, 32)
+  depths: tuple[int, ...] = (512, 256, 256, 128)
+  policy: LayerPolicy = LayerPolicy()
+
+  def __post_init__(self):
+    _check_strides(self.strides)
+    if any(depth < 2 or depth % 2 for depth in self.depths):
+      raise InputError(f'neck: depths {tuple(self.depths)} are not even numbers of at least 2')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, features: Mapping[int, Array], *, train: bool) -> tuple[Array, ...]:
+    """Maps [B, h, w, d] by stride -> len(strides) + len(depths) maps, finest first.
+
+    Raises:
+      InputError: the backbone lacks one of `strides`, or a map is 1x1 before the last level.
+    """
+    levels = [_map_of(features, stride) for stride in self.strides]
+    # Numbered as in the zoo's names, where Conv2d_13_pointwise_2_Conv2d_2 is the first.
+    for i, depth in enumerate(self.depths, start=2):
+      _check_shrinkable(levels, f'depths {tuple(self.depths)}')
+      levels.append(_Shrink(depth, self.policy, name=f'extra_{i}')(levels[-1], train=train))
+    return tuple(levels)
+
+
+class _Shrink(nn.Module):
+  """A map at half the resolution: 1x1 to half of `depth`, then 3x3 with stride 2."""
+  depth: int
+  policy: LayerPolicy
+
+  @nn.compact
+  def __call__(self, x: Array, *, train: bool) -> Array:
+    x = ConvNorm(self.depth // 2, policy=self.policy, name='reduce')(x, train=train)
+    return ConvNorm(self.depth, side=3, stride=2, policy=self.policy, name='shrink')(
+        x, train=train)
+
+
+class FeaturePyramid(nn.Module):
+  """FPN's neck: a top-down path with skip connections (Lin et al., arXiv 1612.03144, section 3).
+
+  A linear 1x1 convolution brings each of the backbone's maps to one depth; from the coarsest on,
+  each is enlarged to nearest neighbours and added to the next finer one; a 3x3 ConvNorm smooths
+  every sum. Levels coarser than the backbone's come from the last by 3x3 stride-2 ConvNorms, as
+  in RetinaNet. It is the alternative that PPN's section 2.2 names; like the pooled maps, these
+  share one depth, and so may share a head.
+
+  Attributes:
+    strides: which of the backbone's maps to take, in input pixels per cell, finest first.
+    num_levels: how many levels to return, at least one for each stride.
+    depth: of every level.
+    policy: see LayerPolicy.
+  """
+  strides: tuple[int, ...] = (16, 32)
+  num_levels: int = 6
+  depth: int = 256
+  policy: LayerPolicy = LayerPolicy()
+
+  def __post_init__(self):
+    _check_strides(self.strides)
+    if self.num_levels < len(self.strides):
+      raise InputError(f'neck: num_levels {self.num_levels} is below the number of strides '
+                       f'{tuple(self.strides)}')
+    if self.depth < 1:
+      raise InputError(f'neck: depth {self.depth} is not at least 1')
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, features: Mapping[int, Array], *, train: bool) -> tuple[Array, ...]:
+    """Maps [B, h, w, d] by stride -> num_levels maps of depth `depth`, finest first.
+
+    Raises:
+      InputError: the backbone lacks one of `strides`, or a map is 1x1 before the last level.
+    """
+    sums = []  # Coarsest first.
+    for i in reversed(range(len(self.strides))):
+      x = _map_of(features, self.strides[i])
+      x = ConvNorm(self.depth, activation=False, policy=self.policy, name=f'lateral_{i}')(
+          x, train=train)
+      sums.append(x + _enlarge(sums[-1], x.shape[1:3]) if sums else x)
+    levels = [ConvNorm(self.depth, side=3, policy=self.policy, name=f'smooth_{i}')(x, train=train)
+              for i, x in enumerate(reversed(sums))]
+    while len(levels) < self.num_levels:
+      _check_shrinkable(levels, f'num_levels {self.num_levels}')
+      levels.append(ConvNorm(self.depth, side=3, stride=2, policy=self.policy,
+                             name=f'coarse_{len(levels)}')(levels[-1], train=train))
+    return tuple(levels)
+
+
+def _enlarge(x: Array, size: tuple[int, int]) -> Array:
+  """[B, h, w, d] -> [B, *size, d], each cell repeated; size is 2h or 2h - 1, and so for w."""
+  return x.repeat(2, axis=1).repeat(2, axis=2)[:, :size[0], :size[1]]
+
+
+def _map_of(features: Mapping[int, Array], stride: int) -> Array:
+  if stride not in features:
+    raise InputError(f'neck: the backbone has no map of stride {stride}; '
+                     f"it has {', '.join(str(s) for s in sorted(features))}")
+  return features[stride]
+
+
+def _check_strides(strides: tuple[int, ...]) -> None:
+  if not strides or any(b != 2 * a for a, b in itertools.pairwise(strides)):
+    raise InputError(f'neck: strides {tuple(strides)} do not double from one to the next')
+
+
+def _check_shrinkable(levels: list[Array], option: str) -> None:
+  if levels[-1].shape[1:3] == (1, 1):
+    _, rows, columns, _ = levels[0].shape
+    raise InputError(f'neck: {option} asks for too much: a {rows}x{columns} map is 1x1 after '
+                     f'{len(levels)} levels')

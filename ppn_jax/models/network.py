@@ -14,8 +14,15 @@ from ppn_jax.models.layers import LayerPolicy
 
 Array = jax.Array
 BACKBONES = {'mobilenet_v1': 'ppn_jax.models.mobilenet_v1:MobileNetV1'}
-NECKS = {'pooling_pyramid': 'ppn_jax.models.necks:PoolingPyramid'}
-HEADS = {'shared_box_predictor': 'ppn_jax.models.heads:SharedBoxPredictor'}
+NECKS = {
+    'pooling_pyramid': 'ppn_jax.models.necks:PoolingPyramid',
+    'conv_pyramid': 'ppn_jax.models.necks:ConvPyramid',
+    'feature_pyramid': 'ppn_jax.models.necks:FeaturePyramid',
+}
+HEADS = {
+    'shared_box_predictor': 'ppn_jax.models.heads:SharedBoxPredictor',
+    'per_level_box_predictor': 'ppn_jax.models.heads:PerLevelBoxPredictor',
+}
 
 
 class Network(nn.Module):
@@ -54,7 +61,7 @@ class Network(nn.Module):
 
 
 def build_network(*, backbone: Mapping[str, Any], neck: Mapping[str, Any],
-                  head: Mapping[str, Any], num_classes: int, anchors_per_cell: int,
+                  head: Mapping[str, Any], num_classes: int, anchors_per_cell: tuple[int, ...],
                   policy: LayerPolicy) -> Network:
   """The network that three config blocks name.
 
@@ -62,8 +69,8 @@ def build_network(*, backbone: Mapping[str, Any], neck: Mapping[str, Any],
     backbone: {'name': 'mobilenet_v1' or a dotted path, **its arguments}.
     neck: the same of NECKS.
     head: the same of HEADS.
-    num_classes: logits of an anchor.
-    anchors_per_cell: anchors of a cell.
+    num_classes: logits of an anchor, a background column included.
+    anchors_per_cell: anchors of a cell of each level, finest first.
     policy: given to all three and to the network.
 
   Raises:

@@ -5,15 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppn_jax.detection.losses import detection_loss, focal, smooth_l1
+from ppn_jax.detection.columns import ClassColumns
+from ppn_jax.detection.losses import focal, focal_objective, mined_objective, smooth_l1
 from ppn_jax.detection.structures import Outputs, Targets
+from ppn_jax.errors import InputError
+
+FIVE = ClassColumns(5)
 
 
 def golden_problem(golden):
-  """The reference's 91 columns are a 91-class problem whose labels are shifted by one."""
+  """The reference's problem of 90 classes and a background column."""
   positive = golden['ppn_match'] >= 0
   targets = Targets(golden['ppn_reg_targets'],
-                    np.where(positive, golden['ppn_cls_targets_argmax'], 0), positive,
+                    np.where(positive, golden['ppn_cls_targets_argmax'] - 1, 0), positive,
                     np.zeros_like(positive))
   return Outputs(golden['ppn_pred_box'], golden['ppn_pred_cls']), targets
 
@@ -21,14 +25,15 @@ def golden_problem(golden):
 def test_equal_to_the_reference(shared):
   golden = np.load(shared / 'golden' / 'targets_loss_ppn.npz')
   outputs, targets = golden_problem(golden)
-  settings = {'alpha': 0.75, 'gamma': 2.0, 'localization_weight': 1.5}
-  loss = jax.jit(lambda o, t: detection_loss(o, t, **settings))(outputs, targets)
+  settings = {'alpha': 0.75, 'gamma': 2.0, 'localization_weight': 1.5,
+              'columns': ClassColumns(90, background=True)}
+  loss = jax.jit(lambda o, t: focal_objective(o, t, **settings))(outputs, targets)
   np.testing.assert_allclose(loss.num_positive, golden['ppn_normalizer'], rtol=0)
   np.testing.assert_allclose(loss.localization, golden['ppn_loc_loss'], rtol=1e-5)
   np.testing.assert_allclose(loss.classification, golden['ppn_cls_loss'], rtol=1e-5)
 
   def total(o):
-    parts = detection_loss(o, targets, **settings)
+    parts = focal_objective(o, targets, **settings)
     return parts.classification + parts.localization
 
   gradient = jax.jit(jax.grad(total))(outputs)
@@ -80,7 +85,7 @@ def small_problem(rng):
 def test_ignored_anchors_have_no_gradient_and_masked_codes_no_say():
   outputs, targets = small_problem(np.random.default_rng(0))
   assert targets.ignored.any() and targets.positive.any()
-  total = lambda o: sum(detection_loss(o, targets)[:2])
+  total = lambda o: sum(focal_objective(o, targets, columns=FIVE)[:2])
   gradient = jax.grad(total)(outputs)
   assert not np.any(np.asarray(gradient.class_logits)[targets.ignored])
   assert np.all(np.asarray(gradient.class_logits)[~targets.ignored])
@@ -91,7 +96,83 @@ def test_ignored_anchors_have_no_gradient_and_masked_codes_no_say():
 def test_a_batch_without_positives_is_normalised_by_one():
   outputs, targets = small_problem(np.random.default_rng(1))
   nothing = targets._replace(positive=np.zeros_like(targets.positive))
-  loss = detection_loss(outputs, nothing)
+  loss = focal_objective(outputs, nothing, columns=FIVE)
   assert loss.num_positive == 0 and loss.localization == 0
   expected = np.sum(np.where(targets.ignored[..., None], 0, focal(outputs.class_logits, False)))
   np.testing.assert_allclose(loss.classification, expected, rtol=1e-5)
+
+
+def mined_by_hand(outputs, targets, *, softmax, background, ratio):
+  """The SSD paper's objective, an image and an anchor at a time, in float64."""
+  class_sum, box_sum = 0.0, 0.0
+  for b in range(len(targets.labels)):
+    costs = []
+    for a, positive in enumerate(targets.positive[b]):
+      z = np.float64(outputs.class_logits[b, a])
+      wanted = np.zeros(len(z))
+      if positive:
+        wanted[targets.labels[b, a] + background] = 1
+      elif background:
+        wanted[0] = 1
+      if softmax:
+        costs.append(np.log(np.exp(z).sum()) - z @ wanted)
+      else:
+        costs.append(np.sum(np.log1p(np.exp(z)) - z * wanted))
+    costs = np.array(costs)
+    negatives = costs[~(targets.positive[b] | targets.ignored[b])]
+    kept = np.sort(negatives)[::-1][:int(ratio * targets.positive[b].sum())]
+    class_sum += costs[targets.positive[b]].sum() + kept.sum()
+    error = np.abs(np.float64(outputs.box_codes - targets.box_codes)[b][targets.positive[b]])
+    box_sum += np.where(error < 1, error**2 / 2, error - 0.5).sum()
+  n = max(targets.positive.sum(), 1)
+  return class_sum / n, box_sum / n
+
+
+@pytest.mark.parametrize('softmax, background', [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize('seed', range(4))
+def test_mining_keeps_the_hardest_negatives(softmax, background, seed):
+  rng = np.random.default_rng(seed)
+  outputs, targets = small_problem(rng)
+  columns = ClassColumns(5 - background, background, 'softmax' if softmax else 'sigmoid')
+  targets = targets._replace(labels=np.minimum(targets.labels, 4 - background))
+  loss = jax.jit(lambda o, t: mined_objective(
+      o, t, columns=columns, negatives_per_positive=1.0, localization_weight=2.0))(outputs, targets)
+  by_class, by_box = mined_by_hand(outputs, targets, softmax=softmax, background=background,
+                                   ratio=1.0)
+  np.testing.assert_allclose(loss.classification, by_class, rtol=1e-5)
+  np.testing.assert_allclose(loss.localization, 2 * by_box, rtol=1e-5)
+
+
+def test_mining_leaves_easy_negatives_and_images_without_objects_alone():
+  rng = np.random.default_rng(3)
+  outputs, targets = small_problem(rng)
+  targets.positive[1] = False
+  columns = ClassColumns(4, background=True, activation='softmax')
+  targets = targets._replace(labels=np.minimum(targets.labels, 3))
+  total = lambda o: sum(mined_objective(o, targets, columns=columns)[:2])
+  gradient = np.asarray(jax.grad(total)(outputs).class_logits)
+  touched = np.any(gradient != 0, axis=-1)
+  assert not touched[1].any()
+  assert touched[0][targets.positive[0]].all()
+  negatives = ~(targets.positive[0] | targets.ignored[0])
+  assert touched[0][negatives].sum() == min(3 * targets.positive[0].sum(), negatives.sum())
+
+
+def test_a_background_column_is_trained_as_always_wrong():
+  outputs, targets = small_problem(np.random.default_rng(5))
+  plain = focal_objective(outputs, targets, columns=FIVE)
+  wide = Outputs(outputs.box_codes, np.pad(outputs.class_logits, ((0, 0), (0, 0), (1, 0)),
+                                           constant_values=0.5))
+  loss = focal_objective(wide, targets, columns=ClassColumns(5, background=True))
+  extra = focal(jnp.float32(0.5), False) * np.sum(~targets.ignored) / loss.num_positive
+  np.testing.assert_allclose(loss.classification, plain.classification + extra, rtol=1e-5)
+  np.testing.assert_allclose(loss.localization, plain.localization)
+
+
+@pytest.mark.parametrize('objective, options, words', [
+    (focal_objective, {'alpha': 1.5}, 'alpha=1.5'),
+    (focal_objective, {'columns': ClassColumns(4, True, 'softmax')}, 'hard_negative_mining'),
+    (mined_objective, {'negatives_per_positive': -1.0}, 'negatives_per_positive=-1.0')])
+def test_options_out_of_range(objective, options, words):
+  with pytest.raises(InputError, match=words):
+    objective(*small_problem(np.random.default_rng(0)), **{'columns': FIVE, **options})

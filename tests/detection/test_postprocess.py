@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ppn_jax.detection import boxes as box_ops
-from ppn_jax.detection.postprocess import postprocess
+from ppn_jax.detection.columns import ClassColumns
+from ppn_jax.detection.postprocess import postprocess as postprocess_columns
 from ppn_jax.detection.structures import Anchors, Detections, Outputs
 from ppn_jax.errors import InputError
 
@@ -51,9 +52,15 @@ def problem(boxes, logits):
   return Outputs(np.zeros((1, *boxes.shape), np.float32), logits[None]), anchors
 
 
+def postprocess(outputs, anchors, *, background=False, **options):
+  columns = ClassColumns(outputs.class_logits.shape[-1] - background, background)
+  return postprocess_columns(outputs, anchors, columns=columns, **options)
+
+
 # One compilation serves all problems of the same shape and options.
 compiled = jax.jit(postprocess, static_argnames=(
-    'score_threshold', 'iou_threshold', 'max_per_class', 'max_detections', 'candidates'))
+    'background', 'score_threshold', 'iou_threshold', 'max_per_class', 'max_detections',
+    'candidates'))
 
 
 def detect(outputs, anchors, **options) -> Detections:
@@ -232,8 +239,8 @@ def test_options_out_of_range_are_named(option):
 def test_reproduces_the_reference(network, shared):
   golden = np.load(shared / 'golden' / f'forward_{network}_s1.npz')
   boxes = np.load(shared / 'golden' / f'anchors_{network}.npy')
-  outputs = Outputs(golden['box_encodings'], golden['class_predictions_with_background'][..., 1:])
-  detections = detect(outputs, Anchors(boxes, np.zeros(len(boxes), np.int32)))
+  outputs = Outputs(golden['box_encodings'], golden['class_predictions_with_background'])
+  detections = detect(outputs, Anchors(boxes, np.zeros(len(boxes), np.int32)), background=True)
   np.testing.assert_array_equal(detections.valid.sum(axis=1), golden['num_detections'])
   np.testing.assert_allclose(detections.scores, golden['detection_scores'], atol=1e-6)
   np.testing.assert_array_equal(detections.labels, golden['detection_classes'])

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from ppn_jax.errors import InputError
-from ppn_jax.models.heads import SharedBoxPredictor
+from ppn_jax.models.heads import PerLevelBoxPredictor, SharedBoxPredictor
 from ppn_jax.models.layers import LayerPolicy
 from ppn_jax.models.mobilenet_v1 import MobileNetV1
-from ppn_jax.models.necks import PoolingPyramid
+from ppn_jax.models.necks import ConvPyramid, FeaturePyramid, PoolingPyramid
 from ppn_jax.models.network import build_network
 
 
-def build(*, backbone=(), neck=(), head=(), num_classes=3, anchors_per_cell=2, policy=None):
+def build(*, backbone=(), neck=(), head=(), num_classes=3, anchors_per_cell=(2,),
+          policy=None):
   return build_network(
       backbone={'name': 'mobilenet_v1', **dict(backbone)},
       neck={'name': 'pooling_pyramid', **dict(neck)},
@@ -49,7 +50,7 @@ def count(tree):
 
 
 def test_ppn_at_300_pixels_has_the_references_sizes_and_counts():
-  network = build(num_classes=91, anchors_per_cell=6)  # 90 and the background's column.
+  network = build(num_classes=91, anchors_per_cell=(6,) * 6)  # 90 and the background's column.
   images, variables = shapes(network, 300, batch=2)
   pyramid = jax.eval_shape(
       functools.partial(network.apply, train=False, method='pyramid'), variables, images)
@@ -93,7 +94,7 @@ def test_forms_of_the_whole_network_agree_in_float64():
 
 
 def head_outputs(levels, *, train=False, **options):
-  head = SharedBoxPredictor(num_classes=3, anchors_per_cell=2, depth=8, **options)
+  head = SharedBoxPredictor(num_classes=3, anchors_per_cell=(2,), depth=8, **options)
   variables = head.init(jax.random.key(0), levels, train=False)
   return variables, head.apply(variables, levels, train=train,
                                mutable=['batch_stats'] if train else False)
@@ -180,6 +181,83 @@ def test_neck_pools_and_projects():
   assert variables['params']['projection']['kernel'].shape == (1, 1, 8, 6)
 
 
+def test_ssd_at_300_pixels_has_the_references_sizes_and_counts():
+  network = build(backbone={'last_block': 13}, neck={'name': 'conv_pyramid'},
+                  head={'name': 'per_level_box_predictor'}, num_classes=91,
+                  anchors_per_cell=(3, 6, 6, 6, 6, 6))
+  images, variables = shapes(network, 300)
+  pyramid = jax.eval_shape(
+      functools.partial(network.apply, train=False, method='pyramid'), variables, images)
+  assert [level.shape[1:] for level in pyramid] == [
+      (19, 19, 512), (10, 10, 1024), (5, 5, 512), (3, 3, 256), (2, 2, 256), (1, 1, 128)]
+  outputs = jax.eval_shape(functools.partial(network.apply, train=False), variables, images)
+  assert outputs.class_logits.shape == (1, 1917, 91)
+  assert count(variables['params']) == 6_819_839 and count(variables) == 6_845_183
+
+
+def test_fpn_at_300_pixels_has_ppns_grids_and_one_depth():
+  network = build(backbone={'last_block': 13}, neck={'name': 'feature_pyramid'},
+                  anchors_per_cell=(6,) * 6)
+  images, variables = shapes(network, 300)
+  pyramid = jax.eval_shape(
+      functools.partial(network.apply, train=False, method='pyramid'), variables, images)
+  assert [level.shape for level in pyramid] == [(1, n, n, 256) for n in (19, 10, 5, 3, 2, 1)]
+
+
+def test_conv_pyramid_is_the_maps_and_what_convolutions_make_of_the_last():
+  rng = np.random.default_rng(0)
+  maps = {16: jnp.asarray(rng.normal(size=(1, 6, 6, 4)), jnp.float32),
+          32: jnp.asarray(rng.normal(size=(1, 3, 3, 6)), jnp.float32)}
+  neck = ConvPyramid(depths=(8, 4))
+  levels, variables = neck.init_with_output(jax.random.key(0), maps, train=False)
+  assert [level.shape[1:] for level in levels] == [(6, 6, 4), (3, 3, 6), (2, 2, 8), (1, 1, 4)]
+  np.testing.assert_array_equal(levels[0], maps[16])
+  np.testing.assert_array_equal(levels[1], maps[32])
+  p = variables['params']['extra_2']
+  x = np.clip(np.asarray(maps[32]) @ p['reduce']['kernel'][0, 0] / np.sqrt(1.001), 0, 6)
+  padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  first = np.einsum('ijc,ijcd->d', padded[0, :3, :3], p['shrink']['kernel']) / np.sqrt(1.001)
+  np.testing.assert_allclose(levels[2][0, 0, 0], np.clip(first, 0, 6), atol=1e-5)
+
+
+def test_feature_pyramid_adds_the_enlarged_coarser_map():
+  """With smoothing kernels that copy, level 0 is lateral 0 plus lateral 1 at nearest cells."""
+  rng = np.random.default_rng(0)
+  maps = {16: jnp.asarray(rng.uniform(size=(1, 5, 5, 4)), jnp.float32),
+          32: jnp.asarray(rng.uniform(size=(1, 3, 3, 4)), jnp.float32)}
+  neck = FeaturePyramid(num_levels=3, depth=4)
+  variables = neck.init(jax.random.key(0), maps, train=False)
+  params = jax.tree.map(np.array, variables['params'])
+  for i in range(2):
+    params[f'lateral_{i}']['kernel'][:] = np.eye(4)
+    params[f'smooth_{i}']['kernel'][:] = 0
+    params[f'smooth_{i}']['kernel'][1, 1] = np.eye(4)
+  fine, coarse, last = neck.apply({**variables, 'params': params}, maps, train=False)
+  scale = np.sqrt(1.001)
+  np.testing.assert_allclose(coarse, maps[32] / scale**2, rtol=1e-5)
+  for y, x in ((0, 0), (1, 2), (4, 4), (3, 0)):
+    expected = (maps[16][0, y, x] + maps[32][0, y // 2, x // 2]) / scale**2
+    np.testing.assert_allclose(fine[0, y, x], expected, rtol=1e-5)
+  assert last.shape == (1, 2, 2, 4)
+
+
+def test_per_level_head_equals_plain_convolutions_of_each_level():
+  rng = np.random.default_rng(0)
+  levels = tuple(jnp.asarray(rng.normal(size=(2, n, n, d)), jnp.float32)
+                 for n, d in ((3, 4), (1, 5)))
+  head = PerLevelBoxPredictor(num_classes=3, anchors_per_cell=(2, 4))
+  outputs, variables = head.init_with_output(jax.random.key(0), levels, train=False)
+  for field, name, width in (('box_codes', 'box', 4), ('class_logits', 'class', 3)):
+    rows = []
+    for i, level in enumerate(levels):
+      p = variables['params'][f'level_{i}']
+      y = np.asarray(level) @ p[f'{name}_kernel'][0, 0] + p[f'{name}_bias']
+      rows.append(y.reshape(2, -1, width))
+    np.testing.assert_allclose(getattr(outputs, field), np.concatenate(rows, 1), atol=1e-5)
+  with pytest.raises(InputError, match='1 levels, but anchors_per_cell'):
+    head.init(jax.random.key(0), levels[:1], train=False)
+
+
 @pytest.mark.parametrize(('blocks', 'words'), [
     ({'backbone': {'name': 'mobilenet_v2'}}, "unknown backbone.*did you mean 'mobilenet_v1'"),
     ({'backbone': {'depth_multiplyer': 1.0}}, "did you mean 'depth_multiplier'"),
@@ -193,6 +271,12 @@ def test_neck_pools_and_projects():
     ({'head': {'prior': 1.0}}, 'prior 1.0'),
     ({'head': {'num_classes': 5}}, 'has no option'),
     ({'num_classes': 0}, 'num_classes 0'),
+    ({'anchors_per_cell': (2, 0)}, 'anchors_per_cell'),
+    ({'anchors_per_cell': (3, 6, 6)}, 'reduce_lowest_level=False'),
+    ({'neck': {'name': 'conv_pyramid', 'strides': (16, 64)}}, 'do not double'),
+    ({'neck': {'name': 'conv_pyramid', 'depths': (7,)}}, 'even numbers'),
+    ({'neck': {'name': 'feature_pyramid', 'num_levels': 1}}, 'num_levels 1 is below'),
+    ({'head': {'name': 'per_level_box_predictor', 'side': 2}}, 'side 2'),
 ])
 def test_build_refuses_with_one_line(blocks, words):
   with pytest.raises(InputError, match=words) as caught:
@@ -207,7 +291,10 @@ def test_dotted_path_names_a_component():
 
 @pytest.mark.parametrize(('neck', 'words'), [
     ({'stride': 32}, 'no map of stride 32; it has 2, 4, 8, 16'),
-    ({'num_levels': 5}, '4x4 map is 1x1 after 3'),
+    ({'num_levels': 5}, '4x4 map is 1x1 after 3 levels'),
+    ({'name': 'conv_pyramid'}, 'no map of stride 32; it has 2, 4, 8, 16'),
+    ({'name': 'conv_pyramid', 'strides': (16,), 'depths': (8,) * 4}, '4x4 map is 1x1 after 3 levels'),
+    ({'name': 'feature_pyramid', 'strides': (8, 16), 'num_levels': 6}, '8x8 map is 1x1 after 4 levels'),
 ])
 def test_neck_that_does_not_fit_is_refused_before_compiling(neck, words):
   with pytest.raises(InputError, match=words):
