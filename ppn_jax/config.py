@@ -2,6 +2,9 @@
 
 Each block is the keyword arguments of one function, named beside it: look there for what a key
 means, which values are legal and what the default does.
+
+The functions after `base_config` are the named differences from PPN of which the baselines are
+made. They change an unlocked config in place and leave data and schedule alone.
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +19,8 @@ def base_config() -> ConfigDict:
   config.model = dict(  # ppn_jax.detector.build
       image_size=300,
       num_classes=0,  # 0: as many as the training data has.
+      background_column=False,  # ppn_jax.detection.columns.ClassColumns
+      score_activation='sigmoid',
       backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11),
       neck=dict(name='pooling_pyramid', stride=16, num_levels=6, projection=0),
       head=dict(name='shared_box_predictor', depth=512, norm_per_level=True,
@@ -28,8 +33,8 @@ def base_config() -> ConfigDict:
           kernel_stddev=placeholder(float)))  # None: He's.
   config.matching = dict(  # ppn_jax.detection.matching.assign
       matched_iou=0.5, force_match=True, ignore_crowd=True)
-  config.loss = dict(  # ppn_jax.detection.losses.detection_loss
-      alpha=0.25, gamma=2.0, localization_weight=1.0)
+  config.loss = dict(  # ppn_jax.detection.losses.LOSSES
+      name='focal', alpha=0.25, gamma=2.0, localization_weight=1.0)
   config.postprocess = dict(  # ppn_jax.detection.postprocess.postprocess
       score_threshold=1e-8, iou_threshold=0.6, max_per_class=100, max_detections=100)
 
@@ -55,3 +60,42 @@ def base_config() -> ConfigDict:
       keep_best=1)  # so many of highest AP.
   config.eval = dict(batch_size=32)  # Over all devices.
   return config
+
+
+def ssd(config: ConfigDict) -> None:
+  """Vanilla MobileNet SSD: convolutions between scales and a predictor for each."""
+  config.model.backbone.last_block = 13
+  config.model.neck = dict(name='conv_pyramid', strides=(16, 32), depths=(512, 256, 256, 128))
+  config.model.head = dict(name='per_level_box_predictor', side=1, prior=0.01)
+  config.model.anchors.min_scale = 0.2
+  config.model.anchors.reduce_lowest_level = True
+
+
+def fpn(config: ConfigDict) -> None:
+  """A top-down pyramid in place of the pooled one; head and anchors stay PPN's (section 2.2)."""
+  config.model.backbone.last_block = 13
+  config.model.neck = dict(name='feature_pyramid', strides=(16, 32), num_levels=6, depth=256)
+
+
+def hard_negative_mining(config: ConfigDict) -> None:
+  """The SSD paper's objective: softmax over classes and background, the hardest negatives."""
+  config.model.background_column = True
+  config.model.score_activation = 'softmax'
+  config.model.head.prior = 0.5  # Biases of zero.
+  config.loss = dict(name='hard_negative_mining', negatives_per_positive=3.0,
+                     localization_weight=1.0)
+
+
+def tf_reference(config: ConfigDict) -> None:
+  """As the TF Object Detection API's sync configs compute, where we differ (REFERENCE.md).
+
+  Its checkpoints need it: they have the background column, and were trained on images resized
+  by the legacy kernel.
+  """
+  config.model.background_column = True
+  config.model.layers.kernel_stddev = 0.01
+  config.matching.ignore_crowd = False
+  config.loss.alpha = 0.75
+  config.data.transforms = (dict(name='horizontal_flip', probability=0.5),
+                            dict(name='ssd_random_crop'))
+  config.data.resize = 'legacy'

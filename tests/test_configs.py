@@ -38,6 +38,61 @@ def test_builds_and_shape_evaluates_a_step(file, tmp_path):
   assert all(m.shape == () for m in metrics)
 
 
+# What each baseline changes of the config that it is compared with, and nothing else.
+SSD = {
+    'model.anchors.min_scale': 0.2, 'model.anchors.reduce_lowest_level': True,
+    'model.backbone.last_block': 13,
+    'model.head': {'name': 'per_level_box_predictor', 'side': 1, 'prior': 0.01},
+    'model.neck': {'name': 'conv_pyramid', 'strides': (16, 32), 'depths': (512, 256, 256, 128)}}
+REFERENCE = {
+    'data.resize': 'legacy',
+    'data.transforms': ({'name': 'horizontal_flip', 'probability': 0.5},
+                        {'name': 'ssd_random_crop'}),
+    'loss.alpha': 0.75, 'matching.ignore_crowd': False, 'model.background_column': True,
+    'model.layers.dtype': 'float32'}
+DIFFERENCES = [
+    ('ssd_mobilenet_v1_coco', 'ppn_mobilenet_v1_coco', SSD),
+    ('fpn_mobilenet_v1_coco', 'ppn_mobilenet_v1_coco', {
+        'model.backbone.last_block': 13,
+        'model.neck': {'name': 'feature_pyramid', 'strides': (16, 32), 'num_levels': 6,
+                       'depth': 256}}),
+    ('ppn_mobilenet_v1_coco_reference', 'ppn_mobilenet_v1_coco', REFERENCE | {
+        'loss.localization_weight': 1.5, 'model.layers.kernel_stddev': 0.01}),
+    ('ssd_mobilenet_v1_coco_reference', 'ssd_mobilenet_v1_coco', REFERENCE | {
+        'model.layers.kernel_stddev': 0.03, 'optim.learning_rate': 0.9,
+        'optim.rate_batch_size': 1024, 'optim.warmup_fraction': 0.05,
+        'optim.warmup_learning_rate': 0.3, 'train.batch_size': 1024, 'train.steps': 20_000}),
+    ('ssd_mobilenet_v1_coco_mined', 'ssd_mobilenet_v1_coco', {
+        'loss': {'name': 'hard_negative_mining', 'negatives_per_positive': 3.0,
+                 'localization_weight': 1.0},
+        'model.background_column': True, 'model.head.prior': 0.5,
+        'model.score_activation': 'softmax', 'optim.learning_rate': 0.07,
+        'optim.warmup_learning_rate': 0.01}),
+    ('quickstart_ssd', 'quickstart', {
+        **{key: value for key, value in SSD.items() if key != 'model.backbone.last_block'},
+        'model.neck': {'name': 'conv_pyramid', 'strides': (16,), 'depths': (256, 128, 128)}})]
+
+
+def differences(config, base, prefix=''):
+  """{dotted key: value in `config`} of all that differs; components of another name are whole."""
+  found = {}
+  for key in base.keys() | config.keys():
+    ours, theirs = config.get(key), base.get(key)
+    both = isinstance(ours, dict) and isinstance(theirs, dict)
+    if both and ours.get('name') == theirs.get('name'):
+      found |= differences(ours, theirs, f'{prefix}{key}.')
+    elif ours != theirs:
+      found[prefix + key] = ours
+  return found
+
+
+@pytest.mark.parametrize('name, base, expected', DIFFERENCES, ids=[d[0] for d in DIFFERENCES])
+def test_a_baseline_is_a_named_difference(name, base, expected):
+  config, base = (load_config(str(FILES[0].parent / f'{file}.py'), []).to_dict()
+                  for file in (name, base))
+  assert differences(config, base) == expected
+
+
 @pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)
 def test_says_how_to_use_it(file):
   assert '--config=configs/' + file.name in file.read_text().split('"""')[1]

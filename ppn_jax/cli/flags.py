@@ -1,8 +1,9 @@
 """Configs from the command line: `--config=FILE` and `--config.block.key=value`."""
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ppn_jax.errors import InputError, did_you_mean
@@ -16,6 +17,8 @@ CONFIG_HELP = ('--config.KEY=VALUE changes an entry of the config, such as\n'
 
 def load_config(path: str, overrides: Sequence[str]) -> 'ConfigDict':
   """The locked config that a file's `get_config()` returns, with entries overridden.
+
+  The file may import its neighbours, as a script may.
 
   Args:
     path: of a Python file; 'FILE:ARGUMENT' passes an argument to `get_config`.
@@ -36,13 +39,29 @@ def load_config(path: str, overrides: Sequence[str]) -> 'ConfigDict':
   config_flags.DEFINE_config_file('config', flag_values=values, lock_config=True,
                                   sys_argv=['ppn', f'--config={path}'])
   try:
-    values(['ppn', f'--config={path}'])
-    config = values.config
+    with _importable(os.path.dirname(os.path.abspath(file))):
+      values(['ppn', f'--config={path}'])
+      config = values.config
   except Exception as e:  # Whatever the user's Python file raised.
     raise InputError(f'--config: {file} cannot be loaded: {e}') from e
   if not isinstance(config, ConfigDict):
     raise InputError(f'--config: {file} has no get_config() that returns a ConfigDict')
   return override(config, overrides)
+
+
+@contextlib.contextmanager
+def _importable(folder: str) -> Iterator[None]:
+  """Modules of `folder` can be imported, and are forgotten afterwards: another folder's configs
+  may have the same names."""
+  before = set(sys.modules)
+  sys.path.insert(0, folder)
+  try:
+    yield
+  finally:
+    sys.path.remove(folder)
+    for name in set(sys.modules) - before:
+      if os.path.dirname(getattr(sys.modules[name], '__file__', None) or '') == folder:
+        del sys.modules[name]
 
 
 def override(config: 'ConfigDict', overrides: Sequence[str]) -> 'ConfigDict':

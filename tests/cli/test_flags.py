@@ -59,3 +59,13 @@ def test_files_that_are_no_configs(tmp_path, content, said):
     path.write_text(content)
   with pytest.raises(InputError, match=said):
     load_config(str(path), [])
+
+
+def test_a_config_imports_its_neighbours_and_no_other_folders(tmp_path):
+  for name in ('a', 'b'):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / 'common.py').write_text(CONFIG.replace("name='x'", f"name={name!r}"))
+    (folder / 'config.py').write_text('from common import get_config\n')
+  names = [load_config(str(tmp_path / name / 'config.py'), []).train.name for name in 'ab']
+  assert names == ['a', 'b']
