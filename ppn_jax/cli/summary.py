@@ -1,0 +1,41 @@
+"""`ppn summary`."""
+
+import argparse
+import json
+
+from ppn_jax.cli.flags import CONFIG_HELP, load_config, override
+
+HELP = f"""Count a model's parameters and FLOPs, by layer and in total.
+
+Nothing is trained, compiled or downloaded. The classes are those of the training data;
+without it give --config.model.num_classes=N.
+{CONFIG_HELP}"""
+
+TAKES_CONFIG = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  model = parser.add_mutually_exclusive_group(required=True)
+  model.add_argument('--config', metavar='FILE',
+                     help='a config file, such as configs/ppn_mobilenet_v1_coco.py')
+  model.add_argument('--workdir', metavar='DIR', help='folder of a run, in place of a config')
+  parser.add_argument('--json', action='store_true', help='print one JSON object')
+
+
+def run(args: argparse.Namespace) -> int:
+  if args.config is not None:
+    config = load_config(args.config, args.overrides)
+  else:
+    from ppn_jax.run import open_run
+    config = override(open_run(args.workdir).config, args.overrides)
+  from ppn_jax.summary import fill_in_classes, format_summary, paper_readings, summarize
+  summary = summarize(fill_in_classes(config))
+  if args.json:
+    print(json.dumps({**summary._asdict(),
+                      'layers': [layer._asdict() for layer in summary.layers],
+                      'totals': summary.totals._asdict(),
+                      'by_columns': {n: t._asdict() for n, t in summary.by_columns.items()},
+                      'paper': [r._asdict() for r in paper_readings(summary)]}, indent=1))
+  else:
+    print(format_summary(summary))
+  return 0

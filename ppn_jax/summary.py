@@ -1,0 +1,273 @@
+"""What a model has and costs: parameters and FLOPs by layer and in total, with nothing compiled.
+
+Everything is counted from the jaxpr of `Detector.detect` for one image, with every convolution
+in its native form: another form computes the same with other operations. FLOPs are counted as
+TensorFlow's profiler does (`models.flops`), which has none for batch norm and activations.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import jax
+from jax.extend import core
+from ml_collections import ConfigDict
+
+from ppn_jax.data.sources import build_source
+from ppn_jax.detector import Detector
+from ppn_jax.errors import InputError
+from ppn_jax.models.flops import Operation, operations, used_arguments
+from ppn_jax.run import build_detector, resolve_classes
+
+Path = tuple[str, ...]
+BEFORE, AFTER = 'preprocessing', 'scores and boxes'  # Rows of what is outside the network.
+# Where suppression begins: it is selection, and its length depends on the image.
+_SELECTIONS = frozenset({'top_k', 'approx_top_k', 'sort', 'while'})
+
+
+class Layer(NamedTuple):
+  """A row of the table; batch norm is part of its convolution's."""
+  name: str
+  parameters: int  # Trainable.
+  statistics: int  # Batch norm's moving averages.
+  multiply_adds: int
+  flops: int
+  other_ops: int  # Of batch norm, activations and what else the profiler leaves out.
+
+
+class Totals(NamedTuple):
+  """The countings that are in use. Variables are those that the outputs depend on."""
+  trainable: int
+  variables: int  # Trainable ones and batch norm's moving averages.
+  variables_without_scale: int  # As if batch norm had no scale (gamma).
+  multiply_adds: int
+  network_flops: int
+  detection_flops: int  # From pixels to scored boxes, before suppression.
+  unused: int  # Trainable, but no output depends on it; in none of the above.
+
+
+class Summary(NamedTuple):
+  """See `summarize`."""
+  image_size: int
+  num_classes: int  # The background not counted.
+  columns: int  # Of the class head, for one anchor.
+  layers: tuple[Layer, ...]
+  totals: Totals
+  by_columns: dict[int, Totals]  # With C, 1 + C and 2 + C columns.
+
+
+class Reading(NamedTuple):
+  """A model counted in one of the ways that give the paper's Table 1."""
+  columns: int
+  counted_parameters: str  # Which of `Totals`.
+  counted_flops: str
+  parameters: str  # In millions and billions, rounded as in the paper.
+  flops: str
+  row: str | None  # Of the paper's table, if both cells are those.
+
+
+# Table 1: parameters and FLOPs of each model at 300 px.
+PAPER = {'SSD': ('6.83M', '2.48B'), 'PPN': ('2.18M', '2.35B')}
+# (columns beyond the 90 classes, parameters, FLOPs) of all countings of Totals that give its four
+# cells. The paper does not say which one it means.
+READINGS = (
+    (2, 'trainable', 'network_flops'),
+    (2, 'trainable', 'detection_flops'),
+    (1, 'variables_without_scale', 'detection_flops'),
+)
+
+
+def summarize(config: ConfigDict) -> Summary:
+  """Counts the model that a config describes, at batch 1.
+
+  Args:
+    config: with `model.num_classes` set, see `fill_in_classes`.
+
+  Raises:
+    InputError: see `detector.build`; or the network has a loop of unknown length.
+  """
+  detector = build_detector(_native(config))
+  columns, classes = detector.columns.count, detector.num_classes
+  layers, totals = _count(detector)
+  by_columns = {columns: totals}
+  for count in range(classes, classes + 3):
+    # The background column stays as it is: some losses need it.
+    if count not in by_columns and count > columns - classes:
+      variant = _native(config, num_classes=count - (columns - classes))
+      by_columns[count] = _count(build_detector(variant))[1]
+  return Summary(detector.image_size, classes, columns, layers, totals,
+                 dict(sorted(by_columns.items())))
+
+
+def paper_readings(summary: Summary) -> tuple[Reading, ...]:
+  """The model by each of `READINGS`; none unless it has the paper's 300 px and 90 classes."""
+  if (summary.image_size, summary.num_classes) != (300, 90):
+    return ()
+
+  def read(beyond: int, parameters: str, flops: str) -> Reading:
+    totals = summary.by_columns[summary.num_classes + beyond]
+    cells = (f'{getattr(totals, parameters) / 1e6:.2f}M', f'{getattr(totals, flops) / 1e9:.2f}B')
+    row = next((name for name, there in PAPER.items() if there == cells), None)
+    return Reading(summary.num_classes + beyond, parameters, flops, *cells, row)
+
+  return tuple(read(*reading) for reading in READINGS)
+
+
+def fill_in_classes(config: ConfigDict) -> ConfigDict:
+  """A config whose `model.num_classes` is set: where it is 0, from the training data.
+
+  Raises:
+    InputError: the training data cannot be opened.
+  """
+  if config.model.num_classes:
+    return config
+  try:
+    categories = build_source(config.data.train.to_dict()).categories
+  except InputError as e:
+    raise InputError('model.num_classes is 0, which asks the training data; give '
+                     f'--config.model.num_classes=N, or mend this: {e}') from e
+  return resolve_classes(config, categories)
+
+
+def _native(config: ConfigDict, **model: Any) -> ConfigDict:
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.layers.conv_form = 'native'
+    config.model.update(model)
+  return config
+
+
+def _count(detector: Detector) -> tuple[tuple[Layer, ...], Totals]:
+  """Of one image, with shapes alone."""
+  variables = jax.eval_shape(detector.init, jax.random.key(0))
+  images = jax.eval_shape(detector.blank_images)
+  # The scopes tell an operation's layer; users can turn them off.
+  with flax.config.temp_flip_flag('profile', True):
+    jaxpr = jax.make_jaxpr(detector.detect)(variables, images).jaxpr
+  leaves = jax.tree.leaves_with_path(variables)
+  sizes = {tuple(key.key for key in path): leaf.size for path, leaf in leaves}
+  paths = list(sizes)  # In the order of the jaxpr's arguments, the images after them.
+  norms = {path[1:-1] for path in paths if path[0] == 'batch_stats'}
+  used = {paths[i]: sizes[paths[i]] for i in used_arguments(jaxpr) if i < len(paths)}
+  located = list(_located(jaxpr, type(detector.network).__name__, paths, norms))
+  layers = _layers(located, used, norms)
+  return layers, _totals(layers, sizes, used, norms)
+
+
+def _totals(layers: tuple[Layer, ...], sizes: Mapping[Path, int], used: Mapping[Path, int],
+            norms: set[Path]) -> Totals:
+  inside = [layer for layer in layers if layer.name not in (BEFORE, AFTER)]
+  trainable = sum(n for path, n in used.items() if path[0] == 'params')
+  scales = sum(n for path, n in used.items() if path[1:-1] in norms and path[-1] == 'scale')
+  return Totals(
+      trainable=trainable,
+      variables=sum(used.values()),
+      variables_without_scale=sum(used.values()) - scales,
+      multiply_adds=sum(layer.multiply_adds for layer in inside),
+      network_flops=sum(layer.flops for layer in inside),
+      detection_flops=sum(layer.flops for layer in layers),
+      unused=sum(n for path, n in sizes.items() if path[0] == 'params') - trainable)
+
+
+def _located(jaxpr: core.Jaxpr, root: str, paths: list[Path], norms: set[Path]
+             ) -> Iterator[tuple[str, Operation]]:
+  """(layer, operation) up to the suppression; batch norm's FLOPs as other operations."""
+  for op in itertools.takewhile(lambda op: op.primitive not in _SELECTIONS, operations(jaxpr)):
+    # Flax adds a scope for each module, and one with a dot for methods other than __call__.
+    module = tuple(name for name in op.scope[1:] if '.' not in name)
+    read = [paths[i] for i in op.arguments if i < len(paths) and paths[i][0] == 'params']
+    if op.scope[:1] != (root,):
+      yield AFTER, op
+    elif module in norms:
+      yield _layer_of(module), op._replace(flops=0, other_ops=op.flops + op.other_ops)
+    elif read:
+      yield _layer_of_variable(read[0], norms), op
+    else:
+      yield _layer_of(module) if module else BEFORE, op
+
+
+def _layers(located: list[tuple[str, Operation]], used: Mapping[Path, int], norms: set[Path]
+            ) -> tuple[Layer, ...]:
+  """One row for each layer that has or does something, in the order of the forward pass."""
+  rows = {name: [0] * 5 for name, _ in located if name != AFTER}
+  for path, size in used.items():
+    row = rows.setdefault(_layer_of_variable(path, norms), [0] * 5)
+    row[path[0] != 'params'] += size
+  for name, op in located:
+    row = rows.setdefault(name, [0] * 5)
+    for column, value in enumerate((op.multiply_adds, op.flops, op.other_ops), start=2):
+      row[column] += value
+  return tuple(Layer(name, *row) for name, row in rows.items() if any(row))
+
+
+def _layer_of(module: Path) -> str:
+  return '/'.join(module[:-1] if module[-1:] == ('norm',) else module)
+
+
+def _layer_of_variable(path: Path, norms: set[Path]) -> str:
+  """'params', 'head', 'box_kernel' -> 'head/box'; 'params', 'stem', 'kernel' -> 'stem'."""
+  _, *module, leaf = path
+  if tuple(module) not in norms:
+    part = leaf.rpartition('_')[0]
+    module += [part] if part else []
+  return _layer_of(tuple(module))
+
+
+_LABELS = {
+    'trainable': 'trainable parameters',
+    'variables': 'all variables',
+    'variables_without_scale': 'all variables, no norm scale',
+    'multiply_adds': 'multiply-adds',
+    'network_flops': 'FLOPs of the network',
+    'detection_flops': 'FLOPs, image to detections',
+}
+_LEGEND = """\
+FLOPs: 2 for each multiply-add, 1 for each output of other arithmetic, a pooling window's size for
+each of its outputs, as TensorFlow's profiler counts. It has none for batch norm and activations;
+their operations are the last column. Image to detections: with the scaling of the input, the
+scores and the decoding of boxes, before suppression; counted here from our own operations, where
+the profiler's figure for TensorFlow's graph is slightly another. Variables: with batch norm's
+moving averages; no norm scale: as if batch norm had no gamma."""
+
+
+def format_summary(summary: Summary) -> str:
+  """Layers, totals in every counting and, where it applies, the paper's Table 1; plain text."""
+  inside = [layer for layer in summary.layers if layer.name not in (BEFORE, AFTER)]
+  sums = [(name, *(sum(column) for column in zip(*(layer[1:] for layer in rows), strict=True)))
+          for name, rows in (('network', inside), ('image to detections', summary.layers))]
+  titles = [f'{count}{" (this)" if count == summary.columns else ""}'
+            for count in summary.by_columns]
+  countings = [(label, *(getattr(totals, key) for totals in summary.by_columns.values()))
+               for key, label in _LABELS.items()]
+  parts = [
+      f'{summary.image_size} px, {summary.num_classes} classes in {summary.columns} columns, '
+      'batch 1',
+      _table(('layer', 'parameters', 'statistics', 'multiply-adds', 'FLOPs', 'norm & act.'),
+             [*summary.layers, *sums]),
+      _table(('class columns', *titles), countings), _LEGEND]
+  if summary.totals.unused:
+    parts.insert(3, f'No output depends on {summary.totals.unused:,} further trainable '
+                    'parameters; they are in none of these figures.')
+  return '\n\n'.join(filter(None, [*parts, _paper_note(paper_readings(summary))]))
+
+
+def _table(titles: tuple[str, ...], rows: list[tuple]) -> str:
+  """Names to the left, numbers to the right."""
+  cells = [titles, *((row[0], *(f'{n:,}' for n in row[1:])) for row in rows)]
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+                   for row in cells)
+
+
+def _paper_note(readings: tuple[Reading, ...]) -> str:
+  if not readings:
+    return ''
+  rows = ' and '.join(f'{name} {" ".join(cells)}' for name, cells in PAPER.items())
+  lines = [f"The paper's Table 1 has {rows}. Each of these countings gives all four",
+           'figures; which one the authors used is not known. This model by each of them:']
+  for r in readings:
+    lines.append(f'  {r.parameters} {r.flops}  {_LABELS[r.counted_parameters]}; '
+                 f'{_LABELS[r.counted_flops]}; {r.columns - 1} + background '
+                 f"({f'as {r.row} there' if r.row else 'neither of them'})")
+  return '\n'.join(lines)
