@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from ppn_jax import detector as detector_lib
 from ppn_jax import files, registry
+from ppn_jax.config import base_config
 from ppn_jax.data.sources import check_categories
 from ppn_jax.detection.structures import Category
 from ppn_jax.detector import Detector
@@ -113,7 +114,8 @@ def open_run(workdir: str | pathlib.Path) -> Run:
     raise InputError(f'workdir {workdir} is not a run: it has no config.json; '
                      'give the --workdir of a `ppn train`')
   try:
-    config = ConfigDict(_tuples(json.loads(_config_path(workdir).read_text())))
+    config = ConfigDict(_tuples(_filled_in(json.loads(_config_path(workdir).read_text()),
+                                           base_config().to_dict())))
     categories = json.loads((workdir / 'categories.json').read_text())
     return Run(workdir, config.lock(), tuple(Category(**c) for c in categories))
   # Whatever a file of another shape leads to.
@@ -151,6 +153,18 @@ def _differences(there: Any, here: Any, key: str = '') -> Iterator[tuple[str, An
       yield from _differences(there.get(name, 'absent'), here.get(name, 'absent'), dotted)
   elif _tuples(there) != _tuples(here):
     yield key, there, here
+
+
+def _filled_in(there: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+  """`there` with the keys that have come into the base config since the run was made.
+
+  A block that names another component than the base's has options of its own and stays.
+  """
+  if there.get('name', base.get('name')) != base.get('name'):
+    return there
+  blocks = {key: _filled_in(there[key], value) for key, value in base.items()
+            if isinstance(value, dict) and isinstance(there.get(key), dict)}
+  return {**base, **there, **blocks}
 
 
 def _tuples(value: Any) -> Any:

@@ -63,3 +63,16 @@ def test_json_keeps_what_it_was_given(tmp_path):
   create_run(tmp_path, tiny_config(), CATEGORIES).save()
   assert json.loads((tmp_path / 'categories.json').read_text()) == [
       {'id': 3, 'name': 'cat'}, {'id': 7, 'name': 'dog'}]
+
+
+def test_a_run_of_before_a_key_existed_opens(tmp_path):
+  config = tiny_config()
+  create_run(tmp_path, config, CATEGORIES).save()
+  written = json.loads((tmp_path / 'config.json').read_text())
+  del written['loss']['name'], written['init'], written['model']['background_column']
+  written['model']['neck'] = {'name': 'my.code:Neck', 'width': 3}
+  (tmp_path / 'config.json').write_text(json.dumps(written))
+  opened = open_run(tmp_path).config
+  assert opened.loss.name == 'focal' and opened.init.backbone == ''
+  assert opened.model.background_column is False
+  assert opened.model.neck.to_dict() == {'name': 'my.code:Neck', 'width': 3}

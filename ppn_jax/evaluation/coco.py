@@ -70,9 +70,9 @@ def to_rows(detections: Detections, image_id: Array, size: Array, valid: Array,
 
   Returns:
     Rows of image_id, category_id, bbox [x, y, width, height] in pixels of the original
-    image, and score, all plain Python numbers.
+    image, score, and level, which COCO's tools pass over; all plain Python numbers.
   """
-  boxes, scores, labels, _, found = (np.asarray(x) for x in detections)
+  boxes, scores, labels, levels, found = (np.asarray(x) for x in detections)
   rows = []
   for b, k in np.argwhere(found & np.asarray(valid)[:, None]):
     height, width = (float(side) for side in size[b])
@@ -81,7 +81,7 @@ def to_rows(detections: Detections, image_id: Array, size: Array, valid: Array,
         'image_id': int(image_id[b]),
         'category_id': int(categories[labels[b, k]].id),
         'bbox': [xmin * width, ymin * height, (xmax - xmin) * width, (ymax - ymin) * height],
-        'score': float(scores[b, k])})
+        'score': float(scores[b, k]), 'level': int(levels[b, k])})
   return rows
 
 

@@ -16,7 +16,8 @@ from ppn_jax.data.sources import Source, build_source
 from ppn_jax.detection.structures import Array, Category, Detections
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.errors import InputError
-from ppn_jax.evaluation import coco
+from ppn_jax.evaluation import calibration_job, coco
+from ppn_jax.evaluation.calibration_job import CalibrationOptions
 from ppn_jax.evaluation.drawing import draw_boxes, mosaic, save_png
 from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import Run
@@ -101,14 +102,17 @@ class Evaluation:
     step: which.
     scores: COCO's figures.
     folder: where `results.json` (COCO's results format) and `scores.json` lie.
+    calibration: see `calibration_job.report`; None if it was not asked for, and in all
+      processes but the first.
   """
   step: int
   scores: coco.Scores
   folder: pathlib.Path
+  calibration: dict[str, Any] | None = None
 
 
 def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pictures: int = 0,
-             output: pathlib.Path | None = None,
+             calibration: CalibrationOptions | None = None, output: pathlib.Path | None = None,
              say: Callable[[str], None] = print) -> Evaluation:
   """Scores a saved step on the run's evaluation data and writes down what it found.
 
@@ -117,6 +121,7 @@ def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pict
     step: a saved step; the newest by default.
     scorer: see `coco.score`.
     pictures: how many images to draw on a contact sheet, `pictures.png`.
+    calibration: reports on it too, in `calibration.json` and `calibration.png`.
     output: folder to write to; by default `evaluation/STEP` in the workdir.
     say: told what goes on, a line at a time.
 
@@ -133,14 +138,20 @@ def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pict
   say(f'evaluating step {step:,} on {len(evaluator.source):,} images')
   rows = evaluator.rows(variables, on_images=_every_tenth(len(evaluator.source), say))
   scores = evaluator.score(rows)
-  folder = output or run.workdir / 'evaluation' / str(step)
+  folder, report = output or run.workdir / 'evaluation' / str(step), None
   if jax.process_index() == 0:
     coco.write_results(folder / 'results.json', rows)
     write_scores(folder / 'scores.json', scores)
     if pictures:
       save_png(folder / 'pictures.png',
                picture(evaluator.source, rows, run.categories, count=pictures))
-  return Evaluation(step, scores, folder)
+    if calibration:
+      say('reporting on calibration')
+      report = calibration_job.report(run.config, detector, run.categories,
+                                      evaluator.source.ground_truth(), rows, calibration,
+                                      scorer=scorer)
+      calibration_job.write(folder, report, f'{run.workdir.resolve().name}, step {step:,}')
+  return Evaluation(step, scores, folder, report)
 
 
 def load_variables(run: Run, detector: Detector, mesh: Mesh, *,

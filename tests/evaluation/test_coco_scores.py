@@ -57,16 +57,18 @@ def test_rows_are_in_pixels_of_the_original_and_in_ids_of_the_data_set():
   detections = Detections(
       boxes=np.array([[[0.25, 0.5, 0.75, 1.0], [0, 0, 1, 1], [0, 0, 0, 0]]] * 2, np.float32),
       scores=np.array([[0.75, 0.5, 0]] * 2, np.float32),
-      labels=np.array([[1, 0, 0]] * 2, np.int32), level=np.zeros((2, 3), np.int32),
+      labels=np.array([[1, 0, 0]] * 2, np.int32), level=np.array([[2, 0, 0]] * 2, np.int32),
       valid=np.array([[True, True, False]] * 2))
   rows = coco.to_rows(detections, np.array([2**40, 5]), np.array([[100, 200], [10, 10]]),
                       np.array([True, False]), [Category(3, 'cat'), Category(17, 'dog')])
   assert rows == [
-      {'image_id': 2**40, 'category_id': 17, 'bbox': [100, 25, 100, 50], 'score': 0.75},
-      {'image_id': 2**40, 'category_id': 3, 'bbox': [0, 0, 200, 100], 'score': 0.5}]
+      {'image_id': 2**40, 'category_id': 17, 'bbox': [100, 25, 100, 50], 'score': 0.75,
+       'level': 2},
+      {'image_id': 2**40, 'category_id': 3, 'bbox': [0, 0, 200, 100], 'score': 0.5,
+       'level': 0}]
   assert json.loads(json.dumps(rows)) == rows
   for row in rows:
-    assert type(row['image_id']) is int and type(row['category_id']) is int
+    assert all(type(row[key]) is int for key in ('image_id', 'category_id', 'level'))
     assert all(type(x) is float for x in [*row['bbox'], row['score']])
 
 
