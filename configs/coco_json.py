@@ -16,8 +16,11 @@ from ppn_jax.config import base_config
 def get_config():
   config = base_config()
   # on_bad_box='drop' leaves out boxes that cannot be right, and says how many.
-  config.data.train = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
-  config.data.eval = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
+  files = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
+  # Text files of image ids to leave out, or to keep alone.
+  ids = dict(exclude_ids='', include_ids='')
+  config.data.train.update(**files, **ids)
+  config.data.eval = dict(**files, **ids)
   config.model.layers.norm_decay = 0.99
   config.optim.learning_rate = 0.1
   config.optim.warmup_learning_rate = 0.01

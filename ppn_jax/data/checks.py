@@ -6,6 +6,19 @@ from typing import Any
 from ppn_jax.errors import InputError
 
 
+def check_bool(what: str, value: Any) -> None:
+  """Raises InputError unless `value` is True or False."""
+  if not isinstance(value, bool):
+    raise InputError(f'{what} is {value!r}, legal: True, False')
+
+
+def check_color(what: str, value: Any) -> None:
+  """Raises InputError unless `value` is three integers, 0 to 255."""
+  if (not isinstance(value, Sequence) or len(value) != 3
+      or not all(type(n) is int and 0 <= n <= 255 for n in value)):
+    raise InputError(f'{what} is {value!r}, legal: three integers, 0 to 255')
+
+
 def check_integer(what: str, value: Any, least: int) -> None:
   """Raises InputError unless `value` is an integer from `least` up."""
   if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -3,11 +3,13 @@
 import io
 import warnings
 from collections.abc import Callable
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
 import simplejpeg
 
+from ppn_jax.data.lazy_image import LazyImage, StoredImage
 from ppn_jax.errors import InputError
 
 # Formats whose decoders notice a truncated file (JPEG 2000 does not always). Not EPS, for which
@@ -15,11 +17,61 @@ from ppn_jax.errors import InputError
 PIL.Image.init()
 _FORMATS = tuple(f for f in ('JPEG', 'PNG', 'WEBP', 'AVIF', 'BMP', 'GIF', 'TIFF', 'PPM')
                  if f in PIL.Image.OPEN)
+# How such files are called.
+SUFFIXES = frozenset({'.jpg', '.jpeg', '.jpe', '.png', '.webp', '.avif', '.bmp', '.gif', '.tif',
+                      '.tiff', '.ppm', '.pgm'})
 _ORIENTATION_TAG = 0x0112
 
 # Pillow warns of many pixels, which are counted here, and of metadata, which do not touch the
 # pixels. A filter for good: `warnings.catch_warnings` is not safe in threads.
 warnings.filterwarnings('ignore', module=r'PIL\.')
+
+
+def read(path: str) -> bytes:
+  """What a file holds.
+
+  Raises:
+    InputError: it cannot be read.
+  """
+  try:
+    with open(path, 'rb') as f:
+      return f.read()
+  except OSError as e:
+    raise InputError(f'{path}: cannot be read: {e.strerror}') from e
+
+
+def read_sizes(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
+  """(height, width) of an image file as it is stored and as it is seen upright, by its header.
+
+  Raises:
+    InputError: no such file, or not an image.
+  """
+  try:
+    with open(path, 'rb') as f:
+      return header_sizes(f, path)
+  except OSError as e:
+    raise InputError(f'{path}: cannot be read: {e.strerror}') from e
+
+
+def header_sizes(file: BinaryIO, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
+  """As `read_sizes`, of an open file called `name`."""
+  try:
+    with PIL.Image.open(file, formats=_FORMATS) as image:
+      stored = image.height, image.width
+      orientation = _orientation(image.getexif)
+  except PIL.UnidentifiedImageError as e:
+    raise InputError(f'{name}: not an image that can be read') from e
+  except Exception as e:  # Pillow's plugins raise whatever a damaged file makes them stumble on.
+    raise InputError(f'{name}: damaged image: {_line(e)}') from e
+  return stored, stored[::-1] if orientation >= 5 else stored
+
+
+def stored_size(data: bytes, name: str) -> tuple[int, int]:
+  """(height, width) of an image file's bytes as it is stored, by its header."""
+  try:
+    return simplejpeg.decode_jpeg_header(data)[:2]
+  except ValueError:
+    return header_sizes(io.BytesIO(data), name)[0]
 
 
 def decode(data: bytes, *, name: str, size: tuple[int, int] | None = None,
@@ -46,13 +98,23 @@ def decode(data: bytes, *, name: str, size: tuple[int, int] | None = None,
   Raises:
     InputError: not an image, truncated, damaged, too large, or of another size than stated.
   """
+  return open_image(data, name=name, size=size, max_pixels=max_pixels).pixels()
+
+
+def open_image(data: bytes, *, name: str, size: tuple[int, int] | None = None,
+               max_pixels: int = 178_956_970) -> LazyImage:
+  """As `decode`, but a JPEG's pixels are made when they are asked for.
+
+  What the header tells is checked now; that a file is truncated or damaged is found when the
+  pixels are made, whether all of them or fewer.
+  """
   if not data:
     raise InputError(f'{name}: the file is empty')
   if data[:2] == b'\xff\xd8':
-    pixels, orientation = _decode_jpeg(data, name, max_pixels)
+    stored, orientation = _open_jpeg(data, name, max_pixels)
   else:
-    pixels, orientation = _decode_other(data, name, max_pixels)
-  return _turn(pixels, orientation, name, size)
+    stored, orientation = _stored(*_decode_other(data, name, max_pixels))
+  return _upright(stored, orientation, name, size)
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 92) -> bytes:
@@ -60,31 +122,43 @@ def encode_jpeg(image: np.ndarray, quality: int = 92) -> bytes:
   return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality)
 
 
-def _decode_jpeg(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, int]:
-  """Pixels as stored, and the EXIF orientation 1..8."""
+def _open_jpeg(data: bytes, name: str, max_pixels: int) -> tuple[StoredImage, int]:
+  """The image as stored, and the EXIF orientation 1..8."""
   try:
     height, width, color, _ = simplejpeg.decode_jpeg_header(data)
   except ValueError:  # Also a legal file of a kind that libjpeg's short interface does not know.
-    return _decode_other(data, name, max_pixels)
+    return _stored(*_decode_other(data, name, max_pixels))
   _check_pixels(height, width, name, max_pixels)
-  try:
-    if color in ('CMYK', 'YCCK'):
-      # Every writer of such files follows Adobe and stores 255 minus the ink.
-      cmyk = simplejpeg.decode_jpeg(data, colorspace='CMYK').astype(np.uint16)
-      pixels = ((cmyk[..., :3] * cmyk[..., 3:] + 127) // 255).astype(np.uint8)
-    else:
-      pixels = simplejpeg.decode_jpeg(data, colorspace='RGB')
-  except ValueError as e:
-    # Two complaints that cost no pixel: padding before the end marker, and a header that some
-    # telephones write. Pillow shrugs at both and still refuses a truncated file.
-    if 'before marker 0xd9' in str(e) or 'Invalid SOS parameters' in str(e):
-      return _decode_other(data, name, max_pixels)
-    raise InputError(f'{name}: damaged or truncated JPEG: {_line(e)}') from e
-  return pixels, _orientation(lambda: _exif_of_jpeg(data))
+  cmyk = color in ('CMYK', 'YCCK')
+
+  def load(factor: int) -> np.ndarray:
+    try:
+      return _load_cmyk(data) if cmyk else simplejpeg.decode_jpeg(
+          data, colorspace='RGB', min_height=-(-height // factor), min_width=-(-width // factor),
+          min_factor=factor)
+    except ValueError as e:
+      # Two complaints that cost no pixel: padding before the end marker, and a header that some
+      # telephones write. Pillow shrugs at both and still refuses a truncated file.
+      if 'before marker 0xd9' in str(e) or 'Invalid SOS parameters' in str(e):
+        return _decode_other(data, name, max_pixels)[0]
+      raise InputError(f'{name}: damaged or truncated JPEG: {_line(e)}') from e
+
+  factors = () if cmyk else (8, 4, 2)
+  return StoredImage((height, width), load, factors), _orientation(lambda: _exif_of_jpeg(data))
+
+
+def _load_cmyk(data: bytes) -> np.ndarray:
+  # Every writer of such files follows Adobe and stores 255 minus the ink.
+  cmyk = simplejpeg.decode_jpeg(data, colorspace='CMYK').astype(np.uint16)
+  return ((cmyk[..., :3] * cmyk[..., 3:] + 127) // 255).astype(np.uint8)
+
+
+def _stored(pixels: np.ndarray, orientation: int) -> tuple[StoredImage, int]:
+  return LazyImage.of(pixels).stored, orientation
 
 
 def _decode_other(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, int]:
-  """As `_decode_jpeg`, for what Pillow opens."""
+  """Pixels as stored, and the EXIF orientation 1..8, of what Pillow opens."""
   try:
     image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
     height, width = image.height, image.width
@@ -162,23 +236,18 @@ def _orientation(read_exif: Callable[[], PIL.Image.Exif]) -> int:
   return orientation if orientation in range(1, 9) else 1
 
 
-def _turn(pixels: np.ndarray, orientation: int, name: str,
-          size: tuple[int, int] | None) -> np.ndarray:
-  """Turns the stored pixels upright where `decode` says so."""
-  stored = pixels.shape[:2]
-  upright = stored[::-1] if orientation >= 5 else stored
-  if size is not None and tuple(size) not in (stored, upright):
+def _upright(stored: StoredImage, orientation: int, name: str,
+             size: tuple[int, int] | None) -> LazyImage:
+  """The stored image, turned where `decode` says so."""
+  upright = stored.size[::-1] if orientation >= 5 else stored.size
+  if size is not None and tuple(size) not in (stored.size, upright):
     raise InputError(f'{name}: the image is {_show(upright)}, but the annotations say '
                      f'{_show(size)} (height x width); correct one of them')
-  if orientation == 1 or (size is not None and tuple(size) != upright):
-    return pixels
-  if orientation >= 5:
-    pixels = pixels.swapaxes(0, 1)
-  if orientation in (3, 4, 7, 8):
-    pixels = pixels[::-1]
-  if orientation in (2, 3, 6, 7):
-    pixels = pixels[:, ::-1]
-  return np.ascontiguousarray(pixels)
+  if size is not None and tuple(size) != upright:
+    orientation = 1
+  return LazyImage.whole(stored, transposed=orientation >= 5,
+                         upside_down=orientation in (3, 4, 7, 8),
+                         mirrored=orientation in (2, 3, 6, 7))
 
 
 def _show(size: tuple[int, int]) -> str:

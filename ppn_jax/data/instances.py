@@ -17,9 +17,15 @@ def read(file: str) -> dict[str, 'Table']:
   """
   try:
     with open(file, 'rb') as f:
-      content = json.load(f)
+      return parse(f.read(), file)
   except OSError as e:
     raise InputError(f'no annotations at {file!r}: {e.strerror}') from e
+
+
+def parse(text: bytes | str, file: str) -> dict[str, 'Table']:
+  """As `read`, of the text of a file."""
+  try:
+    content = json.loads(text)
   except (ValueError, RecursionError) as e:
     raise InputError(f'{file}: not valid JSON: {e}') from e
   if isinstance(content, list):
@@ -61,10 +67,10 @@ class Table:
     except (KeyError, TypeError, IndexError):
       i = next(i for i, e in enumerate(self._entries) if not isinstance(e, dict) or key not in e)
       entry = self._entries[i]
-      raise self.error(i, f'no {key!r} in {_short(entry)}; {_guess(entry)}') from None
+      raise self.error(i, f'no {key!r} in {quote(entry)}; {_guess(entry)}') from None
     for i, value in enumerate(values if legal else ()):
       if not legal(value):
-        raise self.error(i, f'{key} is {_short(value)}, legal: {wanted}')
+        raise self.error(i, f'{key} is {quote(value)}, legal: {wanted}')
     return values
 
   def optional(self, key: str) -> list:
@@ -99,13 +105,13 @@ def _is_int64(value: Any) -> bool:
 
 def _guess_file(content: Any) -> str:
   if not isinstance(content, dict):
-    return f'it holds {_short(content)}'
+    return f'it holds {quote(content)}'
   annotations = content.get('annotations')
   if isinstance(annotations, list) and annotations:
     return _guess(annotations[0])
   if 'images' in content and 'categories' in content:
     return 'it looks like an image_info file, which has no truth'
-  return f'its keys: {_short(sorted(content))}'
+  return f'its keys: {quote(sorted(content))}'
 
 
 def _guess(entry: Any) -> str:
@@ -116,6 +122,7 @@ def _guess(entry: Any) -> str:
   return 'wanted: the entries of a COCO instances file'
 
 
-def _short(value: Any) -> str:
+def quote(value: Any) -> str:
+  """What a file says, in a message: on one line and not at any length."""
   text = ' '.join(repr(value).split())
   return text if len(text) <= 100 else text[:97] + '...'

@@ -6,6 +6,7 @@ work ahead of time; their number changes no bit.
 """
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from ppn_jax.data.checks import check_integer
+from ppn_jax.data.reading import read_example
 from ppn_jax.data.sources import Source
 from ppn_jax.data.transforms import Resize, Transform
 from ppn_jax.detection.structures import Batch, Example, GroundTruth
@@ -28,7 +30,8 @@ Rows = Sequence[int] | slice | None
 
 def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: int,
                   max_boxes: int, batch_size: int, seed: int, start_step: int = 0,
-                  rows: Rows = None, threads: int = 0, resize: str = 'area') -> Iterator[Batch]:
+                  rows: Rows = None, threads: int = 0, resize: str = 'area',
+                  reduced_decoding: bool = True) -> Iterator[Batch]:
   """Batches without end, from step `start_step` on.
 
   Row r of step k shows position p = k * batch_size + r: image order(epoch)[p % N] of epoch
@@ -46,7 +49,7 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
     rows: the rows of the global batch that this process needs, in this order; None is all. They
       need not be contiguous.
     threads: workers; 0 is one for each processor core that this process may use.
-    resize: method of `transforms.Resize`.
+    resize, reduced_decoding: as of `transforms.Resize`.
 
   Yields:
     Batch of NumPy arrays that nobody else holds, len(rows) rows.
@@ -57,23 +60,21 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
   check_integer('seed', seed, 0)
   check_integer('batch_size', batch_size, 1)
   rows = _row_numbers(rows, batch_size)
-  ops = (*transforms, Resize(image_size, resize))
+  ops = (*transforms, Resize(image_size, resize, reduced_decoding))
 
   def load(number: int) -> Example:
     step, row = divmod(number, len(rows))
     epoch, at = divmod((start_step + step) * batch_size + rows[row], len(source))
     index = index_shuffle(at, len(source) - 1, _order_seed(seed, epoch), 4)
-    rng = np.random.default_rng((_AUGMENT_TAG, seed, epoch, index))
-    example = source[index]
-    for op in ops:
-      example = op(example, rng)
-    return example
+    return read_example(source, index, ops,
+                        np.random.default_rng((_AUGMENT_TAG, seed, epoch, index)))
 
   return _batches(load, sys.maxsize // len(rows), len(rows), image_size, max_boxes, threads)
 
 
 def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size: int,
-                 rows: Rows = None, threads: int = 0, resize: str = 'area') -> Iterator[Batch]:
+                 rows: Rows = None, threads: int = 0, resize: str = 'area',
+                 reduced_decoding: bool = True) -> Iterator[Batch]:
   """Every image once, in order, in `num_eval_batches` batches; arguments as `train_batches`.
 
   The last batch is filled up with rows of zeros whose `valid` is False. All processes get the
@@ -81,12 +82,12 @@ def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size:
   """
   check_integer('batch_size', batch_size, 1)
   rows = _row_numbers(rows, batch_size)
-  op = Resize(image_size, resize)
+  ops, rng = [Resize(image_size, resize, reduced_decoding)], np.random.default_rng(0)  # Not used.
 
   def load(number: int) -> Example | None:
     step, row = divmod(number, len(rows))
     index = step * batch_size + rows[row]
-    return op(source[index]) if index < len(source) else None
+    return read_example(source, index, ops, rng) if index < len(source) else None
 
   steps = num_eval_batches(len(source), batch_size)
   return _batches(load, steps, len(rows), image_size, max_boxes, threads)
@@ -97,23 +98,27 @@ def num_eval_batches(num_images: int, batch_size: int) -> int:
   return -(-num_images // batch_size)
 
 
-def required_boxes(source: Source, max_boxes: int = 0) -> int:
+def required_boxes(source: Source, max_boxes: int = 0,
+                   transforms: Sequence[Transform] = ()) -> int:
   """G, the boxes to pad every image's truth to.
 
   Args:
     source: the data set.
+    transforms: of which some may put several images' boxes into one.
     max_boxes: the config's figure; 0 means as many as the fullest image has, rounded up to a
       multiple of 8.
 
   Raises:
-    InputError: some image has more than `max_boxes`.
+    InputError: some image has, or several in one can have, more than `max_boxes`.
   """
   check_integer('max_boxes', max_boxes, 0)
-  needed = source.max_boxes
+  factor = math.prod(getattr(transform, 'box_factor', 1) for transform in transforms)
+  needed = source.max_boxes * factor
   if not max_boxes:
     return max(8, -(-needed // 8) * 8)
   if max_boxes < needed:
-    raise InputError(f'max_boxes is {max_boxes}, but one image has {needed} boxes; '
+    what = 'one image has' if factor == 1 else f'{factor} images in one can have'
+    raise InputError(f'max_boxes is {max_boxes}, but {what} {needed} boxes; '
                      f'legal: {needed} and more, or 0 for as many as needed')
   return max_boxes
 

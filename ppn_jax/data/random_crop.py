@@ -1,11 +1,14 @@
 """SSD's random crop, as the TF Object Detection API draws it."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from ppn_jax.data.checks import check_integer, check_number, check_range
+from ppn_jax.data.geometry import crop
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError
@@ -31,6 +34,7 @@ class SsdRandomCrop:
   area: tuple[float, float] = (0.1, 1.0)
   keep_probability: float = 0.15
   attempts: int = 100
+  takes_lazy_image: ClassVar[bool] = True
 
   def __post_init__(self):
     if not isinstance(self.coverages, Sequence) or not self.coverages:
@@ -57,7 +61,7 @@ def draw_window(rng: np.random.Generator, size: tuple[int, int], boxes: np.ndarr
                 attempts: int = 100) -> tuple[int, int, int, int]:
   """`tf.image.sample_distorted_bounding_box`: a window that covers enough of some box.
 
-  Draws all attempts at once and takes the first that will do; the whole image if none does.
+  Takes the first attempt that will do; the whole image if none does.
 
   Args:
     size: (height, width) of the image in pixels.
@@ -68,61 +72,57 @@ def draw_window(rng: np.random.Generator, size: tuple[int, int], boxes: np.ndarr
   Returns:
     (y, x, height, width) in pixels.
   """
-  height, width, legal = _draw_sides(rng, size, aspect_ratio, area, attempts)
-  # The last position is never drawn: the reference's uniform integer excludes its bound.
-  y = np.floor(rng.random(attempts) * (size[0] - height))
-  x = np.floor(rng.random(attempts) * (size[1] - width))
-  windows = np.stack([y, x, y + height, x + width], axis=-1)
-  objects = np.trunc(box_ops.clip(boxes) * np.float32([*size, *size])).astype(np.float64)
+  # In plain numbers: the first attempts mostly succeed, and NumPy takes longer for a handful.
+  objects = _in_whole_pixels(boxes, size)
+  for _ in range(attempts):
+    sides = _draw_sides(rng, size, aspect_ratio, area)
+    if sides is None:
+      continue
+    height, width = sides
+    # The last position is never drawn: the reference's uniform integer excludes its bound.
+    y = int(rng.random() * (size[0] - height))
+    x = int(rng.random() * (size[1] - width))
+    if any(_overlap(box, y, x, height, width) >= coverage * own for box, own in objects):
+      return y, x, height, width
+  return 0, 0, *size
+
+
+def _in_whole_pixels(boxes: np.ndarray, size: tuple[int, int]) -> list[tuple[list[int], int]]:
+  """(corners, area) of the boxes that have a pixel; the whole image if there are no boxes."""
   if not len(boxes):
-    objects = np.float64([[0, 0, *size]])
-  objects = objects[box_ops.area(objects) >= 1]
-  good = legal & (box_ops.coverage(objects, windows) >= coverage).any(axis=0)
-  if not good.any():
-    return 0, 0, *size
-  first = np.argmax(good)
-  return int(y[first]), int(x[first]), int(height[first]), int(width[first])
+    return [([0, 0, *size], size[0] * size[1])]
+  corners = (box_ops.clip(boxes) * np.float32([*size, *size])).astype(np.int64).tolist()
+  found = [(box, (box[2] - box[0]) * (box[3] - box[1])) for box in corners]
+  return [(box, own) for box, own in found if own >= 1 and box[2] > box[0]]
+
+
+def _overlap(box: list[int], y: int, x: int, height: int, width: int) -> int:
+  rows = min(box[2], y + height) - max(box[0], y)
+  columns = min(box[3], x + width) - max(box[1], x)
+  return rows * columns if rows > 0 and columns > 0 else 0
 
 
 def _draw_sides(rng: np.random.Generator, size: tuple[int, int],
-                aspect_ratio: tuple[float, float], area: tuple[float, float],
-                attempts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Heights and widths in whole pixels, and which of them keep to the rules; [attempts] each.
+                aspect_ratio: tuple[float, float], area: tuple[float, float]
+                ) -> tuple[int, int] | None:
+  """Height and width of a window in whole pixels; None if they break the rules.
 
   The height is uniform between the ones that give the least and the greatest area at the aspect
   ratio drawn, so the area is not uniform.
   """
   low_area, high_area = (share * size[0] * size[1] for share in area)
-  aspect = rng.uniform(*aspect_ratio, attempts)
+  aspect = aspect_ratio[0] + rng.random() * (aspect_ratio[1] - aspect_ratio[0])
   # The largest height whose width, rounded, still fits into the image.
-  fitting = np.floor((size[1] + 0.5 - 1e-7) / aspect)
-  highest = np.minimum(np.minimum(np.rint(np.sqrt(high_area / aspect)), fitting), size[0])
-  lowest = np.minimum(np.rint(np.sqrt(low_area / aspect)), highest)
-  height = lowest + np.floor(rng.random(attempts) * (highest - lowest + 1))
+  fitting = int((size[1] + 0.5 - 1e-7) / aspect)
+  highest = min(round(math.sqrt(high_area / aspect)), fitting, size[0])
+  lowest = min(round(math.sqrt(low_area / aspect)), highest)
+  height = lowest + int(rng.random() * (highest - lowest + 1))
   # Rounding may have left the area just outside its range; one pixel of height mends it.
-  height += height * np.rint(height * aspect) < low_area
-  height -= height * np.rint(height * aspect) > high_area
-  width = np.rint(height * aspect)
-  drawn = height * width
-  legal = (low_area <= drawn) & (drawn <= high_area) & (height <= size[0]) & (width <= size[1])
-  legal &= (height > 0) & (width > 0)
-  # Those that break the rules are made harmless rather than sent on to the offsets.
-  return np.where(legal, height, size[0]), np.where(legal, width, size[1]), legal
-
-
-def crop(example: Example, window: tuple[int, int, int, int], coverage: float = 0.0) -> Example:
-  """The part of an image in a window, with the boxes of which it has at least `coverage`.
-
-  Args:
-    window: (y, x, height, width) in pixels.
-    coverage: share of a box's area, 0 to 1. Boxes wholly outside always go.
-  """
-  y, x, height, width = window
-  rows, columns = example.image.shape[:2]
-  frame = np.float32([[y / rows, x / columns, (y + height) / rows, (x + width) / columns]])
-  share = box_ops.coverage(example.boxes, frame)[:, 0]
-  keep = (share > 0) & (share >= coverage)
-  sides = np.tile(frame[0, 2:] - frame[0, :2], 2)
-  boxes = box_ops.clip((example.boxes[keep] - np.tile(frame[0, :2], 2)) / sides)
-  return example._replace(image=example.image[y:y + height, x:x + width], boxes=boxes,
-                          labels=example.labels[keep], crowd=example.crowd[keep])
+  if height * round(height * aspect) < low_area:
+    height += 1
+  if height * round(height * aspect) > high_area:
+    height -= 1
+  width = round(height * aspect)
+  legal = (low_area <= height * width <= high_area and 0 < height <= size[0]
+           and 0 < width <= size[1])
+  return (height, width) if legal else None

@@ -30,7 +30,7 @@ class Category(NamedTuple):
 
 class Example(NamedTuple):
   """One image with its truth, on the host."""
-  image: Array  # u8 [H, W, 3], RGB.
+  image: Array  # u8 [H, W, 3], RGB; on its way through the loader a `LazyImage`.
   boxes: Array  # f32 [N, 4], of the image as it is now; a transform changes both.
   labels: Array  # i32 [N], 0 .. C-1.
   crowd: Array  # bool [N], a group of objects, or one too difficult to be asked for.

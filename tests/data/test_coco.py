@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from ppn_jax.data.coco import BORDER_TOLERANCE, CocoJson
+from ppn_jax.data.annotations import BORDER_TOLERANCE
+from ppn_jax.data.coco import CocoJson
 from ppn_jax.data.images import encode_jpeg
 from ppn_jax.data.sources import build_source
 from ppn_jax.detection.structures import Category
@@ -269,3 +270,68 @@ def test_real_data_sets_load_clean(shared, images, annotations, numbers):
     ymin, xmin, ymax, xmax = example.boxes.T * np.float32([[height], [width]] * 2)
     np.testing.assert_allclose(np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=-1),
                                np.reshape(written, (-1, 4)), atol=1e-3)
+
+
+def split_in_two(folder):
+  """GOOD as two files, the third image in the second one."""
+  parts = []
+  for name, ids in (('one', (30, 10)), ('two', (20,))):
+    part = dict(GOOD, images=[i for i in GOOD['images'] if i['id'] in ids],
+                annotations=[a for a in GOOD['annotations'] if a['image_id'] in ids])
+    (folder / f'{name}.json').write_text(json.dumps(part))
+    parts.append(str(folder / f'{name}.json'))
+  return (str(folder / 'images'),) * 2, tuple(parts)
+
+
+def test_several_files_are_one_data_set(folder):
+  both = CocoJson(*split_in_two(folder))
+  whole = load(folder)
+  assert both.ground_truth() == whole.ground_truth() and both.max_boxes == whole.max_boxes
+  for i in range(3):
+    for ours, theirs in zip(both[i], whole[i], strict=True):
+      np.testing.assert_array_equal(ours, theirs)
+
+
+def test_several_files_that_do_not_fit(folder):
+  folders, files = split_in_two(folder)
+  with pytest.raises(InputError, match=r'image id 10 is in .*one\.json and .*one\.json'):
+    CocoJson(folders, (files[0], files[0]))
+  with pytest.raises(InputError, match='images are 2 folders and annotations 1 files'):
+    CocoJson(folders, files[0])
+  with pytest.raises(InputError, match='images are 0 folders and annotations 0 files'):
+    CocoJson((), ())
+  with pytest.raises(InputError, match=r'coco_json\.annotations is None'):
+    CocoJson(folders, (files[0], None))
+  (folder / 'two.json').write_text(json.dumps(changed('categories', 0, 'name', 'cow')))
+  with pytest.raises(InputError, match=r"two\.json: its classes .* 'cow'"):
+    CocoJson(folders, files)
+
+
+def test_lists_of_ids(folder):
+  ids = folder / 'ids.txt'
+  ids.write_text('20\n\n  10 # and a remark\n')
+  def kept(**options):
+    return [i['id'] for i in load(folder, **options).ground_truth()['images']]
+  assert kept(exclude_ids=str(ids)) == [30] and kept(include_ids=str(ids)) == [10, 20]
+  source = load(folder, include_ids=str(ids))
+  np.testing.assert_array_equal(source[1].labels, [0, 1])
+  (folder / 'images' / 'a.jpg').unlink()
+  assert kept(include_ids=str(ids)) == [10, 20]
+  both = CocoJson(*split_in_two(folder), include_ids=str(ids))
+  assert both.ground_truth() == source.ground_truth()
+  bad = changed('annotations', 1, 'bbox', None)
+  assert len(load(folder, bad, include_ids=str(ids))) == 2
+
+
+@pytest.mark.parametrize('text, option, message', [
+    ('30\nx7\n', 'exclude_ids', r"ids\.txt:2: 'x7', legal: an image id"),
+    ('1' * 30, 'exclude_ids', r'ids\.txt:1: .*legal: an image id'),
+    ('# none\n', 'include_ids', r'ids\.txt: no image ids'),
+    ('30\n31\n', 'include_ids', r'ids\.txt: 1 of its 2 ids are not in the data, such as 31'),
+    ('31\n32\n', 'exclude_ids', r'ids\.txt: none of its 2 ids is in the data, such as 31'),
+    ('30\n10\n20', 'exclude_ids', r'ids\.txt: leaves no images'),
+])
+def test_wrong_lists_of_ids(folder, text, option, message):
+  (folder / 'ids.txt').write_text(text)
+  with pytest.raises(InputError, match=message):
+    load(folder, **{option: str(folder / 'ids.txt')})

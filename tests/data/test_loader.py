@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from ppn_jax.data import loader, transforms
+from ppn_jax.data import images, loader, transforms
 from ppn_jax.data.synthetic import SyntheticShapes
 from ppn_jax.detection.structures import Category, Example
 from ppn_jax.errors import InputError
@@ -41,6 +41,41 @@ def train(source, **options):
   options = {'transforms': (), 'image_size': 8, 'max_boxes': 4, 'batch_size': 4, 'seed': 0,
              'threads': 2, **options}
   return loader.train_batches(source, **options)
+
+
+# Every op there is, and a source that decodes late and another that does not.
+ALL_OPS = transforms.build_transforms([
+    {'name': 'expand', 'ratio': (1, 2)}, {'name': 'ssd_random_crop'}, {'name': 'horizontal_flip'},
+    {'name': 'mosaic', 'size': 48}, {'name': 'large_scale_jitter', 'size': 48, 'scale': (0.5, 2)},
+    {'name': 'photometric_distortion'}, {'name': 'resize', 'size': 40}])
+
+
+class Photos:
+  """JPEGs of 200 x 260 pixels, decoded late and at a part of their size."""
+  categories = (Category(1, 'thing'),)
+  max_boxes = 2
+
+  def __init__(self, number=20):
+    self.data = [images.encode_jpeg(np.random.default_rng(i).integers(0, 256, (25, 26, 3), np.uint8)
+                                    .repeat(8, 0).repeat(10, 1)) for i in range(number)]
+
+  def __len__(self):
+    return len(self.data)
+
+  def open_example(self, index):
+    boxes = np.random.default_rng(index).uniform(0, 0.5, (index % 3, 2)).astype(np.float32)
+    return Example(images.open_image(self.data[index], name='x', size=(200, 260)),
+                   np.concatenate([boxes, boxes + np.float32(0.4)], axis=1),
+                   np.arange(index % 3, dtype=np.int32), np.arange(index % 3) == 1, index,
+                   (200, 260))
+
+  def __getitem__(self, index):
+    example = self.open_example(index)
+    return example._replace(image=np.asarray(example.image))
+
+
+SOURCES = {'late': Photos(), 'drawn': SyntheticShapes(20, image_size=64, max_shapes=2)}
+OPTIONS = {'transforms': ALL_OPS, 'image_size': 48, 'max_boxes': 8, 'batch_size': 8, 'seed': 5}
 
 
 def take(batches, n):
@@ -142,6 +177,65 @@ def test_rows_of_processes_make_the_global_batch():
         np.testing.assert_array_equal(got, wanted[order])
 
 
+@pytest.mark.parametrize('name', SOURCES)
+def test_every_op_for_any_number_of_threads_and_hosts_and_from_any_step(name):
+  """The same bits whoever does the work, mosaics included."""
+  source = SOURCES[name]
+  whole = take(train(source, threads=1, **OPTIONS), 5)
+  assert len({b.images.tobytes() for b in whole}) == 5
+  assert max(b.truth.valid.sum(axis=1).max() for b in whole) > 2  # There are mosaics.
+  for threads in (2, 8):
+    assert_equal(whole, take(train(source, threads=threads, **OPTIONS), 5))
+  for hosts in (2, 4):
+    parts = [take(train(source, rows=slice(h * 8 // hosts, (h + 1) * 8 // hosts), **OPTIONS), 3)
+             for h in range(hosts)]
+    for step in range(3):
+      for got, wanted in zip(join([part[step] for part in parts]), arrays(whole[step]),
+                             strict=True):
+        np.testing.assert_array_equal(got, wanted)
+  step = int(np.random.default_rng().integers(1, 5))
+  assert_equal(whole[step:], take(train(source, start_step=step, **OPTIONS), 5 - step))
+
+
+class Undecided:
+  """`Photos` for those who only know source[i]."""
+  categories, max_boxes = Photos.categories, 2
+
+  def __len__(self):
+    return len(SOURCES['late'])
+
+  def __getitem__(self, index):
+    return SOURCES['late'][index]
+
+
+@pytest.mark.parametrize('resize', ['area', 'supersample', 'bilinear', 'legacy'])
+def test_reduced_decoding(resize):
+  """Changes little, nothing when turned off, and never the legacy kernel."""
+  options = OPTIONS | {'transforms': OPS, 'resize': resize}
+  shared_options = {k: options[k] for k in ('image_size', 'max_boxes', 'batch_size', 'resize')}
+  for batches, given in ((train, options), (loader.eval_batches, shared_options)):
+    wanted = take(batches(Undecided(), **given), 3)
+    late = SOURCES['late']
+    assert_equal(wanted, take(batches(late, reduced_decoding=False, **given), 3))
+    reduced = take(batches(late, **given), 3)
+    if resize == 'legacy':
+      assert_equal(wanted, reduced)
+    else:
+      error = np.abs(np.stack([a.images.astype(int) - b.images
+                               for a, b in zip(wanted, reduced, strict=True)]))
+      assert 0 < error.mean() < (20 if resize == 'bilinear' else 12)  # Of noise in blocks.
+      for a, b in zip(wanted, reduced, strict=True):
+        assert np.abs(a.truth.boxes - b.truth.boxes).max() < 0.5 / 48 + 1e-6
+        np.testing.assert_array_equal(a.truth.labels, b.truth.labels)
+
+
+def test_evaluation_decodes_late():
+  late, options = SOURCES['late'], {'image_size': 25, 'max_boxes': 8, 'batch_size': 4}
+  reduced = list(loader.eval_batches(late, **options))
+  whole = list(loader.eval_batches(late, reduced_decoding=False, **options))
+  assert any((a.images != b.images).any() for a, b in zip(reduced, whole, strict=True))
+
+
 @pytest.mark.parametrize('rows', [[], [6], [-1], slice(6, 9)])
 def test_rows_outside_the_batch(rows):
   with pytest.raises(ValueError, match='of a batch of 6'):
@@ -221,6 +315,16 @@ def test_required_boxes():
     loader.required_boxes(b, 10)
   with pytest.raises(InputError, match='max_boxes is -1'):
     loader.required_boxes(a, -1)
+
+
+def test_required_boxes_of_mosaics():
+  mosaic, = transforms.build_transforms([{'name': 'mosaic', 'size': 8}])
+  source = SyntheticShapes(1, max_shapes=11)
+  assert loader.required_boxes(source, 0, [*OPS, mosaic]) == 48
+  assert loader.required_boxes(source, 44, [mosaic]) == 44
+  assert loader.required_boxes(source, 0, [mosaic, mosaic]) == 176
+  with pytest.raises(InputError, match='max_boxes is 43, but 4 images in one can have 44 boxes'):
+    loader.required_boxes(source, 43, [mosaic])
 
 
 @pytest.mark.parametrize('how', ['close', 'drop', 'error'])

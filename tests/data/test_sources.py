@@ -32,7 +32,7 @@ def test_by_dotted_path(monkeypatch):
 
 @pytest.mark.parametrize('block, message', [
     ({'name': 'coco_jsn'}, "unknown source 'coco_jsn'; did you mean 'coco_json'"),
-    ({}, 'legal: coco_json, synthetic_shapes'),
+    ({}, 'legal: coco_json, pascal_voc, '),
     ({'name': 'synthetic_shapes', 'num_image': 3}, "no option 'num_image'; did you mean"),
     ({'name': 'nowhere:Source'}, 'cannot be loaded'),
 ])

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ppn_jax.data import random_crop, transforms
+from ppn_jax.data import random_crop, resizing, transforms
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError
 
@@ -56,7 +56,7 @@ def test_crop_moves_box_and_pixels(window):
   np.testing.assert_allclose(in_pixels(out), find_mark(out.image), atol=1e-3)
 
 
-@pytest.mark.parametrize('method', ['area', 'bilinear', 'legacy'])
+@pytest.mark.parametrize('method', ['area', 'supersample', 'bilinear', 'legacy'])
 @pytest.mark.parametrize('size', [48, 160])
 def test_resize_moves_box_and_pixels(method, size):
   example = marked((12, 8, 48, 64))
@@ -96,6 +96,18 @@ def test_area_resize_keeps_the_mean_brightness(shape):
   assert np.abs(cv2.resize(shrunk, (40, 40), interpolation=cv2.INTER_LINEAR) - out).max() == 0
 
 
+def test_supersampling_is_near_averaging_and_far_from_aliasing(shared):
+  """On photographs and on the worst case, single pixels of noise."""
+  photo = cv2.imread(str(shared / 'data' / 'coco100' / 'val2017' / '000000006818.jpg'))
+  noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+  for image, most in ((photo, 1.0), (noise, 8.0)):
+    for side in (400, 300, 200, 100):
+      area, two, one = (resizing.KERNELS[m](image, side, side).astype(int)
+                        for m in ('area', 'supersample', 'bilinear'))
+      near, far = np.abs(two - area).mean(), np.abs(one - area).mean()
+      assert near < most and near < far / 1.5, (side, near, far)
+
+
 def test_resize_of_the_right_size_changes_nothing():
   example = marked((1, 1, 5, 5), size=(40, 40))
   for method in ('area', 'bilinear', 'legacy'):
@@ -106,7 +118,7 @@ def test_legacy_resize_equals_the_reference(shared):
   golden = np.load(shared / 'golden' / 'resize.npz')
   for before, after in (('original_1', 'resized_1'), ('crop_0', 'crop_resized_0'),
                         ('crop_1', 'crop_resized_1')):
-    out = transforms.legacy_resize(golden[before], 300, 300)
+    out = resizing.legacy_resize(golden[before], 300, 300)
     np.testing.assert_array_equal(out, golden[after])
     op = transforms.Resize(300, 'legacy')
     rounded = op(marked((1, 1, 5, 5))._replace(image=golden[before])).image

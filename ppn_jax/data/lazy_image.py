@@ -1,0 +1,226 @@
+"""An image whose pixels are made late, when it is known which of them are wanted, and how large.
+
+Crops, flips and borders are only noted. A JPEG of which a reduced copy is wanted is then decoded
+at a half, a quarter or an eighth of its size, straight from the coefficients (the scaled inverse
+DCT of libjpeg-turbo), and no pixel outside the window is turned or resized.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+Window = tuple[int, int, int, int]  # (y, x, height, width) in pixels.
+Frame = tuple[float, float, float, float]  # The same, with fractions of pixels.
+Kernel = Callable[[np.ndarray, int, int], np.ndarray]  # image, height, width -> u8.
+Color = tuple[int, int, int]  # RGB.
+
+
+class StoredImage(NamedTuple):
+  """Where the pixels of an image come from."""
+  size: tuple[int, int]  # (height, width) in pixels.
+  # load(f) -> u8 [ceil(height / f), ceil(width / f), 3], or all of the pixels whatever f is.
+  load: Callable[[int], np.ndarray]
+  factors: tuple[int, ...] = ()  # What f may be besides 1, largest first.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyImage:
+  """A view of a stored image; `np.asarray` makes u8 [H, W, 3] of it.
+
+  The view is the window, then turned: first its axes swapped, then its rows, then its columns
+  turned over.
+
+  Attributes:
+    stored: the image.
+    window: in stored pixels; what of it lies outside `visible` has the colour `fill`.
+    visible: first and last + 1 of the rows, then of the columns, that no crop has cut off.
+    transposed, upside_down, mirrored: how the window is turned.
+    fill: RGB.
+  """
+  stored: StoredImage
+  window: Window
+  visible: tuple[tuple[int, int], tuple[int, int]]
+  transposed: bool = False
+  upside_down: bool = False
+  mirrored: bool = False
+  fill: Color = (0, 0, 0)
+
+  @classmethod
+  def of(cls, image: 'np.ndarray | LazyImage') -> 'LazyImage':
+    """A lazy image of pixels that are there already, u8 [H, W, 3]."""
+    if isinstance(image, LazyImage):
+      return image
+    return cls.whole(StoredImage(image.shape[:2], lambda factor: image))
+
+  @classmethod
+  def whole(cls, stored: StoredImage, **turns: bool) -> 'LazyImage':
+    """All of a stored image."""
+    height, width = stored.size
+    return cls(stored, (0, 0, height, width), ((0, height), (0, width)), **turns)
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """(H, W, 3), known without any pixel."""
+    sides = self.window[2:]
+    return (*(sides[::-1] if self.transposed else sides), 3)
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    return np.array(self.pixels(), dtype=dtype, copy=copy)
+
+  def crop(self, window: Window, fill: Color | None = None) -> 'LazyImage':
+    """The part in a window, which may reach beyond the view.
+
+    Args:
+      fill: colour of what lies outside the image; None keeps the one that is noted.
+    """
+    fill, axes = self.fill if fill is None else tuple(fill), self._axes()
+    if fill != self.fill and any(axis.exceeds() for axis in axes):
+      return LazyImage.of(self.pixels()).crop(window, fill)  # There is room for one colour.
+    y, x, height, width = window
+    if self.upside_down:
+      y = self.shape[0] - y - height
+    if self.mirrored:
+      x = self.shape[1] - x - width
+    if self.transposed:
+      y, x, height, width = x, y, width, height
+    window = (self.window[0] + y, self.window[1] + x, height, width)
+    visible = tuple(axis.part(1) for axis in axes)
+    return dataclasses.replace(self, window=window, visible=visible, fill=fill)
+
+  def mirror(self) -> 'LazyImage':
+    """Left to right."""
+    return dataclasses.replace(self, mirrored=not self.mirrored)
+
+  def pixels(self) -> np.ndarray:
+    """u8 [H, W, 3], possibly a view of the stored pixels.
+
+    Raises:
+      InputError: the file turns out to be damaged.
+    """
+    return self._draw(self._axes(), None, 1)[0]
+
+  def resize(self, height: int, width: int, kernel: Kernel, *, reduce: bool
+             ) -> tuple[np.ndarray, Frame]:
+    """The view at another size.
+
+    Args:
+      height, width: of the result.
+      kernel: makes pixels of another size of given ones.
+      reduce: load the stored image at a part of its size if what is wanted of it is then still
+        no smaller than the result.
+
+    Returns:
+      u8 [height, width, 3], and the frame that it shows, in pixels of the view: all of it,
+      (0, 0, H, W), unless the image was loaded at a part of its size or has borders. Edges of
+      both are then rounded, by half a pixel of the result at most.
+
+    Raises:
+      InputError: the file turns out to be damaged.
+    """
+    axes = self._axes((width, height) if self.transposed else (height, width))
+    factors = [f for f in self.stored.factors if all(axis.may_reduce(f) for axis in axes)]
+    pixels, factor = self._draw(axes, kernel, factors[0] if reduce and factors else 1)
+    (y, rows), (x, columns) = (axis.frame(factor) for axis in axes)
+    if self.transposed:
+      y, x, rows, columns = x, y, columns, rows
+    if self.upside_down:
+      y = self.shape[0] - y - rows
+    if self.mirrored:
+      x = self.shape[1] - x - columns
+    return pixels, (y, x, rows, columns)
+
+  def _axes(self, out: tuple[int, int] | None = None) -> list['_Axis']:
+    """y and x of the window, in stored pixels."""
+    return [_Axis(*axis) for axis in zip(self.window[:2], self.window[2:], self.visible,
+                                         out or self.window[2:], strict=True)]
+
+  def _draw(self, axes: list['_Axis'], kernel: Kernel | None, factor: int
+            ) -> tuple[np.ndarray, int]:
+    """The view in the size that the axes ask for, and the factor that the image was loaded at."""
+    stored = self.stored.load(factor)
+    if stored.shape[:2] == self.stored.size:
+      factor = 1
+    part = tuple(slice(*axis.part(factor)) for axis in axes)
+    places, sides = [axis.place() for axis in axes], [axis.out for axis in axes]
+    if self.transposed:
+      places, sides = places[::-1], sides[::-1]
+    for at, turned_over in enumerate((self.upside_down, self.mirrored)):
+      if turned_over:
+        places[at] = (sides[at] - places[at][1], sides[at] - places[at][0])
+    if any(first == last for first, last in places):  # The window misses the image.
+      return np.full((*sides, 3), self.fill, np.uint8), factor
+    pixels = self._turn(stored[part])
+    if kernel:
+      pixels = kernel(pixels, *(last - first for first, last in places))
+    borders = [b for (first, last), side in zip(places, sides, strict=True)
+               for b in (first, side - last)]
+    if any(borders):
+      pixels = cv2.copyMakeBorder(pixels, *borders, cv2.BORDER_CONSTANT, value=self.fill)
+    return pixels, factor
+
+  def _turn(self, pixels: np.ndarray) -> np.ndarray:
+    # Not views: those with a negative stride are copied by every later operation.
+    if self.transposed:
+      pixels = cv2.transpose(pixels)
+    if self.upside_down or self.mirrored:
+      code = 1 if not self.upside_down else -1 if self.mirrored else 0
+      pixels = cv2.flip(pixels, code)
+    return pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+  """One axis of a window that is to become `out` pixels, in the order of the stored pixels.
+
+  Attributes:
+    start, length: of the window, in stored pixels.
+    visible: first and last + 1 of the stored pixels that may be shown.
+    out: pixels of the result.
+  """
+  start: int
+  length: int
+  visible: tuple[int, int]
+  out: int
+
+  def exceeds(self) -> bool:
+    """Whether the window reaches beyond what may be shown."""
+    return self.start < self.visible[0] or self.start + self.length > self.visible[1]
+
+  def part(self, factor: int) -> tuple[int, int]:
+    """First and last + 1 of the pixels, loaded at 1 / factor, that the window shows."""
+    low, high = self.visible
+    first = min(max(self.start, low), high)
+    last = max(min(self.start + self.length, high), first)
+    return _nearest(first / factor), _nearest(last / factor)
+
+  def place(self) -> tuple[int, int]:
+    """First and last + 1 of the result's pixels that they fill."""
+    first, last = self.part(1)
+    if first == last:
+      return 0, 0
+    scale = self.out / self.length
+    to_first, to_last = (_nearest((at - self.start) * scale) for at in (first, last))
+    if to_first == to_last:  # Less than half a pixel, but to be seen all the same.
+      to_first = min(to_first, self.out - 1)
+    return to_first, max(to_last, to_first + 1)
+
+  def may_reduce(self, factor: int) -> bool:
+    """Whether there is still a pixel for each of the result's."""
+    (first, last), (to_first, to_last) = self.part(factor), self.place()
+    return last - first >= to_last - to_first
+
+  def frame(self, factor: int) -> tuple[float, float]:
+    """Start, counted from the window's, and length of what the result shows, in stored pixels."""
+    (first, last), (to_first, to_last) = self.part(factor), self.place()
+    if first == last or (factor == 1 and not self.exceeds()):
+      return 0.0, float(self.length)
+    scale = (last - first) * factor / (to_last - to_first)
+    return first * factor - to_first * scale - self.start, self.out * scale
+
+
+def _nearest(value: float) -> int:
+  return math.floor(value + 0.5)
