@@ -15,7 +15,7 @@ from ppn_jax.errors import InputError, did_you_mean
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (is --config.key=value for it?),
 # `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that
 # help and mistakes answer at once.
-COMMANDS = ('train', 'evaluate', 'detect')
+COMMANDS = ('train', 'evaluate', 'detect', 'summary', 'import-tf', 'prepare')
 
 DESCRIPTION = """\
 Train, evaluate and use single-stage object detectors.
@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> int:
   subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
   modules, parsers = {}, {}
   for name in COMMANDS:
-    modules[name] = importlib.import_module(f'ppn_jax.cli.{name}')
+    modules[name] = importlib.import_module(f'ppn_jax.cli.{name.replace("-", "_")}')
     summary, _, details = modules[name].HELP.partition('\n')
     parsers[name] = subparsers.add_parser(
         name, help=summary, description=f'{summary}\n{details}', allow_abbrev=False,

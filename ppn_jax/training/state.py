@@ -31,7 +31,11 @@ class TrainState(NamedTuple):
 
 def init_state(detector: Detector, optimizer: Optimizer, seed: int) -> TrainState:
   """The state before the first step, a function of `seed`."""
-  variables = detector.init(jax.random.key(seed))
+  return first_state(detector.init(jax.random.key(seed)), optimizer)
+
+
+def first_state(variables: Variables, optimizer: Optimizer) -> TrainState:
+  """The state before the first step from these variables."""
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       variables=variables,

@@ -1,0 +1,89 @@
+"""Which class each label of an imported detector is.
+
+TensorFlow's label ids start at 1: label k here, column k + 1 beside a background's, is the class of
+id k + 1 there. Ids may have gaps, which have columns all the same.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+from google.protobuf import text_format
+
+from ppn_jax.detection.structures import Category
+from ppn_jax.errors import InputError
+from ppn_jax.weights.protos import LabelMap
+
+COCO_CLASSES = 90
+# COCO's 80 classes by id; of the ids up to 90, ten were never used.
+COCO_NAMES = dict(zip(
+    [*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70,
+     *range(72, 83), *range(84, 91)],
+    '''person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+    fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant,
+    bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard,
+    sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle,
+    wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
+    hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+    vase, scissors, teddy bear, hair drier, toothbrush'''.replace('\n   ', '').split(', '),
+    strict=True))
+
+
+def read_label_map(path: str | pathlib.Path) -> tuple[Category, ...]:
+  """The classes of a file, ordered by id.
+
+  Args:
+    path: a label map of the TF Object Detection API (.pbtxt), where a `display_name` goes before
+      a `name`, or a COCO instances file (.json).
+
+  Raises:
+    InputError: no such file, not of these formats, without classes, or with an id below 1 or
+      one that comes twice.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise InputError(f'no label map at {path}')
+  try:
+    if path.suffix == '.json':
+      pairs = [(c['id'], c['name']) for c in json.loads(path.read_text('utf-8'))['categories']]
+    else:
+      items = text_format.Parse(path.read_text('utf-8'), LabelMap(), allow_unknown_field=True).item
+      pairs = [(i.id, i.display_name or i.name) for i in items]
+  except (ValueError, KeyError, TypeError, RecursionError, text_format.ParseError) as e:
+    raise InputError(f'{path}: neither a label map (.pbtxt) nor a COCO file (.json): {e!r}') from e
+  for number, name in pairs:
+    if type(number) is not int or number < 1 or not isinstance(name, str) or not name:
+      raise InputError(f'{path}: class {name!r} has id {number!r}; legal: a name, and an integer '
+                       'of at least 1')
+  names = dict(pairs)
+  if not names:
+    raise InputError(f'{path}: no classes in it')
+  if len(names) < len(pairs):
+    raise InputError(f'{path}: an id comes twice among its {len(pairs)} classes')
+  return tuple(Category(*pair) for pair in sorted(names.items()))
+
+
+def detector_categories(count: int, label_map: str | pathlib.Path | None
+                        ) -> tuple[tuple[Category, ...], str]:
+  """The categories of a detector's `count` labels, and a line that says where their names are from.
+
+  Raises:
+    InputError: see `read_label_map`; or its ids go beyond `count`.
+  """
+  if label_map is not None:
+    known = read_label_map(label_map)
+    if known[-1].id > count:
+      raise InputError(f'{label_map}: class {known[-1].name!r} has id {known[-1].id}, but the '
+                       f'model has {count} classes')
+    return (_of_ids(count, dict(known), 'N/A'),
+            f'{len(known)} of {count} classes named by {label_map}')
+  if count == COCO_CLASSES:
+    return (_of_ids(count, COCO_NAMES, 'N/A'),
+            "90 classes, taken to be COCO's; others need --label_map")
+  return (_of_ids(count, {}, 'class'),
+          f"{count} classes without names: 'class 1' and so on; --label_map names them")
+
+
+def _of_ids(count: int, names: Mapping[int, str], unnamed: str) -> tuple[Category, ...]:
+  return tuple(Category(i, names.get(i, f'{unnamed} {i}')) for i in range(1, count + 1))

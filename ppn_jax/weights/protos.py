@@ -1,0 +1,57 @@
+"""Protocol buffer messages of TensorFlow that tensorboardX does not bring, made at run time."""
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from tensorboardX.proto import tensor_shape_pb2, types_pb2, versions_pb2
+
+_FIELD = descriptor_pb2.FieldDescriptorProto
+_SHAPE = '.tensorboardX.TensorShapeProto'
+_VERSION = '.tensorboardX.VersionDef'
+
+# Message -> {field: (number, type, repeated)}; a type with a dot is a message's or an enum's name.
+# Of tensorflow/core/protobuf/tensor_bundle.proto, python/training/checkpoint_state.proto and
+# object_detection/protos/string_int_label_map.proto; other fields of theirs are skipped.
+_MESSAGES = {
+    'BundleHeaderProto': {
+        'num_shards': (1, _FIELD.TYPE_INT32, False), 'endianness': (2, _FIELD.TYPE_INT32, False),
+        'version': (3, _VERSION, False)},
+    'BundleEntryProto': {
+        'dtype': (1, _FIELD.TYPE_INT32, False), 'shape': (2, _SHAPE, False),
+        'shard_id': (3, _FIELD.TYPE_INT32, False), 'offset': (4, _FIELD.TYPE_INT64, False),
+        'size': (5, _FIELD.TYPE_INT64, False), 'crc32c': (6, _FIELD.TYPE_FIXED32, False),
+        'slices': (7, _FIELD.TYPE_BYTES, True)},
+    'CheckpointState': {
+        'model_checkpoint_path': (1, _FIELD.TYPE_STRING, False),
+        'all_model_checkpoint_paths': (2, _FIELD.TYPE_STRING, True)},
+    'StringIntLabelMapItem': {
+        'name': (1, _FIELD.TYPE_STRING, False), 'id': (2, _FIELD.TYPE_INT32, False),
+        'display_name': (3, _FIELD.TYPE_STRING, False)},
+    'StringIntLabelMap': {'item': (1, '.ppn_jax.weights.StringIntLabelMapItem', True)},
+}
+
+
+def _define() -> dict[str, type]:
+  file = descriptor_pb2.FileDescriptorProto(
+      name='ppn_jax/weights.proto', package='ppn_jax.weights', syntax='proto3',
+      dependency=[m.DESCRIPTOR.name for m in (tensor_shape_pb2, versions_pb2)])
+  for message, fields in _MESSAGES.items():
+    described = file.message_type.add(name=message)
+    for name, (number, kind, repeated) in fields.items():
+      field = described.field.add(
+          name=name, number=number,
+          label=_FIELD.LABEL_REPEATED if repeated else _FIELD.LABEL_OPTIONAL)
+      if isinstance(kind, str):
+        field.type_name, field.type = kind, _FIELD.TYPE_MESSAGE
+      else:
+        field.type = kind
+  pool = descriptor_pool.Default()
+  pool.Add(file)
+  return {message: message_factory.GetMessageClass(
+      pool.FindMessageTypeByName(f'ppn_jax.weights.{message}')) for message in _MESSAGES}
+
+
+_CLASSES = _define()
+BundleHeader = _CLASSES['BundleHeaderProto']
+BundleEntry = _CLASSES['BundleEntryProto']
+CheckpointState = _CLASSES['CheckpointState']
+LabelMap = _CLASSES['StringIntLabelMap']
+DataType = types_pb2.DataType
