@@ -1,0 +1,91 @@
+"""`ppn prepare`."""
+
+import argparse
+import sys
+
+from ppn_jax.cli.flags import CONFIG_HELP, load_config
+from ppn_jax.errors import InputError
+
+HELP = f"""Store a data set in sharded ArrayRecord files, in TFDS's format.
+
+Reads data.train and data.eval of a config, of any format, and writes them as the
+splits 'train' and 'eval' of OUTPUT/NAME/VERSION. To train on them, put
+  dict(name='tfds', dataset=NAME, data_dir=OUTPUT, split='train')
+into a config as data.train, or see configs/tfds.py. A call that was stopped goes
+on when it is repeated; on what is finished it checks every file.
+{CONFIG_HELP}"""
+
+TAKES_CONFIG = True
+_SPLITS = ('train', 'eval')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--config', required=True, metavar='FILE',
+                      help='a config file, such as configs/coco_json.py')
+  parser.add_argument('--output', required=True, metavar='DIR',
+                      help='folder of data sets to write to, new or not')
+  parser.add_argument('--name', required=True, help='of the data set: small letters, digits, _')
+  parser.add_argument('--version', default='1.0.0', help='of the data set (default: %(default)s)')
+  parser.add_argument('--splits', default='', metavar='LIST',
+                      help="'train', 'eval' or 'train,eval' (default: those that the config has)")
+  parser.add_argument('--max_side', type=int, default=0, metavar='PIXELS',
+                      help='store images with a longer side smaller (default: 0, store the files '
+                           'as they are)')
+  parser.add_argument('--quality', type=int, default=90, metavar='N',
+                      help='of JPEG files made then, 1 to 100 (default: %(default)s)')
+  parser.add_argument('--shards', type=int, default=0, metavar='N',
+                      help='files for each split (default: 0, up to about 128 MB each)')
+  parser.add_argument('--processes', type=int, default=0, metavar='N',
+                      help='that work (default: 0, one for each processor core)')
+  parser.add_argument('--on_bad_image', default='raise', metavar='POLICY',
+                      help="'raise', or 'skip' to leave out images that cannot be read "
+                           '(default: %(default)s)')
+  parser.add_argument('--max_bad', type=float, default=0.01, metavar='SHARE',
+                      help="of images that 'skip' may leave out (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+  config = load_config(args.config, args.overrides)
+  from ppn_jax.data.prepare import Options, prepare
+  from ppn_jax.data.sources import build_source, split_train_block
+  options = Options(args.name, args.version, args.max_side, args.quality, args.shards,
+                    args.processes, args.on_bad_image, args.max_bad)
+  names = args.splits.split(',') if args.splits else [s for s in _SPLITS if config.data[s].name]
+  if len(set(names)) < len(names) or not set(names) <= set(_SPLITS):
+    raise InputError(f"--splits={args.splits}, legal: 'train', 'eval', 'train,eval'")
+  sources, classes = {}, None
+  for name in names:
+    block = config.data[name].to_dict()
+    sources[name] = build_source(split_train_block(block)[0] if name == 'train' else block,
+                                 categories=classes)
+    classes = sources[name].categories
+    if getattr(sources[name], 'bad_boxes', None):
+      _say(str(sources[name].bad_boxes))
+  with _progress_bar() as progress:
+    folder = prepare(sources, args.output, options, say=_say, progress=progress)
+  counts = ', '.join(f'{len(source):,} images in {name!r}' for name, source in sources.items())
+  print(f'{counts}: {folder}')
+  return 0
+
+
+def _say(line: str) -> None:
+  print(f'ppn: {line}', file=sys.stderr)
+
+
+class _progress_bar:
+  """A bar on a terminal, with the images done of all and the time left; nothing elsewhere."""
+
+  def __enter__(self):
+    from rich import progress
+    from rich.console import Console
+    console = Console(stderr=True)
+    self._bar = progress.Progress(
+        '{task.description}', progress.BarColumn(), progress.MofNCompleteColumn(),
+        progress.TaskProgressColumn(show_speed=True), progress.TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal)
+    self._bar.__enter__()
+    self._task = self._bar.add_task('images', total=None)
+    return lambda done, total: self._bar.update(self._task, completed=done, total=total)
+
+  def __exit__(self, *error) -> None:
+    self._bar.__exit__(*error)

@@ -1,0 +1,210 @@
+"""Data sets in TensorFlow Datasets' format, read from ArrayRecord files without TensorFlow."""
+
+import concurrent.futures
+import os
+from typing import Any
+
+import numpy as np
+
+from ppn_jax.data import images as image_files
+from ppn_jax.data import instances, tfds_records
+from ppn_jax.data.annotations import (
+  AnnotatedImages,
+  Columns,
+  Images,
+  check_boxes,
+  check_on_bad_box,
+  check_paths,
+  join,
+  join_bad_boxes,
+  number_images,
+  some,
+)
+from ppn_jax.data.coco import read_boxes, read_categories, read_images
+from ppn_jax.data.lazy_image import LazyImage
+from ppn_jax.detection.structures import Category
+from ppn_jax.errors import InputError
+
+_THREADS = 16  # They wait for files, on a network file system above all.
+
+
+class Tfds(AnnotatedImages):
+  """A split of a TFDS data set with the features of object detection; a `sources.Source`.
+
+  Its images are in one feature, its objects in a sequence with a BBoxFeature and a ClassLabel;
+  is_crowd or is_difficult, area, image/id and image/filename count where they exist. TFDS numbers
+  classes from 0 without gaps, so category ids here are 1 .. C in that order (COCO's own ids are
+  lost). Image ids are image/id, else as in `annotations.number_images`. Boxes are normalised and
+  in float32 there: `ground_truth` gives pixels that are off by rounding.
+
+  What `ppn prepare` wrote has the truth beside it, so that ids and boxes are those of the data it
+  was made from, and a start need not look at every record; other data sets are read through once
+  when the source is made, and slices of a split too.
+
+  Args:
+    dataset: name as TFDS takes it, such as 'coco/2017' or 'voc/2007:5.0.0', below `data_dir`; ''
+      if `data_dir` is itself the folder with dataset_info.json.
+    split: a split or a slice of one, such as 'train' or 'validation[:500]'.
+    data_dir: local or gs://; '' is TFDS's own default.
+    on_bad_box: what to do with a box that is not finite, has no area or lies outside its image:
+      'raise', or 'drop' it and list it in `bad_boxes`.
+    objects: the feature that holds the objects, if there are several such.
+
+  Attributes:
+    categories, max_boxes: see `sources.Source`.
+    bad_boxes: what was dropped.
+
+  Raises:
+    InputError: at construction, for data that is not there, not of this sort or not in
+      ArrayRecord files, and for wrong records; by indexing, for an image that cannot be decoded.
+  """
+
+  def __init__(self, dataset: str = '', split: str = 'train', data_dir: str = '',
+               on_bad_box: str = 'raise', objects: str = ''):
+    check_on_bad_box(on_bad_box)
+    check_paths('tfds', **({'dataset': dataset} if dataset else {'data_dir': data_dir}))
+    builder = _find_builder(dataset, os.fspath(data_dir))
+    self._where = f'{builder.data_dir}: {split}'
+    self._schema = tfds_records.find_schema(builder.info.features, self._where, objects)
+    self._records = _open_split(builder, split)
+    if not self._read_beside(builder, split, on_bad_box):
+      self._scan(on_bad_box)
+
+  def encoded(self, index: int) -> bytes:
+    return self._stored(index)[0]
+
+  def _pixels(self, index: int, size: tuple[int, int]) -> LazyImage:
+    data, _, image_id = self._stored(index)
+    name = self._images.files[index]
+    if image_id not in (None, self._images.ids[index]):
+      raise InputError(f'{name} has the id {image_id}, but the truth beside it says '
+                       f'{self._images.ids[index]}; prepare the data again')
+    stored = image_files.stored_size(data, name)
+    # An image that was stored smaller has the size of no annotation, and was turned then.
+    if sorted(stored) != sorted(size):
+      size = stored
+    return image_files.open_image(data, name=name, size=size)
+
+  def _stored(self, index: int) -> tuple[bytes, tuple[int, int] | None, int | None]:
+    index = range(len(self))[index]
+    return self._parse(index, tfds_records.read_image)
+
+  def _parse(self, index: int, parse: Any) -> Any:
+    try:
+      return parse(self._records[index], self._schema)
+    except (ValueError, RuntimeError, OSError, IndexError) as e:
+      raise InputError(f'{self._where}: record {index}: cannot be read: '
+                       f'{" ".join(str(e).split())}') from e
+
+  def _read_beside(self, builder: Any, split: str, on_bad_box: str) -> bool:
+    """Takes the truth that `ppn prepare` wrote beside the records; False if there is none."""
+    tfds = tfds_records.load_tfds()
+    read = []
+    for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits):
+      file = f'{builder.data_dir}/{tfds_records.truth_name(part.splitname)}'
+      text = tfds_records.read_beside(file)
+      if text is None:
+        return False
+      tables = instances.parse(text, file)
+      self.categories = read_categories(file, tables['categories'])
+      images = read_images(file, str(builder.data_dir), tables['images'])
+      kept = np.zeros(len(images.ids), bool)
+      kept[part.from_:part.to] = True
+      read.append(read_boxes(file, tables['annotations'], images, kept, self.categories,
+                             on_bad_box))
+    columns = join([columns for columns, _ in read])
+    self.bad_boxes = join_bad_boxes([bad for _, bad in read])
+    if (tuple(c.name for c in self.categories) != self._schema.classes
+        or len(columns.images.ids) != len(self._records)):
+      raise InputError(f'{self._where}: the truth beside the records is of '
+                       f'{len(columns.images.ids)} images and {len(self.categories)} classes, the '
+                       f'records are {len(self._records)} of {len(self._schema.classes)}; prepare '
+                       'the data again')
+    self._fill(columns)
+    return True
+
+  def _scan(self, on_bad_box: str) -> None:
+    """Reads all records for their boxes and the headers of their images."""
+    self.categories = tuple(Category(i, name) for i, name in enumerate(self._schema.classes, 1))
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      read = list(pool.map(self._read_one, range(len(self._records))))
+    names = [record.file_name for record in read]
+    if self._schema.image_id:
+      ids = np.array([record.image_id for record in read], np.int64)
+    else:
+      ids = number_images(names) if self._schema.file_name else np.arange(1, len(read) + 1)
+    if len(np.unique(ids)) < len(ids):
+      raise InputError(f'{self._where}: {self._schema.image_id} is not unique')
+    sizes = np.array([record.size for record in read])
+    images = Images(ids, names, [f'{self._where}: {name}' for name in names], sizes)
+    owners = np.repeat(np.arange(len(read)), [len(record.labels) for record in read])
+    corners = np.concatenate([record.boxes for record in read]).astype(np.float64)
+    with np.errstate(invalid='ignore', over='ignore'):
+      ymin, xmin, ymax, xmax = corners.T
+      bboxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=-1)
+      bboxes *= sizes[owners][:, [1, 0, 1, 0]]
+    boxes, self.bad_boxes = check_boxes(
+        bboxes, np.zeros(len(bboxes), int), owners, images, on_bad_box=on_bad_box,
+        show=lambda i: f'box {corners[i].tolist()} (ymin, xmin, ymax, xmax)')
+    def column(field: str) -> np.ndarray:
+      return np.concatenate([getattr(record, field) for record in read])[boxes.rows]
+    areas = column('areas') if self._schema.area else boxes.bboxes[:, 2:].prod(axis=-1)
+    self._fill(Columns(images, boxes, column('labels').astype(np.int32), column('crowd'), areas))
+
+  def _read_one(self, index: int) -> tfds_records.Record:
+    """A record without its pixels."""
+    record = self._parse(index, tfds_records.read_record)
+    name = record.file_name or f'record {index}'
+    size = record.size or image_files.stored_size(record.image, f'{self._where}: {name}')
+    return record._replace(image=b'', file_name=name, size=size)
+
+
+def _find_builder(dataset: str, data_dir: str) -> Any:
+  """The builder of a data set that is on disk; its own code is not needed."""
+  tfds = tfds_records.load_tfds()
+  from tensorflow_datasets.core import read_only_builder
+  _check_remote(data_dir)
+  try:
+    if not dataset:
+      return tfds.builder_from_directory(data_dir)
+    return read_only_builder.builder_from_files(dataset, data_dir=data_dir or None)
+  # Whatever a wrong name or a folder of another shape leads to.
+  except Exception as e:
+    if not dataset:
+      raise InputError(f'tfds.data_dir {data_dir!r}: no data set there: {_line(e)}; give the '
+                       'folder with dataset_info.json, or the name as `dataset`') from e
+    raise InputError(
+        f'tfds.dataset {dataset!r} is not prepared in {data_dir or "the default data_dir"}: make '
+        'it with `ppn prepare`, or with TensorFlow and `tfds build '
+        f'{dataset} --file_format=array_record`; {_line(e)}') from e
+
+
+def _check_remote(data_dir: str) -> None:
+  if data_dir.startswith('gs://'):
+    try:
+      import gcsfs  # noqa: F401
+    except ImportError as e:
+      raise InputError(f"tfds.data_dir {data_dir}: gcsfs is not installed; pip install "
+                       "'ppn_jax[tfds]'") from e
+
+
+def _open_split(builder: Any, split: str) -> Any:
+  """Random access to the bytes of the records of a split."""
+  tfds = tfds_records.load_tfds()
+  if not isinstance(split, str) or not split:
+    raise InputError(f'tfds.split is {split!r}, legal: {some(list(builder.info.splits))}')
+  try:
+    return builder.as_data_source(
+        split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES).data_source
+  except NotImplementedError as e:
+    raise InputError(f'{builder.data_dir} has no ArrayRecord files; make them with `tfds '
+                     f'convert_format --dataset_version_dir={builder.data_dir} '
+                     '--out_file_format=array_record`') from e
+  except Exception as e:  # Of the split's name, or of a shard that is missing or damaged.
+    raise InputError(f'{builder.data_dir}: split {split!r} cannot be read: {_line(e)} (splits: '
+                     f'{some(list(builder.info.splits))})') from e
+
+
+def _line(error: Exception) -> str:
+  text = ' '.join(str(error).split())
+  return text if len(text) <= 300 else text[:297] + '...'

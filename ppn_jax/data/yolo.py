@@ -1,0 +1,161 @@
+"""YOLO's layout: a text file of normalised boxes beside each image, named by a data.yaml."""
+
+import concurrent.futures
+import os
+import re
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple
+
+import numpy as np
+
+from ppn_jax.data import images as image_files
+from ppn_jax.data.annotations import (
+  AnnotatedImages,
+  Columns,
+  Images,
+  check_boxes,
+  check_on_bad_box,
+  check_paths,
+  number_images,
+  parse_boxes,
+)
+from ppn_jax.data.instances import quote
+from ppn_jax.data.yolo_yaml import find_images, name_categories, read_text, read_yaml
+from ppn_jax.errors import InputError
+
+_THREADS = 16  # They wait for files, on a network file system above all.
+
+
+class _Row(NamedTuple):
+  """One line of a label file."""
+  file: str
+  line: int
+  text: str
+  category: int
+  box: list  # [cx, cy, w, h] of the image; shorter if the line has not got them.
+
+
+class YoloTxt(AnnotatedImages):
+  """Images with text files of boxes, as YOLO's programs take them; a `sources.Source`.
+
+  The labels of .../images/NAME.jpg are in .../labels/NAME.txt, or beside the image where no
+  folder is called images. A line is `class cx cy w h`, class counted from 0 and the others in 0
+  to 1 of the upright image. An image without a text file has no boxes. Category ids are the
+  classes' own numbers; image ids as in `annotations.number_images`.
+
+  Args:
+    data: the data.yaml. Its entry `split` is a folder of images (with those below it), a list of
+      images in a text file, or several of these; relative ones start at its `path`, which
+      starts at the yaml's own folder.
+    split: the key in data.yaml, such as 'train' or 'val'.
+    images: instead of `data`, a folder of images.
+    labels: beside `images`, the folder of the text files; '' looks as said above.
+    names: beside `images`, the classes in order.
+    on_bad_box: what to do with a box that is not four finite numbers, has no area or lies
+      outside its image: 'raise', or 'drop' it and list it in `bad_boxes`.
+    polygons: what to do with a line of an outline, `class x1 y1 x2 y2 x3 y3 ...`: 'raise', or
+      take its bounding 'box'. Lines of key points can look the same, so this is not a default.
+
+  Attributes:
+    categories, max_boxes: see `sources.Source`.
+    bad_boxes: what was dropped.
+
+  Raises:
+    InputError: at construction, for anything wrong with the text files, named by line, and for
+      images whose header cannot be read; by indexing, for an image that cannot be decoded.
+  """
+
+  def __init__(self, data: str = '', split: str = 'train', images: str = '', labels: str = '',
+               names: Sequence[str] | Mapping[int, str] = (), on_bad_box: str = 'raise',
+               polygons: str = 'raise'):
+    check_on_bad_box(on_bad_box)
+    if polygons not in ('raise', 'box'):
+      raise InputError(f"yolo_txt.polygons is {polygons!r}, legal: 'raise', 'box'")
+    if bool(data) == bool(images):
+      raise InputError('yolo_txt needs either data, a data.yaml, or images, a folder')
+    if data:
+      check_paths('yolo_txt', data=data)
+      if labels or names:
+        raise InputError('yolo_txt.labels and names go with images; a data.yaml has its own')
+      names, files = read_yaml(os.fspath(data), split)
+    else:
+      check_paths('yolo_txt', images=images, labels=labels or images)
+      files = find_images(os.fspath(images))
+    self.categories = name_categories(names, data or 'yolo_txt')
+    self._read(files, _label_files(files, images, labels), on_bad_box, polygons)
+
+  def _read(self, files: Sequence[str], label_files: Sequence[str], on_bad_box: str,
+            polygons: str) -> None:
+    classes = {c.id for c in self.categories}
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      read = list(pool.map(lambda file: _read_labels(file, classes, polygons), label_files))
+      sizes = np.array(list(pool.map(lambda file: image_files.read_sizes(file)[1], files)))
+    if all(rows is None for rows in read):
+      raise InputError(f'none of the {len(files)} images has a text file, such as '
+                       f'{quote(label_files[0])} for {quote(files[0])}')
+    owners = np.repeat(np.arange(len(read)), [len(rows or ()) for rows in read])
+    rows = [row for rows in read for row in rows or ()]
+    centred, reasons = parse_boxes([row.box for row in rows])
+    images = Images(number_images(files), [os.path.basename(f) for f in files], files, sizes)
+    boxes, self.bad_boxes = check_boxes(
+        _to_xywh(centred, sizes[owners]), reasons, owners, images, on_bad_box=on_bad_box,
+        show=lambda i: f'{rows[i].file}:{rows[i].line}: {quote(rows[i].text)}')
+    label = {c.id: k for k, c in enumerate(self.categories)}
+    labels = np.array([label[row.category] for row in rows], np.int32)[boxes.rows]
+    self._fill(Columns(images, boxes, labels, np.zeros(len(labels), bool),
+                       boxes.bboxes[:, 2:].prod(axis=-1)))
+
+
+def _to_xywh(centred: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+  """cx, cy, w, h of the image, f64 [M, 4] -> x, y, width, height in pixels."""
+  with np.errstate(invalid='ignore', over='ignore'):
+    corners = np.concatenate([centred[:, :2] - centred[:, 2:] / 2, centred[:, 2:]], axis=-1)
+    return corners * sizes[:, [1, 0, 1, 0]]
+
+
+def _label_files(files: Sequence[str], images: str, labels: str) -> list[str]:
+  """The text file of every image file, whether it is there or not."""
+  stems = [os.path.splitext(f)[0] for f in files]
+  if labels:
+    if not os.path.isdir(labels):
+      raise InputError(f'no folder of labels at {os.fspath(labels)!r}')
+    return [f'{os.path.join(labels, os.path.relpath(s, images))}.txt' for s in stems]
+  return [re.sub(r'^(.*/)?images/', r'\1labels/', s) + '.txt' for s in stems]
+
+
+def _read_labels(file: str, classes: Set[int], polygons: str) -> list[_Row] | None:
+  """The rows of a label file; None if there is none."""
+  if not os.path.exists(file):
+    return None
+  rows = []
+  for number, line in enumerate(read_text(file).splitlines(), start=1):
+    words = line.split()
+    if words:
+      category, *numbers = map(_number, words)
+      if category not in classes:
+        raise InputError(f'{file}:{number}: class {quote(words[0])}, legal: {min(classes)} to '
+                         f'{max(classes)}, as the names are numbered')
+      if len(numbers) >= 6 and len(numbers) % 2 == 0:
+        numbers = _bounding_box(numbers, f'{file}:{number}', polygons)
+      rows.append(_Row(file, number, line, int(category), [n for n in numbers if n is not None]))
+  return rows
+
+
+def _bounding_box(outline: Sequence[float | None], where: str, polygons: str) -> Sequence[float]:
+  """x1 y1 x2 y2 ... -> cx, cy, w, h."""
+  if polygons == 'raise':
+    raise InputError(f'{where}: {len(outline)} numbers after the class, legal: 4; if they are '
+                     "outlines (not key points), polygons='box' takes their bounding boxes")
+  if None in outline:
+    return ()
+  points = np.reshape(outline, (-1, 2))
+  low, high = points.min(axis=0), points.max(axis=0)
+  with np.errstate(invalid='ignore', over='ignore'):
+    return [*((low + high) / 2).tolist(), *(high - low).tolist()]
+
+
+def _number(text: str) -> float | None:
+  try:
+    return float(text)
+  except ValueError:
+    return None

@@ -1,0 +1,131 @@
+"""`ppn prepare` as users type it: a folder of images becomes one that `ppn train` takes."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from ppn_jax.cli.main import main
+from ppn_jax.data.images import encode_jpeg
+from ppn_jax.data.tfds import Tfds
+
+pytest.importorskip('tensorflow_datasets')
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+def write_coco(folder, images):
+  """A folder of images of noise and its truth."""
+  folder.mkdir()
+  pixels = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
+  data = encode_jpeg(pixels)
+  for i in range(images):
+    (folder / f'{i}.jpg').write_bytes(data)
+  content = {'images': [{'id': i, 'file_name': f'{i}.jpg', 'height': 200, 'width': 300}
+                        for i in range(images)],
+             'annotations': [{'image_id': i, 'category_id': 7, 'bbox': [0, 0, 50, 60]}
+                             for i in range(images)],
+             'categories': [{'id': 7, 'name': 'noise'}]}
+  (folder / 'truth.json').write_text(json.dumps(content))
+
+
+@pytest.fixture
+def argv(tmp_path):
+  write_coco(tmp_path / 'in', 6)
+  flags = [f'--config.data.{split}.{key}={value}' for split in ('train', 'eval')
+           for key, value in (('images', tmp_path / 'in'),
+                              ('annotations', tmp_path / 'in' / 'truth.json'))]
+  return ['prepare', f'--config={REPOSITORY}/configs/coco_json.py', *flags, '--name=noise',
+          f'--output={tmp_path / "out"}', '--processes=1']
+
+
+def test_prepares_both_splits(argv, tmp_path, capsys):
+  assert main([*argv, '--max_side=64', '--shards=2']) == 0
+  out, err = capsys.readouterr()
+  assert "6 images in 'train', 6 images in 'eval': " in out and 'ppn:' not in err
+  source = Tfds('noise', 'eval', str(tmp_path / 'out'))
+  assert source[0].image.shape == (43, 64, 3) and source[0].size == (200, 300)
+  assert [tuple(c) for c in source.categories] == [(7, 'noise')]
+  assert main([*argv, '--max_side=64']) == 0
+  assert 'is there already' in capsys.readouterr().err
+
+
+def test_one_split(argv, tmp_path):
+  assert main([*argv, '--splits=eval', '--config.data.train.images=/nowhere']) == 0
+  folder = tmp_path / 'out' / 'noise' / '1.0.0'
+  assert {p.name.split('.')[0] for p in folder.glob('*record*')} == {'noise-eval'}
+
+
+def test_evaluation_data_with_some_of_the_classes(argv, tmp_path):
+  truth = json.loads((tmp_path / 'in' / 'truth.json').read_text())
+  truth['categories'].insert(0, {'id': 3, 'name': 'signal'})
+  (tmp_path / 'in' / 'more.json').write_text(json.dumps(truth))
+  assert main([*argv, f'--config.data.train.annotations={tmp_path}/in/more.json']) == 0
+  source = Tfds('noise', 'eval', str(tmp_path / 'out'))
+  assert [c.name for c in source.categories] == ['signal', 'noise']
+  np.testing.assert_array_equal(source[0].labels, [1])
+  assert source.encoded(0) == (tmp_path / 'in' / '0.jpg').read_bytes()
+
+
+@pytest.mark.parametrize('flag, message', [
+    ('--name=coco', "name 'coco' is that of one of TFDS's own"), ('--name=A', "name is 'A'"),
+    ('--splits=test', '--splits=test, legal'), ('--splits=eval,eval', '--splits=eval,eval, legal'),
+    ('--output=gs://x/y', 'copy it from there'), ('--max_side=-3', 'max_side is -3'),
+    ('--max_sid=3', "unknown flag --max_sid; did you mean '--max_side'"),
+    ('--on_bad_image=hide', "legal: 'raise', 'skip'"),
+    ('--config.data.train.images=/nowhere', "no folder of images at '/nowhere'"),
+    ('--config.data.train.name=', 'source: name'),
+])
+def test_mistakes_are_one_line(argv, flag, message, tmp_path, capsys):
+  argv = [a for a in argv if a.partition('=')[0] != flag.partition('=')[0]]
+  splits = ['--splits=train'] if flag.endswith('name=') else []
+  assert main([*argv, flag, *splits]) == 2
+  error, = capsys.readouterr().err.splitlines()
+  assert message in error and not (tmp_path / 'out').exists()
+
+
+def test_an_output_that_is_a_file(argv, tmp_path, capsys):
+  (tmp_path / 'out').write_text('mine')
+  assert main(argv) == 2
+  assert 'out' in capsys.readouterr().err and (tmp_path / 'out').read_text() == 'mine'
+
+
+def processes_of(group):
+  """Command lines of the processes in a group; Linux."""
+  found = []
+  for entry in pathlib.Path('/proc').glob('[0-9]*'):
+    try:
+      if os.getpgid(int(entry.name)) == group and 'State:\tZ' not in (entry / 'status').read_text():
+        found.append((entry / 'cmdline').read_text())
+    except OSError:
+      pass
+  return found
+
+
+@pytest.mark.skipif(not pathlib.Path('/proc').is_dir(), reason='looks for processes in /proc')
+def test_killed_without_warning_it_leaves_no_process_and_can_go_on(tmp_path):
+  write_coco(tmp_path / 'in', 800)
+  argv = ['prepare', f'--config={REPOSITORY}/configs/coco_json.py', '--name=noise',
+          f'--config.data.train.images={tmp_path}/in', f'--output={tmp_path}/out',
+          f'--config.data.train.annotations={tmp_path}/in/truth.json', '--splits=train',
+          '--shards=40', '--processes=2', '--max_side=200']
+  process = subprocess.Popen([sys.executable, '-m', 'ppn_jax.cli.main', *argv], cwd=REPOSITORY,
+                             start_new_session=True)
+  work, end = tmp_path / 'out' / 'noise' / '1.0.0.incomplete', time.time() + 60
+  while len(list(work.glob('*.array_record-*.json'))) < 4 and time.time() < end:
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  finished = len(list(work.glob('*.array_record-*.json')))
+  assert 4 <= finished < 40
+  while processes_of(process.pid) and time.time() < end:
+    time.sleep(0.05)
+  assert not processes_of(process.pid)
+  assert main([*argv, '--processes=1']) == 0
+  source = Tfds('noise', 'train', str(tmp_path / 'out'))
+  assert len(source) == 800 and source[799].image.shape == (133, 200, 3)

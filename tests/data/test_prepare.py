@@ -1,0 +1,331 @@
+"""Data of several formats -> TFDS's format: the same truth and pixels, whatever comes between."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ppn_jax.data import prepare as prepare_lib
+from ppn_jax.data import prepare_plan
+from ppn_jax.data import shards as shard_files
+from ppn_jax.data.coco import CocoJson
+from ppn_jax.data.images import encode_jpeg
+from ppn_jax.data.prepare import Options, prepare
+from ppn_jax.data.synthetic import SyntheticShapes
+from ppn_jax.data.tfds import Tfds
+from ppn_jax.detection.structures import Category
+from ppn_jax.errors import InputError
+
+tfds = pytest.importorskip('tensorflow_datasets')
+
+
+@pytest.fixture
+def coco(tmp_path):
+  """Seven images of several sizes and formats, ids and categories with gaps."""
+  (tmp_path / 'images').mkdir()
+  rng, images, annotations = np.random.default_rng(0), [], []
+  for i in range(7):
+    size = (20 + 10 * i, 40)
+    pixels = rng.integers(0, 255, (*size, 3), np.uint8)
+    name = f'{i}.png' if i == 3 else f'{i}.jpg'
+    if i == 3:
+      Image.fromarray(pixels).save(tmp_path / 'images' / name)
+    else:
+      (tmp_path / 'images' / name).write_bytes(encode_jpeg(pixels))
+    images.append({'id': 100 - 9 * i, 'file_name': name, 'height': size[0], 'width': size[1]})
+    annotations += [{'image_id': 100 - 9 * i, 'category_id': (3, 90)[k % 2], 'iscrowd': k // 2,
+                     'bbox': [1.1 + k, 2.3, 10.7, 9.1], 'area': 50.5 + k} for k in range(i % 4)]
+  content = {'images': images, 'annotations': annotations,
+             'categories': [{'id': 90, 'name': 'dog'}, {'id': 3, 'name': 'cat'}]}
+  (tmp_path / 'truth.json').write_text(json.dumps(content))
+  return tmp_path
+
+
+def load(coco):
+  return CocoJson(str(coco / 'images'), str(coco / 'truth.json'))
+
+
+def make(sources, folder, said=None, progress=None, **options):
+  options = {'name': 'toy', 'shards': 3, 'processes': 1} | options
+  return prepare(sources, folder / 'out', Options(**options),
+                 say=(said if said is not None else []).append,
+                 progress=progress or (lambda done, total: None))
+
+
+def same(ours, theirs):
+  assert ours.ground_truth() == theirs.ground_truth() and ours.max_boxes == theirs.max_boxes
+  for i in range(len(theirs)):
+    for a, b in zip(ours[i], theirs[i], strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_the_same_data_comes_back(coco):
+  source = load(coco)
+  steps = []
+  folder = make({'train': source}, coco, progress=lambda *step: steps.append(step))
+  assert folder == coco / 'out' / 'toy' / '1.0.0' and steps[-1] == (7, 7)
+  same(Tfds(dataset='toy', data_dir=str(coco / 'out')), source)
+  assert len(list(folder.glob('*.array_record-*'))) == 3
+  assert not list(folder.glob('*.part')) and not list(folder.glob('*record-*.json'))
+  assert not (folder / 'plan.json').exists() and not (folder / '.lock').exists()
+
+
+def test_slices_keep_the_data_s_own_ids(coco):
+  source = load(coco)
+  folder = make({'train': source}, coco)
+  part = Tfds(data_dir=str(folder), split='train[2:5]')
+  assert [i['id'] for i in part.ground_truth()['images']] == [82, 73, 64]
+  assert part.categories == source.categories
+  np.testing.assert_array_equal(part[1].image, source[3].image)
+
+
+def test_tfds_reads_it(coco):
+  source = load(coco)
+  make({'train': source, 'eval': source}, coco)
+  records = tfds.data_source('toy', data_dir=str(coco / 'out'))
+  assert set(records) == {'train', 'eval'} and len(records['eval']) == 7
+  example = records['train'][3]
+  assert example['image/id'] == 73 and example['image/filename'] == b'3.png'
+  assert (example['image/height'], example['image/width']) == (50, 40)
+  np.testing.assert_array_equal(example['image'], source[3].image)
+  objects = example['objects']
+  np.testing.assert_allclose(objects['bbox'], source[3].boxes)
+  assert list(objects['label']) == [0, 1, 0] and list(objects['is_crowd']) == [0, 0, 1]
+  np.testing.assert_allclose(objects['area'], [50.5, 51.5, 52.5])
+  builder = tfds.builder_from_directory(str(coco / 'out' / 'toy' / '1.0.0'))
+  assert builder.info.features['objects'].feature['label'].names == ['cat', 'dog']
+  assert builder.info.splits['train'].shard_lengths == [2, 2, 3]
+
+
+def test_smaller_images(coco):
+  source = load(coco)
+  small = Tfds(data_dir=str(make({'train': source}, coco, max_side=48, quality=95)))
+  assert small.ground_truth() == source.ground_truth()
+  for i in range(7):
+    ours, theirs = small[i], source[i]
+    assert ours.size == theirs.size and max(ours.image.shape) <= 48
+    np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+    if max(theirs.size) <= 48:
+      np.testing.assert_array_equal(ours.image, theirs.image)
+    else:
+      assert ours.image.shape[0] == 48 and ours.image.shape[1] == round(40 * 48 / theirs.size[0])
+
+
+def test_several_processes_write_the_same(coco):
+  source = load(coco)
+  one = make({'train': source}, coco)
+  two = make({'train': source}, coco, name='toz', processes=2)
+  for a, b in zip(sorted(one.glob('*record*')), sorted(two.glob('*record*')), strict=True):
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_data_without_files(tmp_path):
+  source = SyntheticShapes(num_images=5, image_size=64)
+  ours = Tfds(data_dir=str(make({'train': source}, tmp_path, quality=100)))
+  assert ours.ground_truth() == source.ground_truth()
+  difference = ours[2].image.astype(int) - source[2].image
+  assert np.abs(difference).mean() < 8
+
+
+def test_again_is_a_check(coco):
+  said = []
+  folder = make({'train': load(coco)}, coco, said)
+  assert not said
+  times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+  assert make({'train': load(coco)}, coco, said, shards=0) == folder
+  assert 'is there already' in said[0]
+  assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == times
+  for options, message in (({'max_side': 32}, 'data made with max_side=0, not 32'),
+                           ({'quality': 50}, 'data made with quality=90, not 50')):
+    with pytest.raises(InputError, match=message):
+      make({'train': load(coco)}, coco, **options)
+  with pytest.raises(InputError, match=r'other data \(splits differ\)'):
+    make({'train': load(coco), 'eval': load(coco)}, coco)
+  shard = next(folder.glob('*00001-of*'))
+  data = bytearray(shard.read_bytes())
+  data[200] ^= 1
+  shard.write_bytes(data)
+  with pytest.raises(InputError, match=r'00001-of-00003 is missing or not as it was made'):
+    make({'train': load(coco)}, coco)
+  (folder / 'prepared.json').write_text('{}')
+  with pytest.raises(InputError, match='not made by `ppn prepare`'):
+    make({'train': load(coco)}, coco)
+
+
+class Killed(BaseException):
+  """As abrupt as a signal."""
+
+
+def killed_after(images):
+  def progress(done, total):
+    if done >= images:
+      raise Killed
+  return progress
+
+
+def contents(folder):
+  return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_goes_on_after_a_kill(coco):
+  expected = contents(make({'train': load(coco)}, coco))
+  shutil.rmtree(coco / 'out')
+  work = coco / 'out' / 'toy' / '1.0.0.incomplete'
+  for images in (0, 1, 3, 5, 7):
+    with pytest.raises(Killed):
+      make({'train': load(coco)}, coco, progress=killed_after(images))
+    assert work.is_dir() and not (coco / 'out' / 'toy' / '1.0.0').exists()
+    with pytest.raises(InputError, match='no data set there'):
+      Tfds(data_dir=str(work))
+  whole = {p.name for p in work.glob('*.array_record-00000*')}
+  assert len(whole) == 2  # A shard and the note beside it.
+  steps = []
+  folder = make({'train': load(coco)}, coco, progress=lambda *step: steps.append(step), shards=9)
+  assert steps[0][0] >= 4 and contents(folder) == expected and not work.exists()
+
+
+def test_a_shard_that_was_damaged_meanwhile_is_made_again(coco):
+  expected = contents(make({'train': load(coco)}, coco))
+  shutil.rmtree(coco / 'out')
+  with pytest.raises(Killed):
+    make({'train': load(coco)}, coco, progress=killed_after(6))
+  work = coco / 'out' / 'toy' / '1.0.0.incomplete'
+  for spoil in (lambda data: data[:-1], lambda data: b'\0' + data[1:]):
+    path = work / 'toy-train.array_record-00000-of-00003'
+    path.write_bytes(spoil(path.read_bytes()))
+    assert shard_files.read_finished(path) is None
+  (work / 'toy-train.array_record-00001-of-00003.json').write_text('{"records":')
+  assert contents(make({'train': load(coco)}, coco)) == expected
+
+
+@pytest.mark.parametrize('step', ['_finish', '_tidy'])
+def test_a_kill_at_the_end(coco, monkeypatch, step):
+  expected = contents(make({'train': load(coco)}, coco))
+  shutil.rmtree(coco / 'out')
+  def die(*arguments):
+    raise Killed
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare_lib, step, die)
+    with pytest.raises(Killed):
+      make({'train': load(coco)}, coco)
+  assert contents(make({'train': load(coco)}, coco)) == expected
+
+
+def test_unfinished_data_of_another_kind_is_left_alone(coco):
+  with pytest.raises(Killed):
+    make({'train': load(coco)}, coco, progress=killed_after(3))
+  work = coco / 'out' / 'toy' / '1.0.0.incomplete'
+  before = contents(work)
+  with pytest.raises(InputError, match=r'max_side=0, not 32; remove it to begin anew'):
+    make({'train': load(coco)}, coco, max_side=32)
+  assert contents(work) == before
+  (work / 'plan.json').write_text('{')
+  with pytest.raises(InputError, match=r'plan\.json is damaged'):
+    make({'train': load(coco)}, coco)
+
+
+def test_two_at_once(coco):
+  def second(done, total):
+    with pytest.raises(InputError, match='another `ppn prepare` is at work there'):
+      make({'train': load(coco)}, coco)
+    second.tried = True
+  make({'train': load(coco)}, coco, progress=second)
+  assert second.tried
+
+
+def test_bad_images(coco):
+  for name in ('2.jpg', '5.jpg'):
+    path = coco / 'images' / name
+    path.write_bytes(path.read_bytes()[:-300])
+  source, said = load(coco), []
+  with pytest.raises(InputError, match=r'2 of 7 images cannot be read, .*2\.jpg: .*--on_bad_image'):
+    make({'train': source}, coco)
+  with pytest.raises(InputError, match=r'2 of 7 .*more than a share of 0\.01'):
+    make({'train': source}, coco, on_bad_image='skip')
+  steps = []
+  folder = make({'train': source}, coco, said, lambda *step: steps.append(step),
+                on_bad_image='skip', max_bad=0.3)
+  assert steps[0] == (7, 7) and len(said) == 2 and 'image 82: ' in said[0]
+  ours, theirs = Tfds(data_dir=str(folder)), source.ground_truth()
+  kept = [i['id'] for i in theirs['images'] if i['id'] not in (82, 55)]
+  assert [ours[i].image_id for i in range(5)] == kept
+  truth = ours.ground_truth()
+  assert [i['id'] for i in truth['images']] == kept
+  assert [a['bbox'] for a in truth['annotations']] == [
+      a['bbox'] for a in theirs['annotations'] if a['image_id'] in kept]
+  skipped = json.loads((folder / 'prepared.json').read_text())['skipped']
+  assert [image for image, _ in skipped] == [82, 55]
+
+
+class Own(SyntheticShapes):
+  """A source of somebody else's; `change` alters what it says."""
+  change = staticmethod(lambda truth: truth)
+
+  def ground_truth(self):
+    return self.change(super().ground_truth())
+
+
+def test_a_source_at_odds_with_itself(tmp_path):
+  source = Own(num_images=4, image_size=64)
+  source.change = lambda truth: truth | {'images': truth['images'][::-1]}
+  with pytest.raises(InputError, match='image 0 of train has the id 1, but ground_truth lists 4'):
+    make({'train': source}, tmp_path)
+
+
+def test_a_source_that_cannot_leave_its_process(tmp_path):
+  source = Own(num_images=4, image_size=64)
+  source.change = lambda truth: truth
+  with pytest.raises(InputError, match=r'cannot be handed to other processes.*--processes=1'):
+    make({'train': source}, tmp_path, processes=2)
+  make({'train': source}, tmp_path)
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'name': 'My Set'}, "name is 'My Set', legal: small letters"),
+    ({'name': 'coco'}, "'coco' is that of one of TFDS's own"),
+    ({'version': '1'}, "version is '1', legal: three numbers"),
+    ({'max_side': -1}, 'max_side is -1'), ({'shards': 1.5}, 'shards is 1.5'),
+    ({'quality': 0}, 'quality is 0'), ({'quality': 101}, 'quality is 101'),
+    ({'on_bad_image': 'hide'}, "on_bad_image is 'hide', legal: 'raise', 'skip'"),
+    ({'max_bad': 2}, 'max_bad is 2'),
+])
+def test_wrong_options(tmp_path, options, message):
+  with pytest.raises(InputError, match=re.escape(message)):
+    make({'train': SyntheticShapes(num_images=2, image_size=64)}, tmp_path, **options)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_wrong_sources_and_outputs(coco, tmp_path):
+  shapes = SyntheticShapes(num_images=2, image_size=64)
+  with pytest.raises(InputError, match=r"split 'eval' beside 'train': its classes are not those"):
+    make({'train': load(coco), 'eval': shapes}, coco)
+  with pytest.raises(InputError, match='names no source'):
+    make({}, coco)
+  with pytest.raises(InputError, match='copy it from there'):
+    prepare({'train': shapes}, 'gs://bucket/x', Options('toy'), say=print, progress=print)
+  twice = load(coco)
+  twice.categories = (Category(1, 'a'), Category(2, 'a'))
+  with pytest.raises(InputError, match="two classes are called 'a'"):
+    make({'train': twice}, coco)
+
+
+def test_a_disk_that_is_full(coco, monkeypatch):
+  def full(self, *arguments):
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr(pathlib.Path, 'open', full)
+  with pytest.raises(InputError, match='cannot be written: No space left on device'):
+    shard_files._Worker({'train': load(coco)}, ['cat', 'dog'], shard_files.Storage(0, 90),
+                        lambda: None).write(
+        shard_files.Job(coco / 'x', 'train', 0, [100], ['0.jpg'], [np.zeros(0)]))
+
+
+def test_the_number_of_shards_goes_with_the_bytes(coco, monkeypatch):
+  monkeypatch.setattr(prepare_plan, '_SHARD_BYTES', 8000)
+  folder = make({'train': load(coco)}, coco, shards=0)
+  sizes = [p.stat().st_size for p in (coco / 'images').iterdir()]
+  shards = len(list(folder.glob('*.array_record-*')))
+  assert abs(shards - sum(sizes) / 8000) <= 1.5
