@@ -27,7 +27,7 @@ from ppn_jax.config import base_config
 
 def get_config():
   config = base_config()
-  config.data.train = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
+  config.data.train.update(name='coco_json', images='', annotations='', on_bad_box='raise')
   config.data.eval = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
   config.model.layers.dtype = 'bfloat16'
   config.optim.learning_rate = 0.7

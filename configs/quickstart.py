@@ -18,7 +18,7 @@ def get_config():
   config.model.layers.norm_decay = 0.95
   shapes = dict(name='synthetic_shapes', seed=0, image_size=128, scale=(0.16, 0.7), max_shapes=4,
                 max_turn=20.0)
-  config.data.train = dict(shapes, num_images=20_000, split='train')
+  config.data.train.update(shapes, num_images=20_000, split='train')
   config.data.eval = dict(shapes, num_images=500, split='eval')
   config.loss.alpha = 0.75
   config.data.transforms = (dict(name='horizontal_flip'),)

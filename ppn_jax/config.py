@@ -38,13 +38,20 @@ def base_config() -> ConfigDict:
   config.postprocess = dict(  # ppn_jax.detection.postprocess.postprocess
       score_threshold=1e-8, iou_threshold=0.6, max_per_class=100, max_detections=100)
 
+  config.init = dict(backbone='')  # ppn_jax.weights.initial.initial_weights
   config.data = dict(
-      train=dict(name=''),  # ppn_jax.data.sources.build_source
+      train=dict(  # ppn_jax.data.sources.build_source
+          name='',
+          cache='',  # 'memory' or a folder: images are decoded once, ppn_jax.data.cache.
+          cache_size=0,  # Their longest side in pixels; 0: as the network's input.
+          resident=False,  # Held in device memory: ppn_jax.training.resident.
+          resident_size=0),  # Side in pixels of what is held; 0: as the network's input.
       eval=dict(name=''),
       transforms=(  # ppn_jax.data.transforms.build_transforms; of training, before resizing.
           dict(name='ssd_random_crop'),  # Before the flip, which is then of a smaller image.
           dict(name='horizontal_flip', probability=0.5)),
-      resize='area',  # ppn_jax.data.transforms.Resize
+      resize='supersample',  # ppn_jax.data.transforms.Resize
+      reduced_decoding=True,  # JPEGs at 1/2, 1/4, 1/8 where that leaves pixels enough.
       max_boxes=0,  # Boxes that every image's truth is padded to; 0: as the fullest image has.
       threads=0)  # That decode and augment; 0: one for each processor core.
   config.optim = dict(  # ppn_jax.training.optim.build_optimizer

@@ -1,7 +1,9 @@
-"""How the C library hands out memory on the host."""
+"""Memory of the host: how much is left, and how the C library hands it out."""
 
 import ctypes
 import functools
+
+import psutil
 
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
@@ -28,3 +30,8 @@ def keep_freed_memory() -> bool:
   # One pool: those of other threads cannot hold buffers of this size.
   return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_ARENA_MAX, 1),
               mallopt(_M_TRIM_THRESHOLD, _NEVER), mallopt(_M_TOP_PAD, _PAD_BYTES)])
+
+
+def available_memory() -> int:
+  """Bytes that this machine can still hand out without swapping."""
+  return psutil.virtual_memory().available

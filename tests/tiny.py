@@ -10,7 +10,7 @@ def tiny_config(**train):
   config.model.backbone = dict(name='mobilenet_v1', depth_multiplier=0.25, last_block=5)
   config.model.neck = dict(name='pooling_pyramid', stride=8, num_levels=3, projection=0)
   config.model.head.depth = 16
-  config.data.train = dict(name='synthetic_shapes', num_images=10, image_size=64, split='train')
+  config.data.train.update(name='synthetic_shapes', num_images=10, image_size=64, split='train')
   config.data.eval = dict(name='synthetic_shapes', num_images=6, image_size=64, split='eval')
   config.optim.learning_rate, config.optim.warmup_learning_rate = 0.05, 0.01
   config.optim.rate_batch_size = 0

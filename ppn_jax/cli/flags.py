@@ -1,5 +1,7 @@
-"""Configs from the command line: `--config=FILE` and `--config.block.key=value`."""
+"""Flags that commands share: configs, by `--config=FILE` and `--config.block.key=value`, and the
+processes that work together."""
 
+import argparse
 import contextlib
 import os
 import sys
@@ -46,7 +48,20 @@ def load_config(path: str, overrides: Sequence[str]) -> 'ConfigDict':
     raise InputError(f'--config: {file} cannot be loaded: {e}') from e
   if not isinstance(config, ConfigDict):
     raise InputError(f'--config: {file} has no get_config() that returns a ConfigDict')
-  return override(config, overrides)
+  return override(_with_train_options(config), overrides)
+
+
+def _with_train_options(config: 'ConfigDict') -> 'ConfigDict':
+  """`config` with every option of `data.train`, so that flags can set them: files that name a data
+  set of their own write the block anew, without them."""
+  from ml_collections import ConfigDict
+
+  from ppn_jax.data.sources import split_train_block
+  block = config.get('data', {}).get('train')
+  if isinstance(block, ConfigDict):
+    with block.unlocked():
+      block.update(split_train_block(block)[1])
+  return config
 
 
 @contextlib.contextmanager
@@ -93,3 +108,28 @@ def _check_key(config: 'ConfigDict', key: str) -> None:
     if name not in legal:
       raise InputError(f'unknown config key {walked}.{name}; {did_you_mean(name, legal)}')
     block, walked = block[name], f'{walked}.{name}'
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+  """Flags of a command that can run as several processes; for `join_processes`."""
+  group = parser.add_argument_group(
+      'several hosts', 'The same command on each, with a workdir that all of them see.')
+  group.add_argument('--distributed', choices=('auto',), default='',
+                     help='on every host of a TPU slice, GKE or Slurm: ask it for the next three')
+  group.add_argument('--coordinator', metavar='HOST:PORT',
+                     help='process 0 and a free port of its host')
+  group.add_argument('--num_processes', type=int, metavar='N', help='how many there are')
+  group.add_argument('--process_id', type=int, metavar='I', help='which one this is, from 0')
+  group.add_argument('--local_devices', type=int, default=0, metavar='N',
+                     help='rehearse on N virtual CPU devices in this process')
+  group.add_argument('--join_timeout', type=int, default=300, metavar='SECONDS',
+                     help='how long to wait for the other processes (default: %(default)s)')
+
+
+def join_processes(args: argparse.Namespace) -> None:
+  """Joins the processes that the flags name; call it before anything touches a JAX backend."""
+  from ppn_jax.training import partition
+  partition.join_processes(
+      distributed=args.distributed, coordinator=args.coordinator,
+      num_processes=args.num_processes, process_id=args.process_id,
+      local_devices=args.local_devices, timeout=args.join_timeout)

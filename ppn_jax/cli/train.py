@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from ppn_jax.cli.flags import CONFIG_HELP, load_config
+from ppn_jax.cli.flags import CONFIG_HELP, add_process_flags, join_processes, load_config
 
 HELP = f"""Train a detector, or go on with a run that was stopped.
 
@@ -18,10 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='a config file, such as configs/quickstart.py')
   parser.add_argument('--workdir', required=True, metavar='DIR',
                       help='folder of the run, new or to be resumed')
+  add_process_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
+  join_processes(args)
   from ppn_jax.training.loop import TrainingDiverged, train
   try:
     train(config, args.workdir)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ppn_jax import files
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import required_boxes, train_batches
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.sources import build_source, split_train_block
 from ppn_jax.data.transforms import build_transforms
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.structures import Batch, Category
@@ -101,12 +101,15 @@ def positives_in_training(config: ConfigDict, detector: Detector, num_images: in
   if not num_images:
     return {'absent': 'not asked for'}
   try:
-    source = build_source(config.data.train.to_dict())
+    block, _ = split_train_block(config.data.train.to_dict())
+    source = build_source(block)
     count = min(num_images, len(source))
+    transforms = build_transforms(config.data.transforms)
     batches = train_batches(
-        source, transforms=build_transforms(config.data.transforms), resize=config.data.resize,
+        source, transforms=transforms, resize=config.data.resize,
         image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
-        threads=config.data.threads, max_boxes=required_boxes(source, config.data.max_boxes))
+        threads=config.data.threads,
+        max_boxes=required_boxes(source, config.data.max_boxes, transforms))
     return _count_positives(detector, batches, count)
   except (InputError, OSError) as e:
     return {'absent': ' '.join(str(e).split())}

@@ -90,7 +90,8 @@ def build_evaluator(run: Run, detector: Detector, mesh: Mesh, *, scorer: str = '
   return Evaluator(
       source=source, categories=run.categories, detect=jit_detect(detector, mesh), mesh=mesh,
       batch_size=batch_size, scorer=scorer,
-      loader={'image_size': detector.image_size, 'resize': data.resize, 'threads': data.threads,
+      loader={'image_size': detector.image_size, 'resize': data.resize,
+              'reduced_decoding': data.reduced_decoding, 'threads': data.threads,
               'max_boxes': required_boxes(source)})
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,28 +11,21 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ppn_jax.data.checks import check_integer
-from ppn_jax.data.loader import required_boxes, train_batches
-from ppn_jax.data.sources import Source, build_source
-from ppn_jax.data.transforms import Resize, build_transforms
-from ppn_jax.detection.structures import Array, GroundTruth
+from ppn_jax import registry
+from ppn_jax.data.sources import Source, build_source, split_train_block
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation.coco import Scores
 from ppn_jax.evaluation.job import Evaluator, build_evaluator
 from ppn_jax.host_memory import keep_freed_memory
-from ppn_jax.run import Run, create_run
+from ppn_jax.run import Run, create_run, open_run
 from ppn_jax.training import partition
 from ppn_jax.training.checkpoint import Checkpoints
+from ppn_jax.training.feeds import Feed, build_feed
 from ppn_jax.training.metrics import MetricsWriter, Progress, Stopwatch, duration
-from ppn_jax.training.prefetch import Prefetcher
+from ppn_jax.training.prefetch import Prefetcher, Unchanging
 from ppn_jax.training.state import TrainState
-from ppn_jax.training.step import (
-  StepMetrics,
-  abstract_batch,
-  abstract_state,
-  jit_init,
-  jit_train_step,
-)
+from ppn_jax.training.step import StepMetrics, abstract_state, jit_init
+from ppn_jax.weights.initial import initial_weights, with_weights
 
 # How many steps may be under way on the device: enough to keep it busy, few enough that their
 # batches do not fill its memory.
@@ -66,48 +59,63 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
   _check_numbers(config)
   mesh = partition.data_mesh()
   partition.check_batch_size('train.batch_size', config.train.batch_size, mesh)
-  source, eval_source = build_source(config.data.train.to_dict()), None
+  earlier = _earlier_run(workdir)
+  train_block, _ = split_train_block(config.data.train.to_dict())
+  source, eval_source = build_source(train_block,
+                                     categories=earlier.categories if earlier else None), None
   if config.train.evaluate_every:
     eval_source = build_source(config.data.eval.to_dict(), categories=source.categories)
   run = create_run(workdir, config, source.categories)
   detector, optimizer, evaluator = run.detector(), run.optimizer(), None
   if eval_source is not None:
     evaluator = build_evaluator(run, detector, mesh, source=eval_source)
-  input_options = _input_options(config, source)
-  with (Progress(config.train.steps) as progress,
+  feed = build_feed(config, source, mesh)
+  abstract = abstract_state(detector, optimizer, mesh)
+  initialise = registry.bind('init', initial_weights, config.init.to_dict(), given=['like'])
+  with run.checkpoints(read_only=True) as checkpoints:
+    latest = checkpoints.latest()
+  initial = initialise(like=abstract.variables) if latest is None else None
+  if latest is not None and earlier:
+    run = _with_init_of(earlier, run)
+  with (Progress(config.train.steps, quiet=jax.process_index() != 0) as progress,
         run.checkpoints(read_only=False) as checkpoints):
-    start = checkpoints.latest() or 0
+    start = latest or 0
     if start >= config.train.steps:
       progress.say(f'nothing to do: {run.workdir} is trained to step {start:,} already')
       return None
-    abstract = abstract_state(detector, optimizer, mesh)
     progress.say(_describe(run, abstract, source, mesh))
     for bad_boxes in filter(None, (getattr(s, 'bad_boxes', None) for s in (source, eval_source))):
       progress.say(str(bad_boxes))
     # 2. The state: the newest whole checkpoint, or a fresh one.
-    if start:
+    if latest is not None:
       progress.say(f'resuming {run.workdir} from step {start:,}')
+      if config.init.backbone not in ('', run.config.init.backbone):
+        progress.say(f'init.backbone={config.init.backbone} is not read: the run has its weights')
       state = checkpoints.restore(abstract, start)
     else:
       state = jit_init(detector, optimizer, mesh)(config.seed)
+    if initial is not None:
+      progress.say(f'starting from {initial.report}')
+      state = with_weights(state, initial.variables)
     # 3. The steps.
     writer = None
     if jax.process_index() == 0:
       run.save()
       writer = MetricsWriter(run.workdir, start)
     steps = _Steps(run, mesh, checkpoints, progress, writer, evaluator)
-    return steps.take(state, start, jit_train_step(detector, optimizer, mesh), source,
-                      input_options)
+    return steps.take(state, start, feed.jit_step(detector, optimizer), feed)
 
 
-def _input_options(config: ConfigDict, source: Source) -> dict[str, Any]:
-  """Arguments of `train_batches` that the config decides, checked."""
-  Resize(config.model.image_size, config.data.resize)
-  check_integer('data.threads', config.data.threads, 0)
-  return {'transforms': build_transforms(config.data.transforms), 'resize': config.data.resize,
-          'image_size': config.model.image_size, 'batch_size': config.train.batch_size,
-          'seed': config.seed, 'threads': config.data.threads,
-          'max_boxes': required_boxes(source, config.data.max_boxes)}
+def _earlier_run(workdir: str | pathlib.Path) -> Run | None:
+  """The run that is to be gone on with, if there is one."""
+  return open_run(workdir) if (pathlib.Path(workdir) / 'config.json').is_file() else None
+
+
+def _with_init_of(earlier: Run, run: Run) -> Run:
+  """`run` with what its weights started from on record, whatever the config says now."""
+  config = run.config.copy_and_resolve_references().unlock()
+  config.init = earlier.config.get('init', {'backbone': ''})
+  return dataclasses.replace(run, config=config.lock())
 
 
 @dataclasses.dataclass
@@ -122,17 +130,17 @@ class _Steps:
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
   watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
 
-  def take(self, state: TrainState, start: int, train_step: Callable, source: Source,
-           input_options: dict[str, Any]) -> Scores | None:
+  def take(self, state: TrainState, start: int, train_step: Callable, feed: Feed
+           ) -> Scores | None:
     """Takes the steps after `start`; returns the last evaluation's figures."""
     train = self.run.config.train
-    train_step = self._compile(train_step, state, input_options['max_boxes'])
+    train_step = self._compile(train_step, state, feed)
     scores = None
-    with Prefetcher(self._batches(source, start, input_options)) as batches:
+    with feed.open(start, self.progress) as batches:
       for step in range(start + 1, train.steps + 1):
-        images, truth = self._next(batches)
+        batch = self._next(batches)
         with self.watch.stepping():
-          state, metrics = train_step(state, images, truth)
+          state, metrics = train_step(state, *batch)
           self.pending.append((step, metrics))
           if len(self.pending) > STEPS_IN_FLIGHT:
             jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT])
@@ -152,30 +160,20 @@ class _Steps:
       self.writer.close()
     return scores
 
-  def _next(self, batches: Prefetcher) -> tuple[Array, GroundTruth]:
-    """The next batch; time counts as waiting for data only while the devices have no work."""
+  def _next(self, batches: Prefetcher | Unchanging) -> tuple[Any, ...]:
+    """What the next step takes; waiting for it counts only while the devices have no work."""
     if not batches.ready():
       with self.watch.stepping(steps=0):
         jax.block_until_ready(self.pending[-1:])
     with self.watch.waiting():
       return next(batches)
 
-  def _compile(self, train_step: Callable, state: TrainState, max_boxes: int) -> Callable:
-    config = self.run.config
-    batch = abstract_batch(config.train.batch_size, config.model.image_size, max_boxes, self.mesh)
+  def _compile(self, train_step: Callable, state: TrainState, feed: Feed) -> Callable:
     self.progress.say('compiling the training step (once a start; a minute or so on a TPU)')
     started = time.perf_counter()
-    compiled = train_step.lower(state, *batch).compile()
+    compiled = train_step.lower(state, *feed.arguments()).compile()
     self.progress.say(f'compiled in {duration(time.perf_counter() - started)}')
     return compiled
-
-  def _batches(self, source: Source, start: int, options: dict[str, Any]
-               ) -> Iterator[tuple[Array, GroundTruth]]:
-    """Global arrays for the steps after `start`, which is as many batches into the order."""
-    batch_size = options['batch_size']
-    rows = partition.local_rows(batch_size, self.mesh)
-    for batch in train_batches(source, start_step=start, rows=rows, **options):
-      yield partition.to_global((batch.images, batch.truth), self.mesh, batch_size)
 
   def _report(self, step: int) -> None:
     """Checks and averages the metrics since the last report, then writes and shows them."""

@@ -61,11 +61,12 @@ class Progress:
   Args:
     steps: of the whole run.
     console: where to write.
+    quiet: says nothing; of several processes one speaks.
   """
 
-  def __init__(self, steps: int, console: Console | None = None):
+  def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False):
     self._steps = steps
-    self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+    self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
     self._live = Live(Text(''), console=self._console, auto_refresh=False)
     self._status = ''
 

@@ -1,5 +1,11 @@
-"""Which device holds what: a one-dimensional mesh, global arrays, and the way back to the host."""
+"""Which process and device holds what: joining the processes of a run, a one-dimensional mesh,
+global arrays, and the way back to the host."""
 
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +16,101 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ppn_jax.errors import InputError
 
 AXIS = 'data'
+
+# How long processes wait for each other at the start: hosts of a pod come up minutes apart.
+JOIN_SECONDS = 300
+
+
+def join_processes(*, distributed: str = '', coordinator: str | None = None,
+                   num_processes: int | None = None, process_id: int | None = None,
+                   local_devices: int = 0, timeout: int = JOIN_SECONDS) -> None:
+  """Makes this process one of those that train or evaluate together.
+
+  Call it before anything touches a JAX backend. Without arguments the process works alone.
+
+  Args:
+    distributed: 'auto' asks the surroundings for the three below, as `jax.distributed` does: the
+      metadata of a Cloud TPU slice, GKE, Slurm. '' uses what is given.
+    coordinator: 'HOST:PORT' of process 0, a free port there.
+    num_processes: how many there are.
+    process_id: which of them this is, from 0.
+    local_devices: rehearse on so many virtual CPU devices in this process; 0 leaves the choice
+      of devices to JAX.
+    timeout: seconds to wait for the others. After it the process ends, with exit code 2 where
+      the coordinator was given, since it may be wrong, and 1 where it was found.
+
+  Raises:
+    InputError: arguments that do not go together, nothing found by 'auto', a port in use.
+  """
+  given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
+  explicit = _check_processes(distributed, given, local_devices, timeout)
+  if local_devices:
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', local_devices)
+  if not explicit and not distributed:
+    return
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  arguments = ({'coordinator_address': coordinator, 'num_processes': num_processes,
+                'process_id': process_id} if explicit else {})
+  where = f'at {coordinator}' if explicit else 'of this slice'
+  try:
+    with _deadline(timeout, f'not all processes {where} have come together within {timeout} s',
+                   exit_code=2 if explicit else 1):
+      # JAX's own patience must not end before ours: it ends in an abort.
+      jax.distributed.initialize(**arguments, initialization_timeout=2 * timeout)
+  except jax.errors.JaxRuntimeError as e:
+    raise InputError(f'process {process_id} cannot serve or join {coordinator}: {e}') from e
+  except (ValueError, OSError, ImportError) as e:
+    if explicit:
+      raise
+    raise InputError('--distributed=auto finds no TPU slice or cluster around this process '
+                     f'({e}); leave it out for one process, or give --coordinator, '
+                     '--num_processes and --process_id') from e
+
+
+def _check_processes(distributed: str, given: dict[str, Any], local_devices: int,
+                     timeout: int) -> bool:
+  """Whether the processes are given explicitly; InputError if they are given badly."""
+  missing = [f'--{name}' for name, value in given.items() if value is None]
+  if distributed not in ('', 'auto'):
+    raise InputError(f"--distributed={distributed!r} is unknown; legal: 'auto', or leave it out")
+  if 0 < len(missing) < 3:
+    raise InputError(f'{", ".join(missing)} missing; --coordinator=HOST:PORT, --num_processes '
+                     'and --process_id go together')
+  if distributed and not missing:
+    raise InputError('give either --distributed=auto or --coordinator, not both')
+  if local_devices < 0 or timeout < 1:
+    raise InputError(f'--local_devices={local_devices} must be at least 0 and '
+                     f'--join_timeout={timeout} at least 1')
+  if local_devices and 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
+    raise InputError('give either --local_devices or XLA_FLAGS with '
+                     '--xla_force_host_platform_device_count, not both')
+  if missing:
+    return False
+  count, number = given['num_processes'], given['process_id']
+  if not 0 <= number < count:
+    raise InputError(f'--process_id={number} must lie between 0 and --num_processes={count} less 1')
+  host, _, port = given['coordinator'].rpartition(':')
+  if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+    raise InputError(f'--coordinator={given["coordinator"]} is not HOST:PORT, such as '
+                     'localhost:8476')
+  return True
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, message: str, exit_code: int) -> Iterator[None]:
+  """Ends the process with one line after `seconds`: what runs meanwhile cannot be interrupted."""
+  def end():
+    print(f'ppn: error: {message}', file=sys.stderr, flush=True)
+    os._exit(exit_code)
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar('T')
@@ -71,3 +71,30 @@ class Prefetcher(Generic[T]):
         return self._queue.put(entry, timeout=_POLL_SECONDS)
       except queue.Full:
         continue
+
+
+class Unchanging(Generic[T]):
+  """In the place of a `Prefetcher` where every step takes the same item: it is always there.
+
+  Args:
+    make: makes the item, when the context is entered.
+  """
+
+  def __init__(self, make: Callable[[], T]):
+    self._make = make
+
+  def __enter__(self) -> 'Unchanging[T]':
+    self._item = self._make()
+    return self
+
+  def __exit__(self, *_) -> None:
+    del self._item
+
+  def __iter__(self) -> 'Unchanging[T]':
+    return self
+
+  def __next__(self) -> T:
+    return self._item
+
+  def ready(self) -> bool:
+    return True

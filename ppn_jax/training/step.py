@@ -12,6 +12,7 @@ from ppn_jax.detection.structures import Array, Detections, GroundTruth
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.training import partition
 from ppn_jax.training.optim import Optimizer, update_average, weight_penalty
+from ppn_jax.training.resident import Plan, ResidentData, draw_batch
 from ppn_jax.training.state import TrainState, init_state
 
 
@@ -92,6 +93,18 @@ def jit_train_step(detector: Detector, optimizer: Optimizer, mesh: Mesh
   whole, split = partition.replicated(mesh), partition.by_rows(mesh)
   return jax.jit(lambda *arguments: train_step(detector, optimizer, *arguments),
                  in_shardings=(whole, split, split), out_shardings=whole, donate_argnums=0)
+
+
+def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, plan: Plan
+                      ) -> Callable[[TrainState, ResidentData], tuple[TrainState, StepMetrics]]:
+  """As `jit_train_step`, of a step that draws its batch from the data on the devices."""
+  whole, split = partition.replicated(mesh), partition.by_rows(mesh)
+
+  def step(state: TrainState, data: ResidentData) -> tuple[TrainState, StepMetrics]:
+    batch = draw_batch(plan, mesh, data, state.step)
+    return train_step(detector, optimizer, state, *batch)
+
+  return jax.jit(step, in_shardings=(whole, split), out_shardings=whole, donate_argnums=0)
 
 
 def jit_detect(detector: Detector, mesh: Mesh) -> Callable[[Variables, Array], Detections]:

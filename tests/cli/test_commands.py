@@ -99,6 +99,25 @@ def test_evaluate_draws_and_takes_a_step(run, capsys):
   assert np.asarray(Image.open(run / 'evaluation' / '3' / 'pictures.png')).shape[-1] == 3
 
 
+def test_evaluate_reports_on_calibration(run, tmp_path, capsys):
+  argv = ['evaluate', f'--workdir={run}', '--calibration', f'--output={tmp_path / "out"}',
+          '--calibration_floor=0.001', '--calibration_images=5']
+  assert main(argv) == 0
+  out = capsys.readouterr().out
+  assert out.index('AR_large') < out.index('level 0') < out.index('precision at equal score')
+  found = json.loads((tmp_path / 'out' / 'calibration.json').read_text())
+  rows = json.loads((tmp_path / 'out' / 'results.json').read_text())
+  counted = [r for r in rows if r['score'] >= 0.001]
+  assert found['floor'] == 0.001 and found['all']['detections'] == len(counted) > 0
+  assert [g['detections'] for g in found['by_level']] == [
+      sum(r['level'] == level for r in counted) for level in range(3)]
+  assert [g['name'] for g in found['by_class']] == ['circle', 'square', 'triangle', 'star', 'cross']
+  assert found['training']['images'] == 5
+  scores = json.loads((tmp_path / 'out' / 'scores.json').read_text())
+  assert found['recalibration']['as_is']['AP'] == scores['figures']['AP']
+  assert Image.open(tmp_path / 'out' / 'calibration.png').size[0] > 1000
+
+
 def test_detect_writes_pictures_and_json(run, coco_folder, tmp_path, capsys):
   argv = ['detect', f'--workdir={run}', str(coco_folder), f'--output={tmp_path / "found"}',
           '--threshold=0']
@@ -146,6 +165,8 @@ def test_detect_never_writes_over_what_it_was_given(run, tmp_path, capsys):
    'write --config.train.steps=VALUE'),
   (['train', '--config=c.py', '--workdir=w', '--config.a=5', 'extra'], "argument 'extra'"),
   (['evaluate', '--workdir=w', '--pictures=-1'], '--pictures=-1'),
+  (['evaluate', '--workdir=w', '--calibration_floor=1'], 'floor=1.0'),
+  (['evaluate', '--workdir=w', '--calibration_images=-1'], 'train_images'),
   (['evaluate', '--workdir=w', '--config.eval.batch_size=8'], '--output'),
   (['detect', '--workdir=w', '--output=o', 'nothing.jpg'], 'no file or folder nothing.jpg'),
 ])
