@@ -3,6 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUNS ?= runs
+PYTEST_ARGS ?= -n 2
 QUICKSTART := $(RUNS)/quickstart
 
 .PHONY: help quickstart test lint clean
@@ -22,6 +23,7 @@ test: $(VENV)/dev
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/shellcheck launch/*.sh .ci/*
 
 clean:
 	rm -rf $(VENV)

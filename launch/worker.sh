@@ -1,0 +1,138 @@
+#!/usr/bin/env bash
+# One `ppn` command on one worker of a slice; tpu.sh copies this file there and calls it by ssh.
+# The command runs in a session of its own, so that it outlives the connection.
+#
+#   install ID        ~/ppn_source.tar.gz, called ID, into ~/ppn/code with ~/ppn/venv around it
+#   start COMMAND...  runs it in ~/ppn/code; does nothing where the same command is running
+#   follow LINES [PREFIX]  prints the end of the log, and goes on until the command has ended
+#   status            one line: ppn-worker HOST none|running|exit CODE|stopped CODE
+#   end SECONDS       SIGTERM, and SIGKILL to what is left after so long
+#   stop SECONDS      the same, marked as somebody's wish, so that `tpu.sh run` does not restart it
+set -euo pipefail
+
+root="$HOME/ppn"
+job="$root/job"
+
+fail() {
+  echo "ppn_worker.sh: $(hostname): $1" >&2
+  exit "${2:-2}"
+}
+
+# Held by the command and all its children, whatever becomes of process ids.
+running() {
+  [[ -e "$job/lock" ]] && ! flock --nonblock "$job/lock" true
+}
+
+install() {
+  local id="$1"
+  if [[ -f "$root/installed" && "$(<"$root/installed")" == "$id" ]]; then
+    return
+  fi
+  running && fail 'a command is running on other code; stop it first'
+  rm -rf "$root/installed" "$root/code" "$root/code.new"
+  mkdir -p "$root/code.new"
+  tar -xzf "$HOME/ppn_source.tar.gz" -C "$root/code.new" || fail 'the copied source is not whole' 1
+  mv "$root/code.new" "$root/code"
+  "$root/venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
+  "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --editable "$root/code[tpu]"
+  echo "$id" >"$root/installed"
+}
+
+# The images of TPU VMs come with Python 3.10, and uv brings a newer one.
+make_venv() {
+  local python
+  for python in python3.13 python3.12 python3.11 python3; do
+    if "$python" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      "$python" -m venv --clear "$root/venv"
+      return
+    fi
+  done
+  python3 -m pip install --quiet --user uv
+  rm -rf "$root/venv"
+  python3 -m uv venv --quiet --seed --python 3.12 "$root/venv"
+}
+
+start() {
+  local command
+  [[ -f "$root/installed" ]] || fail 'nothing is installed; run setup first'
+  mkdir -p "$job"
+  command="$(printf '%q ' "$@")"
+  if running; then
+    [[ "$(<"$job/command")" == "$command" ]] || fail "another command is running: $(<"$job/command")"
+    return
+  fi
+  rm -f "$job/group" "$job/pid" "$job/exit_code" "$job/stopped"
+  echo "$command" >"$job/command"
+  setsid nohup bash "$0" supervise "$@" </dev/null >>"$job/log" 2>&1 &
+  for _ in {1..100}; do
+    [[ -s "$job/group" ]] && return
+    sleep 0.1
+  done
+  fail 'the command did not start' 1
+}
+
+supervise() {
+  local code=0
+  exec 9>"$job/lock"
+  flock --timeout 5 9 # `running` holds it for a moment when asked.
+  cd "$root/code"
+  echo "--- $(date -u '+%Y-%m-%d %H:%M:%S') $(hostname): $(<"$job/command")"
+  PATH="$root/venv/bin:$PATH" PYTHONUNBUFFERED=1 "$@" &
+  echo $! >"$job/pid"
+  echo $$ >"$job/group"
+  wait $! || code=$?
+  echo "--- exit code $code"
+  write_exit_code "$code"
+}
+
+write_exit_code() {
+  echo "$1" >"$job/exit_code.new"
+  mv "$job/exit_code.new" "$job/exit_code"
+}
+
+status() {
+  local state='none'
+  if running; then
+    state='running'
+  elif [[ -d "$job" ]]; then
+    # Without an exit code the machine was restarted, or the supervisor killed.
+    state="exit $(cat "$job/exit_code" 2>/dev/null || echo lost)"
+    [[ -e "$job/stopped" ]] && state="stopped ${state#exit }"
+  fi
+  echo "ppn-worker $(hostname) $state"
+}
+
+follow() {
+  local group
+  [[ -f "$job/log" ]] || fail 'no command was started'
+  group="$(cat "$job/group" 2>/dev/null || echo 0)"
+  if running; then
+    tail --lines="$1" --follow=name --retry --pid="$group" "$job/log" 2>/dev/null
+  else
+    tail --lines="$1" "$job/log"
+  fi | if [[ -n "${2:-}" ]]; then sed --unbuffered "s/^/$(hostname): /"; else cat; fi
+}
+
+end() {
+  local second
+  running || return 0
+  kill -TERM "$(<"$job/pid")" 2>/dev/null || true
+  for ((second = 0; second < $1; second++)); do
+    running || return 0
+    sleep 1
+  done
+  kill -KILL -- "-$(<"$job/group")" 2>/dev/null || true
+  write_exit_code 137
+}
+
+stop() {
+  running || return 0
+  touch "$job/stopped"
+  end "$@"
+}
+
+case "${1:-}" in
+  install | start | supervise | status | follow | end | stop) "$@" ;;
+  *) fail "unknown call ${1:-}" ;;
+esac
