@@ -293,8 +293,10 @@ def test_dotted_path_names_a_component():
     ({'stride': 32}, 'no map of stride 32; it has 2, 4, 8, 16'),
     ({'num_levels': 5}, '4x4 map is 1x1 after 3 levels'),
     ({'name': 'conv_pyramid'}, 'no map of stride 32; it has 2, 4, 8, 16'),
-    ({'name': 'conv_pyramid', 'strides': (16,), 'depths': (8,) * 4}, '4x4 map is 1x1 after 3 levels'),
-    ({'name': 'feature_pyramid', 'strides': (8, 16), 'num_levels': 6}, '8x8 map is 1x1 after 4 levels'),
+    ({'name': 'conv_pyramid', 'strides': (16,), 'depths': (8,) * 4},
+     '4x4 map is 1x1 after 3 levels'),
+    ({'name': 'feature_pyramid', 'strides': (8, 16), 'num_levels': 6},
+     '8x8 map is 1x1 after 4 levels'),
 ])
 def test_neck_that_does_not_fit_is_refused_before_compiling(neck, words):
   with pytest.raises(InputError, match=words):
