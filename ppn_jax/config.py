@@ -52,6 +52,8 @@ def base_config() -> ConfigDict:
           dict(name='horizontal_flip', probability=0.5)),
       resize='supersample',  # ppn_jax.data.transforms.Resize
       reduced_decoding=True,  # JPEGs at 1/2, 1/4, 1/8 where that leaves pixels enough.
+      on_bad_example='raise',  # ppn_jax.data.bad_examples.BadExamples, or 'skip':
+      max_bad_share=0.01,  # up to this share of the images, which are named.
       max_boxes=0,  # Boxes that every image's truth is padded to; 0: as the fullest image has.
       threads=0)  # That decode and augment; 0: one for each processor core.
   config.optim = dict(  # ppn_jax.training.optim.build_optimizer

@@ -5,6 +5,7 @@
   WORKDIR/checkpoints/      a folder for each saved step
   WORKDIR/metrics.jsonl     and tensorboard/: the curves
   WORKDIR/evaluation/       a folder for each evaluated step
+  WORKDIR/bad_examples.txt  images that could not be read, if some were skipped
 
 Evaluation, detection and export need the workdir and nothing else.
 """
@@ -47,6 +48,13 @@ class Run:
     files.write_text(self.workdir / 'categories.json', json.dumps(categories, indent=2) + '\n')
     files.write_text(_config_path(self.workdir),
                      json.dumps(self.config.to_dict(), indent=2) + '\n')
+
+  def note_bad_example(self, reason: str) -> None:
+    """Adds a line to bad_examples.txt, unless it is there."""
+    file = self.workdir / 'bad_examples.txt'
+    known = file.read_text().splitlines() if file.exists() else []
+    if reason not in known:
+      files.write_text(file, '\n'.join([*known, reason]) + '\n')
 
   def detector(self) -> Detector:
     """The detector that the config describes."""

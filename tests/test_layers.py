@@ -40,7 +40,7 @@ LAYERS = (
 
 # Neighbours that may be imported all the same. Short on purpose.
 BESIDE = {
-    ('data.cache', 'data.sources'), ('data.coco', 'data.sources'),
+    ('data.bad_examples', 'data.sources'), ('data.cache', 'data.sources'), ('data.coco', 'data.sources'),
     ('data.tfds', 'data.coco'),
     ('data.prepare', 'data.sources'), ('data.prepare', 'data.shards'),
     ('data.prepare', 'data.prepare_plan'), ('data.prepare_plan', 'data.sources'),

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
+from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.reading import read_example
 from ppn_jax.data.sources import Source
@@ -31,7 +32,8 @@ Rows = Sequence[int] | slice | None
 def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: int,
                   max_boxes: int, batch_size: int, seed: int, start_step: int = 0,
                   rows: Rows = None, threads: int = 0, resize: str = 'area',
-                  reduced_decoding: bool = True) -> Iterator[Batch]:
+                  reduced_decoding: bool = True, bad: BadExamples | None = None
+                  ) -> Iterator[Batch]:
   """Batches without end, from step `start_step` on.
 
   Row r of step k shows position p = k * batch_size + r: image order(epoch)[p % N] of epoch
@@ -50,6 +52,8 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
       need not be contiguous.
     threads: workers; 0 is one for each processor core that this process may use.
     resize, reduced_decoding: as of `transforms.Resize`.
+    bad: decides about examples that cannot be read; where it lets one pass, the next of the
+      epoch's order takes its place. None raises.
 
   Yields:
     Batch of NumPy arrays that nobody else holds, len(rows) rows.
@@ -65,19 +69,27 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
   def load(number: int) -> Example:
     step, row = divmod(number, len(rows))
     epoch, at = divmod((start_step + step) * batch_size + rows[row], len(source))
-    index = index_shuffle(at, len(source) - 1, _order_seed(seed, epoch), 4)
-    return read_example(source, index, ops,
-                        np.random.default_rng((_AUGMENT_TAG, seed, epoch, index)))
+    for _ in range(len(source)):
+      index = index_shuffle(at, len(source) - 1, _order_seed(seed, epoch), 4)
+      try:
+        return read_example(source, index, ops,
+                            np.random.default_rng((_AUGMENT_TAG, seed, epoch, index)))
+      except InputError as e:
+        _note(bad, e)
+      at = (at + 1) % len(source)
+    raise InputError(f'none of the {len(source):,} images can be read')
 
   return _batches(load, sys.maxsize // len(rows), len(rows), image_size, max_boxes, threads)
 
 
 def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size: int,
                  rows: Rows = None, threads: int = 0, resize: str = 'area',
-                 reduced_decoding: bool = True) -> Iterator[Batch]:
+                 reduced_decoding: bool = True, bad: BadExamples | None = None
+                 ) -> Iterator[Batch]:
   """Every image once, in order, in `num_eval_batches` batches; arguments as `train_batches`.
 
-  The last batch is filled up with rows of zeros whose `valid` is False. All processes get the
+  The last batch is filled up with rows of zeros whose `valid` is False; so are the places of
+  examples that cannot be read and that `bad` lets pass. All processes get the
   same number of batches, whichever rows they ask for.
   """
   check_integer('batch_size', batch_size, 1)
@@ -87,10 +99,22 @@ def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size:
   def load(number: int) -> Example | None:
     step, row = divmod(number, len(rows))
     index = step * batch_size + rows[row]
-    return read_example(source, index, ops, rng) if index < len(source) else None
+    if index >= len(source):
+      return None
+    try:
+      return read_example(source, index, ops, rng)
+    except InputError as e:
+      _note(bad, e)
+      return None
 
   steps = num_eval_batches(len(source), batch_size)
   return _batches(load, steps, len(rows), image_size, max_boxes, threads)
+
+
+def _note(bad: BadExamples | None, error: InputError) -> None:
+  if bad is None:
+    raise error
+  bad.note(error)
 
 
 def num_eval_batches(num_images: int, batch_size: int) -> int:

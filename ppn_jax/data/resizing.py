@@ -10,7 +10,7 @@ from ppn_jax.errors import InputError, did_you_mean
 
 # Ratios of a side to that of the result. Below the first, interpolation sees every pixel about
 # alike; above the second, two points would leave pixels out.
-_SUPERSAMPLED = 1.25, 3.0
+_SUPERSAMPLED = 1.5, 3.0
 
 
 def check_method(what: str, method: str) -> None:

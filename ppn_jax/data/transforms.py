@@ -128,7 +128,7 @@ class Resize:
   Attributes:
     size: side of the result.
     method: 'area' averages pixels along a side that shrinks and interpolates along one that
-      grows; 'supersample' averages two interpolated points where a side shrinks by a quarter or
+      grows; 'supersample' averages two interpolated points where a side shrinks by a third or
       more, up to threefold, which differs from 'area' by half a grey level in the mean and takes
       0.4 of the time for a whole photograph, 0.7 for SSD's crops; 'bilinear' interpolates, which
       aliases when shrinking but takes a sixth of the time (0.2 ms for 640 x 480); 'legacy' is

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppn_jax import files
+from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.loader import eval_batches, required_boxes
 from ppn_jax.data.sources import Source, build_source
 from ppn_jax.detection.structures import Array, Category, Detections
@@ -40,7 +41,8 @@ class Evaluator:
     detect: (variables, images) -> Detections, over the mesh.
     mesh: devices that share the work.
     batch_size: images at a time, over all devices.
-    loader: arguments of `eval_batches` besides those above.
+    loader: arguments of `eval_batches` besides those above and below.
+    bad: which images could not be read; they are scored as if nothing were found in them.
     scorer: see `coco.score`.
   """
   source: Source
@@ -49,6 +51,7 @@ class Evaluator:
   mesh: Mesh
   batch_size: int
   loader: Mapping[str, Any]
+  bad: BadExamples
   scorer: str = 'hotcoco'
 
   def rows(self, variables: Variables,
@@ -60,7 +63,7 @@ class Evaluator:
       on_images: told, batch by batch, how many images are done.
     """
     rows = []
-    batches = eval_batches(self.source, batch_size=self.batch_size, **self.loader,
+    batches = eval_batches(self.source, batch_size=self.batch_size, bad=self.bad, **self.loader,
                            rows=partition.local_rows(self.batch_size, self.mesh))
     for index, batch in enumerate(batches, start=1):
       images = partition.to_global(batch.images, self.mesh, self.batch_size)
@@ -90,6 +93,7 @@ def build_evaluator(run: Run, detector: Detector, mesh: Mesh, *, scorer: str = '
   return Evaluator(
       source=source, categories=run.categories, detect=jit_detect(detector, mesh), mesh=mesh,
       batch_size=batch_size, scorer=scorer,
+      bad=BadExamples('data.eval', len(source), data.on_bad_example, data.max_bad_share),
       loader={'image_size': detector.image_size, 'resize': data.resize,
               'reduced_decoding': data.reduced_decoding, 'threads': data.threads,
               'max_boxes': required_boxes(source)})
@@ -138,6 +142,8 @@ def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pict
   step, variables = load_variables(run, detector, mesh, step=step)
   say(f'evaluating step {step:,} on {len(evaluator.source):,} images')
   rows = evaluator.rows(variables, on_images=_every_tenth(len(evaluator.source), say))
+  for reason in evaluator.bad.news():
+    say(f'skipped: {reason}')
   scores = evaluator.score(rows)
   folder, report = output or run.workdir / 'evaluation' / str(step), None
   if jax.process_index() == 0:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes
 from ppn_jax.data.cache import CachedSource
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import required_boxes, train_batches
@@ -24,7 +25,12 @@ from ppn_jax.training.step import abstract_batch, jit_resident_step, jit_train_s
 
 
 class Feed(Protocol):
-  """What a step takes besides the state, and how to come by it."""
+  """What a step takes besides the state, and how to come by it.
+
+  Attributes:
+    bad: which examples could not be read.
+  """
+  bad: BadExamples
 
   def jit_step(self, detector: Detector, optimizer: Optimizer) -> Callable:
     """The jitted step: state, *what a feed yields -> state, StepMetrics."""
@@ -43,10 +49,12 @@ class HostFeed:
   Attributes:
     source: of the images.
     mesh: where batches go.
+    bad: which examples could not be read.
     options: the other arguments of `train_batches`.
   """
   source: Source
   mesh: Mesh
+  bad: BadExamples
   options: dict[str, Any]
 
   def jit_step(self, detector: Detector, optimizer: Optimizer) -> Callable:
@@ -62,7 +70,8 @@ class HostFeed:
   def _batches(self, start: int) -> Iterator[tuple[Array, GroundTruth]]:
     batch_size = self.options['batch_size']
     rows = partition.local_rows(batch_size, self.mesh)
-    for batch in train_batches(self.source, start_step=start, rows=rows, **self.options):
+    for batch in train_batches(self.source, start_step=start, rows=rows, bad=self.bad,
+                               **self.options):
       yield partition.to_global((batch.images, batch.truth), self.mesh, batch_size)
 
 
@@ -75,9 +84,11 @@ class ResidentFeed:
     mesh: whose devices hold them.
     plan: of what steps draw.
     threads: that load them.
+    bad: which examples could not be read.
   """
   source: Source
   mesh: Mesh
+  bad: BadExamples
   plan: resident.Plan
   threads: int
 
@@ -96,7 +107,7 @@ class ResidentFeed:
     progress.say(f'loading {count:,} images of {self.plan.stored_size} px onto the devices, '
                  f'{share} on each')
     data = resident.load(
-        self.source, self.plan, self.mesh, threads=self.threads,
+        WithSubstitutes(self.source, self.bad), self.plan, self.mesh, threads=self.threads,
         on_images=lambda done: progress.advance(start, f'loading: {done:,}/{count:,} images'))
     progress.say(f'loaded in {duration(time.perf_counter() - begun)}')
     return data
@@ -119,8 +130,9 @@ def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | Res
   transforms = build_transforms(data.transforms)
   max_boxes = required_boxes(source, data.max_boxes, transforms)
   batch_size, seed = config.train.batch_size, config.seed
+  bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
   if not options['resident']:
-    return HostFeed(source, mesh, {
+    return HostFeed(source, mesh, bad, {
         'transforms': transforms, 'resize': data.resize,
         'reduced_decoding': data.reduced_decoding,
         'image_size': size, 'batch_size': batch_size, 'seed': seed, 'threads': data.threads,
@@ -130,4 +142,4 @@ def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | Res
                        stored_size=options['resident_size'] or size, augmentation=augmentation,
                        seed=seed)
   resident.check_plan(plan, mesh, config.train.steps)
-  return ResidentFeed(source, mesh, plan, data.threads)
+  return ResidentFeed(source, mesh, bad, plan, data.threads)

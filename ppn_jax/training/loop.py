@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax import registry
+from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.sources import Source, build_source, split_train_block
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation.coco import Scores
@@ -151,6 +152,7 @@ class _Steps:
         saving = evaluating or last or step % train.checkpoint_every == 0
         if saving or step % train.log_every == 0:
           self._report(step)  # Also what keeps a state that is not finite from being saved.
+          self._tell(feed.bad)
         if evaluating:
           scores = self._evaluate_or_save(step, state)
         if saving:
@@ -194,6 +196,13 @@ class _Steps:
         '{regularization:.3g})  rate {learning_rate:.3g}  {images_per_second:,.1f} images/s  '
         'data {data_wait:.0%}  ').format(**means) + f'left {duration(left)}')
 
+  def _tell(self, bad: BadExamples) -> None:
+    """Names what could not be read since the last time, here and in the workdir."""
+    for reason in bad.news():
+      self.progress.say(f'skipped: {reason}')
+      if self.writer:
+        self.run.note_bad_example(reason)
+
   def _check_finite(self, steps: tuple[int, ...], columns: StepMetrics) -> None:
     finite = np.isfinite(np.stack(columns))  # [quantities, steps]
     if finite.all():
@@ -220,6 +229,7 @@ class _Steps:
     total = len(self.evaluator.source)
     rows = self.evaluator.rows(state.best_variables(), on_images=lambda count: (
         self.progress.advance(step, f'evaluating: {count:,}/{total:,} images')))
+    self._tell(self.evaluator.bad)
     scores = self.evaluator.score(rows)
     if self.writer:
       self.writer.write(step, {f'eval/{name}': value for name, value in scores.figures.items()})

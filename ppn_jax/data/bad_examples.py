@@ -1,0 +1,91 @@
+"""What to do about images that turn out to be damaged: stop, or go on without a few."""
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from ppn_jax.data.checks import check_number
+from ppn_jax.data.sources import Source
+from ppn_jax.detection.structures import Example
+from ppn_jax.errors import InputError, did_you_mean
+
+POLICIES = ('raise', 'skip')
+
+
+class BadExamples:
+  """Decides about examples that cannot be read, and remembers each once. Threads may share it.
+
+  Args:
+    what: the data set, for messages.
+    num_images: of the data set.
+    policy: 'raise', or 'skip': another example takes the place of a bad one in training; in
+      evaluation its image counts as one in which nothing was found.
+    most: share of the images that may be bad before 'skip' stops too, 0 to 1.
+
+  Raises:
+    InputError: an option outside its range.
+  """
+
+  def __init__(self, what: str, num_images: int, policy: str = 'raise', most: float = 0.01):
+    if policy not in POLICIES:
+      raise InputError(f'data.on_bad_example={policy!r}; {did_you_mean(str(policy), POLICIES)}')
+    check_number('data.max_bad_share', most, 0, 1)
+    self._what, self._num_images, self._policy, self._most = what, num_images, policy, most
+    self._reasons: dict[str, None] = {}  # A set that keeps its order.
+    self._told = 0
+    self._lock = threading.Lock()
+
+  def note(self, error: InputError) -> None:
+    """Takes note of an example that could not be read.
+
+    Raises:
+      InputError: `error` itself if the policy is 'raise'; or too many are bad, with the first.
+    """
+    if self._policy == 'raise':
+      raise error
+    with self._lock:
+      self._reasons.setdefault(str(error))
+      count = len(self._reasons)
+    if count > self._most * self._num_images:
+      first = next(iter(self._reasons))
+      raise InputError(
+          f'{self._what}: {count} of {self._num_images:,} examples cannot be read, which is more '
+          f'than data.max_bad_share={self._most} allows; the first: {first}') from error
+
+  def news(self) -> list[str]:
+    """The reasons, each naming its file, that this has not returned before."""
+    with self._lock:
+      reasons = list(self._reasons)[self._told:]
+      self._told += len(reasons)
+    return reasons
+
+
+class WithSubstitutes:
+  """A source in which the next example stands for one that cannot be read, where `bad` lets it.
+
+  Args:
+    source: of the images.
+    bad: decides.
+  """
+
+  def __init__(self, source: Source, bad: BadExamples):
+    self._source, self._bad = source, bad
+    self.categories, self.max_boxes = source.categories, source.max_boxes
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> Example:
+    for _ in range(len(self)):
+      try:
+        example = self._source[index]
+        return example._replace(image=np.asarray(example.image))
+      except InputError as e:
+        self._bad.note(e)
+      index = (index + 1) % len(self)
+    raise InputError(f'none of the {len(self):,} images can be read')
+
+  def ground_truth(self) -> dict[str, Any]:
+    """The source's."""
+    return self._source.ground_truth()

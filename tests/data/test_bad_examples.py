@@ -1,0 +1,124 @@
+"""Damaged images: an error, or a named skip, never a silent one."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes
+from ppn_jax.data.loader import eval_batches, train_batches
+from ppn_jax.data.synthetic import SyntheticShapes
+from ppn_jax.errors import InputError
+from ppn_jax.run import open_run
+from ppn_jax.training.loop import train
+
+SHAPES = dict(num_images=10, image_size=64)
+OPTIONS = dict(image_size=32, max_boxes=8, batch_size=5)
+
+
+class Damaged(SyntheticShapes):
+  """Every `step`-th image cannot be read."""
+
+  def __init__(self, step=5, split='train', **options):
+    super().__init__(split=split, **{**SHAPES, **options})
+    self._step = step
+
+  def __getitem__(self, index):
+    if index % self._step == 0:
+      raise InputError(f'{index}.jpg: damaged')
+    return super().__getitem__(index)
+
+
+def skipping(most=0.5):
+  return BadExamples('data.train', 10, 'skip', most)
+
+
+def test_by_default_a_damaged_image_stops_the_run():
+  for bad in (None, BadExamples('data.train', 10)):
+    batches = train_batches(Damaged(), transforms=(), seed=0, bad=bad, **OPTIONS)
+    with pytest.raises(InputError, match=r'\d\.jpg: damaged'):
+      for _ in range(2):
+        next(batches)
+
+
+def test_skipped_images_are_named_once_and_replaced_by_the_next_of_the_order():
+  bad = skipping()
+  batches = train_batches(Damaged(), transforms=(), seed=0, bad=bad, **OPTIONS)
+  whole = train_batches(SyntheticShapes(**SHAPES), transforms=(), seed=0, **OPTIONS)
+  seen, order = [], []
+  for _ in range(4):
+    seen += next(batches).image_id.tolist()
+    order += next(whole).image_id.tolist()
+  ids = [SyntheticShapes(**SHAPES)[i].image_id for i in range(10)]
+  gone = {ids[0], ids[5]}
+  for epoch in (slice(0, 10), slice(10, 20)):
+    then = order[epoch]
+    expected = []
+    for at in range(10):
+      while then[at % 10] in gone:
+        at += 1
+      expected.append(then[at % 10])
+    assert seen[epoch] == expected
+  assert sorted(bad.news()) == ['0.jpg: damaged', '5.jpg: damaged'] and bad.news() == []
+
+
+@pytest.mark.parametrize('threads', [1, 4])
+def test_the_same_batches_for_any_number_of_threads(threads):
+  def stream(threads):
+    batches = train_batches(Damaged(), transforms=(), seed=3, threads=threads, bad=skipping(),
+                            **OPTIONS)
+    return [next(batches).images for _ in range(4)]
+  np.testing.assert_array_equal(stream(threads), stream(2))
+
+
+def test_too_many_are_an_error_that_counts_them():
+  batches = train_batches(Damaged(step=2), transforms=(), seed=0, bad=skipping(0.2), **OPTIONS)
+  with pytest.raises(InputError, match=r'data.train: 3 of 10 examples cannot be read, which is '
+                                       r'more than data.max_bad_share=0.2 allows; the first: \d'):
+    next(batches)
+    next(batches)
+
+
+def test_no_image_at_all_ends_too():
+  batches = train_batches(Damaged(step=1), transforms=(), seed=0, bad=skipping(1.0), **OPTIONS)
+  with pytest.raises(InputError, match='none of the 10 images'):
+    next(batches)
+  with pytest.raises(InputError, match='none of the 10 images'):
+    WithSubstitutes(Damaged(step=1), skipping(1.0))[3]
+
+
+def test_in_evaluation_the_place_stays_empty():
+  bad = skipping()
+  batches = list(eval_batches(Damaged(), bad=bad, **OPTIONS))
+  assert np.concatenate([b.valid for b in batches]).tolist() == [i % 5 != 0 for i in range(10)]
+  assert len(bad.news()) == 2
+
+
+def test_substitutes_are_the_next_images():
+  source = WithSubstitutes(Damaged(), skipping())
+  np.testing.assert_array_equal(source[5].image, Damaged()[6].image)
+  np.testing.assert_array_equal(source[4].image, Damaged()[4].image)
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'policy': 'skp'}, "did you mean 'skip'"), ({'most': 1.5}, 'max_bad_share')])
+def test_options_out_of_range(options, words):
+  with pytest.raises(InputError, match=words):
+    BadExamples('data.train', 10, **options)
+
+
+@pytest.mark.parametrize('resident', [False, True])
+def test_a_run_goes_on_and_says_which(tmp_path, capsys, resident):
+  config = tiny_config(evaluate_every=6)
+  with config.unlocked():
+    for split in ('train', 'eval'):
+      config.data[split] = dict(name='test_bad_examples:Damaged', split=split)
+    config.data.train.resident = resident
+    config.data.on_bad_example, config.data.max_bad_share = 'skip', 0.5
+  scores = train(config, tmp_path / 'w')
+  assert scores.num_images == 10
+  said = capsys.readouterr()
+  assert (said.out + said.err).count('skipped: 5.jpg: damaged') >= 1
+  noted = pathlib.Path(open_run(tmp_path / 'w').workdir / 'bad_examples.txt').read_text()
+  assert sorted(noted.splitlines()) == ['0.jpg: damaged', '5.jpg: damaged']
