@@ -6,6 +6,7 @@ DCT of libjpeg-turbo), and no pixel outside the window is turned or resized.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ class LazyImage:
     if stored.shape[:2] == self.stored.size:
       factor = 1
     part = tuple(slice(*axis.part(factor)) for axis in axes)
-    places, sides = [axis.place() for axis in axes], [axis.out for axis in axes]
+    places, sides = [axis.place for axis in axes], [axis.out for axis in axes]
     if self.transposed:
       places, sides = places[::-1], sides[::-1]
     for at, turned_over in enumerate((self.upside_down, self.mirrored)):
@@ -192,11 +193,16 @@ class _Axis:
 
   def part(self, factor: int) -> tuple[int, int]:
     """First and last + 1 of the pixels, loaded at 1 / factor, that the window shows."""
+    first, last = self._shown
+    return (first, last) if factor == 1 else (_nearest(first / factor), _nearest(last / factor))
+
+  @functools.cached_property
+  def _shown(self) -> tuple[int, int]:
     low, high = self.visible
     first = min(max(self.start, low), high)
-    last = max(min(self.start + self.length, high), first)
-    return _nearest(first / factor), _nearest(last / factor)
+    return first, max(min(self.start + self.length, high), first)
 
+  @functools.cached_property
   def place(self) -> tuple[int, int]:
     """First and last + 1 of the result's pixels that they fill."""
     first, last = self.part(1)
@@ -210,12 +216,12 @@ class _Axis:
 
   def may_reduce(self, factor: int) -> bool:
     """Whether there is still a pixel for each of the result's."""
-    (first, last), (to_first, to_last) = self.part(factor), self.place()
+    (first, last), (to_first, to_last) = self.part(factor), self.place
     return last - first >= to_last - to_first
 
   def frame(self, factor: int) -> tuple[float, float]:
     """Start, counted from the window's, and length of what the result shows, in stored pixels."""
-    (first, last), (to_first, to_last) = self.part(factor), self.place()
+    (first, last), (to_first, to_last) = self.part(factor), self.place
     if first == last or (factor == 1 and not self.exceeds()):
       return 0.0, float(self.length)
     scale = (last - first) * factor / (to_last - to_first)
