@@ -1,10 +1,12 @@
 """Sources -> batches of NumPy arrays. Step k is a function of (seed, k), whoever asks for it.
 
 Order and augmentation are computed from the position of an image in the endless stream, so
-nothing has to be saved: a run that restarts at step k asks for step k. Grain's threads do the
-work ahead of time; their number changes no bit.
+nothing has to be saved: a run that restarts at step k asks for step k. Threads do the work ahead
+of time; their number changes no bit.
 """
 
+import collections
+import concurrent.futures
 import functools
 import math
 import os
@@ -12,9 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import cv2
-import grain
 import numpy as np
-from grain.experimental import index_shuffle
 
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.checks import check_integer
@@ -25,6 +25,9 @@ from ppn_jax.detection.structures import Batch, Example, GroundTruth
 from ppn_jax.errors import InputError
 
 _ORDER_TAG, _AUGMENT_TAG = 0x0de4, 0xa063  # Keep the two uses of one seed apart.
+
+# Two hide a slow image; more would only cost memory and delay the exit.
+BATCHES_AHEAD = 3
 
 Rows = Sequence[int] | slice | None
 
@@ -70,7 +73,7 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
     step, row = divmod(number, len(rows))
     epoch, at = divmod((start_step + step) * batch_size + rows[row], len(source))
     for _ in range(len(source)):
-      index = index_shuffle(at, len(source) - 1, _order_seed(seed, epoch), 4)
+      index = int(_order(seed, epoch, len(source))[at])
       try:
         return read_example(source, index, ops,
                             np.random.default_rng((_AUGMENT_TAG, seed, epoch, index)))
@@ -158,10 +161,11 @@ def _row_numbers(rows: Rows, batch_size: int) -> list[int]:
   return numbers
 
 
-@functools.lru_cache(maxsize=16)
-def _order_seed(seed: int, epoch: int) -> int:
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+  """The images 0 .. count-1 in the order of an epoch."""
   # Hashed, because with seed + epoch the second epoch of one run is the first of the next seed.
-  return int(np.random.SeedSequence((_ORDER_TAG, seed, epoch)).generate_state(1)[0])
+  return np.random.default_rng((_ORDER_TAG, seed, epoch)).permutation(count)
 
 
 def _batches(load: Callable[[int], Example | None], steps: int, rows: int, image_size: int,
@@ -170,34 +174,43 @@ def _batches(load: Callable[[int], Example | None], steps: int, rows: int, image
   check_integer('threads', threads, 0)
   # The workers already fill the cores; OpenCV's own threads would only fight them for these.
   cv2.setNumThreads(1)
-  threads = threads or _available_cores()
-  dataset = grain.MapDataset.source(_Calls(load, steps * rows))
-  # Two batches ahead hide a slow image; more would only cost memory and delay the exit.
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * rows + threads)
-  examples = iter(dataset.to_iter_dataset(options, allow_nones=True))
-  return _group(examples, steps, rows, image_size, max_boxes)
+  return _generate(load, steps, rows, image_size, max_boxes, threads or _available_cores())
 
 
-def _group(examples: Iterator[Example | None], steps: int, rows: int, image_size: int,
-           max_boxes: int) -> Iterator[Batch]:
+def _generate(load: Callable[[int], Example | None], steps: int, rows: int, image_size: int,
+              max_boxes: int, threads: int) -> Iterator[Batch]:
+  """Threads fill the rows of the batches ahead in place; a batch is yielded when all are full."""
+  workers = concurrent.futures.ThreadPoolExecutor(threads, 'loader')
+  ahead: collections.deque[tuple[Batch, list[concurrent.futures.Future]]] = collections.deque()
+
+  def fill(batch: Batch, step: int, chunk: range) -> None:
+    for row in chunk:
+      example = load(step * rows + row)
+      if example is not None:
+        _fill(batch, row, example, max_boxes)
+
+  def begin(step: int) -> None:
+    batch = _empty(rows, image_size, max_boxes)
+    # Fine enough that no thread is left with the last few images of a batch for long.
+    size = max(1, rows // (4 * threads))
+    chunks = [range(first, min(first + size, rows)) for first in range(0, rows, size)]
+    ahead.append((batch, [workers.submit(fill, batch, step, chunk) for chunk in chunks]))
+
   try:
-    for _ in range(steps):
-      yield _stack([next(examples) for _ in range(rows)], image_size, max_boxes)
+    for step in range(min(steps, BATCHES_AHEAD)):
+      begin(step)
+    for step in range(steps):
+      batch, parts = ahead.popleft()
+      for part in parts:
+        part.result()
+      if step + BATCHES_AHEAD < steps:
+        begin(step + BATCHES_AHEAD)
+      yield batch
   finally:
-    examples.close()
-
-
-class _Calls:
-  """A function of 0, 1, ... as the random-access source that Grain wants."""
-
-  def __init__(self, function: Callable[[int], Example | None], length: int):
-    self._function, self._length = function, length
-
-  def __len__(self) -> int:
-    return self._length
-
-  def __getitem__(self, number: int) -> Example | None:
-    return self._function(number)
+    for _, parts in ahead:
+      for part in parts:
+        part.cancel()
+    workers.shutdown(wait=False)
 
 
 def _available_cores() -> int:
@@ -206,20 +219,16 @@ def _available_cores() -> int:
   return os.cpu_count() or 1
 
 
-def _stack(examples: Sequence[Example | None], image_size: int, max_boxes: int) -> Batch:
-  """Pads and stacks into new arrays: JAX on a CPU may go on using the memory it is handed."""
-  b = len(examples)
-  batch = Batch(
-      images=np.zeros((b, image_size, image_size, 3), np.uint8),
-      truth=GroundTruth(boxes=np.zeros((b, max_boxes, 4), np.float32),
-                        labels=np.zeros((b, max_boxes), np.int32),
-                        crowd=np.zeros((b, max_boxes), bool),
-                        valid=np.zeros((b, max_boxes), bool)),
-      image_id=np.zeros(b, np.int64), size=np.zeros((b, 2), np.int32), valid=np.zeros(b, bool))
-  for row, example in enumerate(examples):
-    if example is not None:
-      _fill(batch, row, example, max_boxes)
-  return batch
+def _empty(rows: int, image_size: int, max_boxes: int) -> Batch:
+  """New arrays for every batch: JAX on a CPU may go on using the memory it is handed."""
+  return Batch(
+      images=np.zeros((rows, image_size, image_size, 3), np.uint8),
+      truth=GroundTruth(boxes=np.zeros((rows, max_boxes, 4), np.float32),
+                        labels=np.zeros((rows, max_boxes), np.int32),
+                        crowd=np.zeros((rows, max_boxes), bool),
+                        valid=np.zeros((rows, max_boxes), bool)),
+      image_id=np.zeros(rows, np.int64), size=np.zeros((rows, 2), np.int32),
+      valid=np.zeros(rows, bool))
 
 
 def _fill(batch: Batch, row: int, example: Example, max_boxes: int) -> None:
