@@ -1,0 +1,74 @@
+"""`ppn plan`."""
+
+import argparse
+import json
+import os
+import sys
+
+from ppn_jax.cli.flags import CONFIG_HELP, load_config
+
+HELP = f"""Compile for TPU slices that are not at hand: does it fit, how fast would it be.
+
+Needs libtpu (pip install 'ppn_jax[tpu]') and no TPU. Each slice takes a minute or two. Cycles
+are the compiler's estimate, without collectives, and tend to read too slow; bytes over bandwidth
+is what the memory allows at best. Exit code 1 where something does not fit.
+{CONFIG_HELP}"""
+
+TAKES_CONFIG = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument('--config', required=True, metavar='FILE',
+                      help='a config file, such as configs/ppn_mobilenet_v1_coco.py')
+  parser.add_argument('--topology', required=True, action='append', metavar='NAME',
+                      help='such as v5e:2x4, in chips; may be given several times')
+  parser.add_argument('--batch_per_chip', type=int, default=0, metavar='N',
+                      help='images a chip (default: the batch size of the config, split)')
+  parser.add_argument('--detect', action='store_true',
+                      help='detection, in place of the training step')
+  parser.add_argument('--json', action='store_true', help='print one JSON array')
+
+
+def run(args: argparse.Namespace) -> int:
+  config = load_config(args.config, args.overrides)
+  # Where libtpu is installed, JAX would look for a TPU, and say so.
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  from ppn_jax import planning
+  from ppn_jax.errors import InputError
+  from ppn_jax.summary import fill_in_classes
+  config = fill_in_classes(config)
+  requests = [_request(config, topology, args) for topology in args.topology]
+  estimates, failures = [], []
+  for request in requests:
+    try:
+      estimates.append(planning.plan(request))
+    except InputError as e:
+      failures.append(str(e))
+      continue
+    if not args.json:
+      images = 0 if args.detect else config.train.steps * config.train.batch_size
+      print(planning.format_estimate(estimates[-1], images), flush=True)
+  if args.json:
+    print(json.dumps([e._asdict() for e in estimates], indent=1))
+    sys.stdout.flush()
+  if failures:
+    raise InputError('; '.join(failures))
+  return 0 if all(e.fits for e in estimates) else 1
+
+
+def _request(config, topology: str, args: argparse.Namespace):
+  """Checks what can be checked before the first minute is spent."""
+  import math
+
+  from ppn_jax.errors import InputError
+  from ppn_jax.planning import Request, chip_of
+  chips = math.prod(chip_of(topology)[1])
+  if args.batch_per_chip < 0:
+    raise InputError(f'--batch_per_chip={args.batch_per_chip} must be at least 1')
+  key = 'eval' if args.detect else 'train'
+  batch_size = config[key].batch_size
+  if not args.batch_per_chip and (batch_size < 1 or batch_size % chips):
+    raise InputError(f'{key}.batch_size={batch_size} cannot be split over the {chips} chips of '
+                     f'{topology}; give --batch_per_chip=N')
+  return Request(config.to_dict(), topology, args.batch_per_chip or batch_size // chips,
+                 'detect' if args.detect else 'train')

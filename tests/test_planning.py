@@ -1,0 +1,151 @@
+"""Planning for TPU slices; those that compile need libtpu and are skipped without it."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+from tiny import CONFIG_FILE, tiny_config
+
+from ppn_jax import planning
+from ppn_jax.cli.main import main
+from ppn_jax.errors import InputError
+from ppn_jax.training.partition import data_mesh
+
+compiles = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
+                              reason="needs the TPU compiler: pip install -e '.[tpu]'")
+
+
+def request(topology='v5e:2x2', batch_per_chip=4, program='train', **model):
+  config = tiny_config().copy_and_resolve_references()
+  with config.unlocked():
+    config.model.update(num_classes=3, **model)
+  return planning.Request(config.to_dict(), topology, batch_per_chip, program)
+
+
+@pytest.mark.parametrize('name', ['v5e', 'v5e:', 'v5e:4', 'v5e:2x2x2x2', 'v9z:2x2', 'v5e:2x', '',
+                                  'v5litepod-8', 'v5e:2x4 '])
+def test_a_topology_that_is_none_is_one_line(name):
+  with pytest.raises(InputError, match='such as v5e:2x4') as caught:
+    planning.chip_of(name)
+  assert '\n' not in str(caught.value)
+
+
+def test_peaks_and_clocks_of_the_table_agree():
+  """Peak = clock x matrix units x side^2 x 2."""
+  units = {'v4': (8, 128), 'v5e': (4, 128), 'v5p': (8, 128), 'v6e': (4, 256)}
+  assert planning.CHIPS.keys() == units.keys()
+  for name, (count, side) in units.items():
+    chip = planning.CHIPS[name]
+    assert chip.clock * count * side**2 * 2 == pytest.approx(chip.peak, rel=0.005), name
+
+
+@pytest.mark.parametrize('message, needed', [
+    ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries '
+     '(19.57G) exceeds available HBM (15.75G).', 19.57 * 2**30),
+    ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.20G of 15.75G hbm. '
+     'Exceeded hbm capacity by 465.00M.', 16.20 * 2**30),
+    ('Used 900.5M of 800.0M hbm', 900.5 * 2**20),
+    ('INTERNAL: something else', None)])
+def test_sizes_are_read_from_the_message_of_a_full_memory(message, needed):
+  found = planning._needed_hbm(message)
+  assert found == (None if needed is None else int(needed))
+
+
+@pytest.mark.parametrize('program', ['train', 'detect'])
+def test_both_programs_lower_for_any_mesh(program):
+  lowered = planning._lower(request(program=program), data_mesh(jax.devices()[:1]), chips=1)
+  images = '4x64x64x3xui8'
+  assert images in lowered.as_text()
+
+
+def test_text_says_what_does_not_fit():
+  e = planning.Estimate('v5e:2x2', 'train', 4, 1, 1, 4096, fits=False, hbm=16 * 2**30,
+                        peak_hbm=20 * 2**30)
+  text = planning.format_estimate(e)
+  assert 'does not fit: 20.00 GiB of HBM needed, the chip has 16' in text
+  assert 'images/s' not in text
+
+
+def test_text_gives_rates_hours_and_input():
+  e = planning.Estimate(
+      'v5e:4x4', 'train', 16, 2, 1, 128, fits=True, hbm=16 * 2**30, peak_hbm=3 * 2**30,
+      clock=1.5e9, bandwidth=819e9, images_per_second_by_cycles=2000.0,
+      images_per_second_by_bytes=4000.0, collectives={'all-reduce': (49, 10_500_000)})
+  text = planning.format_estimate(e, images=16 * 2000 * 3600 * 2)
+  assert '2,000 images/s a chip by cycles (1.5 GHz), 4,000 by bytes (819 GB/s)' in text
+  assert '32,000 to 64,000 images/s in all, 16,000 to 32,000 for each host' in text
+  assert '49 all-reduce, 10.50 MB' in text
+  assert 'take 1.0 to 2.0 hours' in text
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+  monkeypatch.setattr(planning.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(InputError, match=r"pip install 'ppn_jax\[tpu\]'"):
+    planning.plan(request())
+
+
+def test_a_process_that_aborts_is_survived(monkeypatch):
+  monkeypatch.setattr(planning.importlib.util, 'find_spec', lambda name: True)
+  ran = subprocess.run
+
+  def abort(command, **options):
+    return ran([sys.executable, '-c', 'import os; os.abort()'], **options)
+
+  monkeypatch.setattr(planning.subprocess, 'run', abort)
+  with pytest.raises(InputError, match='v5e:2x2: the compiler ended with SIGABRT'):
+    planning.plan(request())
+
+
+def test_the_command_goes_on_after_a_topology_that_fails(monkeypatch, capsys, tmp_path):
+  config = tmp_path / 'config.py'
+  config.write_text(CONFIG_FILE.format(folder=str(planning.pathlib.Path(__file__).parent)))
+
+  def plan(asked):
+    if asked.topology == 'v5e:32x32':
+      raise InputError('v5e:32x32: the compiler ended with SIGABRT')
+    return planning.Estimate(asked.topology, asked.program, 4, 1, 1, asked.batch_per_chip,
+                             fits=asked.topology != 'v5e:2x2', hbm=1, peak_hbm=2, collectives={})
+
+  monkeypatch.setattr(planning, 'plan', plan)
+  flags = ['plan', f'--config={config}', '--batch_per_chip=2', '--json']
+  assert main([*flags, '--topology=v5e:32x32', '--topology=v5e:4x4']) == 2
+  out, err = capsys.readouterr()
+  assert [e['topology'] for e in json.loads(out)] == ['v5e:4x4']
+  assert err == 'ppn: error: v5e:32x32: the compiler ended with SIGABRT\n'
+  assert main([*flags, '--topology=v5e:2x2']) == 1
+  assert main([*flags, '--topology=v5e:4x4']) == 0
+
+
+def test_a_batch_that_cannot_be_split_asks_for_a_size(capsys, tmp_path):
+  config = tmp_path / 'config.py'
+  config.write_text(CONFIG_FILE.format(folder=str(planning.pathlib.Path(__file__).parent)))
+  assert main(['plan', f'--config={config}', '--topology=v5e:4x4']) == 2
+  assert 'train.batch_size=4 cannot be split over the 16 chips' in capsys.readouterr().err
+
+
+@compiles
+def test_compiles_the_training_step_for_a_slice():
+  e = planning.plan(request())
+  assert e.fits and (e.chips, e.hosts, e.devices_per_chip) == (4, 1, 1)
+  assert 0 < e.peak_hbm < e.hbm
+  assert e.cycles > 0 and e.flops > 0 and e.bytes_accessed > 0
+  assert e.images_per_second_by_cycles == pytest.approx(4 * e.clock / e.cycles)
+  count, size = e.collectives['all-reduce']
+  parameters = 4 * sum(x.size for x in jax.tree.leaves(_parameters(request())))
+  assert count > 0 and size >= parameters / 2  # Gradients may be exchanged in bfloat16.
+
+
+def _parameters(asked):
+  detector = planning.build_detector(planning.ConfigDict(asked.config))
+  return jax.eval_shape(detector.init, jax.random.key(0))['params']
+
+
+@compiles
+@pytest.mark.parametrize('topology, message', [
+    ('v5e:3x3', 'no topology that the compiler knows'), ('v5e:32x32', 'ended with SIGABRT')])
+def test_topologies_that_the_compiler_cannot_take(topology, message):
+  with pytest.raises(InputError, match=message):
+    planning.plan(request(topology))
