@@ -20,7 +20,7 @@ import hardware
 
 from ppn_jax.config import base_config
 from ppn_jax.evaluation.coco import format_table
-from ppn_jax.evaluation.job import evaluate
+from ppn_jax.evaluation.job import Options, evaluate
 from ppn_jax.run import open_run
 from ppn_jax.training.loop import train
 
@@ -40,7 +40,7 @@ def main() -> None:
     started = time.perf_counter()
     train(make_config(args, str(annotations)), folder / 'run')
     minutes = (time.perf_counter() - started) / 60
-    scores = evaluate(open_run(folder / 'run'), scorer='pycocotools').scores
+    scores = evaluate(open_run(folder / 'run'), options=Options(scorer='pycocotools')).scores
   print(format_table(scores))
   if args.json:
     print(json.dumps({

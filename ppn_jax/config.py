@@ -66,7 +66,8 @@ def base_config() -> ConfigDict:
       checkpoint_every=1000,
       evaluate_every=1000,  # 0: never; data.eval is not needed then.
       keep_last=3,  # Checkpoints: the newest so many, and
-      keep_best=1)  # so many of highest AP.
+      keep_best=1,  # so many of highest AP.
+      on_save_error='continue')  # A checkpoint that cannot be written: 'continue' or 'stop'.
   config.eval = dict(batch_size=32)  # Over all devices.
   return config
 

@@ -71,7 +71,8 @@ class Run:
     """The run's checkpoints; with `read_only` another process may be writing them."""
     train = self.config.train
     return Checkpoints(self.workdir / 'checkpoints', keep_last=train.keep_last,
-                       keep_best=train.keep_best, read_only=read_only)
+                       keep_best=train.keep_best, read_only=read_only,
+                       evaluations=self.workdir / 'evaluation')
 
 
 def build_detector(config: ConfigDict) -> Detector:
@@ -109,6 +110,11 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
     raise InputError(f'workdir {workdir} has checkpoints but no config.json, so what they hold is '
                      'unknown; give a new folder')
   return Run(workdir, config, tuple(categories))
+
+
+def is_run(workdir: str | pathlib.Path) -> bool:
+  """Whether training has begun in `workdir`."""
+  return _config_path(_local(workdir)).is_file()
 
 
 def open_run(workdir: str | pathlib.Path) -> Run:

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 # From the ground up. A module belongs where its own name stands, else where a pattern fits.
 LAYERS = (
     ('errors',),
-    ('registry', 'files', 'config', 'host_memory'),
+    ('registry', 'files', 'config', 'hlo', 'host_memory'),
     ('detection.structures', 'data.lazy_image'),
     ('detection.boxes', 'detection.columns', 'models.layers', 'data.checks', 'data.images',
      'data.instances', 'data.resizing'),
@@ -23,33 +23,37 @@ LAYERS = (
      'weights.sstable'),
     ('data.image_ids', 'data.tfds_records', 'data.voc_xml', 'data.yolo_yaml'),
     ('detection.*', 'models.*', 'data.*', 'weights.*',
-     'training.optim', 'training.partition', 'training.metrics', 'training.prefetch',
+     'training.optim', 'training.partition', 'training.metrics', 'training.retention',
+     'training.prefetch', 'training.preemption',
      'training.device_order', 'training.device_resize',
      'evaluation.coco', 'evaluation.drawing', 'evaluation.judging', 'evaluation.intervals'),
     ('weights.files',),
     ('models.network', 'data.loader', 'evaluation.calibration', 'evaluation.recalibration',
      'evaluation.calibration_picture', 'training.device_transforms'),
     ('detector', 'weights.importer', 'training.resident'),
-    ('training.state',),
+    ('training.state', 'training.integrity'),
     ('training.step', 'training.checkpoint', 'weights.initial'),
     ('run', 'evaluation.calibration_job', 'training.feeds'),
-    ('planning', 'export.*', 'inference', 'summary', 'evaluation.job', 'training.loop',
+    ('evaluation.evaluator', 'evaluation.waiting'),
+    ('planning', 'export.*', 'inference', 'summary', 'evaluation.job', 'evaluation.follow',
+     'training.loop',
      'weights.job'),
     ('cli.*',),
 )
 
 # Neighbours that may be imported all the same. Short on purpose.
 BESIDE = {
-    ('data.bad_examples', 'data.sources'), ('data.cache', 'data.sources'), ('data.coco', 'data.sources'),
+    ('data.bad_examples', 'data.sources'), ('data.cache', 'data.sources'),
+    ('data.coco', 'data.sources'),
     ('data.tfds', 'data.coco'),
     ('data.prepare', 'data.sources'), ('data.prepare', 'data.shards'),
     ('data.prepare', 'data.prepare_plan'), ('data.prepare_plan', 'data.sources'),
     ('data.prepare_plan', 'data.shards'),
     ('data.reading', 'data.sources'), ('data.reading', 'data.transforms'),
-    ('training.loop', 'evaluation.job'),
+    ('evaluation.follow', 'evaluation.job'),
     ('inference', 'evaluation.job'),
     *((f'cli.{command}', 'cli.flags') for command in ('train', 'evaluate', 'detect', 'summary',
-                                                  'import_tf', 'prepare')),
+                                                  'import_tf', 'prepare', 'plan')),
 }
 
 

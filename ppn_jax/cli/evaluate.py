@@ -2,15 +2,26 @@
 
 import argparse
 import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ppn_jax.cli.flags import CONFIG_HELP, add_process_flags, join_processes, override
 from ppn_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from ppn_jax.evaluation.follow import Outcome
+  from ppn_jax.evaluation.job import Evaluation
 
 HELP = f"""Score a checkpoint with COCO's metrics.
 
 Prints COCO's twelve figures and a table by class; writes results.json (COCO's
 results format) and scores.json to WORKDIR/evaluation/STEP. --calibration adds
 how far scores can be trusted, above all across pyramid levels.
+
+--follow scores every checkpoint as training, here or on another machine, saves
+it, until the last; --steps those that are there. Both leave out what is scored
+already, so that they can be stopped and started again, and add their curves to
+TensorBoard and WORKDIR/evaluation/metrics.jsonl.
 {CONFIG_HELP}
 So --config.data.eval.images and .annotations evaluate on other data, with --output."""
 
@@ -19,12 +30,29 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
-  parser.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
+  which = parser.add_mutually_exclusive_group()
+  which.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
+  which.add_argument('--steps', metavar='A:B:C',
+                     help='all checkpoints from step A up to B, B included, whose distance from A '
+                          'is a multiple of C; each may be left out, and "all" is all')
+  which.add_argument('--follow', action='store_true',
+                     help='every checkpoint, as it appears, until the end of training; may be '
+                          'started before it')
+  parser.add_argument('--timeout', type=float, default=0, metavar='SECONDS',
+                      help='with --follow: give up, with exit code 1, when nothing new has '
+                           'appeared for so long (default: never)')
+  parser.add_argument('--poll', type=float, default=10, metavar='SECONDS',
+                      help='with --follow: how long between looks (default: %(default)g)')
+  parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
+                      help='the moving average of the weights, or the weights themselves, whose '
+                           'many scores go to WORKDIR/evaluation_raw '
+                           '(default: the average where the run keeps one)')
   parser.add_argument('--scorer', choices=('hotcoco', 'pycocotools'), default='hotcoco',
                       help='hotcoco gives the same figures as pycocotools, sooner '
                            '(default: %(default)s)')
   parser.add_argument('--output', metavar='DIR',
-                      help='folder to write to (default: WORKDIR/evaluation/STEP)')
+                      help='folder to write to (default: WORKDIR/evaluation/STEP); with --follow '
+                           'and --steps, the folder of the folders of steps')
   parser.add_argument('--pictures', type=int, default=0, metavar='N',
                       help='draw truth (white) and detections of N images to pictures.png there')
   parser.add_argument('--calibration', action='store_true',
@@ -44,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
   import jax
 
-  from ppn_jax.evaluation import calibration_job
-  from ppn_jax.evaluation.coco import format_table
-  from ppn_jax.evaluation.job import evaluate
+  from ppn_jax.evaluation import calibration_job, follow
+  from ppn_jax.evaluation.job import Options, prepare
+  from ppn_jax.evaluation.waiting import Patience, wait_for_run
   from ppn_jax.run import open_run
   if args.pictures < 0:
     raise InputError(f'--pictures={args.pictures} must be at least 0')
@@ -55,23 +83,57 @@ def run(args: argparse.Namespace) -> int:
                      "run's own evaluation are not overwritten")
   calibration = calibration_job.CalibrationOptions(
       floor=args.calibration_floor, train_images=args.calibration_images)
-  opened = open_run(args.workdir)
-  opened = dataclasses.replace(opened, config=override(opened.config, args.overrides))
+  options = Options(scorer=args.scorer, ema=args.ema, pictures=args.pictures,
+                    calibration=calibration if args.calibration else None)
+  patience = Patience(args.poll, args.timeout)
+  wanted = follow.parse_steps('all' if args.steps is None else args.steps)
+  if not args.follow:
+    open_run(args.workdir)  # Mistakes are told before other processes are waited for.
   join_processes(args)
 
   def say(line: str) -> None:
     if jax.process_index() == 0:
-      print(line, file=sys.stderr)
+      print(line, file=sys.stderr, flush=True)
 
-  evaluation = evaluate(opened, step=args.step, scorer=args.scorer, pictures=args.pictures,
-                        calibration=calibration if args.calibration else None,
-                        output=pathlib.Path(args.output) if args.output else None,
-                        say=say)
-  if jax.process_index() != 0:
-    return 0
+  opened = wait_for_run(args.workdir, patience, say) if args.follow else open_run(args.workdir)
+  opened = dataclasses.replace(opened, config=override(opened.config, args.overrides))
+  job = prepare(opened, options, say)
+  output = pathlib.Path(args.output) if args.output else None
+  if args.follow or args.steps is not None:
+    outcome = follow.score_steps(job, output, wanted=wanted,
+                                 patience=patience if args.follow else None)
+    return _conclude(args, outcome, say)
+  step, variables = job.load(args.step)
+  evaluation = job.evaluate(step, variables, output or job.root / str(step))
+  if jax.process_index() == 0:
+    _print(evaluation)
+  return 0
+
+
+def _print(evaluation: 'Evaluation') -> None:
+  from ppn_jax.evaluation import calibration_job
+  from ppn_jax.evaluation.coco import format_table
   print(format_table(evaluation.scores))
   if evaluation.calibration:
     print(f'\n{calibration_job.format_table(evaluation.calibration)}\n')
   print(f'{evaluation.scores.num_detections:,} detections on {evaluation.scores.num_images:,} '
         f'images in {evaluation.folder}')
-  return 0
+
+
+def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str], None]) -> int:
+  """Prints the figures of many steps; 1 if some that were asked for are missing."""
+  import jax
+
+  from ppn_jax.evaluation.follow import format_steps
+  if jax.process_index() != 0:
+    return 0
+  if outcome.figures:
+    print(format_steps(outcome.figures))
+  if not outcome.figures and args.steps is not None:
+    raise InputError(f'no checkpoint in {args.workdir} is among --steps={args.steps}')
+  if not outcome.complete:
+    say(f'nothing new for --timeout={args.timeout:g} seconds, and training has not ended; giving '
+        'up')
+  if outcome.unreadable:
+    say(f'not scored, since they cannot be read: {", ".join(map(str, outcome.unreadable))}')
+  return 0 if outcome.complete and not outcome.unreadable else 1

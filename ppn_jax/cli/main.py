@@ -2,6 +2,7 @@
 
   0  done        1  failed, such as a loss that is not finite
   2  a mistake in what was given; one line on stderr says which
+  75 told to end by SIGTERM, and saved: the same command goes on
 """
 
 import argparse
@@ -15,7 +16,7 @@ from ppn_jax.errors import InputError, did_you_mean
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (is --config.key=value for it?),
 # `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that
 # help and mistakes answer at once.
-COMMANDS = ('train', 'evaluate', 'detect', 'summary', 'import-tf', 'prepare')
+COMMANDS = ('train', 'evaluate', 'detect', 'summary', 'import-tf', 'prepare', 'plan')
 
 DESCRIPTION = """\
 Train, evaluate and use single-stage object detectors.

@@ -1,13 +1,16 @@
 """`ppn train`."""
 
 import argparse
+import signal
 import sys
 
 from ppn_jax.cli.flags import CONFIG_HELP, add_process_flags, join_processes, load_config
 
 HELP = f"""Train a detector, or go on with a run that was stopped.
 
-A workdir that holds a run of the same model is resumed from its newest checkpoint.
+A workdir that holds a run of the same model is resumed from its newest checkpoint that is whole.
+SIGTERM, and a TPU's notice of maintenance, make it save and end with exit code 75; the same
+command then goes on from there.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True
@@ -24,10 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   join_processes(args)
+  from ppn_jax.training import preemption
+  from ppn_jax.training.checkpoint import SaveFailed
   from ppn_jax.training.loop import TrainingDiverged, train
   try:
     train(config, args.workdir)
-  except TrainingDiverged as e:
+  except preemption.Preempted as e:
+    # It ends now; another one must not turn the exit code into that of a kill.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print(f'ppn: preempted: {e}', file=sys.stderr)
+    return preemption.EXIT_CODE
+  except (TrainingDiverged, SaveFailed) as e:
     print(f'ppn: training stopped: {e}', file=sys.stderr)
     return 1
   return 0

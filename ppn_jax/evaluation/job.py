@@ -1,9 +1,10 @@
-"""Scoring: a detector over a whole data set, and a step of a run."""
+"""Scoring steps of a run, and what is written down of each."""
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,92 +12,38 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppn_jax import files
-from ppn_jax.data.bad_examples import BadExamples
-from ppn_jax.data.loader import eval_batches, required_boxes
-from ppn_jax.data.sources import Source, build_source
-from ppn_jax.detection.structures import Array, Category, Detections
+from ppn_jax.data.sources import Source
+from ppn_jax.detection.structures import Array, Category
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation import calibration_job, coco
 from ppn_jax.evaluation.calibration_job import CalibrationOptions
 from ppn_jax.evaluation.drawing import draw_boxes, mosaic, save_png
+from ppn_jax.evaluation.evaluator import Evaluator, build_evaluator
 from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import Run
 from ppn_jax.training import partition
-from ppn_jax.training.step import abstract_state, jit_detect
+from ppn_jax.training.step import abstract_state
 
 # Smaller images are enlarged to this for a contact sheet, so that names can be read.
 PICTURE_SIDE = 400
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-  """A data set, ready to score any variables of one detector on it.
-
-  The program is compiled on the first call and reused afterwards.
+class Options:
+  """How to evaluate a step.
 
   Attributes:
-    source: the data set.
-    categories: of the run, in order of label.
-    detect: (variables, images) -> Detections, over the mesh.
-    mesh: devices that share the work.
-    batch_size: images at a time, over all devices.
-    loader: arguments of `eval_batches` besides those above and below.
-    bad: which images could not be read; they are scored as if nothing were found in them.
     scorer: see `coco.score`.
+    ema: True for the moving average of the weights, False for the weights themselves; None for
+      the average where the run keeps one.
+    pictures: how many images to draw on a contact sheet, `pictures.png`.
+    calibration: reports on it too, in `calibration.json` and `calibration.png`.
   """
-  source: Source
-  categories: tuple[Category, ...]
-  detect: Callable[[Variables, Array], Detections]
-  mesh: Mesh
-  batch_size: int
-  loader: Mapping[str, Any]
-  bad: BadExamples
   scorer: str = 'hotcoco'
-
-  def rows(self, variables: Variables,
-           on_images: Callable[[int], None] = lambda count: None) -> list[dict[str, Any]]:
-    """Detections of every image as rows in COCO's results format.
-
-    Args:
-      variables: of the detector.
-      on_images: told, batch by batch, how many images are done.
-    """
-    rows = []
-    batches = eval_batches(self.source, batch_size=self.batch_size, bad=self.bad, **self.loader,
-                           rows=partition.local_rows(self.batch_size, self.mesh))
-    for index, batch in enumerate(batches, start=1):
-      images = partition.to_global(batch.images, self.mesh, self.batch_size)
-      detections = partition.to_host(self.detect(variables, images))
-      about = partition.gather_rows((batch.image_id, batch.size, batch.valid), self.mesh,
-                                    self.batch_size)
-      rows += coco.to_rows(detections, *about, self.categories)
-      on_images(min(index * self.batch_size, len(self.source)))
-    return rows
-
-  def score(self, rows: list[dict[str, Any]]) -> coco.Scores:
-    """COCO's figures of the rows over all images of the data set."""
-    return coco.score(self.source.ground_truth(), rows, scorer=self.scorer)
-
-
-def build_evaluator(run: Run, detector: Detector, mesh: Mesh, *, scorer: str = 'hotcoco',
-                    source: Source | None = None) -> Evaluator:
-  """The evaluator of a run's `data.eval`.
-
-  Raises:
-    InputError: bad data, classes other than the run's, or a batch size the devices cannot share.
-  """
-  data, batch_size = run.config.data, run.config.eval.batch_size
-  partition.check_batch_size('eval.batch_size', batch_size, mesh)
-  if source is None:
-    source = build_source(data.eval.to_dict(), categories=run.categories)
-  return Evaluator(
-      source=source, categories=run.categories, detect=jit_detect(detector, mesh), mesh=mesh,
-      batch_size=batch_size, scorer=scorer,
-      bad=BadExamples('data.eval', len(source), data.on_bad_example, data.max_bad_share),
-      loader={'image_size': detector.image_size, 'resize': data.resize,
-              'reduced_decoding': data.reduced_decoding, 'threads': data.threads,
-              'max_boxes': required_boxes(source)})
+  ema: bool | None = None
+  pictures: int = 0
+  calibration: CalibrationOptions | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,64 +63,131 @@ class Evaluation:
   calibration: dict[str, Any] | None = None
 
 
-def evaluate(run: Run, *, step: int | None = None, scorer: str = 'hotcoco', pictures: int = 0,
-             calibration: CalibrationOptions | None = None, output: pathlib.Path | None = None,
-             say: Callable[[str], None] = print) -> Evaluation:
-  """Scores a saved step on the run's evaluation data and writes down what it found.
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run's detector and evaluation data, ready for any of its steps; compiled once.
+
+  Attributes:
+    run: see `prepare`.
+    detector: of the run.
+    evaluator: of its evaluation data.
+    options: what to do with a step.
+    say: told what goes on, a line at a time.
+  """
+  run: Run
+  detector: Detector
+  evaluator: Evaluator
+  options: Options
+  say: Callable[[str], None]
+
+  @property
+  def root(self) -> pathlib.Path:
+    """The folder for the folders of steps.
+
+    Raw weights beside an average have another: the trainer keeps checkpoints by what is in
+    `evaluation`.
+    """
+    raw = self.options.ema is False and self.run.config.optim.ema_decay
+    return self.run.workdir / ('evaluation_raw' if raw else 'evaluation')
+
+  def load(self, step: int | None = None) -> tuple[int, Variables]:
+    """See `load_variables`."""
+    return load_variables(self.run, self.detector, self.evaluator.mesh, step=step,
+                          ema=self.options.ema, say=self.say)
+
+  def evaluate(self, step: int, variables: Variables, folder: pathlib.Path) -> Evaluation:
+    """Scores the variables and writes down what it found, `scores.json` last."""
+    evaluator, options, report = self.evaluator, self.options, None
+    total = len(evaluator.source)
+    self.say(f'evaluating step {step:,} on {total:,} images')
+    rows = evaluator.rows(variables, on_images=_every_tenth(total, self.say))
+    for reason in evaluator.bad.news():
+      self.say(f'skipped: {reason}')
+    scores = evaluator.score(rows)
+    if jax.process_index() == 0:
+      coco.write_results(folder / 'results.json', rows)
+      if options.pictures:
+        save_png(folder / 'pictures.png',
+                 picture(evaluator.source, rows, self.run.categories, count=options.pictures))
+      if options.calibration:
+        report = self._calibration(step, rows, folder)
+      write_scores(folder / 'scores.json', scores)
+    return Evaluation(step, scores, folder, report)
+
+  def _calibration(self, step: int, rows: list[dict[str, Any]], folder: pathlib.Path
+                   ) -> dict[str, Any]:
+    self.say('reporting on calibration')
+    report = calibration_job.report(
+        self.run.config, self.detector, self.run.categories, self.evaluator.source.ground_truth(),
+        rows, self.options.calibration, scorer=self.options.scorer)
+    calibration_job.write(folder, report, f'{self.run.workdir.resolve().name}, step {step:,}')
+    return report
+
+
+def prepare(run: Run, options: Options, say: Callable[[str], None] = print) -> Job:
+  """The job of evaluating a run's steps.
 
   Args:
     run: to evaluate; its `config.data.eval` may have been changed to other data.
+    options: see there.
+    say: told what goes on, a line at a time.
+
+  Raises:
+    InputError: bad data, or an average that the run does not keep.
+  """
+  if options.ema and not run.config.optim.ema_decay:
+    raise InputError(f'workdir {run.workdir} keeps no moving average of the weights '
+                     '(optim.ema_decay=0.0); leave out --ema')
+  keep_freed_memory()
+  mesh, detector = partition.data_mesh(), run.detector()
+  evaluator = build_evaluator(run, detector, mesh, scorer=options.scorer)
+  if getattr(evaluator.source, 'bad_boxes', None):
+    say(str(evaluator.source.bad_boxes))
+  return Job(run, detector, evaluator, options, say)
+
+
+def evaluate(run: Run, *, step: int | None = None, options: Options = Options(),
+             output: pathlib.Path | None = None, say: Callable[[str], None] = print) -> Evaluation:
+  """Scores a saved step on the run's evaluation data and writes down what it found.
+
+  Args:
+    run: see `prepare`.
     step: a saved step; the newest by default.
-    scorer: see `coco.score`.
-    pictures: how many images to draw on a contact sheet, `pictures.png`.
-    calibration: reports on it too, in `calibration.json` and `calibration.png`.
+    options: see there.
     output: folder to write to; by default `evaluation/STEP` in the workdir.
     say: told what goes on, a line at a time.
 
   Raises:
     InputError: no such checkpoint, or bad data.
   """
-  keep_freed_memory()
-  mesh = partition.data_mesh()
-  detector = run.detector()
-  evaluator = build_evaluator(run, detector, mesh, scorer=scorer)
-  if getattr(evaluator.source, 'bad_boxes', None):
-    say(str(evaluator.source.bad_boxes))
-  step, variables = load_variables(run, detector, mesh, step=step)
-  say(f'evaluating step {step:,} on {len(evaluator.source):,} images')
-  rows = evaluator.rows(variables, on_images=_every_tenth(len(evaluator.source), say))
-  for reason in evaluator.bad.news():
-    say(f'skipped: {reason}')
-  scores = evaluator.score(rows)
-  folder, report = output or run.workdir / 'evaluation' / str(step), None
-  if jax.process_index() == 0:
-    coco.write_results(folder / 'results.json', rows)
-    write_scores(folder / 'scores.json', scores)
-    if pictures:
-      save_png(folder / 'pictures.png',
-               picture(evaluator.source, rows, run.categories, count=pictures))
-    if calibration:
-      say('reporting on calibration')
-      report = calibration_job.report(run.config, detector, run.categories,
-                                      evaluator.source.ground_truth(), rows, calibration,
-                                      scorer=scorer)
-      calibration_job.write(folder, report, f'{run.workdir.resolve().name}, step {step:,}')
-  return Evaluation(step, scores, folder, report)
+  job = prepare(run, options, say)
+  step, variables = job.load(step)
+  return job.evaluate(step, variables, output or job.root / str(step))
 
 
-def load_variables(run: Run, detector: Detector, mesh: Mesh, *,
-                   step: int | None = None) -> tuple[int, Variables]:
-  """A saved step's variables, the moving average where the run keeps one, on the mesh.
+def _to_stderr(text: str) -> None:
+  print(text, file=sys.stderr)
+
+
+def load_variables(run: Run, detector: Detector, mesh: Mesh, *, step: int | None = None,
+                   ema: bool | None = None, say: Callable[[str], None] = _to_stderr
+                   ) -> tuple[int, Variables]:
+  """A saved step and its variables on the mesh; `ema` as in `Options`.
+
+  Without `step` the newest that is whole; `say` is told of damaged ones after it.
 
   Raises:
-    InputError: the run has no checkpoint, not this one, or one of another model.
+    InputError: the run has no checkpoint, not this one, one of another model, or a damaged one.
   """
+  like = abstract_state(detector, run.optimizer(), mesh)
   with run.checkpoints(read_only=True) as checkpoints:
-    step = checkpoints.latest() if step is None else step
-    if step is None:
+    if step is not None:
+      state = checkpoints.restore(like, step)
+    elif newest := checkpoints.restore_newest(like, say):
+      step, state = newest
+    else:
       raise InputError(f'workdir {run.workdir} has no checkpoint yet')
-    state = checkpoints.restore(abstract_state(detector, run.optimizer(), mesh), step)
-  return step, state.best_variables()
+  return step, state.variables if ema is False else state.best_variables()
 
 
 def picture(source: Source, rows: list[dict[str, Any]], categories: tuple[Category, ...], *,

@@ -1,14 +1,20 @@
-"""The checkpoint service: saves beside the running step, keeps the last and the best, restores."""
+"""The checkpoint service: saves beside the running step, keeps the last and the best, restores
+what is whole."""
 
+import contextlib
+import json
 import logging
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from ppn_jax.errors import InputError
+from ppn_jax.training import integrity, partition
+from ppn_jax.training.retention import BestScored
 from ppn_jax.training.state import TrainState
 
 _policies = ocp.checkpoint_managers
@@ -16,48 +22,83 @@ _policies = ocp.checkpoint_managers
 # What the best checkpoint is best in.
 BEST_FIGURE = 'AP'
 
+# Where damaged checkpoints are moved to, beside the folder of the whole ones.
+ASIDE = 'damaged_checkpoints'
+
+# Orbax's description of a checkpoint, and what our checksums are called in it.
+_DESCRIPTION, _CHECKSUMS = '_CHECKPOINT_METADATA', 'checksums'
+
+# Statuses of a store that cannot be reached, which says nothing of what is in it.
+_UNREACHABLE = ('PERMISSION_DENIED', 'UNAUTHENTICATED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED',
+                'RESOURCE_EXHAUSTED')
+
+
+class DamagedCheckpoint(InputError):
+  """A checkpoint does not give back what was saved."""
+
+
+class SaveFailed(RuntimeError):
+  """A checkpoint could not be written; the ones before it are untouched."""
+
 
 class Checkpoints:
   """The steps saved under one folder, one sub-folder each.
 
   Saving is asynchronous: `save` returns once the arrays are copied off the device. A step
   appears under its final name only when all its files are written, so that whatever a killed
-  run leaves behind is either whole or not there. Close it, or use it as a context manager, so
-  that the last save is completed.
+  run leaves behind is either whole or not there. What is damaged later is known by checksums of
+  the arrays, which Orbax's description of the step holds. Close it, or use it as a context
+  manager, so that the last save is completed.
 
   Args:
     folder: made if need be.
     keep_last: how many of the newest steps to keep.
     keep_best: how many of the steps with the highest AP to keep besides.
     read_only: for those who look at a run that another process may be writing.
+    evaluations: where evaluation jobs leave their figures; see `retention`.
+
+  Attributes:
+    failures: how many saves have failed since one succeeded.
   """
 
   def __init__(self, folder: pathlib.Path, *, keep_last: int = 3, keep_best: int = 1,
-               read_only: bool = False):
+               read_only: bool = False, evaluations: pathlib.Path | None = None):
     if keep_last < 1 or keep_best < 0:
       raise InputError(f'train.keep_last={keep_last} must be at least 1 and '
                        f'train.keep_best={keep_best} at least 0')
-    # Orbax speaks of each of its steps at levels that users take for trouble.
-    logging.getLogger('absl').setLevel(logging.ERROR)
-    keep = _policies.AnyPreservationPolicy([
+    # Orbax speaks of each of its steps at levels that users take for trouble, and of trouble in
+    # tracebacks; what is wrong comes as an exception besides.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
+    self.failures, self._begun = 0, False
+    self._folder, self._read_only = folder.absolute(), read_only
+    self._keep = _policies.AnyPreservationPolicy([
         _policies.LatestN(keep_last),
-        _policies.BestN(get_metric_fn=_rank, n=keep_best,
-                        keep_checkpoints_without_metrics=False)])
-    self._manager = ocp.CheckpointManager(
-        folder.absolute(), item_handlers={'state': ocp.StandardCheckpointHandler()},
+        BestScored(keep_best, _rank, evaluations)])
+    self._manager = self._open()
+
+  def _open(self) -> '_Manager':
+    return _Manager(
+        self._folder, item_handlers={'state': ocp.StandardCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(
             # Orbax writes figures only if it is told what is best; what stays is the policy's say.
-            preservation_policy=keep, best_fn=_rank, best_mode='max',
-            read_only=read_only, create=not read_only, cleanup_tmp_directories=not read_only))
+            preservation_policy=self._keep, best_fn=_rank, best_mode='max',
+            read_only=self._read_only, create=not self._read_only,
+            multiprocessing_options=_alone() if self._read_only else _together(),
+            cleanup_tmp_directories=not self._read_only,
+            # Threads that wait for a folder which cannot be made would hold up the process's end
+            # for ten minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self.close()
+  def __exit__(self, kind: Any, *_: Any) -> None:
+    # A save that fails must not hide what went wrong first.
+    with contextlib.suppress(SaveFailed) if kind else contextlib.nullcontext():
+      self.close()
 
   def steps(self) -> list[int]:
-    """The steps that are whole, or will be once what is being saved is, ascending."""
+    """The steps that are there, or will be once what is being saved is, ascending."""
     return sorted(self._manager.all_steps())
 
   def latest(self) -> int | None:
@@ -65,9 +106,19 @@ class Checkpoints:
     return max(self.steps(), default=None)
 
   def save(self, step: int, state: TrainState, figures: dict[str, float] | None = None) -> None:
-    """Saves `state` under `step`, with the figures that it was evaluated to, if it was."""
-    self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
-                       metrics=figures, force=True)
+    """Saves `state` under `step`, with the figures that it was evaluated to, if it was.
+
+    Raises:
+      SaveFailed: this one could not be begun. Call `wait` before, which tells how the last ended.
+    """
+    sums = integrity.checksums(state)
+    self._begun = False
+    try:
+      self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)),
+                         metrics=figures, force=True, custom_metadata={_CHECKSUMS: sums})
+    except Exception as e:
+      raise self._failed(f'step {step:,} could not be saved', e) from e
+    self._begun = True
 
   def restore(self, like: TrainState, step: int) -> TrainState:
     """The state of `step`, with the shapes, types and shardings of `like`.
@@ -78,23 +129,138 @@ class Checkpoints:
 
     Raises:
       InputError: there is no such step, or it holds another model.
+      DamagedCheckpoint: it does not give back what was saved.
     """
     self.wait()
-    if step not in self.steps():
-      raise InputError(f'{self._manager.directory}: no checkpoint of step {step}; there are '
-                       f'{", ".join(map(str, self.steps())) or "none"}')
-    saved = self._manager.item_metadata(step).state
-    _check_same_tree(saved, like, self._manager.directory / str(step))
-    arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-    return self._manager.restore(step, args=arguments).state
+    try:
+      if step not in self.steps():  # In some processes only, while another run deletes it.
+        raise InputError(f'{self._manager.directory}: no checkpoint of step {step}; there are '
+                         f'{", ".join(map(str, self.steps())) or "none"}')
+      state, error = self._read(like, step), None
+    except InputError as e:
+      state, error = None, e
+    if not partition.all_say(error is None):
+      raise error or DamagedCheckpoint(f'{self._where(step)} is damaged: another process cannot '
+                                       'read it')
+    return state
+
+  def restore_newest(self, like: TrainState, say: Callable[[str], None]
+                     ) -> tuple[int, TrainState] | None:
+    """The newest step that is whole and its state; None when there is no step at all.
+
+    Damaged steps after it are named and, unless this is read-only, moved to the folder
+    `damaged_checkpoints` beside this one, so that these steps can be saved again.
+
+    Raises:
+      InputError: all are damaged, or the newest whole one holds another model.
+    """
+    for step in sorted(self._manager.without_figures):
+      say(f'the figures of {self._where(step)} are damaged; it counts as not evaluated')
+    damaged = []
+    for step in reversed(self.steps()):
+      try:
+        state = self.restore(like, step)
+      except DamagedCheckpoint as e:
+        damaged.append((step, str(e)))
+        continue
+      for bad_step, text in damaged:
+        say(f'{text}; going back to step {step:,}')
+        if not self._read_only:
+          self._set_aside(bad_step)
+      return step, state
+    if not damaged:
+      return None
+    raise InputError(f'no checkpoint in {self._folder} is whole: ' + '; '.join(
+        text for _, text in damaged) + '. Bring back a copy of one, or use another workdir')
+
+  def _read(self, like: TrainState, step: int) -> TrainState:
+    where = self._where(step)
+    with _as_damage(where):
+      saved = integrity.shapes(ocp.StandardCheckpointHandler().metadata(
+          self._manager.directory / str(step) / 'state').tree)
+      # Not by Orbax, which takes a description that it cannot read for an empty one.
+      description = json.loads((where / _DESCRIPTION).read_bytes())
+      sums = description.get('custom_metadata', {}).get(_CHECKSUMS)
+      if not saved or not description.get('commit_timestamp_nsecs'):
+        raise ValueError('its description is incomplete')
+      if sums is not None and integrity.described(sums) != saved:
+        raise ValueError('its description contradicts itself')
+    _check_same_tree(saved, integrity.shapes(like), where)
+    with _as_damage(where):
+      arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+      state = self._manager.restore(step, args=arguments).state
+      # Checkpoints of earlier versions have no checksums.
+      wrong = sums and integrity.difference(sums, integrity.checksums(state))
+      if wrong:
+        raise ValueError(f'{wrong} is not what was saved')
+    return state
+
+  def _where(self, step: int) -> pathlib.Path:
+    return self._folder / str(step)
+
+  def _set_aside(self, step: int) -> None:
+    _move(self._where(step), self._folder.with_name(ASIDE) / str(step))
+    partition.all_say(True)
+    self._manager.reload()
+
+  def _failed(self, what: str, error: Exception) -> SaveFailed:
+    """Says what failed, after a fresh start: Orbax's books do not survive failures."""
+    self.failures, self._begun = self.failures + 1, False
+    with contextlib.suppress(Exception):
+      self._manager.close()
+    with contextlib.suppress(Exception):
+      self._manager = self._open()
+    reason = ' '.join(str(error).split())[:300] or type(error).__name__
+    newest = self.latest()
+    return SaveFailed(f'{what}: {reason}; the newest checkpoint in {self._folder} is ' +
+                      ('none' if newest is None else f'step {newest:,}'))
 
   def wait(self) -> None:
-    """Blocks until what was saved is on disk, and raises what went wrong there."""
-    self._manager.wait_until_finished()
+    """Blocks until what was saved is on disk.
+
+    Raises:
+      SaveFailed: it could not be written.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as e:
+      raise self._failed('the last save failed', e) from e
+    if self._begun:
+      self.failures, self._begun = 0, False
 
   def close(self) -> None:
-    """Completes what is being saved."""
+    """Completes what is being saved. Raises SaveFailed if that fails."""
+    self.wait()
     self._manager.close()
+
+
+class _Manager(ocp.CheckpointManager):
+  """One that opens its folder also when the figures of a step cannot be read.
+
+  Attributes:
+    without_figures: those steps.
+  """
+
+  def __init__(self, *args: Any, **options: Any):
+    self.without_figures: set[int] = set()
+    super().__init__(*args, **options)
+
+  def metrics(self, step: int) -> Any:
+    try:
+      return super().metrics(step)
+    except ValueError:
+      self.without_figures.add(step)
+      return None
+
+
+_together = ocp.options.MultiprocessingOptions
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Without Orbax's barriers, so that no reader waits for one that failed or does not take part."""
+  process = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+      primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'reader_{process}')
 
 
 def _rank(figures: dict[str, float]) -> float:
@@ -102,9 +268,36 @@ def _rank(figures: dict[str, float]) -> float:
   return -math.inf if math.isnan(figure) else figure
 
 
-def _check_same_tree(saved: Any, wanted: Any, where: pathlib.Path) -> None:
+@contextlib.contextmanager
+def _as_damage(where: pathlib.Path):
+  """Whatever reading a broken file leads to -> DamagedCheckpoint."""
+  try:
+    yield
+  except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as e:
+    reason = ' '.join(str(e).split())
+    if any(status in reason for status in _UNREACHABLE):
+      raise
+    if not where.exists():
+      reason = 'it was deleted while it was read'
+    raise DamagedCheckpoint(f'{where} is damaged: {reason[:200] or type(e).__name__}') from e
+
+
+def _move(path: pathlib.Path, to: pathlib.Path) -> None:
+  """Moves `path`, by the first process only, to `to` or the first free `to-N`."""
+  if jax.process_index() == 0:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    free, count = to, 0
+    while free.exists():
+      count += 1
+      free = to.with_name(f'{to.name}-{count}')
+    path.rename(free)
+
+
+def _check_same_tree(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, ...]],
+                     where: pathlib.Path) -> None:
   """InputError, naming one difference, unless both trees have the same names and shapes."""
-  there, here = _shapes(saved), _shapes(wanted)
   if any(n.startswith('average') for n in there) != any(n.startswith('average') for n in here):
     raise InputError(f'{where} and this config differ in whether an average of the weights is '
                      'kept; optim.ema_decay cannot be turned on or off in a run')
@@ -114,9 +307,3 @@ def _check_same_tree(saved: Any, wanted: Any, where: pathlib.Path) -> None:
       raise InputError(
           f'{where} is a checkpoint of another model: {name} is {there.get(name, "absent")} '
           f'there and {here.get(name, "absent")} in this one')
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """'variables/params/...' -> shape; the same for a state and for Orbax's description of one."""
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

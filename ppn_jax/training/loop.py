@@ -16,13 +16,14 @@ from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.sources import Source, build_source, split_train_block
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation.coco import Scores
-from ppn_jax.evaluation.job import Evaluator, build_evaluator
+from ppn_jax.evaluation.evaluator import Evaluator, build_evaluator
 from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import Run, create_run, open_run
 from ppn_jax.training import partition
-from ppn_jax.training.checkpoint import Checkpoints
+from ppn_jax.training.checkpoint import Checkpoints, SaveFailed
 from ppn_jax.training.feeds import Feed, build_feed
-from ppn_jax.training.metrics import MetricsWriter, Progress, Stopwatch, duration
+from ppn_jax.training.metrics import MetricsWriter, Progress, Stopwatch, duration, evaluated
+from ppn_jax.training.preemption import Preempted, PreemptionNotice
 from ppn_jax.training.prefetch import Prefetcher, Unchanging
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.step import StepMetrics, abstract_state, jit_init
@@ -31,6 +32,10 @@ from ppn_jax.weights.initial import initial_weights, with_weights
 # How many steps may be under way on the device: enough to keep it busy, few enough that their
 # batches do not fill its memory.
 STEPS_IN_FLIGHT = 2
+
+# After so many saves that failed in a row a run stops, whatever train.on_save_error says: what it
+# would compute from then on is more likely lost than not.
+MAX_FAILED_SAVES = 5
 
 
 class TrainingDiverged(RuntimeError):
@@ -54,6 +59,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
     InputError: anything wrong with config, data or workdir. It is found before the first
       compile, and nothing is overwritten.
     TrainingDiverged: a loss or gradient is not finite.
+    Preempted: SIGTERM came, or on a TPU notice of maintenance, and the step is saved.
+    SaveFailed: the last step could not be saved, or others and train.on_save_error='stop'.
   """
   keep_freed_memory()
   # 1. Everything that can be wrong with the user's input, before anything is written.
@@ -79,20 +86,20 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
   if latest is not None and earlier:
     run = _with_init_of(earlier, run)
   with (Progress(config.train.steps, quiet=jax.process_index() != 0) as progress,
-        run.checkpoints(read_only=False) as checkpoints):
-    start = latest or 0
-    if start >= config.train.steps:
+        PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints):
+    start, state = checkpoints.restore_newest(abstract, progress.say) or (0, None)
+    owed = _owes_evaluation(run, start)
+    if start >= config.train.steps and not owed:
       progress.say(f'nothing to do: {run.workdir} is trained to step {start:,} already')
       return None
     progress.say(_describe(run, abstract, source, mesh))
     for bad_boxes in filter(None, (getattr(s, 'bad_boxes', None) for s in (source, eval_source))):
       progress.say(str(bad_boxes))
     # 2. The state: the newest whole checkpoint, or a fresh one.
-    if latest is not None:
+    if state is not None:
       progress.say(f'resuming {run.workdir} from step {start:,}')
       if config.init.backbone not in ('', run.config.init.backbone):
         progress.say(f'init.backbone={config.init.backbone} is not read: the run has its weights')
-      state = checkpoints.restore(abstract, start)
     else:
       state = jit_init(detector, optimizer, mesh)(config.seed)
     if initial is not None:
@@ -103,13 +110,28 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> Scores | None:
     if jax.process_index() == 0:
       run.save()
       writer = MetricsWriter(run.workdir, start)
-    steps = _Steps(run, mesh, checkpoints, progress, writer, evaluator)
-    return steps.take(state, start, feed.jit_step(detector, optimizer), feed)
+    steps = _Steps(run, mesh, checkpoints, progress, writer, evaluator, notice)
+    scores = steps.evaluate(start, state) if owed else None
+    if start < config.train.steps:
+      scores = steps.take(state, start, feed.jit_step(detector, optimizer), feed)
+    if writer:
+      writer.close()
+    return scores
 
 
 def _earlier_run(workdir: str | pathlib.Path) -> Run | None:
   """The run that is to be gone on with, if there is one."""
   return open_run(workdir) if (pathlib.Path(workdir) / 'config.json').is_file() else None
+
+
+def _owes_evaluation(run: Run, step: int) -> bool:
+  """Whether a run was told to end, or failed, when it should have evaluated `step`."""
+  train = run.config.train
+  due = train.evaluate_every and (step % train.evaluate_every == 0 or step == train.steps)
+  if not step or not due:
+    return False
+  # The first process writes the file, and others may not have it.
+  return partition.first_says(not evaluated(run.workdir, step))
 
 
 def _with_init_of(earlier: Run, run: Run) -> Run:
@@ -128,6 +150,7 @@ class _Steps:
   progress: Progress
   writer: MetricsWriter | None  # Of the first process only.
   evaluator: Evaluator | None
+  notice: PreemptionNotice
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
   watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
 
@@ -137,6 +160,8 @@ class _Steps:
     train = self.run.config.train
     train_step = self._compile(train_step, state, feed)
     scores = None
+    if self.notice.given():
+      raise Preempted(f'told to end before a step was taken; {self.run.workdir} is as it was')
     with feed.open(start, self.progress) as batches:
       for step in range(start + 1, train.steps + 1):
         batch = self._next(batches)
@@ -148,19 +173,53 @@ class _Steps:
         self.progress.advance(step)
 
         last = step == train.steps
-        evaluating = self.evaluator and (last or step % train.evaluate_every == 0)
-        saving = evaluating or last or step % train.checkpoint_every == 0
+        due = self.evaluator and (last or step % train.evaluate_every == 0)
+        ending = self.notice.reached(step) and (due or not last)
+        evaluating = due and not ending
+        saving = due or last or ending or step % train.checkpoint_every == 0
         if saving or step % train.log_every == 0:
           self._report(step)  # Also what keeps a state that is not finite from being saved.
           self._tell(feed.bad)
         if evaluating:
           scores = self._evaluate_or_save(step, state)
         if saving:
-          self.checkpoints.save(step, state, scores.figures if evaluating else None)
-    self.checkpoints.wait()
-    if self.writer:
-      self.writer.close()
+          self._save(step, state, scores.figures if evaluating else None)
+        if ending:
+          self._end_early(step)
+    self._complete_save(step, state, scores)
     return scores
+
+  def _save(self, step: int, state: TrainState, figures: dict[str, float] | None = None) -> None:
+    """Begins a save when the one before is complete; says what fails, or raises it."""
+    for act in (self.checkpoints.wait, lambda: self.checkpoints.save(step, state, figures)):
+      try:
+        act()
+      except SaveFailed as e:
+        # Several processes would first have to agree that it failed; a new start does that.
+        if (self.run.config.train.on_save_error == 'stop' or jax.process_count() > 1
+            or self.checkpoints.failures >= MAX_FAILED_SAVES):
+          raise
+        self.progress.say(f'{e}; going on, and trying again at the next save')
+
+  def _complete_save(self, step: int, state: TrainState, scores: Scores | None) -> None:
+    """Waits for the last step to be on disk. It has no next save, so it is tried twice."""
+    try:
+      self.checkpoints.wait()
+    except SaveFailed as e:
+      if jax.process_count() > 1:
+        raise
+      self.progress.say(f'{e}; trying again')
+    if self.checkpoints.latest() != step:
+      self.checkpoints.save(step, state, scores.figures if scores else None)
+      self.checkpoints.wait()
+
+  def _end_early(self, step: int) -> None:
+    try:
+      self.checkpoints.wait()
+    except SaveFailed as e:
+      raise Preempted(f'told to end, but {e}; start again to go on from there') from e
+    raise Preempted(f'told to end; step {step:,} is saved in {self.run.workdir}, start again to '
+                    'go on from there')
 
   def _next(self, batches: Prefetcher | Unchanging) -> tuple[Any, ...]:
     """What the next step takes; waiting for it counts only while the devices have no work."""
@@ -219,16 +278,23 @@ class _Steps:
   def _evaluate_or_save(self, step: int, state: TrainState) -> Scores:
     """A checkpoint waits for its figures, but must not be lost with them."""
     try:
-      return self._evaluate(step, state)
+      return self.evaluate(step, state)
     except BaseException:
-      self.checkpoints.save(step, state)
+      self._save(step, state)
       raise
 
-  def _evaluate(self, step: int, state: TrainState) -> Scores:
+  def evaluate(self, step: int, state: TrainState) -> Scores:
+    """Scores the state, and writes and says the figures."""
     started = time.perf_counter()
     total = len(self.evaluator.source)
-    rows = self.evaluator.rows(state.best_variables(), on_images=lambda count: (
-        self.progress.advance(step, f'evaluating: {count:,}/{total:,} images')))
+
+    def on_images(count: int) -> None:
+      if self.notice.given():
+        raise Preempted(f'told to end; step {step:,} is saved in {self.run.workdir}, start again '
+                        'to evaluate it and go on')
+      self.progress.advance(step, f'evaluating: {count:,}/{total:,} images')
+
+    rows = self.evaluator.rows(state.best_variables(), on_images=on_images)
     self._tell(self.evaluator.bad)
     scores = self.evaluator.score(rows)
     if self.writer:
@@ -251,6 +317,9 @@ def _describe(run: Run, state: TrainState, source: Source, mesh: Mesh) -> str:
 
 
 def _check_numbers(config: ConfigDict) -> None:
+  if config.train.on_save_error not in ('continue', 'stop'):
+    raise InputError(f"train.on_save_error={config.train.on_save_error!r} is unknown; legal: "
+                     "'continue', 'stop'")
   if not 0 <= config.seed < 2**31:
     raise InputError(f'seed={config.seed} must be at least 0 and below 2**31')
   for name, least in [('steps', 1), ('batch_size', 1), ('log_every', 1), ('checkpoint_every', 1),

@@ -23,35 +23,49 @@ class MetricsWriter:
   Args:
     workdir: of the run.
     step: the step that the run starts from. What a killed run wrote beyond it is taken out,
-      since it will be written again.
+      since it will be written again. None if steps come in any order; all is kept then.
+    tensorboard: folder of the event files, by default in the workdir.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(self, workdir: pathlib.Path, step: int | None,
+               tensorboard: pathlib.Path | None = None):
     path = workdir / 'metrics.jsonl'
-    if path.exists():
-      files.write_text(path, ''.join(_lines_up_to(path, step)))
+    workdir.mkdir(parents=True, exist_ok=True)
+    lines = list(_lines_up_to(path, step)) if path.exists() else []
+    files.write_text(path, ''.join(lines))
+    self.steps = {json.loads(line)['step'] for line in lines}  # With a line before this start.
     self._file = path.open('a', buffering=1, encoding='utf-8')
-    self._tensorboard = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1)
+    self._tensorboard = SummaryWriter(str(tensorboard or workdir / 'tensorboard'),
+                                      purge_step=None if step is None else step + 1)
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Records the scalars of one step."""
     known = {name: float(value) if math.isfinite(value) else None
              for name, value in scalars.items()}
-    self._file.write(json.dumps({'step': step, **known}) + '\n')
     for name, value in scalars.items():
       self._tensorboard.add_scalar(name, value, step)
     self._tensorboard.flush()
+    self._file.write(json.dumps({'step': step, **known}) + '\n')
 
   def close(self) -> None:
     self._file.close()
     self._tensorboard.close()
 
 
-def _lines_up_to(path: pathlib.Path, step: int) -> Iterator[str]:
+def evaluated(workdir: pathlib.Path, step: int) -> bool:
+  """Whether metrics.jsonl has the figures of an evaluation of `step`."""
+  path = workdir / 'metrics.jsonl'
+  lines = [json.loads(line) for line in _lines_up_to(path, step)] if path.exists() else []
+  return any(line['step'] == step and any(name.startswith('eval/') for name in line)
+             for line in lines)
+
+
+def _lines_up_to(path: pathlib.Path, step: int | None) -> Iterator[str]:
   for line in path.read_text(encoding='utf-8').splitlines(keepends=True):
     # A killed run may leave half a line behind.
     with contextlib.suppress(ValueError):
-      if json.loads(line)['step'] <= step:
+      at = json.loads(line)['step']
+      if step is None or at <= step:
         yield line
 
 

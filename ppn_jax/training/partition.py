@@ -167,6 +167,20 @@ def to_global(local: Any, mesh: Mesh, batch_size: int) -> Any:
   return jax.tree.map(place, local)
 
 
+def first_says(yes: bool) -> bool:
+  """What the first process says, in all of them."""
+  if jax.process_count() == 1:
+    return yes
+  return bool(multihost_utils.broadcast_one_to_all(np.array(yes)))
+
+
+def all_say(yes: bool) -> bool:
+  """Whether every process says so, in all of them."""
+  if jax.process_count() == 1:
+    return yes
+  return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+
+
 def to_host(tree: Any) -> Any:
   """Global arrays -> NumPy arrays, whole on every process."""
   if jax.process_count() == 1:

@@ -137,7 +137,7 @@ def test_an_evaluation_that_fails_does_not_lose_the_step(tmp_path, monkeypatch):
   def fail(*_, **__):
     raise InputError('bad image')
 
-  monkeypatch.setattr(loop._Steps, '_evaluate', fail)
+  monkeypatch.setattr(loop._Steps, 'evaluate', fail)
   with pytest.raises(InputError, match='bad image'):
     loop.train(tiny_config(evaluate_every=6, checkpoint_every=6), tmp_path)
   with open_run(tmp_path).checkpoints(read_only=True) as checkpoints:
