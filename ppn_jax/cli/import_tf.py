@@ -1,6 +1,7 @@
 """`ppn import-tf`."""
 
 import argparse
+import sys
 
 from ppn_jax.cli.flags import CONFIG_HELP, load_config
 
@@ -32,8 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
+  from ppn_jax.training.checkpoint import SaveFailed
   from ppn_jax.weights.job import import_run
-  imported = import_run(args.checkpoint, config, args.workdir, kind=args.kind,
-                        label_map=args.label_map, average=args.average)
+  try:
+    imported = import_run(args.checkpoint, config, args.workdir, kind=args.kind,
+                          label_map=args.label_map, average=args.average)
+  except SaveFailed as e:
+    print(f'ppn: not imported: {e}', file=sys.stderr)
+    return 1
   print(f'a run at step 0 in {imported.workdir}')
   return 0
