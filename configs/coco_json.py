@@ -13,14 +13,9 @@ to evaluate on, add --config.train.evaluate_every=0.
 from ppn_jax.config import base_config
 
 
-def get_config():
+def recipe():
+  """What training on your own images has in common in all formats: everything but the data."""
   config = base_config()
-  # on_bad_box='drop' leaves out boxes that cannot be right, and says how many.
-  files = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
-  # Text files of image ids to leave out, or to keep alone.
-  ids = dict(exclude_ids='', include_ids='')
-  config.data.train.update(**files, **ids)
-  config.data.eval = dict(**files, **ids)
   config.model.layers.norm_decay = 0.99
   config.optim.learning_rate = 0.1
   config.optim.warmup_learning_rate = 0.01
@@ -31,4 +26,15 @@ def get_config():
   config.train.log_every = 20
   config.train.checkpoint_every = 500
   config.train.evaluate_every = 1_000
+  return config
+
+
+def get_config():
+  config = recipe()
+  # on_bad_box='drop' leaves out boxes that cannot be right, and says how many.
+  files = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
+  # Text files of image ids to leave out, or to keep alone.
+  ids = dict(exclude_ids='', include_ids='')
+  config.data.train.update(**files, **ids)
+  config.data.eval = dict(**files, **ids)
   return config.lock()

@@ -9,15 +9,12 @@ Objects marked difficult are neither trained on nor asked for. To start from a t
 add --config.init.backbone=FILE: a TensorFlow checkpoint or Keras' MobileNet.
 """
 
-from coco_json import get_config as own_data
+from coco_json import recipe
 
 
 def get_config():
-  config = own_data()
-  with config.unlocked():
-    # on_bad_box='drop' leaves out boxes that cannot be right, and says how many.
-    for key in ('images', 'annotations', 'exclude_ids', 'include_ids'):
-      del config.data.train[key]
-    config.data.train.update(name='pascal_voc', folder='', split='train', on_bad_box='raise')
-    config.data.eval = dict(name='pascal_voc', folder='', split='val', on_bad_box='raise')
-  return config
+  config = recipe()
+  # on_bad_box='drop' leaves out boxes that cannot be right, and says how many.
+  config.data.train.update(name='pascal_voc', folder='', split='train', on_bad_box='raise')
+  config.data.eval = dict(name='pascal_voc', folder='', split='val', on_bad_box='raise')
+  return config.lock()

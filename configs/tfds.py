@@ -9,16 +9,12 @@ DIR may be in gs://. For a data set that TFDS made, such as voc/2007, add
 --config.data.eval.split=validation. Recipe and advice are those of configs/coco_json.py.
 """
 
-from coco_json import get_config as own_data
+from coco_json import recipe
 
 
 def get_config():
-  config = own_data()
-  with config.unlocked():
-    for key in ('images', 'annotations', 'exclude_ids', 'include_ids'):
-      del config.data.train[key]
-    config.data.train.update(name='tfds', dataset='', data_dir='', split='train',
-                             on_bad_box='raise')
-    config.data.eval = dict(name='tfds', dataset='', data_dir='', split='eval',
-                            on_bad_box='raise')
-  return config
+  config = recipe()
+  config.data.train.update(name='tfds', dataset='', data_dir='', split='train',
+                           on_bad_box='raise')
+  config.data.eval = dict(name='tfds', dataset='', data_dir='', split='eval', on_bad_box='raise')
+  return config.lock()

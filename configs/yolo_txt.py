@@ -7,17 +7,14 @@
 Recipe and advice are those of configs/coco_json.py.
 """
 
-from coco_json import get_config as own_data
+from coco_json import recipe
 
 
 def get_config():
-  config = own_data()
-  with config.unlocked():
-    # polygons='box' takes the bounding boxes of outlines.
-    for key in ('images', 'annotations', 'exclude_ids', 'include_ids'):
-      del config.data.train[key]
-    config.data.train.update(name='yolo_txt', data='', split='train', on_bad_box='raise',
-                             polygons='raise')
-    config.data.eval = dict(name='yolo_txt', data='', split='val', on_bad_box='raise',
-                            polygons='raise')
-  return config
+  config = recipe()
+  # polygons='box' takes the bounding boxes of outlines.
+  config.data.train.update(name='yolo_txt', data='', split='train', on_bad_box='raise',
+                           polygons='raise')
+  config.data.eval = dict(name='yolo_txt', data='', split='val', on_bad_box='raise',
+                          polygons='raise')
+  return config.lock()

@@ -137,7 +137,7 @@ def _owes_evaluation(run: Run, step: int) -> bool:
 def _with_init_of(earlier: Run, run: Run) -> Run:
   """`run` with what its weights started from on record, whatever the config says now."""
   config = run.config.copy_and_resolve_references().unlock()
-  config.init = earlier.config.get('init', {'backbone': ''})
+  config.init = earlier.config.init
   return dataclasses.replace(run, config=config.lock())
 
 
