@@ -123,11 +123,14 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
   lay_anchors = registry.bind('anchors', ssd_anchors, anchors, given=['grid_sizes'])
   grids = _grid_sizes(network(anchors_per_cell=(1,)), image_size)
   laid = lay_anchors(grids)
+  per_cell = anchors_per_cell(laid, grids)
+  if len(set(per_cell)) == 1:
+    columns = dataclasses.replace(columns, cell_anchors=per_cell[0])
   outputs_loss = registry.select('loss', loss, LOSSES, given=['outputs', 'targets', 'columns'])
   report = registry.bind('postprocess', postprocess_outputs, postprocess,
                          given=['outputs', 'anchors', 'columns'])
   detector = Detector(
-      network=network(anchors_per_cell=anchors_per_cell(laid, grids)),
+      network=network(anchors_per_cell=per_cell),
       anchors=laid,
       image_size=image_size,
       columns=columns,

@@ -20,6 +20,8 @@ class ClassColumns:
     background: column 0 is the background's, as in checkpoints of the TF Object Detection API.
       It is trained and takes no part in detection.
     activation: 'sigmoid' scores every column on its own, 'softmax' all of them together.
+    cell_anchors: k, anchors of a cell, whose columns a head computes side by side; 1 where
+      levels differ. It changes no result, see `by_cell`.
 
   Raises:
     InputError: an unknown activation, or a softmax that cannot say "nothing".
@@ -27,6 +29,7 @@ class ClassColumns:
   num_classes: int
   background: bool = False
   activation: str = 'sigmoid'
+  cell_anchors: int = 1
 
   def __post_init__(self):
     if self.activation not in ACTIVATIONS:
@@ -45,6 +48,30 @@ class ClassColumns:
     """Logits [..., count] -> scores [..., C], 0 to 1."""
     activate = jax.nn.sigmoid if self.activation == 'sigmoid' else jax.nn.softmax
     return activate(logits)[..., int(self.background):]
+
+  def by_cell(self, logits: Array) -> Array:
+    """Logits [..., A, count] -> [..., A / k, k * count], a row for each cell.
+
+    It undoes the head's reshape, so that XLA sees neither: a TPU keeps the last axis in tiles of
+    eight, and `count` rarely fits them, so that each reshape would be written to memory.
+    """
+    *batch, anchors, count = logits.shape
+    return logits.reshape(*batch, anchors // self.cell_anchors, self.cell_anchors * count)
+
+  def spread(self, values: Array) -> Array:
+    """A value for each anchor, [..., A] -> at each of its columns, [..., A / k, k * count]."""
+    *batch, anchors = values.shape
+    values = values.reshape(*batch, anchors // self.cell_anchors, self.cell_anchors)
+    column = jnp.arange(self.cell_anchors * self.count)
+    # By selects, which fuse with what reads them; a repeat would be written to memory.
+    spread = jnp.broadcast_to(values[..., :1], (*values.shape[:-1], len(column)))
+    for anchor in range(1, self.cell_anchors):
+      spread = jnp.where(column >= anchor * self.count, values[..., anchor:anchor + 1], spread)
+    return spread
+
+  def label_columns(self, labels: Array, positive: Array) -> Array:
+    """Labels and positive [...] -> i32 [...], the label's column where positive, -1 elsewhere."""
+    return jnp.where(positive, labels + self.background, -1)
 
   def targets(self, labels: Array, positive: Array) -> Array:
     """Labels and positive [...] -> bool [..., count], the label's column where positive.

@@ -18,6 +18,7 @@ LOSSES = {
     'focal': 'ppn_jax.detection.losses:focal_objective',
     'hard_negative_mining': 'ppn_jax.detection.losses:mined_objective',
 }
+_IGNORED = -2  # In place of an anchor's label.
 
 
 class DetectionLoss(NamedTuple):
@@ -56,11 +57,14 @@ def focal_objective(outputs: Outputs, targets: Targets, *, columns: ClassColumns
   if columns.activation != 'sigmoid':
     raise InputError("loss 'focal' is of sigmoid scores, but model.score_activation is "
                      f"{columns.activation!r}; take loss.name='hard_negative_mining'")
-  wanted = columns.targets(targets.labels, targets.positive)
-  class_loss = jnp.sum(focal(outputs.class_logits, wanted, alpha=alpha, gamma=gamma), axis=-1)
+  wanted = columns.label_columns(targets.labels, targets.positive)
+  # One number says all of an anchor, so that only one has to reach its columns.
+  wanted = columns.spread(jnp.where(targets.ignored, _IGNORED, wanted))
+  is_wanted = wanted == jnp.arange(wanted.shape[-1]) % columns.count
+  class_loss = focal(columns.by_cell(outputs.class_logits), is_wanted, alpha=alpha, gamma=gamma)
   weight = localization_weight / outputs.box_codes.shape[-1]
-  return _normalised(class_loss, ~targets.ignored, _box_loss(outputs, targets), targets.positive,
-                     weight, group_size)
+  return _normalised(class_loss, wanted != _IGNORED, _box_loss(outputs, targets),
+                     targets.positive, weight, group_size)
 
 
 def mined_objective(outputs: Outputs, targets: Targets, *, columns: ClassColumns,
@@ -100,12 +104,15 @@ def mined_objective(outputs: Outputs, targets: Targets, *, columns: ClassColumns
 
 def _normalised(class_loss: Array, class_mask: Array, box_loss: Array, positive: Array,
                 weight: float, group_size: int) -> DetectionLoss:
-  """Losses [B, A] -> their masked sums over the number of positive anchors, the groups' mean."""
+  """Losses [B, ...] -> their masked sums over the number of positive anchors, the groups' mean."""
   check_group_size('loss.group_size', group_size)
   groups = num_groups('loss.group_size', group_size, len(positive))
 
   def sums(mask: Array, value: Array | float) -> Array:
-    return jnp.sum(jnp.sum(jnp.where(mask, value, 0.0), axis=1).reshape(groups, -1), axis=1)
+    kept = jnp.where(mask, value, 0.0)
+    while kept.ndim > 1:  # Axis by axis: a long float32 sum loses digits.
+      kept = jnp.sum(kept, axis=-1)
+    return jnp.sum(kept.reshape(groups, -1), axis=1)
 
   num_positive = sums(positive, 1.0)
   normalizer = jnp.maximum(num_positive, 1.0)
