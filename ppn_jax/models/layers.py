@@ -6,7 +6,8 @@ convolution takes up to a hundred times what its arithmetic needs, backward abov
 depthwise convolution becomes nine shifted multiply-adds, the others matrix multiplications.
 'dense' is for TPUs, whose matrix unit has nothing to do in this network: it takes a depthwise
 convolution of few channels as a dense one with a diagonal kernel, where the vector unit, which
-has batch norm to do, would need several times as long. 'auto' takes 'shifted' in programs lowered
+has batch norm to do, would need several times as long. Its kernel gradients are float32 from the
+start, since XLA sums over devices in the type that a gradient is computed in. 'auto' takes 'shifted' in programs lowered
 for cpu, 'dense' for tpu and 'native' for others; the machine that lowers need not have the
 platform.
 
@@ -17,7 +18,7 @@ max((ceil(n / s) - 1) s + k - n, 0) the smaller half goes in front.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -110,15 +111,14 @@ def _choose(form: str, forms: dict[str, Callable], *operands: Any) -> Any:
   return forms.get(form, native)(*operands)
 
 
-def _in_forms(native: Callable, *, shifted: Callable, shifted_vjp: Callable | None = None,
-              dense: Callable | None = None) -> Callable:
+def _in_forms(native: Callable, *, vjps: Mapping[str, Callable], **others: Callable) -> Callable:
   """op(form, stride, *operands) that computes `native` or another form, gradients alike.
 
   The choice is made inside a custom gradient: differentiating a conditional would keep the
-  residuals of all its branches. All take the stride before the operands; `shifted_vjp` takes the
-  cotangent last, and where there is none `shifted` is differentiated as it stands.
+  residuals of all its branches. All take the stride before the operands. `vjps` have the
+  gradients of forms that are not differentiated as they stand; they take the cotangent last.
   """
-  forms = {'native': native, 'shifted': shifted} | ({'dense': dense} if dense else {})
+  forms = {'native': native, **others}
 
   def vjp_of(function, stride):
     def backward(*operands_and_cotangent):
@@ -135,13 +135,22 @@ def _in_forms(native: Callable, *, shifted: Callable, shifted_vjp: Callable | No
     return op(form, stride, *operands), operands
 
   def backward(form, stride, operands, g):
-    gradients = {name: vjp_of(function, stride) for name, function in forms.items()}
-    if shifted_vjp:
-      gradients['shifted'] = functools.partial(shifted_vjp, stride)
+    gradients = {name: functools.partial(vjps[name], stride) if name in vjps
+                 else vjp_of(function, stride) for name, function in forms.items()}
     return _choose(form, gradients, *operands, g)
 
   op.defvjp(forward, backward)
   return op
+
+
+def _wide_vjp(function: Callable) -> Callable:
+  """The gradient of a convolution whose kernel gradient is float32 whatever the image's type."""
+  def backward(stride, x, kernel, g):
+    wide = accumulator(x.dtype)
+    of_x, = jax.vjp(lambda x: function(stride, x, kernel), x)[1](g)
+    of_kernel, = jax.vjp(lambda k: function(stride, x.astype(wide), k), kernel)[1](g.astype(wide))
+    return of_x, of_kernel
+  return backward
 
 
 def _pad(x: Array, side: int, stride: int) -> Array:
@@ -156,7 +165,7 @@ def _every(size: int, start: int, stride: int) -> slice:
 
 
 def _depthwise_native(stride: int, x: Array, kernel: Array) -> Array:
-  return lax.conv_general_dilated(x, kernel, (stride, stride), 'SAME',
+  return lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), 'SAME',
                                   dimension_numbers=_DIMENSIONS, feature_group_count=x.shape[-1])
 
 
@@ -171,7 +180,7 @@ def _depthwise_dense(stride: int, x: Array, kernel: Array) -> Array:
 def _depthwise_shifted(stride: int, x: Array, kernel: Array) -> Array:
   """Nine shifted multiply-adds."""
   h, w = (-(-n // stride) for n in x.shape[1:3])
-  padded, kernel = _pad(x, 3, stride), kernel.astype(accumulator(x.dtype))
+  padded, kernel = _pad(x, 3, stride), kernel.astype(x.dtype).astype(accumulator(x.dtype))
   return sum(padded[:, _every(h, i, stride), _every(w, j, stride)] * kernel[i, j, 0]
              for i, j in _TAPS).astype(x.dtype)
 
@@ -189,7 +198,7 @@ def _depthwise_input_gradient(stride: int, shape: tuple[int, ...], kernel: Array
   h, w = (n + margin for n in g.shape[1:3])
   padded = lax.optimization_barrier(
       jnp.pad(g, ((0, 0), (margin, margin), (margin, margin), (0, 0))))
-  kernel = kernel.astype(accumulator(g.dtype))
+  kernel = kernel.astype(g.dtype).astype(accumulator(g.dtype))
 
   def phase(p, q):
     def tap(i, j):
@@ -240,8 +249,8 @@ def _depthwise_kernel_gradient(stride: int, x: Array, g: Array) -> Array:
   return jnp.stack([jnp.sum(t, (0, 1)) for t in totals]).reshape(3, 3, 1, c)
 
 
-_depthwise = _in_forms(_depthwise_native, shifted=_depthwise_shifted, shifted_vjp=_depthwise_vjp,
-                       dense=_depthwise_dense)
+_depthwise = _in_forms(_depthwise_native, shifted=_depthwise_shifted, dense=_depthwise_dense,
+                       vjps={'shifted': _depthwise_vjp, 'dense': _wide_vjp(_depthwise_dense)})
 
 
 def depthwise_conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'auto') -> Array:
@@ -249,7 +258,7 @@ def depthwise_conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'aut
 
   Args:
     x: [B, H, W, C].
-    kernel: [3, 3, 1, C].
+    kernel: [3, 3, 1, C], rounded to the type of `x`; its gradient keeps its own.
     stride: 1 or 2.
     form: see `LayerPolicy.conv_form`.
 
@@ -260,7 +269,7 @@ def depthwise_conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'aut
 
 
 def _conv_native(stride: int, x: Array, kernel: Array) -> Array:
-  return lax.conv_general_dilated(x, kernel, (stride, stride), 'SAME',
+  return lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), 'SAME',
                                   dimension_numbers=_DIMENSIONS)
 
 
@@ -271,7 +280,8 @@ def _conv_matmul(stride: int, x: Array, kernel: Array) -> Array:
   patches = x.astype(wide)
   if (side, stride) != (1, 1):
     patches = _patches(patches, side, stride)
-  y = patches.reshape(-1, side * side * depth) @ kernel.astype(wide).reshape(-1, features)
+  kernel = kernel.astype(x.dtype).astype(wide)
+  y = patches.reshape(-1, side * side * depth) @ kernel.reshape(-1, features)
   return y.astype(x.dtype).reshape(*patches.shape[:-1], features)
 
 
@@ -283,11 +293,15 @@ def _patches(x: Array, side: int, stride: int) -> Array:
                           for i in range(side) for j in range(side)], axis=-1)
 
 
-_conv = _in_forms(_conv_native, shifted=_conv_matmul)
+_conv = _in_forms(_conv_native, shifted=_conv_matmul, dense=_conv_native,
+                  vjps={'dense': _wide_vjp(_conv_native)})
 
 
 def conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'auto') -> Array:
-  """SAME convolution: [B, H, W, Cin] with [k, k, Cin, Cout] -> [B, ceil(H/s), ceil(W/s), Cout]."""
+  """SAME convolution: [B, H, W, Cin] with [k, k, Cin, Cout] -> [B, ceil(H/s), ceil(W/s), Cout].
+
+  The kernel is rounded to the type of `x`; its gradient keeps its own.
+  """
   return _conv(form, stride, x, kernel)
 
 
@@ -320,7 +334,8 @@ def _max_pool_vjp(stride: int, x: Array, g: Array) -> tuple[Array]:
   return (_interleave(phases, *x.shape[1:3]),)
 
 
-_max_pool = _in_forms(_max_pool_native, shifted=_max_pool_shifted, shifted_vjp=_max_pool_vjp)
+_max_pool = _in_forms(_max_pool_native, shifted=_max_pool_shifted,
+                      vjps={'shifted': _max_pool_vjp})
 
 
 def max_pool(x: Array, *, form: str = 'auto') -> Array:
@@ -413,8 +428,7 @@ class ConvNorm(nn.Module):
     shape = (3, 3, 1, depth) if self.depthwise else (self.side, self.side, depth, self.features)
     kernel = self.param('kernel', policy.kernel_init, shape, jnp.float32)
     op = depthwise_conv if self.depthwise else conv
-    x = op(x.astype(policy.dtype), kernel.astype(policy.dtype), stride=self.stride,
-           form=policy.conv_form)
+    x = op(x.astype(policy.dtype), kernel, stride=self.stride, form=policy.conv_form)
     x = BatchNorm(policy, name='norm')(x, train=train)
     return relu6(x) if self.activation else x
 
