@@ -7,9 +7,11 @@ depthwise convolution becomes nine shifted multiply-adds, the others matrix mult
 'dense' is for TPUs, whose matrix unit has nothing to do in this network: it takes a depthwise
 convolution of few channels as a dense one with a diagonal kernel, where the vector unit, which
 has batch norm to do, would need several times as long. Its kernel gradients are float32 from the
-start, since XLA sums over devices in the type that a gradient is computed in. 'auto' takes 'shifted' in programs lowered
-for cpu, 'dense' for tpu and 'native' for others; the machine that lowers need not have the
-platform.
+start, since XLA sums over devices in the type that a gradient is computed in. 'auto' takes
+'shifted' in programs lowered for cpu, 'dense' for tpu and 'native' for others; the machine that
+lowers need not have the platform.
+'merged' is 'auto', but that MobileNet-v1 leaves the backward passes of its blocks to
+`merged_backward`.
 
 Arrays are NHWC and kernels HWIO; a depthwise kernel is [3, 3, 1, C], Flax's convention (the TF
 Object Detection API's is [3, 3, C, 1]). Padding is TensorFlow's SAME: of the total
@@ -28,14 +30,16 @@ from jax import lax
 
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.groups import check_group_size, num_groups
+from ppn_jax.models.merged_backward import Moments, Raw, conv_with_moments, moments
 
 Array = jax.Array
-CONV_FORMS = ('auto', 'native', 'shifted', 'dense')
+CONV_FORMS = ('auto', 'native', 'shifted', 'dense', 'merged')
 
 # Depthwise convolutions of no more channels are 'dense' ones; with more, multiplying zeros takes
 # longer than it saves.
 DENSE_CHANNELS = 64
 _TAPS = tuple((i, j) for i in range(3) for j in range(3))
+_ROWS = 5  # Of a depthwise kernel gradient's step on CPUs: the fastest of 1 to 8 for most layers.
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -53,7 +57,7 @@ class LayerPolicy:
       averages follow the mean of the groups' statistics.
     conv_form: 'native', 'shifted', 'dense', or 'auto': by the platform that the program is lowered
       for (which need not be the one that lowers it), 'shifted' for cpu, 'dense' for tpu and
-      'native' for others.
+      'native' for others. 'merged': 'auto' with merged backward passes on tpu.
     kernel_stddev: of the normal distribution that kernels start from. None takes He et al.'s
       (sqrt(2 / fan-in)), which keeps the variance from layer to layer. The reference's 0.01
       does not: it makes the variance after a depthwise kernel about 1e-3, no more than
@@ -105,7 +109,7 @@ def accumulator(dtype: Any) -> Any:
 def _choose(form: str, forms: dict[str, Callable], *operands: Any) -> Any:
   """Calls the form; one that an operation lacks is its native one."""
   native = forms['native']
-  if form == 'auto':
+  if form in ('auto', 'merged'):
     return lax.platform_dependent(*operands, cpu=forms.get('shifted', native),
                                   tpu=forms.get('dense', native), default=native)
   return forms.get(form, native)(*operands)
@@ -153,10 +157,20 @@ def _wide_vjp(function: Callable) -> Callable:
   return backward
 
 
-def _pad(x: Array, side: int, stride: int) -> Array:
+def _pad(x: Array, side: int, stride: int, rows: int = 0, multiple: int = 1) -> Array:
   """`x` with SAME's zeros around it. The barrier has it written once, not computed anew at
-  each of the shifts that read it."""
-  padding = [same_padding(n, stride, side) for n in x.shape[1:3]]
+  each of the shifts that read it.
+
+  Args:
+    rows: of the output that windows are read for, if more than there are.
+    multiple: of which height and width have to be.
+  """
+  padding = []
+  for size, count in zip(x.shape[1:3], (rows, 0), strict=True):
+    front, behind = same_padding(size, stride, side)
+    read = (max(count, -(-size // stride)) - 1) * stride + side
+    whole = -(-max(read, front + size + behind) // multiple) * multiple
+    padding.append((front, whole - front - size))
   return lax.optimization_barrier(jnp.pad(x, ((0, 0), *padding, (0, 0))))
 
 
@@ -232,20 +246,28 @@ def _interleave(phases: list[list[Array]], height: int, width: int, top: int = 0
 
 
 def _depthwise_kernel_gradient(stride: int, x: Array, g: Array) -> Array:
-  """Row by row into nine accumulators [B, w, C]. A plain sum of each tap's products would
-  write them out first, or walk memory in strides."""
+  """Some rows at a time into nine accumulators [B, w, C]. A plain sum of each tap's products
+  would write them out first, or walk memory in strides."""
   b, h, w, c = g.shape
   dtype = accumulator(x.dtype)
-  padded, g = _pad(x, 3, stride), lax.optimization_barrier(g)
+  rows = min(_ROWS, h)
+  steps = -(-h // rows)
+  g = lax.optimization_barrier(jnp.pad(g, ((0, 0), (0, steps * rows - h), (0, 0), (0, 0))))
+  padded = _pad(x, 3, stride, rows=steps * rows)
 
   def row(x, k):
     return lax.dynamic_index_in_dim(x, k, 1, keepdims=False).astype(dtype)
 
-  def body(k, totals):
-    return tuple(t + row(padded, k * stride + i)[:, _every(w, j, stride)] * row(g, k)
-                 for t, (i, j) in zip(totals, _TAPS, strict=True))
+  def body(step, totals):
+    first = step * rows
+    images = [row(padded, first * stride + i) for i in range((rows - 1) * stride + 3)]
+    cotangents = [row(g, first + k) for k in range(rows)]
+    return tuple(
+        total + sum(images[k * stride + i][:, _every(w, j, stride)] * cotangents[k]
+                    for k in range(rows))
+        for total, (i, j) in zip(totals, _TAPS, strict=True))
 
-  totals = lax.fori_loop(0, h, body, (jnp.zeros((b, w, c), dtype),) * len(_TAPS))
+  totals = lax.fori_loop(0, steps, body, (jnp.zeros((b, w, c), dtype),) * len(_TAPS))
   return jnp.stack([jnp.sum(t, (0, 1)) for t in totals]).reshape(3, 3, 1, c)
 
 
@@ -287,10 +309,18 @@ def _conv_matmul(stride: int, x: Array, kernel: Array) -> Array:
 
 def _patches(x: Array, side: int, stride: int) -> Array:
   """[B, H, W, C] -> [B, h, w, side * side * C], the window under each output, row by row."""
+  b, _, _, c = x.shape
   h, w = (-(-n // stride) for n in x.shape[1:3])
-  padded = _pad(x, side, stride)
-  return jnp.concatenate([padded[:, _every(h, i, stride), _every(w, j, stride)]
-                          for i in range(side) for j in range(side)], axis=-1)
+  padded = _pad(x, side, stride, multiple=stride)
+  # Pixels that a stride passes over lie beside one another, so they are copied together.
+  cells = padded.reshape(b, padded.shape[1] // stride, stride, -1, stride * c)
+
+  def columns(i, j):
+    row, column = i // stride, j // stride
+    return cells[:, row:row + h, i % stride, column:column + w, :min(stride, side - j) * c]
+
+  return jnp.concatenate([columns(i, j) for i in range(side) for j in range(0, side, stride)],
+                         axis=-1)
 
 
 _conv = _in_forms(_conv_native, shifted=_conv_matmul, dense=_conv_native,
@@ -362,8 +392,15 @@ class BatchNorm(nn.Module):
   policy: LayerPolicy = LayerPolicy()
 
   @nn.compact
-  def __call__(self, x: Array, *, train: bool) -> Array:
-    """[..., C] -> [..., C] in the input's dtype; updates batch_stats if it trains."""
+  def __call__(self, x: Array, deferred: Moments | None = None, *, train: bool) -> Array | Raw:
+    """[..., C] -> [..., C] in the input's dtype; updates batch_stats if it trains.
+
+    Args:
+      x: the input.
+      deferred: in training, the moments of x in its groups: leaves normalising x, and the ReLU6
+        after it, to who takes the Raw.
+      train: whether to normalise with the batch's own moments.
+    """
     c = x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (c,), jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, (c,), jnp.float32)
@@ -373,7 +410,11 @@ class BatchNorm(nn.Module):
     if not train:
       return self._normalise(wide, moving_mean.value, moving_var.value, scale, bias).astype(x.dtype)
     groups = num_groups('norm_group_size', self.policy.norm_group_size, len(x))
-    if groups == 1:
+    if deferred:
+      means, variances = deferred.mean, deferred.variance()
+      y = Raw(x, *self._affine(means, variances, scale, bias))
+      mean, var = jnp.mean(means, axis=0), jnp.mean(variances, axis=0)
+    elif groups == 1:
       mean, var = _moments(wide)
       y = self._normalise(wide, mean, var, scale, bias)
     else:
@@ -385,11 +426,15 @@ class BatchNorm(nn.Module):
       n = x.size // (c * groups)
       self._follow(moving_mean, mean)
       self._follow(moving_var, var * (n / max(n - 1, 1)))
-    return y.reshape(x.shape).astype(x.dtype)
+    return y if deferred else y.reshape(x.shape).astype(x.dtype)
 
   def _normalise(self, x: Array, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
+    factor, offset = self._affine(mean, var, scale, bias)
+    return x * factor + offset
+
+  def _affine(self, mean: Array, var: Array, scale: Array, bias: Array) -> tuple[Array, Array]:
     factor = scale * lax.rsqrt(var + self.policy.norm_epsilon)
-    return x * factor + (bias - mean * factor)
+    return factor, bias - mean * factor
 
   def _follow(self, average: nn.Variable, batch: Array):
     decay = self.policy.norm_decay
@@ -403,6 +448,15 @@ def _moments(x: Array) -> tuple[Array, Array]:
   return mean, jnp.maximum(square - mean * mean, 0)
 
 
+def _depth(x: Array | Raw) -> int:
+  return (x.x if isinstance(x, Raw) else x).shape[-1]
+
+
+def value_of(x: Array | Raw) -> Array:
+  """Of a layer's output that may be deferred."""
+  return x.value() if isinstance(x, Raw) else x
+
+
 class ConvNorm(nn.Module):
   """Convolution without bias, batch norm, ReLU6.
 
@@ -412,36 +466,47 @@ class ConvNorm(nn.Module):
     stride: 1 or 2.
     depthwise: one kernel for each channel.
     activation: False leaves out the ReLU6.
+    deferred: in training leaves batch norm and ReLU6 to the next layer, as a Raw.
   """
   features: int
   side: int = 1
   stride: int = 1
   depthwise: bool = False
   activation: bool = True
+  deferred: bool = False
   policy: LayerPolicy = LayerPolicy()
 
   @nn.compact
-  def __call__(self, x: Array, *, train: bool) -> Array:
+  def __call__(self, x: Array | Raw, *, train: bool) -> Array | Raw:
     """[B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features]."""
     policy = self.policy
-    depth = x.shape[-1]
+    depth = _depth(x)
     shape = (3, 3, 1, depth) if self.depthwise else (self.side, self.side, depth, self.features)
     kernel = self.param('kernel', policy.kernel_init, shape, jnp.float32)
-    op = depthwise_conv if self.depthwise else conv
-    x = op(x.astype(policy.dtype), kernel, stride=self.stride, form=policy.conv_form)
-    x = BatchNorm(policy, name='norm')(x, train=train)
-    return relu6(x) if self.activation else x
+    op = functools.partial(_depthwise if self.depthwise else _conv, policy.conv_form)
+    norm = BatchNorm(policy, name='norm')
+    if self.deferred and train:
+      if isinstance(x, Raw):
+        return norm(*conv_with_moments(op, self.stride, False, x, kernel), train=train)
+      y = op(self.stride, x.astype(policy.dtype), kernel)
+      groups = num_groups('norm_group_size', policy.norm_group_size, len(y))
+      return norm(y, moments(y, groups), train=train)
+    y = op(self.stride, value_of(x).astype(policy.dtype), kernel)
+    y = norm(y, train=train)
+    return relu6(y) if self.activation else y
 
 
 class DepthwiseSeparable(nn.Module):
   """MobileNet's block: a 3x3 depthwise ConvNorm, then a 1x1 ConvNorm to `features`."""
   features: int
   stride: int = 1
+  deferred: bool = False
   policy: LayerPolicy = LayerPolicy()
 
   @nn.compact
-  def __call__(self, x: Array, *, train: bool) -> Array:
+  def __call__(self, x: Array | Raw, *, train: bool) -> Array | Raw:
     """[B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features]."""
-    x = ConvNorm(x.shape[-1], stride=self.stride, depthwise=True, policy=self.policy,
-                 name='depthwise')(x, train=train)
-    return ConvNorm(self.features, policy=self.policy, name='pointwise')(x, train=train)
+    x = ConvNorm(_depth(x), stride=self.stride, depthwise=True, deferred=self.deferred,
+                 policy=self.policy, name='depthwise')(x, train=train)
+    return ConvNorm(self.features, deferred=self.deferred, policy=self.policy,
+                    name='pointwise')(x, train=train)

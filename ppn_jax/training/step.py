@@ -162,7 +162,13 @@ def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, plan
 def _jit_step(step: Callable, detector: Detector, optimizer: Optimizer, mesh: Mesh,
               data: tuple[NamedSharding, ...]) -> Callable:
   state = _shardings(abstract_state(detector, optimizer, mesh))
-  return jax.jit(step, in_shardings=(state, *data),
+
+  def on_mesh(*arguments):
+    # For layers that work device by device.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return step(*arguments)
+
+  return jax.jit(on_mesh, in_shardings=(state, *data),
                  out_shardings=(state, partition.replicated(mesh)), donate_argnums=0)
 
 
