@@ -7,7 +7,7 @@ import subprocess
 import jax
 
 
-def describe() -> dict[str, str | int]:
+def describe() -> dict[str, str | int | float | None]:
   """Machine, accelerator and versions; nothing that names the machine itself."""
   device = jax.devices()[0]
   return {
@@ -16,6 +16,7 @@ def describe() -> dict[str, str | int]:
       'devices': jax.device_count(),
       'cpu': _cpu_model(),
       'cpu_cores': len(os.sched_getaffinity(0)),
+      'load_average': _load(),
       'python': platform.python_version(),
       'jax': jax.__version__,
       'commit': _commit(),
@@ -28,6 +29,14 @@ def _cpu_model() -> str:
       return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
   except (OSError, StopIteration):
     return platform.processor()
+
+
+def _load() -> float | None:
+  """Processes that ran or waited in the last minute, the benchmark's own included."""
+  try:
+    return round(os.getloadavg()[0], 1)
+  except (OSError, AttributeError):
+    return None
 
 
 def _commit() -> str:

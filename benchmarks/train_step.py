@@ -14,6 +14,8 @@ import argparse
 import functools
 import json
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import hardware
 import jax
@@ -26,9 +28,10 @@ from ppn_jax.data.loader import train_batches
 from ppn_jax.data.sources import build_source
 from ppn_jax.data.transforms import build_transforms
 from ppn_jax.detection.structures import GroundTruth, Outputs
+from ppn_jax.detector import Detector, Variables
 from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import build_detector
-from ppn_jax.training.optim import build_optimizer
+from ppn_jax.training.optim import Optimizer, build_optimizer
 from ppn_jax.training.partition import data_mesh
 from ppn_jax.training.step import jit_init, jit_train_step
 
@@ -65,43 +68,19 @@ def main() -> None:
 def measure(config, batch_size: int, rounds: int) -> tuple[dict, float]:
   """{part: {median, fastest} in ms}, and the seconds that the step took to compile."""
   parts, compile_seconds = prepare(config, batch_size)
-  times = {name: [] for name in parts}
-  for run in parts.values():
-    run()  # Warm up, compile.
-  for _ in range(rounds):
-    for name, run in parts.items():
-      start = time.perf_counter()
-      run()
-      times[name].append(1000 * (time.perf_counter() - start))
+  times = in_turns(parts, rounds)
   times['input'] = input_times(config, batch_size, rounds)
   return {name: {'median': round(float(np.median(t)), 2), 'fastest': round(min(t), 2)}
           for name, t in times.items()}, compile_seconds
 
 
-def prepare(config, batch_size: int):
+def prepare(config, batch_size: int) -> tuple[dict[str, Callable], float]:
   """{part: a function that does it once}, and the seconds that the step took to compile."""
-  keep_freed_memory()  # As `train` does.
-  detector = build_detector(config)
-  optimizer = build_optimizer(steps=1000, batch_size=batch_size, learning_rate=0.01)
-  mesh = data_mesh()
-  state = jit_init(detector, optimizer, mesh)(0)
-  variables = jax.tree.map(jnp.copy, state.variables)
-  images, truth = random_batch(batch_size, detector.image_size, detector.num_classes)
-  started = time.perf_counter()
-  step = jit_train_step(detector, optimizer, mesh).lower(state, images, truth).compile()
-  compile_seconds = time.perf_counter() - started
-
-  def train_step():
-    nonlocal state
-    state, metrics = step(state, images, truth)
-    jax.block_until_ready(metrics)
-
-  outputs = jax.jit(detector.forward)(variables, images)
-  targets = jax.jit(functools.partial(detector.assign, detector.anchors))(truth)
-  total = lambda o, t: sum(detector.outputs_loss(Outputs(*o), t)[:2])
-  backbone = detector.network.backbone
+  setup = set_up(config, batch_size)
+  optimizer, variables = setup.optimizer, setup.variables
+  backbone = setup.detector.network.backbone
   weights = {k: v['backbone'] for k, v in variables.items()}
-  pixels = jnp.asarray(images, jnp.float32) * (2 / 255) - 1
+  pixels = jnp.asarray(setup.images, jnp.float32) * (2 / 255) - 1
 
   def features(params):
     maps, _ = backbone.apply({**weights, 'params': params}, pixels, train=True,
@@ -121,13 +100,70 @@ def prepare(config, batch_size: int):
 
   opt_state = optimizer.transform.init(variables['params'])
   return {
-      'train_step': train_step,
+      'train_step': setup.train_step,
       'backbone_forward': blocking(jax.jit(features), weights['params']),
       'backbone_forward_backward': blocking(jax.jit(both), weights['params']),
-      'assignment': blocking(jax.jit(functools.partial(detector.assign, detector.anchors)), truth),
-      'loss_with_gradient': blocking(jax.jit(jax.value_and_grad(total)), outputs, targets),
+      **loss_parts(setup),
       'optimizer': blocking(jax.jit(update), variables['params'], opt_state, variables['params']),
-  }, compile_seconds
+  }, setup.compile_seconds
+
+
+class Setup(NamedTuple):
+  """A detector that is ready to take steps, on noise."""
+  detector: Detector
+  optimizer: Optimizer
+  variables: Variables
+  images: jax.Array
+  truth: GroundTruth
+  train_step: Callable[[], None]  # Takes one and waits for it.
+  compiled: jax.stages.Compiled
+  compile_seconds: float
+
+
+def set_up(config, batch_size: int, max_boxes: int = 100) -> Setup:
+  """Compiles the step for batches of noise whose truth is padded to `max_boxes`."""
+  keep_freed_memory()  # As `train` does.
+  detector = build_detector(config)
+  optimizer = build_optimizer(steps=1000, batch_size=batch_size, learning_rate=0.01)
+  mesh = data_mesh()
+  state = jit_init(detector, optimizer, mesh)(0)
+  variables = jax.tree.map(jnp.copy, state.variables)
+  images, truth = random_batch(batch_size, detector.image_size, detector.num_classes, max_boxes)
+  started = time.perf_counter()
+  step = jit_train_step(detector, optimizer, mesh).lower(state, images, truth).compile()
+  compile_seconds = time.perf_counter() - started
+
+  def train_step():
+    nonlocal state
+    state, metrics = step(state, images, truth)
+    jax.block_until_ready(metrics)
+
+  return Setup(detector, optimizer, variables, images, truth, train_step, step, compile_seconds)
+
+
+def loss_parts(setup: Setup) -> dict[str, Callable]:
+  """Assignment and loss apart from the step, on what the network says at first."""
+  detector = setup.detector
+  outputs = jax.jit(detector.forward)(setup.variables, setup.images)
+  assignment = jax.jit(functools.partial(detector.assign, detector.anchors))
+  total = lambda o, t: sum(detector.outputs_loss(Outputs(*o), t)[:2])
+  return {'assignment': blocking(assignment, setup.truth),
+          'loss_with_gradient': blocking(jax.jit(jax.value_and_grad(total)), outputs,
+                                         assignment(setup.truth))}
+
+
+def in_turns(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+  """{name: milliseconds in each round}; in a round each runs once, so that all see the same
+  disturbances. Before them each runs once to compile."""
+  times = {name: [] for name in runs}
+  for run in runs.values():
+    run()
+  for _ in range(rounds):
+    for name, run in runs.items():
+      start = time.perf_counter()
+      run()
+      times[name].append(1000 * (time.perf_counter() - start))
+  return times
 
 
 def blocking(function, *arguments):

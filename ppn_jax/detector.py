@@ -66,7 +66,17 @@ class Detector:
 
   def init(self, key: Array) -> Variables:
     """Fresh variables: `{'params', 'batch_stats'}`, float32."""
-    return self.network.init(key, self.blank_images(), train=False)
+    return self._first_pass(key)[1]
+
+  @functools.cached_property
+  def _first_pass(self) -> Callable[[Array], tuple[Outputs, Variables]]:
+    """key -> (outputs for a blank image, fresh variables).
+
+    Shapes are asked for many times before the first step; each trace takes a second or so, and
+    this has one, which other programs take over as if it were their own.
+    """
+    return jax.jit(lambda key: self.network.init_with_output(key, self.blank_images(),
+                                                             train=False), inline=True)
 
   def forward(self, variables: Variables, images: Array) -> Outputs:
     """The network at inference: batch norm uses its moving averages."""
@@ -118,10 +128,13 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
   if image_size < 1 or num_classes < 1:
     raise InputError(f'image_size={image_size} and num_classes={num_classes} must be positive')
   columns = ClassColumns(num_classes, background_column, score_activation)
+  policy = _layer_policy(layers)
   network = functools.partial(build_network, backbone=backbone, neck=neck, head=head,
-                              num_classes=columns.count, policy=_layer_policy(layers))
+                              num_classes=columns.count, policy=policy)
   lay_anchors = registry.bind('anchors', ssd_anchors, anchors, given=['grid_sizes'])
-  grids = _grid_sizes(network(anchors_per_cell=(1,)), image_size)
+  # All forms of an operation have the same shapes, and one is sooner traced than all.
+  plain = dataclasses.replace(policy, conv_form='native')
+  grids = _grid_sizes(network(anchors_per_cell=(1,), policy=plain), image_size)
   laid = lay_anchors(grids)
   per_cell = anchors_per_cell(laid, grids)
   if len(set(per_cell)) == 1:
@@ -167,8 +180,7 @@ def _check_rows(detector: Detector) -> None:
 
   Shapes only, nothing is compiled.
   """
-  outputs = jax.eval_shape(lambda: detector.forward(detector.init(jax.random.key(0)),
-                                                    detector.blank_images()))
+  outputs, _ = jax.eval_shape(lambda: detector._first_pass(jax.random.key(0)))
   rows, columns = outputs.class_logits.shape[1:]
   if rows != len(detector.anchors.boxes) or columns != detector.columns.count:
     raise InputError(

@@ -88,17 +88,24 @@ class StepTrace:
 
 def describe(compiled: jax.stages.Compiled) -> str:
   """Memory and arithmetic of a compiled step on each device, as XLA counts them, in a line."""
-  memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  said = []
-  if memory is not None:
-    whole = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-             - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
-    # On a CPU the peak leaves out what is temporary.
-    peak = memory.peak_memory_in_bytes
-    said.append(f'{format_bytes(peak if peak > memory.temp_size_in_bytes else whole)} of memory')
+  needed, costs = program_bytes(compiled), compiled.cost_analysis() or {}
+  said = [f'{format_bytes(needed)} of memory'] if needed else []
   if costs.get('flops', 0) > 0:  # Of a program whose FLOPs are unknown, -1.
     said.append(f'{costs["flops"] / 1e9:,.4g} GFLOP')
   return "a step needs, on each device by XLA's count, " + (' and '.join(said) or 'it cannot tell')
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+  """The most bytes that a compiled program holds on a device, arguments included, as XLA counts
+  them; 0 if it cannot tell."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return 0
+  whole = (memory.argument_size_in_bytes + memory.output_size_in_bytes
+           - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+  # On a CPU the peak leaves out what is temporary.
+  peak = memory.peak_memory_in_bytes
+  return peak if peak > memory.temp_size_in_bytes else whole
 
 
 def peak_memory() -> dict[str, int]:
