@@ -1,0 +1,173 @@
+"""The report for people: a table in Markdown, curves, and one page of HTML in the house style."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from voc300 import comparison
+
+from ppn_jax.evaluation import calibration_picture
+from ppn_jax.pictures.page import Section, Table, plot, render
+from ppn_jax.pictures.plotting import MUTED, say_instead
+from ppn_jax.pictures.plotting import plot as figure
+
+TITLE = 'PPN and SSD on real photographs, from random weights'
+# Distinct to those who see colours in other ways too; by variant, in the order they come.
+_COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
+_DASHES = ('-', '--', ':')
+_ROWS = (
+    ('AP', 'AP, mean over IoU 0.50:0.95', '.4f'), ('AP50', 'AP50 (COCO, 101 recalls)', '.4f'),
+    ('VOC_AP50', 'AP50 (VOC, every recall)', '.4f'), ('AP75', 'AP75', '.4f'),
+    ('AP_small', 'AP of small objects', '.4f'), ('AP_medium', 'AP of medium objects', '.4f'),
+    ('AP_large', 'AP of large objects', '.4f'),
+    ('parameters', 'parameters', ','), ('flops', 'FLOPs of an image', ','),
+    ('images_per_second', 'images/s in training', ',.0f'),
+    ('hours', 'hours a run, steps alone', '.3f'),
+    ('data_wait', 'share of them waiting for data', '.1%'),
+    ('ECE', 'expected calibration error', '.4f'),
+    ('gap_spread', 'spread of score less precision between levels', '.4f'),
+    ('spread_at_equal_score', 'spread of precision at equal score between levels', '.4f'),
+    ('cost_AP', 'AP lost to differences between levels', '+.4f'),
+    ('cost_AP50', 'AP50 lost to them', '+.4f'))
+
+
+def main_table(found: Mapping[str, Any]) -> Table:
+  """Figures by variant: mean over seeds, and standard deviation where there are several."""
+  variants = found['variants']
+  rows = [(label, *(show(v[key], form) for v in variants.values())) for key, label, form in _ROWS]
+  counts = sorted({len(v['seeds']) for v in variants.values()})
+  seeds = f'{"/".join(map(str, counts)) or 0} seed{"s" if counts != [1] else ""}'
+  return Table(('', *variants), rows, f'Mean ± standard deviation over {seeds}')
+
+
+def show(value: Any, form: str) -> str:
+  """A number, or a summary of `comparison.over_seeds`."""
+  if not isinstance(value, Mapping):
+    return '-' if value is None else format(value, form)
+  if value['mean'] is None:
+    return '-'
+  deviation = value['deviation']
+  return format(value['mean'], form) + (
+      f' ± {format(deviation, form.replace("+", ""))}' if deviation is not None else '')
+
+
+def difference_tables(found: Mapping[str, Any]) -> list[Table]:
+  """Paired differences with their intervals."""
+  interval = lambda i: '-' if i is None else f'{i[0]:+.4f} to {i[1]:+.4f}'
+  labels = {key: label for key, label, _ in _ROWS}
+  return [Table(('', 'difference', '95% over seeds', '95% over images'),
+                [(labels[k], '-' if d[k]['mean'] is None else f'{d[k]["mean"]:+.4f}',
+                  interval(d[k]['interval']), interval(d[k]['images']))
+                 for k in comparison.FIGURES], f'{name}, paired by seed')
+          for name, d in found['differences'].items()]
+
+
+def level_table(found: Mapping[str, Any]) -> Table:
+  """Expected calibration error, and score less precision, by level."""
+  variants = found['variants']
+  depth = max((len(v['calibration_by_level']) for v in variants.values()), default=0)
+  rows = []
+  for k in range(depth):
+    row = [f'level {k}']
+    for v in variants.values():
+      level = (v['calibration_by_level'] + [None] * depth)[k]
+      row += ['-', '-'] if level is None else [show(level['ECE'], '.3f'),
+                                               show(level['gap'], '+.3f')]
+    rows.append(row)
+  header = [text for name in variants for text in (f'{name} ECE', f'{name} gap')]
+  return Table(('', *header), rows, 'Calibration by pyramid level, finest first; the gap is mean '
+               'score less precision')
+
+
+def other_tables(found: Mapping[str, Any]) -> list[Table]:
+  """Verdicts, what tuning compared, and runs that stopped, as far as there are any."""
+  tables = []
+  if found.get('claims'):
+    tables.append(Table(('claim', 'verdict'), [(c['claim'], c['verdict'])
+                                               for c in found['claims']], words=(1,)))
+  if found.get('tuning'):
+    models = list(found['tuning'][0]['AP'])
+    tables.append(Table(('recipe', *(f'AP {m}' for m in models), 'mean'),
+                        [(row['recipe'], *(show(row['AP'][m], '.4f') for m in models),
+                          show(row['mean'], '.4f')) for row in found['tuning']],
+                        'Recipes, the best mean first'))
+  if found['stopped']:
+    tables.append(Table(('run', 'why it stopped'), [
+        (f'{r["model"]} {r["recipe"]} {r["seed"]}', r['stopped']) for r in found['stopped']],
+                        words=(1,)))
+  return tables
+
+
+def setting_text(found: Mapping[str, Any]) -> str:
+  """What was done, in a few sentences; the note of a reduced profile first."""
+  kinds = '; '.join(f'{h["device"]} ({h["backend"]}), {h["cpu_cores"]} x {h["cpu"]}, JAX '
+                    f'{h["jax"]}, commit {h["commit"]}' for h in found['hardware'])
+  recipe = '' if found['tune'] else f' Recipe {found["recipe"]}.'
+  done = '' if found['complete'] else (f' NOT COMPLETE: {found["runs_finished"]} of '
+                                       f'{found["runs_asked_for"]} runs are finished.')
+  return (f'{found["note"]}{" " if found["note"] else ""}{found["train_images"]:,} images to train '
+          f'on, {found["val_images"]:,} to score, from random weights. {found["image_size"]} px, '
+          f'{found["epochs"]} epochs, batch {found["batch_size"]}.{recipe}{done} '
+          f'Run on {kinds or "nothing yet"}.')
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+  """The tables, for a README."""
+  tables = [main_table(found), *difference_tables(found), level_table(found),
+            *other_tables(found)]
+  return '\n\n'.join([setting_text(found), *map(_markdown_table, tables)]) + '\n'
+
+
+def _markdown_table(table: Table) -> str:
+  cells = lambda row: '| ' + ' | '.join(str(c).replace('|', r'\|') for c in row) + ' |'
+  return '\n'.join(([f'{table.caption}:', ''] if table.caption else []) +
+                   [cells(table.header), '|' + '---|' * len(table.header),
+                    *map(cells, table.rows)])
+
+
+def curves(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, Any]]]
+           ) -> np.ndarray:
+  """Loss, AP and AP50 over epochs, a line for each seed; u8 [H, W, 3]."""
+  epochs = found['batch_size'] / found['train_images']
+  with figure(14.5, 4.4) as made:
+    axes = made.figure.subplots(1, 3)
+    for ax, key, title in zip(axes, ('train/loss', 'eval/AP', 'eval/AP50'),
+                              ('Loss', 'AP on the evaluation data', 'AP50'), strict=True):
+      drawn = 0
+      for number, (name, runs) in enumerate(groups.items()):
+        for at, run in enumerate(runs):
+          points = [(line['step'] * epochs, line[key])
+                    for line in run['curve'] if line.get(key) is not None]
+          if points:
+            drawn += 1
+            ax.plot(*zip(*points, strict=True), color=_COLOURS[number % len(_COLOURS)],
+                    linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)], linewidth=1.4,
+                    alpha=0.85, marker='' if key == 'train/loss' else 'o', markersize=3.5,
+                    label=name if at == 0 else None)
+      ax.set_title(title)
+      if drawn:
+        ax.set(xlabel='epoch', **({'yscale': 'log'} if key == 'train/loss' else
+                                  {'ylim': (0, None)}))
+        ax.legend()
+      else:
+        say_instead(ax, 'none recorded')
+    if found['note']:
+      made.figure.suptitle(found['note'], x=0.008, ha='left', fontsize=9, color=MUTED)
+  return made.pixels
+
+
+def html(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+  """The page, complete in itself."""
+  text = ('Means over seeds. Intervals over seeds are Student\'s; those over images leave out '
+          'groups of images in turn. A difference is real as far as neither holds zero.')
+  sections = [
+      Section('Figures', text, [main_table(found), *other_tables(found)]),
+      Section('Differences', '', difference_tables(found)),
+      Section('Curves', '', groups=[plot(curves(found, groups), 'loss and AP by epoch')]),
+      Section('Calibration by level', 'Expected calibration error of detections of score '
+              '0.05 and more, right at IoU 0.5.', [level_table(found)])]
+  for name, runs in groups.items():
+    sections.append(Section(f'Reliability of {name}', f'Seed {runs[0]["seed"]}; bands of 95%.',
+                            groups=[plot(calibration_picture.reliability(runs[0]['calibration']),
+                                         f'precision against score, {name}')]))
+  return render(TITLE if not found['tune'] else 'Recipes compared', setting_text(found), sections)
