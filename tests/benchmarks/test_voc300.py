@@ -361,6 +361,7 @@ def test_models_differ_in_the_model_alone(profile, tmp_path):
       build_augmentation(data['transforms'], image_size=size, resize=data['resize'])
 
 
+@pytest.mark.slow
 def test_models_have_the_same_levels(tmp_path):
   for profile in ('gpu', 'cpu'):
     shapes = []
@@ -492,6 +493,7 @@ def test_a_report_of_three_seeds(tmp_path):
   assert 'REDUCED' not in text and f'{ppn["AP"]["mean"]:.4f} ± ' in text
 
 
+@pytest.mark.slow
 def test_tuning_compares_recipes_and_makes_no_claims(tmp_path):
   folder = Folder(tmp_path)
   keys = [RunKey(model, recipe, 100) for recipe in ('zoom', 'decay') for model in ('ppn', 'ssd')]

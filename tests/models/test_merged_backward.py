@@ -12,8 +12,10 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ppn_jax.errors import InputError
 from ppn_jax.models import merged_backward, pallas_kernels
 from ppn_jax.models.merged_backward import Raw
+from ppn_jax.training.step import check_kernels
 
 EPSILON = 1e-3
 QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
@@ -114,3 +116,13 @@ def test_small_batches_are_left_to_xla(monkeypatch):
   with pytest.raises(AssertionError, match='a kernel was taken'):
     function.clear_cache()
     function.trace(*problem()).lower(lowering_platforms=('tpu',))
+
+
+@pytest.mark.parametrize('form, kinds, refused', [
+    ('merged', ['TPU v4'], True), ('merged', ['TPU v3'], True), ('auto', ['TPU v4'], False),
+    ('merged', ['TPU v5 lite', 'TPU v6 lite', 'cpu'], False)])
+def test_chips_without_room_for_the_kernels_are_refused_before_compiling(form, kinds, refused):
+  if not refused:
+    return check_kernels(form, kinds)
+  with pytest.raises(InputError, match=f"conv_form='merged' needs more VMEM than a {kinds[0]} has"):
+    check_kernels(form, kinds)
