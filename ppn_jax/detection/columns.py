@@ -78,8 +78,7 @@ class ClassColumns:
 
     Other anchors have no column at all, the background's included ("background as zeros").
     """
-    wanted = jax.nn.one_hot(labels + self.background, self.count, dtype=bool)
-    return wanted & positive[..., None]
+    return jax.nn.one_hot(self.label_columns(labels, positive), self.count, dtype=bool)
 
   def targets_with_background(self, labels: Array, positive: Array) -> Array:
     """As `targets`, but other anchors have the background's column, if there is one."""
