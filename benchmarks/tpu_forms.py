@@ -28,7 +28,6 @@ STAGES = (
     ('narrow depthwise convolutions dense', 'becf990', ()),
     ('focal loss by cell', '6c61d10', ()),
     ('float32 kernel gradients', '6192ef4', ()),
-    ('merged backward passes', '0c90579', ('--config.model.layers.conv_form=merged',)),
 )
 # Every stage is compiled at the second of these, the first and the last at all.
 BATCHES = (64, 128, 256)

@@ -15,10 +15,8 @@ _SHAPE = re.compile(r'([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)(:[^}]*)?\})?')
 _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _CALLED = re.compile(r'(?:body|condition|to_apply|branch_computations)=(\{[^}]*\}|%[\w.\-]+)')
-_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _NAME = re.compile(r'%([\w.\-]+)')
 
-PALLAS = 'tpu_custom_call'
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
                'collective-permute', 'collective-broadcast')
 # They name or regroup what others have computed. A `-done` waits for what its `-start` moves.
@@ -36,7 +34,6 @@ class Instruction(NamedTuple):
   called: tuple[str, ...]  # Loop bodies and conditions, branches, called computations.
   cycles: int  # 0 where the compiler gives none.
   trips: int  # Of a loop, 0 where it is not known.
-  target: str  # What a custom call calls.
 
 
 class Program(NamedTuple):
@@ -51,7 +48,6 @@ class Costs(NamedTuple):
   unestimated_sorts: int  # Sorts that are executed without an estimate.
   unknown_loops: int  # Loops of unknown length, which are counted as if they ran once.
   hbm_bytes: int  # Read and written, tiles' padding included, what stays on the chip left out.
-  kernel_bytes: int  # Of them those of Pallas kernels, for which there are no cycles.
   collectives: dict[str, tuple[int, int]]  # {opcode: (how many, bytes)}, no padding.
 
 
@@ -77,28 +73,25 @@ def parse(text: str) -> Program:
 def _instruction(name: str, result: str, opcode: str, rest: str) -> Instruction:
   operands, _, attributes = rest.partition(')')
   cycles, trips = _CYCLES.search(attributes), _TRIPS.search(attributes)
-  target = _TARGET.search(attributes)
   called = tuple(n for group in _CALLED.findall(attributes) for n in _NAME.findall(group))
   return Instruction(
       name, opcode, tuple(_SHAPE.findall(result)), tuple(_NAME.findall(operands)), called,
-      int(cycles[1]) if cycles else 0, int(trips[1]) if trips else 0, target[1] if target else '')
+      int(cycles[1]) if cycles else 0, int(trips[1]) if trips else 0)
 
 
 def costs(program: Program) -> Costs:
   """Adds up what `Costs` has, over all that is executed."""
-  cycles, sorts, loops, moved, by_kernels, collectives = 0, 0, 0, 0, 0, {}
+  cycles, sorts, loops, moved, collectives = 0, 0, 0, 0, {}
   for times, instruction, sizes in _executed(program, program.entry):
     cycles += times * instruction.cycles
     sorts += times * (instruction.opcode == 'sort' and not instruction.cycles)
     loops += instruction.opcode == 'while' and not instruction.trips
     moved += times * _moved(instruction, sizes)
-    if instruction.opcode == 'custom-call' and instruction.target == PALLAS:
-      by_kernels += times * _moved(instruction, sizes)
     kind = instruction.opcode.removesuffix('-start')
     if kind in COLLECTIVES:
       count, total = collectives.get(kind, (0, 0))
       collectives[kind] = count + times, total + times * _exchanged(instruction, sizes)
-  return Costs(cycles, sorts, loops, moved, by_kernels, collectives)
+  return Costs(cycles, sorts, loops, moved, collectives)
 
 
 Shapes = Sequence[tuple[str, ...]]

@@ -52,9 +52,6 @@ CHIPS = {
     'v6e': Chip(32 * 2**30, 1638e9, 918e12, 1.75e9),
 }
 _TOPOLOGY = re.compile(r'(v\d+[a-z]*):(\d+(?:x\d+){1,2})')
-# The compiler gives no cycles for Pallas kernels. Where it has them, for the fusions that the
-# kernels of `models/pallas_kernels.py` replace, they are twice what their memory traffic takes.
-_KERNEL_PESSIMISM = 2.0
 # Boxes of an image that the program is compiled for, where the config leaves it to the data.
 MAX_BOXES = 100
 _ENVIRONMENT = {
@@ -91,8 +88,7 @@ class Estimate(NamedTuple):
   flops: float = 0.0
   bytes_accessed: float = 0.0  # By XLA's cost analysis: VMEM included, padding left out.
   hbm_bytes: int = 0  # See hlo.Costs.
-  kernel_bytes: int = 0  # See hlo.Costs.
-  cycles: int = 0  # Of a device, without Pallas kernels.
+  cycles: int = 0  # Of a device.
   unestimated_sorts: int = 0
   unknown_loops: int = 0  # See hlo.Costs.
   clock: float = 0.0
@@ -238,14 +234,13 @@ def _filled_in(estimate: Estimate, compiled: jax.stages.Compiled) -> Estimate:
   flops, hbm_bytes = devices * analysis['flops'], devices * costs.hbm_bytes
   # The roofline: nothing is faster than its memory traffic or its arithmetic.
   roofline = max(hbm_bytes / estimate.bandwidth, flops / chip_of(estimate.topology)[0].peak)
-  kernels = _KERNEL_PESSIMISM * devices * costs.kernel_bytes / estimate.bandwidth
   rates = [estimate.batch_per_chip / s if s else 0.0
-           for s in (costs.cycles / estimate.clock + kernels, roofline)]
+           for s in (costs.cycles / estimate.clock, roofline)]
   return estimate._replace(
       peak_hbm=devices * compiled.memory_analysis().peak_memory_in_bytes,
       flops=flops, bytes_accessed=devices * analysis['bytes accessed'], hbm_bytes=hbm_bytes,
-      kernel_bytes=devices * costs.kernel_bytes, cycles=costs.cycles,
-      unestimated_sorts=costs.unestimated_sorts, unknown_loops=costs.unknown_loops,
+      cycles=costs.cycles, unestimated_sorts=costs.unestimated_sorts,
+      unknown_loops=costs.unknown_loops,
       images_per_second_by_cycles=rates[0], images_per_second_by_bytes=rates[1],
       collectives=costs.collectives)
 

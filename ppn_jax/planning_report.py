@@ -68,9 +68,6 @@ def _rates(e: Estimate, prediction: Prediction) -> list[str]:
       f'({e.bytes_accessed / 1e9:,.2f} GB accessed by XLA\'s count)',
       '  collectives: ' + (', '.join(f'{n} {kind}, {size / 1e6:,.2f} MB' for kind, (n, size)
                                      in sorted((e.collectives or {}).items())) or 'none')]
-  if e.kernel_bytes:
-    lines.append(f'  of it {e.kernel_bytes / 1e9:,.2f} GB by Pallas kernels, which have no cycles: '
-                 'twice the time of that traffic is taken for them')
   if e.unestimated_sorts or e.unknown_loops:
     lines.append(f'  left out of the cycles: {e.unestimated_sorts} sorts; counted once: '
                  f'{e.unknown_loops} loops of unknown length')

@@ -108,16 +108,6 @@ ENTRY %m (p: f32[64,128]) -> f32[8,128] {
   assert hlo.costs(hlo.parse(text)).hbm_bytes == 3 * 8 * 128 * 4
 
 
-def test_bytes_of_pallas_kernels_are_counted_apart():
-  def text(target):
-    return ('ENTRY %m (p: f32[8,128]) -> f32[8,128] {\n  %p = f32[8,128]{1,0:T(8,128)} parameter(0)'
-            '\n  ROOT %k = f32[8,128]{1,0:T(8,128)} custom-call(%p), '
-            f'custom_call_target="{target}"\n}}')
-  kernel, other = (hlo.costs(hlo.parse(text(t))) for t in ('tpu_custom_call', 'Sharding'))
-  assert kernel.hbm_bytes == other.hbm_bytes == 2 * 8 * 128 * 4
-  assert (kernel.kernel_bytes, other.kernel_bytes) == (kernel.hbm_bytes, 0)
-
-
 def test_reads_what_this_compiler_prints():
   compiled = jax.jit(lambda x: jnp.sin(x @ x).sum()).lower(jnp.ones((64, 64))).compile()
   program = hlo.parse(compiled.as_text())

@@ -10,8 +10,6 @@ has batch norm to do, would need several times as long. Its kernel gradients are
 start, since XLA sums over devices in the type that a gradient is computed in. 'auto' takes
 'shifted' in programs lowered for cpu, 'dense' for tpu and 'native' for others; the machine that
 lowers need not have the platform.
-'merged' is 'auto', but that MobileNet-v1 leaves the backward passes of its blocks to
-`merged_backward`.
 
 Arrays are NHWC and kernels HWIO; a depthwise kernel is [3, 3, 1, C], Flax's convention (the TF
 Object Detection API's is [3, 3, C, 1]). Padding is TensorFlow's SAME: of the total
@@ -30,10 +28,9 @@ from jax import lax
 
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.groups import check_group_size, num_groups
-from ppn_jax.models.merged_backward import Moments, Raw, conv_with_moments, moments
 
 Array = jax.Array
-CONV_FORMS = ('auto', 'native', 'shifted', 'dense', 'merged')
+CONV_FORMS = ('auto', 'native', 'shifted', 'dense')
 
 # Depthwise convolutions of no more channels are 'dense' ones; with more, multiplying zeros takes
 # longer than it saves.
@@ -57,7 +54,7 @@ class LayerPolicy:
       averages follow the mean of the groups' statistics.
     conv_form: 'native', 'shifted', 'dense', or 'auto': by the platform that the program is lowered
       for (which need not be the one that lowers it), 'shifted' for cpu, 'dense' for tpu and
-      'native' for others. 'merged': 'auto' with merged backward passes on tpu.
+      'native' for others.
     kernel_stddev: of the normal distribution that kernels start from. None takes He et al.'s
       (sqrt(2 / fan-in)), which keeps the variance from layer to layer. The reference's 0.01
       does not: it makes the variance after a depthwise kernel about 1e-3, no more than
@@ -109,7 +106,7 @@ def accumulator(dtype: Any) -> Any:
 def _choose(form: str, forms: dict[str, Callable], *operands: Any) -> Any:
   """Calls the form; one that an operation lacks is its native one."""
   native = forms['native']
-  if form in ('auto', 'merged'):
+  if form == 'auto':
     return lax.platform_dependent(*operands, cpu=forms.get('shifted', native),
                                   tpu=forms.get('dense', native), default=native)
   return forms.get(form, native)(*operands)
@@ -392,15 +389,8 @@ class BatchNorm(nn.Module):
   policy: LayerPolicy = LayerPolicy()
 
   @nn.compact
-  def __call__(self, x: Array, deferred: Moments | None = None, *, train: bool) -> Array | Raw:
-    """[..., C] -> [..., C] in the input's dtype; updates batch_stats if it trains.
-
-    Args:
-      x: the input.
-      deferred: in training, the moments of x in its groups: leaves normalising x, and the ReLU6
-        after it, to who takes the Raw.
-      train: whether to normalise with the batch's own moments.
-    """
+  def __call__(self, x: Array, *, train: bool) -> Array:
+    """[..., C] -> [..., C] in the input's dtype; updates batch_stats if it trains."""
     c = x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (c,), jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, (c,), jnp.float32)
@@ -410,11 +400,7 @@ class BatchNorm(nn.Module):
     if not train:
       return self._normalise(wide, moving_mean.value, moving_var.value, scale, bias).astype(x.dtype)
     groups = num_groups('norm_group_size', self.policy.norm_group_size, len(x))
-    if deferred:
-      means, variances = deferred.mean, deferred.variance()
-      y = Raw(x, *self._affine(means, variances, scale, bias))
-      mean, var = jnp.mean(means, axis=0), jnp.mean(variances, axis=0)
-    elif groups == 1:
+    if groups == 1:
       mean, var = _moments(wide)
       y = self._normalise(wide, mean, var, scale, bias)
     else:
@@ -426,15 +412,11 @@ class BatchNorm(nn.Module):
       n = x.size // (c * groups)
       self._follow(moving_mean, mean)
       self._follow(moving_var, var * (n / max(n - 1, 1)))
-    return y if deferred else y.reshape(x.shape).astype(x.dtype)
+    return y.reshape(x.shape).astype(x.dtype)
 
   def _normalise(self, x: Array, mean: Array, var: Array, scale: Array, bias: Array) -> Array:
-    factor, offset = self._affine(mean, var, scale, bias)
-    return x * factor + offset
-
-  def _affine(self, mean: Array, var: Array, scale: Array, bias: Array) -> tuple[Array, Array]:
     factor = scale * lax.rsqrt(var + self.policy.norm_epsilon)
-    return factor, bias - mean * factor
+    return x * factor + (bias - mean * factor)
 
   def _follow(self, average: nn.Variable, batch: Array):
     decay = self.policy.norm_decay
@@ -448,15 +430,6 @@ def _moments(x: Array) -> tuple[Array, Array]:
   return mean, jnp.maximum(square - mean * mean, 0)
 
 
-def _depth(x: Array | Raw) -> int:
-  return (x.x if isinstance(x, Raw) else x).shape[-1]
-
-
-def value_of(x: Array | Raw) -> Array:
-  """Of a layer's output that may be deferred."""
-  return x.value() if isinstance(x, Raw) else x
-
-
 class ConvNorm(nn.Module):
   """Convolution without bias, batch norm, ReLU6.
 
@@ -466,33 +439,24 @@ class ConvNorm(nn.Module):
     stride: 1 or 2.
     depthwise: one kernel for each channel.
     activation: False leaves out the ReLU6.
-    deferred: in training leaves batch norm and ReLU6 to the next layer, as a Raw.
   """
   features: int
   side: int = 1
   stride: int = 1
   depthwise: bool = False
   activation: bool = True
-  deferred: bool = False
   policy: LayerPolicy = LayerPolicy()
 
   @nn.compact
-  def __call__(self, x: Array | Raw, *, train: bool) -> Array | Raw:
+  def __call__(self, x: Array, *, train: bool) -> Array:
     """[B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features]."""
     policy = self.policy
-    depth = _depth(x)
+    depth = x.shape[-1]
     shape = (3, 3, 1, depth) if self.depthwise else (self.side, self.side, depth, self.features)
     kernel = self.param('kernel', policy.kernel_init, shape, jnp.float32)
     op = functools.partial(_depthwise if self.depthwise else _conv, policy.conv_form)
-    norm = BatchNorm(policy, name='norm')
-    if self.deferred and train:
-      if isinstance(x, Raw):
-        return norm(*conv_with_moments(op, self.stride, False, x, kernel), train=train)
-      y = op(self.stride, x.astype(policy.dtype), kernel)
-      groups = num_groups('norm_group_size', policy.norm_group_size, len(y))
-      return norm(y, moments(y, groups), train=train)
-    y = op(self.stride, value_of(x).astype(policy.dtype), kernel)
-    y = norm(y, train=train)
+    y = op(self.stride, x.astype(policy.dtype), kernel)
+    y = BatchNorm(policy, name='norm')(y, train=train)
     return relu6(y) if self.activation else y
 
 
@@ -500,13 +464,11 @@ class DepthwiseSeparable(nn.Module):
   """MobileNet's block: a 3x3 depthwise ConvNorm, then a 1x1 ConvNorm to `features`."""
   features: int
   stride: int = 1
-  deferred: bool = False
   policy: LayerPolicy = LayerPolicy()
 
   @nn.compact
-  def __call__(self, x: Array | Raw, *, train: bool) -> Array | Raw:
+  def __call__(self, x: Array, *, train: bool) -> Array:
     """[B, H, W, Cin] -> [B, ceil(H / stride), ceil(W / stride), features]."""
-    x = ConvNorm(_depth(x), stride=self.stride, depthwise=True, deferred=self.deferred,
-                 policy=self.policy, name='depthwise')(x, train=train)
-    return ConvNorm(self.features, deferred=self.deferred, policy=self.policy,
-                    name='pointwise')(x, train=train)
+    x = ConvNorm(x.shape[-1], stride=self.stride, depthwise=True, policy=self.policy,
+                 name='depthwise')(x, train=train)
+    return ConvNorm(self.features, policy=self.policy, name='pointwise')(x, train=train)

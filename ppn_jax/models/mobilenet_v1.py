@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from ppn_jax.errors import InputError
-from ppn_jax.models.layers import ConvNorm, DepthwiseSeparable, LayerPolicy, value_of
+from ppn_jax.models.layers import ConvNorm, DepthwiseSeparable, LayerPolicy
 
 Array = jax.Array
 MIN_DEPTH = 8
@@ -40,15 +40,14 @@ class MobileNetV1(nn.Module):
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> dict[int, Array]:
     """[B, S, S, 3] in [-1, 1] -> {stride in pixels: the last map [B, s, s, d] of that stride}."""
-    deferred = self.policy.conv_form == 'merged'
-    x = ConvNorm(self._depth(STEM), side=3, stride=2, deferred=deferred, policy=self.policy,
-                 name='conv2d_0')(x, train=train)
+    x = ConvNorm(self._depth(STEM), side=3, stride=2, policy=self.policy, name='conv2d_0')(
+        x, train=train)
     features, stride = {}, 2
     for i, (depth, step) in enumerate(BLOCKS[:self.last_block], start=1):
-      x = DepthwiseSeparable(self._depth(depth), step, deferred, self.policy,
-                             name=f'conv2d_{i}')(x, train=train)
+      x = DepthwiseSeparable(self._depth(depth), step, self.policy, name=f'conv2d_{i}')(
+          x, train=train)
       stride *= step
-      features[stride] = value_of(x)
+      features[stride] = x
     return features
 
   def _depth(self, depth: int) -> int:

@@ -1,6 +1,6 @@
 """The compiled step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,10 @@ from jax.sharding import Mesh, NamedSharding
 from ppn_jax.detection.losses import DetectionLoss
 from ppn_jax.detection.structures import Array, Detections, GroundTruth
 from ppn_jax.detector import Detector, Variables
-from ppn_jax.errors import InputError
 from ppn_jax.training import partition
 from ppn_jax.training.optim import Optimizer, update_average, weight_penalty
 from ppn_jax.training.resident import Plan, ResidentData, draw_batch
 from ppn_jax.training.state import TrainState, init_state
-
-_SMALL_VMEM = ('TPU v2', 'TPU v3', 'TPU v4')  # 16 MB.
 
 
 class StepMetrics(NamedTuple):
@@ -162,30 +159,10 @@ def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, plan
   return _jit_step(step, detector, optimizer, mesh, (partition.by_rows(mesh),))
 
 
-def check_kernels(conv_form: str, device_kinds: Iterable[str]) -> None:
-  """Refuses what would fail minutes later, in the compiler.
-
-  Raises:
-    InputError: the merged backward passes on a TPU whose VMEM they do not fit into.
-  """
-  small = sorted({kind for kind in device_kinds if kind.startswith(_SMALL_VMEM)})
-  if conv_form == 'merged' and small:
-    raise InputError(f"model.layers.conv_form='merged' needs more VMEM than a {small[0]} has; take "
-                     "'auto' there")
-
-
 def _jit_step(step: Callable, detector: Detector, optimizer: Optimizer, mesh: Mesh,
               data: tuple[NamedSharding, ...]) -> Callable:
-  check_kernels(getattr(getattr(detector.network, 'policy', None), 'conv_form', ''),
-                (d.device_kind for d in mesh.devices.flat))
   state = _shardings(abstract_state(detector, optimizer, mesh))
-
-  def on_mesh(*arguments):
-    # For layers that work device by device.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return step(*arguments)
-
-  return jax.jit(on_mesh, in_shardings=(state, *data),
+  return jax.jit(step, in_shardings=(state, *data),
                  out_shardings=(state, partition.replicated(mesh)), donate_argnums=0)
 
 
