@@ -4,16 +4,19 @@ VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUNS ?= runs
 PYTEST_ARGS ?= -n 2 --dist worksteal
+LOWEST := .venv-lowest
 QUICKSTART := $(RUNS)/quickstart
 
-.PHONY: help setup quickstart test lint clean
+.PHONY: help setup quickstart test test-all test-lowest lint clean
 
 help:
 	@echo 'make quickstart  train, evaluate and draw on the embedded data set (a few minutes)'
 	@echo 'make setup       only make the environment, .venv'
 	@echo 'make test        run the tests (some need the folder that PPN_SHARED names)'
+	@echo 'make test-all    run those too that take minutes each'
+	@echo 'make test-lowest run the tests with the lowest versions that requirements.txt allows'
 	@echo 'make lint        check the style'
-	@echo 'make clean       remove the environment'
+	@echo 'make clean       remove the environments'
 
 setup: $(VENV)/base
 
@@ -24,12 +27,18 @@ quickstart: $(VENV)/base
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+test-all: $(VENV)/dev
+	XLA_FLAGS="$$XLA_FLAGS" $(VENV)/bin/python -m pytest -m '' $(PYTEST_ARGS)
+
+test-lowest: $(LOWEST)/dev
+	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
+
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/shellcheck launch/*.sh launch/notebooks/*.sh .ci/*
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)
 
 $(VENV)/base: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ppn_jax needs Python 3.11 or newer; name one with make PYTHON=...")'
@@ -40,4 +49,10 @@ $(VENV)/base: requirements.txt pyproject.toml
 
 $(VENV)/dev: $(VENV)/base
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(LOWEST)/dev: requirements.txt pyproject.toml
+	@$(PYTHON) -m venv $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(LOWEST)/bin/uv pip install --quiet --resolution lowest-direct --python $(LOWEST)/bin/python -e '.[dev]'
 	@touch $@

@@ -95,8 +95,12 @@ def _mean_over_parts(function: Callable[..., _Part], batch: Any, count: int) -> 
 
 def jit_init(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> Callable[[int], TrainState]:
   """seed -> the first state, made in place on the devices of the mesh."""
+  # It runs once. At its usual level LLVM takes three times as long over the random numbers, for
+  # the same bits.
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
   return jax.jit(lambda seed: init_state(detector, optimizer, seed),
-                 out_shardings=_shardings(abstract_state(detector, optimizer, mesh)))
+                 out_shardings=_shardings(abstract_state(detector, optimizer, mesh)),
+                 compiler_options={'xla_backend_optimization_level': 1} if on_cpu else None)
 
 
 def abstract_state(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> TrainState:

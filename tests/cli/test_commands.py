@@ -272,7 +272,7 @@ def test_a_batch_that_the_devices_cannot_share(config, tmp_path):
       [sys.executable, '-m', 'ppn_jax.cli.main', 'train', f'--config={config}',
        f'--workdir={tmp_path / "w"}', '--config.train.batch_size=12'], text=True,
       capture_output=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu',
-                                'XLA_FLAGS': '--xla_force_host_platform_device_count=8'})
+                                'JAX_NUM_CPU_DEVICES': '8'})
   assert result.returncode == 2
   assert result.stderr.strip() == ('ppn: error: train.batch_size=12 cannot be split over 8 devices;'
                                    ' use a multiple, such as 16')

@@ -33,24 +33,24 @@ def assert_forms_agree(op, *operands, tolerance):
                                  rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('size', SIZES)
 def test_depthwise_forms_agree(size, stride):
-  with jax.enable_x64(True):
-    x, kernel = random((2, *size, 5)), random((3, 3, 1, 5), 1)
-    op = functools.partial(layers.depthwise_conv, stride=stride)
-    assert_forms_agree(op, x, kernel, tolerance=1e-12)
-    assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)
+  x, kernel = random((2, *size, 5)), random((3, 3, 1, 5), 1)
+  op = functools.partial(layers.depthwise_conv, stride=stride)
+  assert_forms_agree(op, x, kernel, tolerance=1e-12)
+  assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)
 
 
+@pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize(('side', 'stride'), [(1, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize('size', SIZES)
 def test_conv_forms_agree(size, side, stride):
-  with jax.enable_x64(True):
-    x, kernel = random((2, *size, 4)), random((side, side, 4, 6), 1)
-    op = functools.partial(layers.conv, stride=stride)
-    assert_forms_agree(op, x, kernel, tolerance=1e-12)
-    assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)
+  x, kernel = random((2, *size, 4)), random((side, side, 4, 6), 1)
+  op = functools.partial(layers.conv, stride=stride)
+  assert_forms_agree(op, x, kernel, tolerance=1e-12)
+  assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)
 
 
 @pytest.mark.parametrize('stride', [1, 2])

@@ -58,20 +58,20 @@ def test_batch_norm_keeps_float32_statistics_of_bfloat16():
   np.testing.assert_allclose(still.astype(jnp.float32), x.astype(jnp.float32), rtol=1e-2)
 
 
+@pytest.mark.usefixtures('float64')
 def test_batch_norm_gradient_is_that_of_the_definition():
-  with jax.enable_x64(True):
-    x = random((4, 3, 3, 2))
-    norm, variables, _, _ = batch_norm(x)
+  x = random((4, 3, 3, 2))
+  norm, variables, _, _ = batch_norm(x)
 
-    def ours(x):
-      return norm.apply(variables, x, train=True, mutable=['batch_stats'])[0]
+  def ours(x):
+    return norm.apply(variables, x, train=True, mutable=['batch_stats'])[0]
 
-    def definition(x):
-      mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
-      return (x - mean) / jnp.sqrt(var + 1e-3)
+  def definition(x):
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    return (x - mean) / jnp.sqrt(var + 1e-3)
 
-    for a, b in zip(value_and_gradients(ours, x), value_and_gradients(definition, x), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+  for a, b in zip(value_and_gradients(ours, x), value_and_gradients(definition, x), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(('options', 'words'), [
@@ -129,7 +129,7 @@ for a, b in zip(jax.tree.leaves(step(variables, x)), jax.tree.leaves(step(variab
 
 
 def test_batch_over_eight_devices_equals_one_and_gathers_nothing():
-  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+  environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '8',
                  'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([sys.executable, '-c', SHARDED], env=environment, capture_output=True,
                         text=True, timeout=300, check=False)

@@ -76,21 +76,21 @@ def test_backbone_returns_the_last_map_of_each_stride():
   assert [f.shape[-1] for f in narrow.values()] == [8, 12, 25, 51]
 
 
+@pytest.mark.usefixtures('float64')
 def test_forms_of_the_whole_network_agree_in_float64():
-  with jax.enable_x64(True):
-    images = pixels(4, 72)
-    networks = [small(policy=LayerPolicy(dtype=jnp.float64, conv_form=form))
-                for form in ('native', 'shifted')]
-    variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), initialise(networks[0], images))
+  images = pixels(4, 72)
+  networks = [small(policy=LayerPolicy(dtype=jnp.float64, conv_form=form))
+              for form in ('native', 'shifted')]
+  variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), initialise(networks[0], images))
 
-    def loss(network, params):
-      outputs, updates = network.apply({**variables, 'params': params}, images, train=True,
-                                       mutable=['batch_stats'])
-      return jnp.mean(outputs.box_codes**2) + jnp.mean(outputs.class_logits**2), updates
+  def loss(network, params):
+    outputs, updates = network.apply({**variables, 'params': params}, images, train=True,
+                                     mutable=['batch_stats'])
+    return jnp.mean(outputs.box_codes**2) + jnp.mean(outputs.class_logits**2), updates
 
-    plain, fast = (jax.jit(jax.value_and_grad(functools.partial(loss, network), has_aux=True))(
-        variables['params']) for network in networks)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-12), fast, plain)
+  plain, fast = (jax.jit(jax.value_and_grad(functools.partial(loss, network), has_aux=True))(
+      variables['params']) for network in networks)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-12), fast, plain)
 
 
 def head_outputs(levels, *, train=False, **options):

@@ -91,7 +91,7 @@ print(json.dumps({
 @pytest.fixture(scope='module')
 def found():
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+                 'JAX_NUM_CPU_DEVICES': '4'}
   result = subprocess.run([sys.executable, '-c', PROGRAM, str(TESTS)], env=environment, text=True,
                           capture_output=True, timeout=300)
   assert result.returncode == 0, result.stderr

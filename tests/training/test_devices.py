@@ -64,7 +64,7 @@ print('equal')
 
 def test_eight_devices_equal_one():
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-                 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+                 'JAX_NUM_CPU_DEVICES': '8'}
   result = subprocess.run([sys.executable, '-c', PROGRAM, str(TESTS)], env=environment, text=True,
                           capture_output=True)
   assert result.returncode == 0, result.stderr
