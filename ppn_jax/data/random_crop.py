@@ -20,7 +20,8 @@ class SsdRandomCrop:
 
   One of `coverages` is picked. The window must then contain at least that share of one box's
   area, and every box of which it contains less is dropped; the others are cut at its border, and so
-  are crowds, however little it contains of them. All boxes may go. With probability `keep_probability` the image is left alone.
+  are crowds, however little it contains of them. All boxes may go. With probability
+  `keep_probability` the image is left alone.
 
   Attributes:
     coverages: shares of a box's area, equally likely.
