@@ -43,7 +43,7 @@ def base_config() -> ConfigDict:
       train=dict(  # ppn_jax.data.sources.build_source
           name='',
           cache='',  # 'memory' or a folder: images are decoded once (ppn_jax.data.cache).
-          cache_size=0,  # Longest side of cached images in pixels; 0: as the network's input.
+          cache_size=0,  # Shorter side of cached images in pixels; 0: as the network's input.
           resident=False,  # The whole set in device memory (ppn_jax.training.resident).
           resident_size=0),  # Side in pixels of what is held there; 0: as the network's input.
       eval=dict(name=''),

@@ -103,6 +103,10 @@ class AnnotatedImages:
     """
     return image_files.read(self._images.files[index])
 
+  def stamp(self, index: int) -> bytes:
+    """See `sources.Source`."""
+    return image_files.stamp(self._images.files[index])
+
   def ground_truth(self) -> dict[str, Any]:
     """The boxes as they were given, less those dropped; see `sources.Source`."""
     images = [{'id': i, 'file_name': name, 'height': h, 'width': w} for i, name, (h, w)

@@ -21,7 +21,10 @@ def mirror(example: Example) -> Example:
 
 def crop(example: Example, window: Window, coverage: float = 0.0,
          fill: Color = (0, 0, 0)) -> Example:
-  """The part of an image in a window, with the boxes of which it has at least `coverage`.
+  """Returns the part of an image in a window, with the boxes of which it has at least `coverage`.
+
+  Crowds stay, clipped, wherever the window overlaps them: what is seen of a crowd is no background,
+  however little of it that is.
 
   Args:
     window: (y, x, height, width) in pixels; may reach beyond the image.
@@ -35,7 +38,7 @@ def crop(example: Example, window: Window, coverage: float = 0.0,
   origin = frame[0, [0, 1, 0, 1]]
   boxes = box_ops.clip((example.boxes - origin) / (frame[0, [2, 3, 2, 3]] - origin))
   return keep(example._replace(image=_cut(example.image, window, fill), boxes=boxes),
-              (share > 0) & (share >= coverage))
+              (share > 0) & (example.crowd | (share >= coverage)))
 
 
 def resize(example: Example, height: int, width: int, method: str = 'area',
@@ -60,10 +63,13 @@ def keep(example: Example, which: np.ndarray) -> Example:
 
 
 def drop_small(example: Example, least: float) -> Example:
-  """Without the boxes of which a side is under `least` pixels of the image, or nothing."""
+  """Removes boxes of which a side is under `least` pixels of the image, and those without area.
+
+  Crowds stay if they have an area.
+  """
   boxes, size = example.boxes, example.image.shape[:2]
   sides = (boxes[:, 2:] - boxes[:, :2]) * np.float32(size)
-  return keep(example, (sides.min(axis=-1) >= least) & (box_ops.area(boxes) > 0))
+  return keep(example, (example.crowd | (sides.min(axis=-1) >= least)) & (box_ops.area(boxes) > 0))
 
 
 def materialise(example: Example) -> Example:

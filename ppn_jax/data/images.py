@@ -1,6 +1,8 @@
 """Bytes of an image file -> pixels: whole, upright, RGB, 8 bits; or an error naming the file."""
 
 import io
+import os
+import time
 import warnings
 from collections.abc import Callable
 from typing import BinaryIO
@@ -21,6 +23,11 @@ _FORMATS = tuple(f for f in ('JPEG', 'PNG', 'WEBP', 'AVIF', 'BMP', 'GIF', 'TIFF'
 SUFFIXES = frozenset({'.jpg', '.jpeg', '.jpe', '.png', '.webp', '.avif', '.bmp', '.gif', '.tif',
                       '.tiff', '.ppm', '.pgm'})
 _ORIENTATION_TAG = 0x0112
+# Of the rules by which pixels are made of files: which way is up, what becomes of transparency and
+# of 16 bits, ... A higher one makes caches of decoded images useless.
+DECODING = 1
+# Seconds for which a file may change again without another time of change, on any file system.
+_CLOCK_TICK = 2.0
 
 # Pillow warns of many pixels, which are counted here, and of metadata, which do not touch the
 # pixels. A filter for good: `warnings.catch_warnings` is not safe in threads.
@@ -38,6 +45,23 @@ def read(path: str) -> bytes:
       return f.read()
   except OSError as e:
     raise InputError(f'{path}: cannot be read: {e.strerror}') from e
+
+
+def stamp(path: str) -> bytes:
+  """Returns what is another after a file was changed, replaced or moved, without reading it.
+
+  Empty if that cannot be told: there is no such file, or it was changed a moment ago and may change
+  again unnoticed.
+  """
+  try:
+    stat = os.stat(path)
+  except OSError:
+    return b''
+  # The time of the last change of its inode cannot be set back, as that of its contents can.
+  if time.time() - max(stat.st_mtime, stat.st_ctime) < _CLOCK_TICK:
+    return b''
+  return repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns,
+               stat.st_ino)).encode(errors='surrogateescape')
 
 
 def read_sizes(path: str) -> tuple[tuple[int, int], tuple[int, int]]:

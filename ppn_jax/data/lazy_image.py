@@ -16,8 +16,11 @@ import numpy as np
 
 Window = tuple[int, int, int, int]  # (y, x, height, width) in pixels.
 Frame = tuple[float, float, float, float]  # The same, with fractions of pixels.
-Kernel = Callable[[np.ndarray, int, int], np.ndarray]  # image, height, width -> u8.
+# image, height, width -> u8. With a fourth argument, (rows, columns) of the image as floats, the
+# result shows only so much of it, from its first corner on.
+Kernel = Callable[..., np.ndarray]
 Color = tuple[int, int, int]  # RGB.
+Region = tuple[tuple[int, int], tuple[int, int]]  # First and last + 1 of rows, then of columns.
 
 
 class StoredImage(NamedTuple):
@@ -37,18 +40,20 @@ class LazyImage:
 
   Attributes:
     stored: the image.
-    window: in stored pixels; what of it lies outside `visible` has the colour `fill`.
-    visible: first and last + 1 of the rows, then of the columns, that no crop has cut off.
+    window: in stored pixels.
+    visible: the stored pixels that no crop has cut off.
+    canvases: what lies around them: regions of one colour each, the innermost first.
+    fill: RGB of what lies outside them all.
     transposed, upside_down, mirrored: how the window is turned.
-    fill: RGB.
   """
   stored: StoredImage
   window: Window
-  visible: tuple[tuple[int, int], tuple[int, int]]
+  visible: Region
   transposed: bool = False
   upside_down: bool = False
   mirrored: bool = False
   fill: Color = (0, 0, 0)
+  canvases: tuple[tuple[Region, Color], ...] = ()
 
   @classmethod
   def of(cls, image: 'np.ndarray | LazyImage') -> 'LazyImage':
@@ -78,9 +83,6 @@ class LazyImage:
     Args:
       fill: colour of what lies outside the image; None keeps the one that is noted.
     """
-    fill, axes = self.fill if fill is None else tuple(fill), self._axes()
-    if fill != self.fill and any(axis.exceeds() for axis in axes):
-      return LazyImage.of(self.pixels()).crop(window, fill)  # There is room for one colour.
     y, x, height, width = window
     if self.upside_down:
       y = self.shape[0] - y - height
@@ -89,8 +91,17 @@ class LazyImage:
     if self.transposed:
       y, x, height, width = x, y, width, height
     window = (self.window[0] + y, self.window[1] + x, height, width)
-    visible = tuple(axis.part(1) for axis in axes)
-    return dataclasses.replace(self, window=window, visible=visible, fill=fill)
+    view = tuple((start, start + side)
+                 for start, side in zip(self.window[:2], self.window[2:], strict=True))
+    inside = all(low <= start and start + side <= high for (low, high), start, side
+                 in zip(view, window[:2], window[2:], strict=True))
+    fill = self.fill if fill is None or inside else tuple(fill)
+    canvases = tuple((_common(region, view), color) for region, color in self.canvases)
+    # What the view shows beside the image and its canvases keeps its colour there.
+    if fill != self.fill and any(axis.exceeds() for axis in self._axes()):
+      canvases = (*canvases, (view, self.fill))
+    return dataclasses.replace(self, window=window, visible=_common(self.visible, view),
+                               canvases=canvases, fill=fill)
 
   def mirror(self) -> 'LazyImage':
     """Left to right."""
@@ -116,8 +127,9 @@ class LazyImage:
 
     Returns:
       u8 [height, width, 3], and the frame that it shows, in pixels of the view: all of it,
-      (0, 0, H, W), unless the image was loaded at a part of its size or has borders. Edges of
-      both are then rounded, by half a pixel of the result at most.
+      (0, 0, H, W), unless it has borders, or edges that a crop made of an image that was loaded
+      at a part of its size. These edges are rounded, by half a pixel of the result at most; the
+      image's own stay where they are, between two loaded pixels if need be.
 
     Raises:
       InputError: the file turns out to be damaged.
@@ -134,10 +146,12 @@ class LazyImage:
       x = self.shape[1] - x - columns
     return pixels, (y, x, rows, columns)
 
-  def _axes(self, out: tuple[int, int] | None = None) -> list['_Axis']:
-    """y and x of the window, in stored pixels."""
-    return [_Axis(*axis) for axis in zip(self.window[:2], self.window[2:], self.visible,
-                                         out or self.window[2:], strict=True)]
+  def _axes(self, out: tuple[int, int] | None = None, region: Region | None = None
+            ) -> list['_Axis']:
+    """y and x of the window and of a region, `visible` unless given, in stored pixels."""
+    return [_Axis(*axis) for axis in zip(
+        self.window[:2], self.window[2:], region or self.visible, out or self.window[2:],
+        self.stored.size, strict=True)]
 
   def _draw(self, axes: list['_Axis'], kernel: Kernel | None, factor: int
             ) -> tuple[np.ndarray, int]:
@@ -145,23 +159,54 @@ class LazyImage:
     stored = self.stored.load(factor)
     if stored.shape[:2] == self.stored.size:
       factor = 1
-    part = tuple(slice(*axis.part(factor)) for axis in axes)
+    sides = [axis.out for axis in axes]
+    places = self._places(axes)
+    if self.transposed:
+      sides = sides[::-1]
+    if any(first == last for first, last in places):  # The window misses the image.
+      return self._canvas(sides), factor
+    pixels = self._resize_part(stored, axes, kernel, factor)
+    if self.canvases:
+      canvas = self._canvas(sides)
+      canvas[tuple(slice(*place) for place in places)] = pixels
+      return canvas, factor
+    borders = [b for (first, last), side in zip(places, sides, strict=True)
+               for b in (first, side - last)]
+    if any(borders):
+      pixels = cv2.copyMakeBorder(pixels, *borders, cv2.BORDER_CONSTANT, value=self.fill)
+    return pixels, factor
+
+  def _resize_part(self, stored: np.ndarray, axes: list['_Axis'], kernel: Kernel | None,
+                   factor: int) -> np.ndarray:
+    """What the window shows of the image as loaded, turned, in the size that the axes ask for."""
+    parts = [axis.part(factor) for axis in axes]
+    pixels = stored[tuple(slice(first, math.ceil(last)) for first, last in parts)]
+    sizes = [last - first for first, last in (axis.place for axis in axes)]
+    shown = [last - first for first, last in parts]
+    if kernel and any(side != int(side) for side in shown):
+      # Before turning, which would put the fraction of a pixel at the other end.
+      return self._turn(kernel(pixels, *sizes, tuple(shown)))
+    pixels = self._turn(pixels)
+    return kernel(pixels, *(sizes[::-1] if self.transposed else sizes)) if kernel else pixels
+
+  def _places(self, axes: list['_Axis']) -> list[tuple[int, int]]:
+    """First and last + 1 of the rows, then of the columns, of the result that a region fills."""
     places, sides = [axis.place for axis in axes], [axis.out for axis in axes]
     if self.transposed:
       places, sides = places[::-1], sides[::-1]
     for at, turned_over in enumerate((self.upside_down, self.mirrored)):
       if turned_over:
         places[at] = (sides[at] - places[at][1], sides[at] - places[at][0])
-    if any(first == last for first, last in places):  # The window misses the image.
-      return np.full((*sides, 3), self.fill, np.uint8), factor
-    pixels = self._turn(stored[part])
-    if kernel:
-      pixels = kernel(pixels, *(last - first for first, last in places))
-    borders = [b for (first, last), side in zip(places, sides, strict=True)
-               for b in (first, side - last)]
-    if any(borders):
-      pixels = cv2.copyMakeBorder(pixels, *borders, cv2.BORDER_CONSTANT, value=self.fill)
-    return pixels, factor
+    return places
+
+  def _canvas(self, sides: list[int]) -> np.ndarray:
+    """u8 [H, W, 3] as the view is without the image."""
+    canvas = np.full((*sides, 3), self.fill, np.uint8)
+    out = tuple(sides[::-1] if self.transposed else sides)
+    for region, color in reversed(self.canvases):
+      places = self._places(self._axes(out, region))
+      canvas[tuple(slice(*place) for place in places)] = color
+    return canvas
 
   def _turn(self, pixels: np.ndarray) -> np.ndarray:
     # Not views: those with a negative stride are copied by every later operation.
@@ -179,33 +224,39 @@ class _Axis:
 
   Attributes:
     start, length: of the window, in stored pixels.
-    visible: first and last + 1 of the stored pixels that may be shown.
+    region: first and last + 1 of the stored pixels that may be shown.
     out: pixels of the result.
+    side: all stored pixels.
   """
   start: int
   length: int
-  visible: tuple[int, int]
+  region: tuple[int, int]
   out: int
+  side: int
 
   def exceeds(self) -> bool:
-    """Whether the window reaches beyond what may be shown."""
-    return self.start < self.visible[0] or self.start + self.length > self.visible[1]
+    """Whether the window reaches beyond the region."""
+    return self.start < self.region[0] or self.start + self.length > self.region[1]
 
-  def part(self, factor: int) -> tuple[int, int]:
-    """First and last + 1 of the pixels, loaded at 1 / factor, that the window shows."""
+  def part(self, factor: int) -> tuple[int, float]:
+    """First and end of what the window shows, in pixels loaded at 1 / factor.
+
+    Rounded to whole pixels, but for the image's own end: a side that the factor does not divide
+    has a last pixel of which only a part is the image.
+    """
     first, last = self._shown
-    return (first, last) if factor == 1 else (_nearest(first / factor), _nearest(last / factor))
+    if factor == 1 or first == last:
+      return first, last
+    return _nearest(first / factor), last / factor if last == self.side else _nearest(last / factor)
 
   @functools.cached_property
   def _shown(self) -> tuple[int, int]:
-    low, high = self.visible
-    first = min(max(self.start, low), high)
-    return first, max(min(self.start + self.length, high), first)
+    return _overlap((self.start, self.start + self.length), self.region)
 
   @functools.cached_property
   def place(self) -> tuple[int, int]:
     """First and last + 1 of the result's pixels that they fill."""
-    first, last = self.part(1)
+    first, last = self._shown
     if first == last:
       return 0, 0
     scale = self.out / self.length
@@ -222,10 +273,23 @@ class _Axis:
   def frame(self, factor: int) -> tuple[float, float]:
     """Start, counted from the window's, and length of what the result shows, in stored pixels."""
     (first, last), (to_first, to_last) = self.part(factor), self.place
-    if first == last or (factor == 1 and not self.exceeds()):
+    exact = (first * factor, last * factor) == self._shown
+    if first == last or (exact and not self.exceeds()):
       return 0.0, float(self.length)
     scale = (last - first) * factor / (to_last - to_first)
     return first * factor - to_first * scale - self.start, self.out * scale
+
+
+def _overlap(span: tuple[int, int], region: tuple[int, int]) -> tuple[int, int]:
+  """What two spans have in common; where that is nothing, a span of no length."""
+  low, high = region
+  first = min(max(span[0], low), high)
+  return first, max(min(span[1], high), first)
+
+
+def _common(a: Region, b: Region) -> Region:
+  """What two regions have in common."""
+  return tuple(_overlap(span, region) for span, region in zip(b, a, strict=True))
 
 
 def _nearest(value: float) -> int:

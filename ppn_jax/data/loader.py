@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import cv2
@@ -182,12 +183,26 @@ def _generate(load: Callable[[int], Example | None], steps: int, rows: int, imag
   """Threads fill the rows of the batches ahead in place; a batch is yielded when all are full."""
   workers = concurrent.futures.ThreadPoolExecutor(threads, 'loader')
   ahead: collections.deque[tuple[Batch, list[concurrent.futures.Future]]] = collections.deque()
+  # What lies behind it is no longer wanted. What lies before it still is: the batches before, and
+  # the first error of a batch rather than the one that happens to come first.
+  end, lock = [sys.maxsize], threading.Lock()
+
+  def stop_at(number: int) -> None:
+    with lock:
+      end[0] = min(end[0], number)
 
   def fill(batch: Batch, step: int, chunk: range) -> None:
     for row in chunk:
-      example = load(step * rows + row)
-      if example is not None:
-        _fill(batch, row, example, max_boxes)
+      number = step * rows + row
+      if number >= end[0]:
+        return
+      try:
+        example = load(number)
+        if example is not None:
+          _fill(batch, row, example, max_boxes)
+      except BaseException:
+        stop_at(number)
+        raise
 
   def begin(step: int) -> None:
     batch = _empty(rows, image_size, max_boxes)
@@ -207,6 +222,7 @@ def _generate(load: Callable[[int], Example | None], steps: int, rows: int, imag
         begin(step + BATCHES_AHEAD)
       yield batch
   finally:
+    stop_at(0)
     for _, parts in ahead:
       for part in parts:
         part.cancel()

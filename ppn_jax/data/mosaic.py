@@ -22,8 +22,8 @@ class Mosaic:
   reaches beyond the canvas is cut off, what no image covers has the colour `fill`. The others
   are drawn at random and go through the transforms before this one.
 
-  Boxes wholly outside are dropped, and those that `min_coverage` or `min_side` say; the others
-  are cut at the canvas. `image_id` and `size` stay those of the first image.
+  Boxes wholly outside are dropped, and those that `min_coverage` or `min_side` say, unless they
+  are crowds; the others are cut at the canvas. `image_id` and `size` stay those of the first image.
 
   Attributes:
     size: side of the canvas in pixels, as a rule that of the network's input.

@@ -61,7 +61,9 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
   truths = {split: source.ground_truth() for split, source in sources.items()}
   if target.exists():
     _tidy(target)
-    verify(target, make_plan(sources, truths, options, planned_shards(target / 'prepared.json')))
+    plan = make_plan(sources, truths, options, planned_shards(target / 'prepared.json'))
+    verify(target, plan)
+    _check_images(target, sources, _jobs(target, plan, truths))
     say(f'{target} is there already, and every file has its checksum')
     return target
   work = target.with_name(f'{target.name}.incomplete')
@@ -98,6 +100,16 @@ def verify(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
     if not path.is_file() or shard_files.checksum(path) != expected:
       raise InputError(f'{path} is missing or not as it was made; remove {folder} and prepare '
                        'again')
+
+
+def _check_images(folder: pathlib.Path, sources: Mapping[str, Source], jobs: list[Job]) -> None:
+  """Raises InputError unless the images are those that a finished folder was made of."""
+  made_of = json.loads((folder / 'prepared.json').read_text('utf-8')).get('images')
+  for job, (contents, skipped) in zip(jobs, made_of or [], strict=bool(made_of)):
+    if shard_files.digest_images(sources[job.split], job, skipped) != contents:
+      raise InputError(f'{folder} was made of other images than those that are there now: of split '
+                       f'{job.split!r}, some of image {job.ids[0]} to image {job.ids[-1]} have '
+                       f'changed; remove {folder} and prepare again, or give another version')
 
 
 def _tidy(target: pathlib.Path) -> None:
@@ -192,7 +204,8 @@ def _finish(work: pathlib.Path, plan: Mapping[str, Any], jobs: list[Job], shards
   sums |= {p.name: shard_files.checksum(p) for p in sorted(work.iterdir())
            if p.suffix in ('.json', '.txt') and p.name != _PLAN and '.array_record-' not in p.name}
   files.write_text(work / 'prepared.json', json.dumps(
-      {'plan': plan, 'skipped': skipped, 'sha256': sums}, indent=1) + '\n')
+      {'plan': plan, 'skipped': skipped, 'sha256': sums,
+       'images': [[shard.contents, shard.skipped] for shard in shards]}, indent=1) + '\n')
 
 
 def _without(truth: dict[str, Any], gone: set[int]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ class SsdRandomCrop:
   """Cuts a random window that covers enough of some object (SSD, section 2.2).
 
   One of `coverages` is picked. The window must then contain at least that share of one box's
-  area, and every box of which it contains less is dropped; the others are cut at its border.
-  All boxes may go. With probability `keep_probability` the image is left alone.
+  area, and every box of which it contains less is dropped; the others are cut at its border, and so
+  are crowds, however little it contains of them. All boxes may go. With probability
+  `keep_probability` the image is left alone.
 
   Attributes:
     coverages: shares of a box's area, equally likely.

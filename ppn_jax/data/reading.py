@@ -20,15 +20,23 @@ def read_example(source: Source, index: int, transforms: Sequence[Transform],
   Raises:
     InputError: this image, or another that a transform mixes with it, cannot be read.
   """
-  example = open_example(source, index)
-  example = example._replace(image=LazyImage.of(example.image))
-  for at, transform in enumerate(transforms):
-    lazily = getattr(transform, 'takes_lazy_image', False)
-    arguments = [example if lazily else materialise(example), rng]
+  example = _undrawn(open_example(source, index))
+  lazy = [getattr(transform, 'takes_lazy_image', False) for transform in transforms]
+  for at, (transform, lazily) in enumerate(zip(transforms, lazy, strict=True)):
+    if not lazily:
+      example = materialise(example)
+    elif any(lazy[at + 1:at + 2]):  # Else nothing that it draws can be cut off.
+      example = _undrawn(example)
+    arguments = [example, rng]
     if getattr(transform, 'takes_others', False):
       arguments.append(_Draw(source, transforms[:at], rng, lazily))
     example = transform(*arguments)
   return example
+
+
+def _undrawn(example: Example) -> Example:
+  """The Example with a lazy image, so that no op draws what the next one cuts off."""
+  return example._replace(image=LazyImage.of(example.image))
 
 
 class _Draw:

@@ -19,7 +19,10 @@ def check_method(what: str, method: str) -> None:
     raise InputError(f'unknown {what} {method!r}; {did_you_mean(str(method), KERNELS)}')
 
 
-def _area(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _area(image: np.ndarray, height: int, width: int,
+          extent: tuple[float, float] | None = None) -> np.ndarray:
+  if extent:  # No side of which grows.
+    return _interpolate(image, height, width, cv2.INTER_AREA, extent)
   # OpenCV averages only if no side grows, so what grows waits for the second call.
   small = min(image.shape[0], height), min(image.shape[1], width)
   if image.shape[:2] != small:
@@ -27,18 +30,32 @@ def _area(image: np.ndarray, height: int, width: int) -> np.ndarray:
   return image if small == (height, width) else _bilinear(image, height, width)
 
 
-def _bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+def _bilinear(image: np.ndarray, height: int, width: int,
+              extent: tuple[float, float] | None = None) -> np.ndarray:
+  return _interpolate(image, height, width, cv2.INTER_LINEAR, extent)
 
 
-def _supersample(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _supersample(image: np.ndarray, height: int, width: int,
+                 extent: tuple[float, float] | None = None) -> np.ndarray:
   least, most = _SUPERSAMPLED
-  ratios = image.shape[0] / height, image.shape[1] / width
+  sides = extent or image.shape[:2]
+  ratios = sides[0] / height, sides[1] / width
   if max(ratios) > most:
-    return _area(image, height, width)
+    return _area(image, height, width, extent)
   points = [side * (2 if ratio > least else 1)
             for side, ratio in zip((height, width), ratios, strict=True)]
-  return _area(_bilinear(image, *points), height, width)
+  return _area(_bilinear(image, *points, extent), height, width)
+
+
+def _interpolate(image: np.ndarray, height: int, width: int, method: int,
+                 extent: tuple[float, float] | None) -> np.ndarray:
+  """OpenCV's resize of as many rows and columns of an image as `extent` says, or of all."""
+  if extent is None:
+    return cv2.resize(image, (width, height), interpolation=method)
+  # Asked by factors, OpenCV keeps to them; what the rest of the last pixels makes is cut off.
+  image = cv2.resize(image, None, fx=width / extent[1], fy=height / extent[0],
+                     interpolation=method)
+  return np.ascontiguousarray(image[:height, :width])
 
 
 def legacy_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -73,7 +90,8 @@ def _legacy(image: np.ndarray, height: int, width: int) -> np.ndarray:
   return np.rint(legacy_resize(image, height, width)).astype(np.uint8)
 
 
-# See `transforms.Resize`. Each takes and gives u8 [H, W, 3].
+# See `transforms.Resize`. Each takes and gives u8 [H, W, 3]; those that may be given a reduced
+# image also take its extent (`lazy_image.Kernel`), which is no smaller than the result.
 KERNELS: Mapping[str, Kernel] = {
     'area': _area, 'supersample': _supersample, 'bilinear': _bilinear, 'legacy': _legacy}
 # Parity with released checkpoints needs the very pixels.

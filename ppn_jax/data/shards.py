@@ -52,11 +52,12 @@ class Shard(NamedTuple):
   file_bytes: int
   sha256: str
   skipped: list  # [image id, reason] of images that cannot be read.
+  contents: str = ''  # Digest of the images' own files; see `digest_images`.
 
 
 def write_shards(jobs: Sequence[Job], sources: Mapping[str, Any], classes: Sequence[str],
                  storage: Storage, processes: int, progress: Callable[[int], None]) -> list[Shard]:
-  """Writes those of the shards that are not there yet.
+  """Writes those of the shards that are not there yet, or whose images have changed since.
 
   Args:
     jobs: all shards.
@@ -74,6 +75,9 @@ def write_shards(jobs: Sequence[Job], sources: Mapping[str, Any], classes: Seque
   """
   with concurrent.futures.ThreadPoolExecutor() as pool:
     shards = list(pool.map(lambda job: read_finished(job.path), jobs))
+    current = list(pool.map(lambda job, shard: shard and digest_images(
+        sources[job.split], job, shard.skipped) == shard.contents, jobs, shards))
+  shards = [shard if same else None for shard, same in zip(shards, current, strict=True)]
   todo = [i for i, shard in enumerate(shards) if shard is None]
   before = sum(len(job.ids) for job, shard in zip(jobs, shards, strict=True) if shard)
   progress(before)
@@ -92,6 +96,36 @@ def read_finished(path: pathlib.Path) -> Shard | None:
   except (OSError, ValueError, TypeError):
     return None
   return shard if same else None
+
+
+def digest_images(source: Any, job: Job, skipped: Sequence[Sequence[Any]]) -> str:
+  """Returns a digest of the files of a shard's images, which tells whether any has changed.
+
+  Args:
+    source: of the images.
+    job: which of them.
+    skipped: [image id, reason] of those that are left out.
+
+  Returns:
+    The digest; '' of a source that gives neither files nor stamps.
+  """
+  gone, digest = {image for image, _ in skipped}, hashlib.sha256()
+  for k, image in enumerate(job.ids):
+    if image not in gone:
+      digest.update(_digest_image(source, job.start + k))
+  return digest.hexdigest() if _tells_changes(source) else ''
+
+
+def _digest_image(source: Any, index: int) -> bytes:
+  try:
+    data = (source.encoded if hasattr(source, 'encoded') else source.stamp)(index)
+  except (InputError, AttributeError):  # Of a file that is gone, or a source that cannot tell.
+    return bytes(32)
+  return hashlib.sha256(data).digest()
+
+
+def _tells_changes(source: Any) -> bool:
+  return hasattr(source, 'encoded') or hasattr(source, 'stamp')
 
 
 def remove_notes(folder: pathlib.Path) -> None:
@@ -128,26 +162,30 @@ class _Worker:
     part = job.path.with_name(f'{job.path.name}.part')
     skipped = []
     with _saying_where(part):
-      records, data_bytes = self._write_records(job, part, skipped)
+      records, data_bytes, contents = self._write_records(job, part, skipped)
       with part.open('rb') as file:
         os.fsync(file.fileno())
-      shard = Shard(records, data_bytes, part.stat().st_size, checksum(part), skipped)
+      shard = Shard(records, data_bytes, part.stat().st_size, checksum(part), skipped, contents)
       os.replace(part, job.path)
       files.write_text(_note(job.path), json.dumps(shard._asdict()))
     return shard
 
-  def _write_records(self, job: Job, part: pathlib.Path, skipped: list) -> tuple[int, int]:
+  def _write_records(self, job: Job, part: pathlib.Path, skipped: list) -> tuple[int, int, str]:
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
     writer = ArrayRecordWriter(os.fspath(part), 'group_size:1')
     records = data_bytes = 0
+    source, digest = self._sources[job.split], hashlib.sha256()
     try:
       for k in range(len(job.ids)):
+        # Before the image is read, so that a change in between shows.
+        contents = _digest_image(source, job.start + k)
         try:
           data = self._to_bytes(self._record(job, k))
         except InputError as e:
           skipped.append([job.ids[k], str(e)])
         else:
           writer.write(data)
+          digest.update(contents)
           records, data_bytes = records + 1, data_bytes + len(data)
         self._count()
     finally:
@@ -156,7 +194,7 @@ class _Worker:
     if reader.num_records() != records:
       raise RuntimeError(f'{reader.num_records()} records of {records} arrived')
     reader.close()
-    return records, data_bytes
+    return records, data_bytes, digest.hexdigest() if _tells_changes(source) else ''
 
   def _record(self, job: Job, k: int) -> tfds_records.Record:
     """Image k of a shard. Raises InputError if it cannot be read."""

@@ -27,6 +27,15 @@ class Source(Protocol):
   All that can be wrong with a user's annotations is found when a source is made; only what an
   image's bytes decide is found by `__getitem__`. Both raise InputError.
 
+  Three more methods are of use to some and needed by none:
+
+    open_example(index)  as source[index], but the image may be a `LazyImage`: see `open_example`.
+    encoded(index)       bytes, the file of the image: `ppn prepare` stores it as it is, and a cache
+                         on disk compares it.
+    stamp(index)         bytes that are others once the image may have changed, b'' if that cannot
+                         be told; a cache on disk goes by them. Of an image that is drawn, all that
+                         it depends on.
+
   Attributes:
     categories: the classes; label k stands for categories[k]. Ordered by id.
     max_boxes: the most boxes that one image has.
@@ -122,6 +131,11 @@ class _Relabelled:
   def encoded(self) -> Callable[[int], bytes]:
     """As the source's own, absent where it has none; see `shards.encode`."""
     return self._source.encoded
+
+  @property
+  def stamp(self) -> Callable[[int], bytes]:
+    """The source's own, absent where it has none."""
+    return self._source.stamp
 
   def _relabel(self, example: Example) -> Example:
     return example._replace(labels=self._labels[example.labels])

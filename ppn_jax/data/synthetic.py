@@ -13,6 +13,7 @@ from ppn_jax.errors import InputError
 
 _NAMES = ('circle', 'square', 'triangle', 'star', 'cross')
 _SPLITS = ('train', 'eval')
+_DRAWING = 1  # To be raised when images come to be drawn in another way.
 _TAG = 0x5ba9e5  # Keeps these random streams apart from others that start from the same seed.
 _SUBPIXEL_BITS = 4  # OpenCV draws at sixteenths of a pixel.
 _TRIES = 12  # Places tried for a shape before it is left out.
@@ -84,6 +85,11 @@ class SyntheticShapes:
     boxes = np.array([s.box for s in shapes]) / [height, width, height, width]
     return Example(image, boxes.astype(np.float32), np.array([s.label for s in shapes], np.int32),
                    np.zeros(len(shapes), bool), index + 1, self._size)
+
+  def stamp(self, index: int) -> bytes:
+    """See `sources.Source`."""
+    return repr((_DRAWING, self._key, index, self._size, self._scale, float(self._max_turn),
+                 self.max_boxes)).encode()
 
   def ground_truth(self) -> dict[str, Any]:
     """See `sources.Source`; lays out every image and draws none."""

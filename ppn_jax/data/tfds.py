@@ -1,6 +1,7 @@
 """Data sets in TensorFlow Datasets' format, read from ArrayRecord files without TensorFlow."""
 
 import concurrent.futures
+import functools
 import os
 from typing import Any
 
@@ -67,11 +68,21 @@ class Tfds(AnnotatedImages):
     self._where = f'{builder.data_dir}: {split}'
     self._schema = tfds_records.find_schema(builder.info.features, self._where, objects)
     self._records = _open_split(builder, split)
+    self._shards = _list_shards(builder, split)
     if not self._read_beside(builder, split, on_bad_box):
       self._scan(on_bad_box)
 
   def encoded(self, index: int) -> bytes:
     return self._stored(index)[0]
+
+  def stamp(self, index: int) -> bytes:
+    """That of all shards."""
+    return self._stamp
+
+  @functools.cached_property
+  def _stamp(self) -> bytes:
+    stamps = [_stamp(path) for path in self._shards]
+    return repr((self._where, stamps)).encode() if all(stamps) else b''
 
   def _pixels(self, index: int, size: tuple[int, int]) -> LazyImage:
     data, _, image_id = self._stored(index)
@@ -203,6 +214,22 @@ def _open_split(builder: Any, split: str) -> Any:
   except Exception as e:  # Of the split's name, or of a shard that is missing or damaged.
     raise InputError(f'{builder.data_dir}: split {split!r} cannot be read: {_line(e)} (splits: '
                      f'{some(list(builder.info.splits))})') from e
+
+
+def _list_shards(builder: Any, split: str) -> list[str]:
+  """The files that hold a split's records."""
+  splits = builder.info.splits
+  parts = tfds_records.load_tfds().core.ReadInstruction.from_spec(split).to_absolute(splits)
+  return [os.fspath(path) for part in parts for path in splits[part.splitname].filepaths]
+
+
+def _stamp(path: str) -> bytes:
+  """As `images.stamp`, also of a file in a bucket, where one is replaced as a whole."""
+  if '://' not in path:
+    return image_files.stamp(path)
+  from etils import epath
+  stat = epath.Path(path).stat()
+  return repr((path, stat.length, stat.mtime)).encode()
 
 
 def _line(error: Exception) -> str:

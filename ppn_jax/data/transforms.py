@@ -123,7 +123,8 @@ class Resize:
   An image that is not decoded yet (`LazyImage`), a JPEG, is decoded at 1/2, 1/4 or 1/8 of its
   size if what is left of it after crops still has a pixel for each of the result's. That looks
   as if it were averaged from the whole, but for a few grey levels, and takes a fraction of the
-  time. What is shown then ends up to half a pixel from the window's edge, which boxes follow.
+  time. The edges of a crop then end up to half a pixel off, which boxes follow; a whole image is
+  shown exactly.
 
   Attributes:
     size: side of the result.

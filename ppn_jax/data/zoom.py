@@ -53,8 +53,8 @@ class LargeScaleJitter:
   frame, its aspect ratio kept. Where it is larger than the frame a random part is shown; where
   it is smaller it lies at the top left and the rest is grey.
 
-  Boxes wholly outside the frame are dropped, and those that `min_coverage` or `min_side` say;
-  the others are cut at the frame.
+  Boxes wholly outside the frame are dropped, and those that `min_coverage` or `min_side` say,
+  unless they are crowds; the others are cut at the frame.
 
   Attributes:
     size: side of the frame in pixels, as a rule that of the network's input.

@@ -65,6 +65,13 @@ def clip(boxes: Array) -> Array:
   return _namespace(boxes).clip(boxes, 0, 1)
 
 
+def common(a: Array, b: Array) -> Array:
+  """Returns the box that two boxes have in common, one of no area if that is nothing."""
+  xp = _namespace(a, b)
+  corner = xp.maximum(a[..., :2], b[..., :2])
+  return xp.concatenate([corner, xp.maximum(xp.minimum(a[..., 2:], b[..., 2:]), corner)], axis=-1)
+
+
 def flip_horizontal(boxes: Array) -> Array:
   """The boxes of the image mirrored left to right."""
   xp = _namespace(boxes)

@@ -7,7 +7,8 @@ from ppn_jax.detection import boxes
 from ppn_jax.detection.structures import Anchors, Array, GroundTruth, Targets
 from ppn_jax.errors import InputError
 
-# An anchor of which this share lies in a crowd box is neither right nor wrong there.
+# An anchor is neither right nor wrong where this share of what the image shows of it lies in a
+# crowd box.
 CROWD_COVERAGE = 0.5
 
 
@@ -26,7 +27,8 @@ def assign(anchors: Anchors, truth: GroundTruth, *, matched_iou: float = 0.5,
     matched_iou: least IoU of a positive anchor, above 0 and at most 1.
     force_match: whether each truth box claims its best anchor.
     ignore_crowd: crowd boxes get no anchor, and anchors half covered by one are ignored unless
-      positive. If False, a crowd box is a box like any other, as in the reference.
+      positive; of anchors that reach over the image's border, what lies inside counts. If False, a
+      crowd box is a box like any other, as in the reference.
 
   Returns:
     Targets with leading dimensions [B, A]. Codes and labels of anchors that are not positive
@@ -67,7 +69,8 @@ def _claims(overlap: Array, wanted: Array) -> Array:
 
 def _in_crowd(anchors: Anchors, truth: GroundTruth) -> Array:
   """[B, A]: whether a crowd box covers enough of the anchor."""
-  inside = boxes.coverage(anchors.boxes, truth.boxes) >= CROWD_COVERAGE  # [B, A, G]
+  # Crowds end at the border, at the latest: beyond it an anchor is over nothing.
+  inside = boxes.coverage(boxes.clip(anchors.boxes), truth.boxes) >= CROWD_COVERAGE  # [B, A, G]
   return jnp.any(inside & (truth.valid & truth.crowd)[..., None, :], axis=-1)
 
 

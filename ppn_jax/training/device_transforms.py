@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppn_jax.data.random_crop import SsdRandomCrop
 from ppn_jax.data.transforms import HorizontalFlip, PhotometricDistortion, Resize, build_transforms
@@ -19,6 +20,8 @@ from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.training.device_resize import KERNELS, crop_and_resize
 
+_WHOLE = np.float32([0, 0, 1, 1])
+
 
 class View(NamedTuple):
   """One image with its truth as the ops so far leave it; pixels are still those stored."""
@@ -26,6 +29,7 @@ class View(NamedTuple):
   frame: Array  # f32 [4], the box of the stored image that it shows.
   mirrored: Array  # bool [], left to right.
   truth: GroundTruth  # [G, ...]; boxes that are gone are not valid, wherever they stand.
+  visible: Array = _WHOLE  # f32 [4], the box of the stored image that no crop has cut off.
 
 
 class Augmentation(NamedTuple):
@@ -42,7 +46,7 @@ class Augmentation(NamedTuple):
 
   def view(self, size: Array, truth: GroundTruth, key: Array) -> View:
     """What to show of an image of `size` (i32 [2], pixels), and its truth then."""
-    view = View(size.astype(jnp.float32), jnp.float32([0, 0, 1, 1]), jnp.bool_(False), truth)
+    view = View(size.astype(jnp.float32), jnp.float32(_WHOLE), jnp.bool_(False), truth)
     for number, op in enumerate(self.ops):
       if type(op) in _GEOMETRY:
         view = _GEOMETRY[type(op)](op, view, jax.random.fold_in(key, number))
@@ -62,8 +66,9 @@ class Augmentation(NamedTuple):
       u8 [S, S, 3], and the truth [G, ...], zero where it is not valid.
     """
     view = self.view(size, truth, key)
+    fills = any(isinstance(op, _FILLING) for op in self.ops)
     image, seen = crop_and_resize(image, view.frame, view.mirrored, self.image_size, self.kernel,
-                                  beyond=any(isinstance(op, _FILLING) for op in self.ops))
+                                  beyond=fills, visible=view.visible if fills else None)
     for number, op in enumerate(self.ops):
       if isinstance(op, _FILLING):  # Colours change it only from here on.
         image = image * seen + jnp.float32(op.fill)[:, None, None] * (1 - seen)
@@ -130,7 +135,7 @@ def _large_scale_jitter(op: LargeScaleJitter, view: View, key: Array) -> View:
   view = crop(view, jnp.concatenate([corner, corner + frame]), op.min_coverage)
   boxes = view.truth.boxes
   large = ((boxes[:, 2:] - boxes[:, :2]) * op.size).min(axis=-1) >= op.min_side
-  valid = view.truth.valid & large & (box_ops.area(boxes) > 0)
+  valid = view.truth.valid & (large | view.truth.crowd) & (box_ops.area(boxes) > 0)
   return _resize(op, view._replace(truth=view.truth._replace(valid=valid)), key)
 
 
@@ -143,10 +148,10 @@ def _ssd_random_crop(op: SsdRandomCrop, view: View, key: Array) -> View:
 
 
 def crop(view: View, window: Array, coverage: Array) -> View:
-  """`data.geometry.crop` of a window f32 [4], [ymin, xmin, ymax, xmax] in pixels."""
+  """Crops as `data.geometry.crop`, to a window f32 [4], [ymin, xmin, ymax, xmax] in pixels."""
   frame, truth = window / jnp.tile(view.size, 2), view.truth
   share = box_ops.coverage(truth.boxes, frame[None])[:, 0]
-  valid = truth.valid & (share > 0) & (share >= coverage)
+  valid = truth.valid & (share > 0) & (truth.crowd | (share >= coverage))
   boxes = box_ops.clip((truth.boxes - jnp.tile(frame[:2], 2))
                        / jnp.tile(frame[2:] - frame[:2], 2))
   # The same window in the image as it is stored, and so not mirrored.
@@ -154,7 +159,8 @@ def crop(view: View, window: Array, coverage: Array) -> View:
   corner, sides = view.frame[:2], view.frame[2:] - view.frame[:2]
   return view._replace(size=window[2:] - window[:2],
                        frame=jnp.tile(corner, 2) + frame * jnp.tile(sides, 2),
-                       truth=truth._replace(boxes=boxes, valid=valid))
+                       truth=truth._replace(boxes=boxes, valid=valid),
+                       visible=box_ops.common(view.visible, view.frame))
 
 
 def draw_window(op: SsdRandomCrop, size: Array, truth: GroundTruth, coverage: Array, draws: Array

@@ -179,6 +179,34 @@ def test_lazy_images_give_the_pixels_of_arrays(names):
       np.testing.assert_array_equal(lazily.image, eagerly.image)
 
 
+PHOTOMETRIC = {'name': 'photometric_distortion'}
+WIDE = {'name': 'expand', 'probability': 1, 'ratio': (3, 3), 'fill': (9, 8, 7)}
+
+
+@pytest.mark.parametrize('names', [
+    *itertools.product(OPS, repeat=2), ('photometric', 'expand', 'ssd_random_crop'),
+    ('expand', 'ssd_random_crop', 'expand'), ('expand', 'expand', 'large_scale_jitter')],
+    ids='-'.join)
+def test_no_op_draws_more_than_the_result(names, monkeypatch):
+  """In any order: not the canvas of one that the next cuts, nor the image outside of a crop."""
+  blocks = [{**WIDE} if name == 'expand' else PHOTOMETRIC if name == 'photometric'
+            else {'name': name, **OPS[name]} for name in names]
+  drawn, draw = [], LazyImage._draw
+
+  def note(self, *arguments):
+    pixels, factor = draw(self, *arguments)
+    drawn.append(pixels.shape[:2])
+    return pixels, factor
+
+  monkeypatch.setattr(LazyImage, '_draw', note)
+  source = Painted('jpeg', size=(1200, 1604), number=4)
+  ops = (*transforms.build_transforms(blocks), transforms.Resize(240))
+  out = read_example(source, 0, ops, np.random.default_rng(0))
+  if names[0] == 'photometric':  # It takes the pixels as they are.
+    assert drawn.pop(0) == (1200, 1604)
+  assert drawn and np.max(drawn) <= 240 and out.image.shape == (240, 240, 3)
+
+
 def test_an_op_given_a_lazy_image_changes_nothing_in_place():
   source = Painted('array')
   example = source[0]._replace(image=LazyImage.of(source[0].image))

@@ -1,16 +1,24 @@
 """Cached images: the same as decoded ones, kept over restarts, never wrong."""
 
 import json
+import os
+import shutil
+import time
 
 import cv2
 import numpy as np
 import pytest
 
-from ppn_jax.data import cache
+from ppn_jax.data import cache, images
 from ppn_jax.data.cache import CachedSource
+from ppn_jax.data.coco import CocoJson
 from ppn_jax.data.loader import train_batches
 from ppn_jax.data.random_crop import SsdRandomCrop
+from ppn_jax.data.sources import build_source
 from ppn_jax.data.synthetic import SyntheticShapes
+from ppn_jax.data.transforms import Resize
+from ppn_jax.data.yolo import YoloTxt
+from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
 
@@ -27,6 +35,9 @@ class Counting:
   def __getitem__(self, index):
     self.reads += 1
     return self._source[index]
+
+  def stamp(self, index):
+    return self._source.stamp(index)
 
   def ground_truth(self):
     return self._source.ground_truth()
@@ -57,9 +68,9 @@ def test_images_within_the_limit_come_back_bit_for_bit_and_are_read_once(where):
 def test_larger_images_are_reduced_and_boxes_stay(where):
   source = shapes()
   cached, original = CachedSource(source, where, 45)[3], source._source[3]
-  assert cached.image.shape == (30, 45, 3) and cached.size == (60, 90)
+  assert cached.image.shape == (45, 68, 3) and cached.size == (60, 90)
   np.testing.assert_array_equal(cached.boxes, original.boxes)
-  expected = cv2.resize(original.image, (45, 30), interpolation=cv2.INTER_AREA)
+  expected = cv2.resize(original.image, (68, 45), interpolation=cv2.INTER_AREA)
   np.testing.assert_array_equal(cached.image, expected)
 
 
@@ -99,14 +110,14 @@ def test_a_file_that_was_cut_short_starts_anew(tmp_path):
   with open(tmp_path / 'images.bin', 'r+b') as f:
     f.truncate(1000)
   source = shapes()
-  assert CachedSource(source, str(tmp_path), 45)[0].image.shape == (30, 45, 3)
+  assert CachedSource(source, str(tmp_path), 45)[0].image.shape == (45, 68, 3)
   assert source.reads == 1
 
 
 def test_folders_that_hold_something_else_are_left_alone(tmp_path):
   folder = tmp_path / 'c'
   CachedSource(shapes(), str(folder), 45)
-  with pytest.raises(InputError, match='longest_side is 45 there and 50 here'):
+  with pytest.raises(InputError, match='cache_size is 45 there and 50 here'):
     CachedSource(shapes(), str(folder), 50)
   with pytest.raises(InputError, match='data is'):
     CachedSource(shapes(seed=1, max_shapes=6), str(folder), 45)
@@ -135,4 +146,180 @@ def test_no_room_is_said_with_both_numbers(tmp_path, monkeypatch):
 def test_the_label_says_what_is_in_the_folder(tmp_path):
   CachedSource(shapes(), str(tmp_path), 45)
   label = json.loads((tmp_path / 'cache.json').read_text())
-  assert label['images'] == 12 and label['longest_side'] == 45
+  assert label['images'] == 12 and label['cache_size'] == 45
+
+
+def grey(level):
+  """A JPEG file; those of all levels have one size in bytes."""
+  data = images.encode_jpeg(np.full((16, 24, 3), level, np.uint8))
+  return data + bytes(700 - len(data))
+
+
+def write_photos(folder, *levels):
+  """Files of the given levels, all of one time, and what describes them in two formats."""
+  folder.mkdir()
+  for i, level in enumerate(levels):
+    (folder / f'{i}.jpg').write_bytes(grey(level))
+    (folder / f'{i}.txt').write_text('0 .5 .5 .2 .2')
+    os.utime(folder / f'{i}.jpg', (1e9, 1e9))
+  (folder / 'a.json').write_text(json.dumps({
+      'images': [{'id': i, 'file_name': f'{i}.jpg', 'height': 16, 'width': 24}
+                 for i in range(len(levels))],
+      'annotations': [], 'categories': [{'id': 1, 'name': 'a'}]}))
+
+
+FORMATS = {'coco': lambda folder: CocoJson(str(folder), str(folder / 'a.json')),
+           'yolo': lambda folder: YoloTxt(images=str(folder), labels=str(folder), names=['a'])}
+
+
+@pytest.fixture(params=FORMATS)
+def photos(request, monkeypatch):
+  """Opens a folder's images; what a cache asks of them is noted in `photos.asked`."""
+  asked = []
+
+  def open_folder(folder):
+    source = FORMATS[request.param](folder)
+    encoded, open_example = source.encoded, source.open_example
+    source.encoded = lambda index: (asked.append(('bytes', index)), encoded(index))[1]
+    source.open_example = lambda index: (asked.append(('pixels', index)), open_example(index))[1]
+    return source
+
+  open_folder.asked = asked
+  monkeypatch.setattr(images, '_CLOCK_TICK', -np.inf)  # Files of a test are always new.
+  return open_folder
+
+
+def levels_of(source, tmp_path):
+  cached = CachedSource(source, str(tmp_path / 'cache'), 10)
+  return [round(cached[i].image.mean()) for i in range(len(source))]
+
+
+def test_other_images_under_the_same_names_are_noticed(photos, tmp_path):
+  write_photos(tmp_path / 'raw', 50, 60)
+  write_photos(tmp_path / 'cleaned', 200, 210)
+  assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 60]
+  assert levels_of(photos(tmp_path / 'cleaned'), tmp_path) == [200, 210]
+  assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 60]
+  # Also if the other folder takes the place of the first.
+  shutil.rmtree(tmp_path / 'raw')
+  (tmp_path / 'cleaned').rename(tmp_path / 'raw')
+  assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [200, 210]
+
+
+def test_an_image_that_was_changed_in_place_is_decoded_again_and_no_other(photos, tmp_path):
+  write_photos(tmp_path / 'raw', 50, 60, 70)
+  assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 60, 70]
+  photos.asked.clear()
+  assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 60, 70] and not photos.asked
+  time.sleep(0.02)  # Until the clock of the file system has ticked.
+  (tmp_path / 'raw' / '1.jpg').write_bytes(grey(90))
+  os.utime(tmp_path / 'raw' / '1.jpg', (1e9, 1e9))  # Size and time are as they were.
+  assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 90, 70]
+  assert {index for _, index in photos.asked} == {1} and ('pixels', 1) in photos.asked
+
+
+def test_a_file_that_may_change_unnoticed_is_compared(photos, tmp_path, monkeypatch):
+  monkeypatch.setattr(images, '_CLOCK_TICK', 60)
+  write_photos(tmp_path / 'raw', 50)
+  assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50]
+  (tmp_path / 'raw' / '0.jpg').write_bytes(grey(90))  # In the same moment.
+  assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [90]
+
+
+def test_a_copied_folder_is_not_decoded_again(photos, tmp_path):
+  write_photos(tmp_path / 'raw', 50, 60)
+  levels_of(photos(tmp_path / 'raw'), tmp_path)
+  shutil.copytree(tmp_path / 'raw', tmp_path / 'copy', copy_function=shutil.copyfile)
+  for asked in ([('bytes', 0), ('bytes', 1)], []):  # The second time its stamps are known.
+    photos.asked.clear()
+    assert levels_of(photos(tmp_path / 'copy'), tmp_path) == [50, 60]
+    assert photos.asked == asked
+
+
+def test_a_file_that_is_gone_is_an_error_as_without_a_cache(photos, tmp_path):
+  write_photos(tmp_path / 'raw', 50, 60)
+  levels_of(photos(tmp_path / 'raw'), tmp_path)
+  source = photos(tmp_path / 'raw')
+  (tmp_path / 'raw' / '1.jpg').unlink()
+  with pytest.raises(InputError, match=r'1\.jpg'):
+    levels_of(source, tmp_path)
+
+
+class Drawn:
+  """Somebody's source of arrays, which cannot tell whether they have changed."""
+  categories, max_boxes = (Category(1, 'a'),), 6
+
+  def __init__(self, level):
+    self._level, self._shapes = level, SyntheticShapes(2, image_size=32)
+
+  def __len__(self):
+    return 2
+
+  def __getitem__(self, index):
+    return self._shapes[index]._replace(image=np.full((32, 32, 3), self._level, np.uint8))
+
+  def ground_truth(self):
+    return self._shapes.ground_truth()
+
+
+def test_a_source_that_cannot_tell_is_read_once_in_each_run(tmp_path):
+  assert levels_of(Drawn(50), tmp_path) == [50, 50]
+  assert levels_of(Drawn(60), tmp_path) == [60, 60]
+
+
+def test_shapes_that_are_drawn_otherwise():
+  """By all that decides the pixels."""
+  options = ({}, {'seed': 1}, {'split': 'eval'}, {'max_shapes': 5}, {'scale': (0.1, 0.2)},
+             {'max_turn': 10}, {'image_size': 48})
+  stamps = [SyntheticShapes(4, **{'image_size': 32, **o}).stamp(2) for o in options]
+  assert len({*stamps, SyntheticShapes(4, image_size=32).stamp(1)}) == len(options) + 1
+
+
+def test_stamps_reach_through_the_run_s_labels():
+  block = {'name': 'synthetic_shapes', 'num_images': 3, 'image_size': 32}
+  plain = build_source(block)
+  more = (*plain.categories, Category(99, 'more'))
+  assert build_source(block, categories=more).stamp(1) == plain.stamp(1)
+
+
+def test_an_earlier_version_s_folder_is_refused(tmp_path):
+  CachedSource(shapes(), str(tmp_path), 45)
+  label = json.loads((tmp_path / 'cache.json').read_text())
+  for key in ('version', 'decoding'):
+    (tmp_path / 'cache.json').write_text(json.dumps(label | {key: 0}))
+    with pytest.raises(InputError, match=r'another version of ppn_jax made.* delete it or give'):
+      CachedSource(shapes(), str(tmp_path), 45)
+
+
+@pytest.mark.parametrize('size', [(96, 128), (128, 96), (90, 270)])
+def test_what_the_network_sees_is_nearly_as_sharp_as_without(size):
+  """Fine stripes along each axis, at the network's own resolution."""
+  class Stripes(Drawn):
+    def __getitem__(self, index):
+      image = np.zeros((*size, 3), np.uint8)
+      at = np.arange(size[index]) * 48 // size[index] % 4 < 2
+      image[:] = 255 * np.expand_dims(at, (1 - index, 2))
+      return self._shapes[index]._replace(image=image, size=size)
+
+    def ground_truth(self):
+      truth = super().ground_truth()
+      return truth | {'images': [i | {'height': size[0], 'width': size[1]}
+                                 for i in truth['images']]}
+
+  source = Stripes(0)
+  cached = CachedSource(source, 'memory', 48)
+  for index in (0, 1):
+    assert min(cached[index].image.shape[:2]) == 48
+    contrast = [Resize(48)(s[index]).image.std() for s in (cached, source)]
+    assert contrast[0] > 0.88 * contrast[1], index
+
+
+def test_images_of_another_size_than_the_source_tells(tmp_path):
+  class Larger(Drawn):
+    def __getitem__(self, index):
+      return self._shapes[index]._replace(image=np.full((90, 400, 3), 7, np.uint8))
+
+  cached = CachedSource(Larger(0), str(tmp_path), 16)
+  for index in (0, 1):
+    height, width, _ = cached[index].image.shape
+    assert (cached[index].image == 7).all() and 3.5 < width / height < 6

@@ -36,14 +36,14 @@ def turned(image, orientation, kind='PNG', **options):
   return save(image, kind, exif=exif.tobytes(), **options)
 
 
-def cut(image, window):
+def cut(image, window, fill=FILL):
   """The window of an array, with borders; another way than the code's."""
   y, x, height, width = window
   out = np.empty((height, width, 3), np.uint8)
   for i in range(height):
     for j in range(width):
       inside = 0 <= y + i < image.shape[0] and 0 <= x + j < image.shape[1]
-      out[i, j] = image[y + i, x + j] if inside else FILL
+      out[i, j] = image[y + i, x + j] if inside else fill
   return out
 
 
@@ -59,15 +59,26 @@ def test_any_chain_of_crops_and_mirrors(orientation):
       else:
         height, width = rng.integers(1, 20, 2).tolist()
         window = (int(rng.integers(-4, 8)), int(rng.integers(-4, 8)), height, width)
-        lazy, array = lazy.crop(window, FILL), cut(array, window)
+        fill = tuple(rng.choice([0, 128], 3).tolist())
+        lazy, array = lazy.crop(window, fill), cut(array, window, fill)
       assert lazy.shape == array.shape
     np.testing.assert_array_equal(np.asarray(lazy), array)
 
 
-def test_two_colours_of_borders():
-  lazy = LazyImage.of(noise(4, 4)).crop((-1, 0, 5, 4), (1, 2, 3)).crop((0, -1, 5, 5), FILL)
-  pixels = np.asarray(lazy)
-  assert (pixels[0, 1:] == (1, 2, 3)).all() and (pixels[:, 0] == FILL).all()
+@pytest.mark.parametrize('turns', [{}, {'transposed': True, 'upside_down': True},
+                                   {'mirrored': True}])
+def test_borders_of_several_colours_are_drawn_at_the_size_asked_for(turns, monkeypatch):
+  stored = StoredImage((12, 16), lambda factor: np.full((12, 16, 3), 255, np.uint8))
+  lazy = LazyImage.whole(stored, **turns)
+  array = np.asarray(lazy)
+  for window, fill in (((-4, 0, 20, 16), (1, 2, 3)), ((0, -8, 16, 20), FILL),
+                       ((-4, -4, 28, 28), (9, 9, 9))):
+    lazy, array = lazy.crop(window, fill), cut(array, window, fill)
+  monkeypatch.setattr(LazyImage, 'pixels', None)
+  pixels, frame = lazy.resize(28 * 2, 28 * 2, KERNELS['area'], reduce=True)
+  assert frame == (0, 0, 28, 28)
+  np.testing.assert_array_equal(pixels, array.repeat(2, axis=0).repeat(2, axis=1))
+  assert len(np.unique(pixels.reshape(-1, 3), axis=0)) == 4
 
 
 @pytest.mark.parametrize('method', KERNELS)
@@ -115,6 +126,39 @@ def test_an_image_that_cannot_be_reduced_is_not():
   again, frame = whole.resize(50, 50, KERNELS['area'], reduce=True)  # Asked in vain.
   np.testing.assert_array_equal(again, pixels)
   assert frame == (0, 0, 480, 640)
+
+
+class Ramp:
+  """Brightness grows evenly along both axes, so that pixels tell where they come from."""
+
+  def __init__(self, height, width):
+    y, x = np.mgrid[:height, :width] + 0.5
+    self.image = np.stack([y / height, x / width, y * 0], axis=-1).astype(np.float32) * 255
+
+  def load(self, factor):
+    """As a JPEG decoder does: the last pixel is of a whole block, be it beyond the image."""
+    beyond = [-side % factor for side in self.image.shape[:2]]
+    padded = np.pad(self.image, [(0, beyond[0]), (0, beyond[1]), (0, 0)], 'edge')
+    return KERNELS['area'](padded, *(side // factor for side in padded.shape[:2]))
+
+
+@pytest.mark.parametrize('mirrored', [False, True])
+@pytest.mark.parametrize('transposed', [False, True])
+@pytest.mark.parametrize('size', [(683, 1024), (1205, 1203)])
+def test_the_whole_image_is_shown_exactly_however_far_it_is_reduced(size, transposed, mirrored):
+  stored = StoredImage(size, Ramp(*size).load, (8, 4, 2))
+  lazy = LazyImage.whole(stored, transposed=transposed, mirrored=mirrored)
+  for method in ('area', 'supersample', 'bilinear'):
+    pixels, frame = lazy.resize(300, 300, KERNELS[method], reduce=True)
+    assert pixels.shape == (300, 300, 3) and frame == (0, 0, *lazy.shape[:2])
+    centers = np.arange(2, 298) + 0.5
+    for axis in (0, 1):
+      shown = pixels[..., 1 - axis if transposed else axis].mean(axis=1 - axis)
+      shown = shown[::-1] if mirrored and axis == 1 else shown
+      # Where the ramp begins and ends, but for the jitter of averaging whole pixels.
+      line = np.polynomial.Polynomial.fit(centers, shown[2:298], 1)
+      ends = line(np.array([0, 300])) / 255 * 300
+      np.testing.assert_allclose(ends, [0, 300], atol=0.03, err_msg=f'{method} {axis}')
 
 
 @pytest.mark.parametrize('reduce', [False, True])

@@ -236,6 +236,20 @@ def test_evaluation_decodes_late():
   assert any((a.images != b.images).any() for a, b in zip(reduced, whole, strict=True))
 
 
+@pytest.mark.parametrize('resize', ['area', 'supersample', 'bilinear'])
+def test_evaluation_shows_all_of_an_image_whatever_it_is_decoded_at(resize):
+  """Detections are scaled by the original's size: boxes must lie where they do in the original."""
+  class Odd(Photos):
+    def open_example(self, index):
+      lazy = images.open_image(images.encode_jpeg(np.zeros((683, 1021, 3), np.uint8)), name='x')
+      return super().open_example(index)._replace(image=lazy, size=(683, 1021))
+
+  options = {'image_size': 100, 'max_boxes': 8, 'batch_size': 4, 'resize': resize}
+  reduced, whole = (next(loader.eval_batches(Odd(4), reduced_decoding=reduced, **options))
+                    for reduced in (True, False))
+  np.testing.assert_array_equal(reduced.truth.boxes, whole.truth.boxes)
+
+
 @pytest.mark.parametrize('rows', [[], [6], [-1], slice(6, 9)])
 def test_rows_outside_the_batch(rows):
   with pytest.raises(ValueError, match='of a batch of 6'):
@@ -299,6 +313,21 @@ def test_an_error_in_a_thread_is_the_original_error():
   with pytest.raises(InputError) as caught:
     list(loader.eval_batches(Numbered(9, bad=[6]), image_size=8, max_boxes=4, batch_size=4))
   assert str(caught.value) == '6.jpg: truncated'
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_nothing_is_read_after_an_error(threads):
+  options = {'image_size': 8, 'max_boxes': 4, 'batch_size': 64, 'threads': threads}
+  source = Numbered(256, bad=[10, 11, 40])
+  with pytest.raises(InputError, match=r'^10\.jpg: truncated'):  # The first, however they are read.
+    list(loader.eval_batches(source, **options))
+  assert threads > 1 or sorted(source.read) == list(range(11))
+  source = Numbered(256, bad=[70])
+  batches = loader.eval_batches(source, **options)
+  assert next(batches).valid.all()  # The batch before the error is whole.
+  with pytest.raises(InputError, match=r'^70\.jpg: truncated'):
+    next(batches)
+  assert threads > 1 or sorted(source.read) == list(range(71))
 
 
 def test_more_boxes_than_there_is_room_for():

@@ -58,17 +58,17 @@ def test_boxes_that_show_too_little_are_dropped():
   far = ((0, 0, 0.3, 0.3), (0.4, 0.4, 0.6, 0.6))
   full = Mosaic(60, probability=1.0, center=(0.5, 0.5), scale=(1.0, 1.0), min_coverage=0.2,
                 min_side=0)
-  out = run(full, 0, boxes=far)
+  out = run(full, 0, (20, 30, 40), boxes=far)  # None a crowd, which would stay.
   # Each image shows one of its four quarters: a quarter of the box in the middle, and of the one
   # at the top left all or nothing.
-  assert sorted(out.labels.tolist()) == sorted([10, 20, 30, 41, *out.labels[
+  assert sorted(out.labels.tolist()) == sorted([10, 20, 30, 40, *out.labels[
       (out.boxes[:, 2] - out.boxes[:, 0]) > 0.25]])
   assert len(out.labels) == 5
   strict = Mosaic(60, probability=1.0, center=(0.5, 0.5), scale=(1.0, 1.0), min_coverage=0.26,
                   min_side=0)
-  assert len(run(strict, 0, boxes=far).labels) == 1
+  assert len(run(strict, 0, (20, 30, 40), boxes=far).labels) == 1
   small = Mosaic(60, probability=1.0, center=(0.5, 0.5), scale=(1.0, 1.0), min_side=7)
-  assert len(run(small, 0, boxes=far).labels) == 1  # The quarters are 6 pixels wide.
+  assert len(run(small, 0, (20, 30, 40), boxes=far).labels) == 1  # The quarters are 6 pixels wide.
 
 
 def test_images_without_boxes():

@@ -329,3 +329,45 @@ def test_the_number_of_shards_goes_with_the_bytes(coco, monkeypatch):
   sizes = [p.stat().st_size for p in (coco / 'images').iterdir()]
   shards = len(list(folder.glob('*.array_record-*')))
   assert abs(shards - sum(sizes) / 8000) <= 1.5
+
+
+def change_image(coco, name):
+  (coco / 'images' / name).write_bytes(encode_jpeg(np.full((20, 40, 3), 99, np.uint8)))
+
+
+def test_images_that_changed_after_all_was_done_are_noticed(coco):
+  folder = make({'train': load(coco)}, coco)
+  before = contents(folder)
+  shutil.copytree(coco / 'images', coco / 'copy')
+  make({'train': CocoJson(str(coco / 'copy'), str(coco / 'truth.json'))}, coco)
+  change_image(coco, '0.jpg')
+  with pytest.raises(InputError, match=r"of split 'train', some of image 100 to image 91 have "
+                                       r'changed; remove .* and prepare again'):
+    make({'train': load(coco)}, coco)
+  assert contents(folder) == before
+
+
+def test_shards_of_images_that_changed_meanwhile_are_made_again(coco, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(prepare_lib, '_finish', lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      make({'train': load(coco)}, coco)
+  change_image(coco, '0.jpg')
+  done = []
+  make({'train': load(coco)}, coco, progress=lambda *step: done.append(step))
+  assert done[0] == (5, 7)  # Of three shards one begins anew.
+  same(Tfds(dataset='toy', data_dir=str(coco / 'out')), load(coco))
+
+
+def test_stamps_of_prepared_data_change_with_its_files(coco, monkeypatch):
+  folder = make({'train': load(coco), 'eval': load(coco)}, coco)
+  assert Tfds(data_dir=str(folder)).stamp(0) == b''  # It was written a moment ago.
+  monkeypatch.setattr('ppn_jax.data.images._CLOCK_TICK', -np.inf)
+  train = Tfds(data_dir=str(folder)).stamp(0)
+  assert train and train == Tfds(data_dir=str(folder)).stamp(3)
+  assert train != Tfds(data_dir=str(folder), split='eval').stamp(0)
+  for split, same_as_before in (('eval', True), ('train', False)):
+    shard = next(folder.glob(f'toy-{split}.array_record-*'))
+    shutil.copyfile(shard, coco / 'copy')
+    (coco / 'copy').rename(shard)
+    assert (Tfds(data_dir=str(folder)).stamp(0) == train) == same_as_before

@@ -23,7 +23,7 @@ BOXES = np.float32([[0.1, 0.1, 0.4, 0.5], [0.3, 0.5, 0.9, 0.95], [0.62, 0.05, 0.
 def truth_of(boxes, padded=8):
   n = len(boxes)
   boxes = np.concatenate([boxes, np.zeros((padded - n, 4), np.float32)])
-  return GroundTruth(boxes, np.arange(padded, dtype=np.int32), np.arange(padded) % 2 == 0,
+  return GroundTruth(boxes, np.arange(padded, dtype=np.int32), np.zeros(padded, bool),
                      np.arange(padded) < n)
 
 
@@ -175,6 +175,25 @@ def test_boxes_follow_pixels():
       checked += 1
     assert not boxes[~valid].any()
   assert checked > 75
+
+
+@pytest.mark.parametrize('last', [
+    {'name': 'expand', 'probability': 1.0, 'fill': (0, 0, 0)},
+    {'name': 'large_scale_jitter', 'size': 64, 'scale': (0.3, 0.6), 'fill': (0, 0, 0)}])
+def test_what_a_crop_cut_off_stays_away(last):
+  """Red and green squares, each seen only where its box is."""
+  image = np.zeros((3, 64, 64), np.uint8)
+  boxes = np.float32([[3, 3, 16, 16], [40, 40, 60, 60]]) / 64
+  image[0, 3:16, 3:16] = image[1, 40:60, 40:60] = 255
+  blocks = [FLIP, CROP | {'coverages': (1.0,), 'keep_probability': 0.0, 'area': (0.1, 0.3),
+                          'attempts': 20}, last]
+  augmentation = build_augmentation(blocks, image_size=64, resize='area')
+  images, truth = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
+      image, jnp.int32([64, 64]), truth_of(boxes), jax.random.split(jax.random.key(0), 100))
+  seen = np.asarray((images > 127).sum(axis=(1, 2)))[:, :2]
+  labelled = np.asarray(truth.valid)[:, :2]
+  assert not seen[~labelled].any()
+  assert (seen[labelled] > 0).mean() > 0.99 and labelled.sum() > 80
 
 
 def test_hue_and_saturation_are_those_of_hsv():
