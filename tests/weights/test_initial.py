@@ -31,12 +31,12 @@ def test_any_kind_of_file(tmp_path):
   write_bundle(tmp_path / 'x', {'MobilenetV1/Conv2d_0/weights': weights['conv1', 'kernel']})
   like = {'params': {'backbone': {'conv2d_0': {'kernel': np.zeros((3, 3, 3, 8))}}}}
   for name in ('x.h5', 'x'):
-    kernel = initial_weights(like, backbone=str(tmp_path / name)).variables[
+    kernel = initial_weights(like, (), backbone=str(tmp_path / name)).variables[
         'params']['backbone']['conv2d_0']['kernel']
     np.testing.assert_array_equal(kernel, weights['conv1', 'kernel'])
 
 
 def test_none():
-  assert initial_weights({}, backbone='') is None
+  assert initial_weights({}, (), backbone='') is None
   with pytest.raises(InputError, match=r'init\.backbone=3 is not a path'):
-    initial_weights({}, backbone=3)
+    initial_weights({}, (), backbone=3)
