@@ -33,7 +33,7 @@ LAYERS = (
      'training.prefetch', 'training.preemption', 'training.saved_step',
      'training.device_order', 'training.device_resize',
      'evaluation.coco', 'evaluation.drawing', 'evaluation.judging', 'evaluation.intervals'),
-    ('weights.files', 'pictures.plotting', 'evaluation.error_kinds'),
+    ('detection.anchor_search', 'weights.files', 'pictures.plotting', 'evaluation.error_kinds'),
     ('models.network', 'data.loader', 'evaluation.calibration', 'evaluation.recalibration',
      'evaluation.calibration_picture', 'training.device_transforms'),
     ('detector', 'weights.importer', 'training.resident'),
