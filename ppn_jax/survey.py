@@ -224,8 +224,8 @@ def _changed(found: Survey, unfit: np.ndarray) -> list[dict[str, Any]]:
   worst = int(np.where(count >= min(_FEW_BOXES, count.max()), by_class, -1).argmax())
   chosen = found.boxes.label == worst
   return [{'key': change.key, 'value': change.value, 'work': change.work,
-           'unfit': float(1 - change.fits.mean()), 'class': found.categories[worst].name,
-           'unfit_of_class': float(1 - change.fits[chosen].mean()),
+           'unfit': float((~change.fits).mean()), 'class': found.categories[worst].name,
+           'unfit_of_class': float((~change.fits[chosen]).mean()),
            'unfit_of_class_now': float(by_class[worst])} for change in found.changes]
 
 

@@ -66,7 +66,8 @@ def search(boxes: np.ndarray, labels: np.ndarray, options: Mapping[str, Any],
     shared_head: whether all levels need as many anchors.
 
   Returns:
-    At most three changes, of different keys; each stands for itself and those before it.
+    At most three changes; each stands for itself and those before it, and a key that comes again
+    replaces its value.
   """
   weights = _weights(labels)
   sample = np.unique(np.linspace(0, len(boxes) - 1, min(_SAMPLE, len(boxes))).astype(int))
@@ -86,14 +87,12 @@ def search(boxes: np.ndarray, labels: np.ndarray, options: Mapping[str, Any],
   present, found = unfit(state), []
   work = lambda state: (state['image_size'] / image_size) ** 2
   while len(found) < _MOST_CHANGES:
-    used = {change.key.rpartition('.')[2] for change in found}
     tried = []
     for key, value in _candidates(state, grids, boxes, shared_head):
-      if key not in used:
-        after = {**state, key: value}
-        left = unfit(after)
-        if present - left >= max(_LEAST_POINTS, _LEAST_SHARE * present):
-          tried.append((left * work(after) ** 0.5, left, len(tried), key, value))
+      after = {**state, key: value}
+      left = unfit(after)
+      if present - left >= max(_LEAST_POINTS, _LEAST_SHARE * present):
+        tried.append((left * work(after) ** 0.5, left, len(tried), key, value))
     if not tried:
       break
     _, left, _, key, value = min(tried)

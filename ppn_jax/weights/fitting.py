@@ -27,7 +27,7 @@ class Weights(NamedTuple):
     description: what they are of.
     values: path -> NumPy array, such as ('params', 'backbone', 'conv2d_0', 'kernel').
     categories: class of each label, without a background; () where they are not known.
-    unnamed: why they are not known, and what helps; '' where they are.
+    unnamed: why they are not known, or not for certain, and what helps; '' where they are.
     unused: what else was there, which no detector of ours has, by what it is.
   """
   origin: str

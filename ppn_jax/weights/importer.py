@@ -129,7 +129,8 @@ def named_values(file: WeightFile, like: Mapping[str, Any]) -> Weights:
                'that run')
     if any(path[-1] == 'class_bias' for path in sources) and (
         class_columns(file) == labels.COCO_CLASSES + 1):
-      categories, unnamed = labels.detector_categories(labels.COCO_CLASSES, None)
+      categories, _ = labels.detector_categories(labels.COCO_CLASSES, None)
+      unnamed = "the 90 of the file are taken to be COCO's"
   return Weights(file.path, contents.description, values, categories, unnamed,
                  _unused(file, sources.values()))
 

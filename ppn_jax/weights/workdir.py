@@ -21,10 +21,12 @@ def is_workdir(path: files.Path) -> bool:
 
 
 def check_not_inside(path: files.Path) -> None:
-  """Raises InputError, naming the workdir, for its folder `checkpoints` and those in it."""
+  """Raises InputError, naming the workdir, for files of a run and the folders of its steps."""
   for folder, step in ((path, ''), (path.parent, f'@{path.name}')):
     if folder.name == 'checkpoints' and is_workdir(folder.parent):
       raise InputError(f'{path} is inside the workdir of a run; give {folder.parent}{step}')
+  if path.name in ('config.json', 'categories.json') and is_workdir(path.parent):
+    raise InputError(f'{path} is inside the workdir of a run; give {path.parent}')
 
 
 def split_step(text: str) -> tuple[str, str]:

@@ -122,6 +122,7 @@ def test_another_backbone_gives_what_fits(earlier):
     ({'weights': '{odd}'}, 'categories.json cannot be read'),
     ({'weights': '{run}/checkpoints'}, 'inside the workdir .*run; give .*/run'),
     ({'weights': '{run}/checkpoints/3'}, 'inside the workdir .*run; give .*/run@3'),
+    ({'backbone': '{run}/config.json'}, 'inside the workdir .*run; give .*/run'),
     ({'weights': 3}, 'init.weights=3 is not a path')])
 def test_mistakes(earlier, tmp_path, options, said):
   for name in ('empty', 'bare/checkpoints', 'unnamed/checkpoints', 'odd/checkpoints'):
