@@ -271,6 +271,9 @@ def verdict(numbers: Mapping[str, Any]) -> str:
   served = ('force_match gives each the best there is' if numbers['force_match'] else
             'they get none, since force_match is off')
   advice = _advice(numbers['changes'], len(numbers['by_class']) > 1)
+  if not advice and every['unfit'] >= _MUCH_UNFIT:
+    advice = ('. No other scale or ratio of anchors, nor an image_size of up to twice as much, '
+              'would help by much')
   return (f'{every["unfit"]:.1%} of the boxes overlap no anchor by matched_iou='
           f'{numbers["matched_iou"]:g} ({served}); {every["without"]:.1%} get no anchor at all; '
           f'{every["anchors_a_box"]:.1f} anchors a box{advice}')

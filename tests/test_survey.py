@@ -115,6 +115,7 @@ def test_advice_where_many_boxes_fit_no_anchor(found):
   assert f'--config.{advice["key"]}={advice["value"]} would leave {advice["unfit"]:.1%}' in said
   assert f"Of '{advice['class']}' it is {advice['unfit_of_class_now']:.1%}" in said
   assert said in survey.format_table(numbers)
+  assert 'would help by much' in survey.verdict(numbers | {'changes': []})
   config = tiny_config().copy_and_resolve_references()
   with config.unlocked():
     block, _, key = advice['key'].rpartition('.')
