@@ -38,7 +38,7 @@ def base_config() -> ConfigDict:
   config.postprocess = dict(  # ppn_jax.detection.postprocess.postprocess
       score_threshold=1e-8, iou_threshold=0.6, max_per_class=100, max_detections=100)
 
-  config.init = dict(backbone='')  # ppn_jax.weights.initial.initial_weights
+  config.init = dict(weights='', backbone='', report=())  # ppn_jax.weights.initial.initial_weights
   config.data = dict(
       train=dict(  # ppn_jax.data.sources.build_source
           name='',

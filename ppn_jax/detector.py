@@ -134,7 +134,7 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
   lay_anchors = registry.bind('anchors', ssd_anchors, anchors, given=['grid_sizes'])
   # All forms of an operation have the same shapes, and one is sooner traced than all.
   plain = dataclasses.replace(policy, conv_form='native')
-  grids = _grid_sizes(network(anchors_per_cell=(1,), policy=plain), image_size)
+  grids = grid_sizes(network(anchors_per_cell=(1,), policy=plain), image_size)
   laid = lay_anchors(grids)
   per_cell = anchors_per_cell(laid, grids)
   if len(set(per_cell)) == 1:
@@ -164,7 +164,7 @@ def _layer_policy(options: Mapping[str, Any]) -> LayerPolicy:
   return registry.bind('layers', LayerPolicy, options, given=['dtype'])(dtype=DTYPES[dtype])
 
 
-def _grid_sizes(network: nn.Module, image_size: int) -> list[tuple[int, int]]:
+def grid_sizes(network: nn.Module, image_size: int) -> list[tuple[int, int]]:
   """(rows, columns) of each pyramid level, found by tracing the shapes alone."""
   images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
 

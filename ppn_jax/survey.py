@@ -20,8 +20,9 @@ from ppn_jax.data.loader import eval_batches, required_boxes, train_batches
 from ppn_jax.data.sources import Source, build_source, split_train_block
 from ppn_jax.data.transforms import build_transforms
 from ppn_jax.detection import boxes as box_ops
+from ppn_jax.detection.anchor_search import Change, search
 from ppn_jax.detection.structures import Anchors, Array, Batch, Category
-from ppn_jax.detector import Detector
+from ppn_jax.detector import Detector, grid_sizes
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.run import build_detector, resolve_classes
 
@@ -29,12 +30,16 @@ SPLITS = ('train', 'eval')
 SIDES = (0, 16, 32, 64, 128, 256)  # Bounds of sizes of boxes in tables, pixels of the network.
 _PERCENTS = (5, 25, 50, 75, 95)
 _BATCH = 32
+# Shares of boxes that no anchor fits from which advice is given: of all, and of a class that has
+# boxes enough to tell.
+_MUCH_UNFIT, _MUCH_OF_A_CLASS, _FEW_BOXES = 0.1, 0.3, 20
 
 
 class Boxes(NamedTuple):
   """N truth boxes in pixels of the network's input, NumPy; those that ask for anchors."""
   image: Array  # i64 [N], 0 the first image of the survey.
   label: Array  # i32 [N].
+  corners: Array  # f32 [N, 4], of the image: what `height` and `width` are in pixels.
   height: Array  # f32 [N].
   width: Array  # f32 [N].
   best_iou: Array  # f32 [N], with the anchor that fits best.
@@ -65,6 +70,7 @@ class Survey(NamedTuple):
   boxes: Boxes
   shown: tuple[Batch, ...]  # The first images, as batches.
   left_out: tuple[str, ...]  # Boxes and images that options let be left out, a line each.
+  changes: tuple[Change, ...]  # Of the config, by which more boxes would fit; () if enough do.
 
 
 def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
@@ -103,7 +109,24 @@ def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
   bad_boxes = getattr(source, 'bad_boxes', None)
   return Survey(split, detector.image_size, tuple(source.categories), detector.anchors,
                 config.matching.to_dict(), seen, len(source), crowds, boxes, tuple(kept),
-                (*([str(bad_boxes)] if bad_boxes else []), *bad.news()))
+                (*([str(bad_boxes)] if bad_boxes else []), *bad.news()),
+                _changes(config, detector, boxes))
+
+
+def _changes(config: ConfigDict, detector: Detector, boxes: Boxes) -> tuple[Change, ...]:
+  """What to change where many boxes, or many of a class, overlap no anchor by enough."""
+  matched_iou, model = config.matching.matched_iou, config.model.to_dict()
+  unfit = boxes.best_iou < matched_iou
+  count = np.bincount(boxes.label, minlength=1)
+  by_class = np.bincount(boxes.label, unfit, len(count)) / np.maximum(count, 1)
+  if not len(unfit) or (unfit.mean() < _MUCH_UNFIT and not (
+      by_class[count >= _FEW_BOXES] >= _MUCH_OF_A_CLASS).any()):
+    return ()
+  sizes = {detector.image_size * k // 2 for k in (2, 3, 4)}
+  return tuple(search(
+      boxes.corners, boxes.label, model['anchors'],
+      {size: grid_sizes(detector.network, size) for size in sizes}, detector.image_size,
+      matched_iou, shared_head=model['head'].get('name') != 'per_level_box_predictor'))
 
 
 def _open(config: ConfigDict, split: str) -> Source:
@@ -152,7 +175,8 @@ def _measurer(detector: Detector, matching: Mapping[str, Any]) -> Callable[..., 
     best = overlap.argmax(axis=1)
     size = (truth.boxes[wanted][:, 2:] - truth.boxes[wanted][:, :2]) * detector.image_size
     return Boxes(
-        first + (np.cumsum(chosen) - 1)[np.nonzero(wanted)[0]], truth.labels[wanted], *size.T,
+        first + (np.cumsum(chosen) - 1)[np.nonzero(wanted)[0]], truth.labels[wanted],
+        truth.boxes[wanted], *size.T,
         overlap[np.arange(len(best)), best], level[best],
         assigned.reshape(*wanted.shape, num_levels)[wanted])
 
@@ -187,7 +211,22 @@ def figures(found: Survey) -> dict[str, Any]:
           group | {'anchors': int((level == k).sum()),
                    'anchor_sides': [float(sides[level == k].min()), float(sides[level == k].max())],
                    'positives_an_image': float(boxes.anchors[:, k].sum() / found.num_images)}
-          for k, group in enumerate(groups(range(level[-1] + 1), boxes.best_level))]}
+          for k, group in enumerate(groups(range(level[-1] + 1), boxes.best_level))],
+      'changes': _changed(found, unfit)}
+
+
+def _changed(found: Survey, unfit: np.ndarray) -> list[dict[str, Any]]:
+  """`Survey.changes` in numbers, with what becomes of the class that no anchor fits most often."""
+  if not found.changes:
+    return []
+  count = np.bincount(found.boxes.label, minlength=len(found.categories))
+  by_class = np.bincount(found.boxes.label, unfit, len(count)) / np.maximum(count, 1)
+  worst = int(np.where(count >= min(_FEW_BOXES, count.max()), by_class, -1).argmax())
+  chosen = found.boxes.label == worst
+  return [{'key': change.key, 'value': change.value, 'work': change.work,
+           'unfit': float((~change.fits).mean()), 'class': found.categories[worst].name,
+           'unfit_of_class': float((~change.fits[chosen]).mean()),
+           'unfit_of_class_now': float(by_class[worst])} for change in found.changes]
 
 
 def _group(boxes: Boxes, chosen: np.ndarray, unfit: np.ndarray) -> dict[str, Any]:
@@ -231,9 +270,32 @@ def verdict(numbers: Mapping[str, Any]) -> str:
     return 'no boxes: there is nothing to learn from these images'
   served = ('force_match gives each the best there is' if numbers['force_match'] else
             'they get none, since force_match is off')
+  advice = _advice(numbers['changes'], len(numbers['by_class']) > 1)
+  if not advice and every['unfit'] >= _MUCH_UNFIT:
+    advice = ('. No other scale or ratio of anchors, nor an image_size of up to twice as much, '
+              'would help by much')
   return (f'{every["unfit"]:.1%} of the boxes overlap no anchor by matched_iou='
           f'{numbers["matched_iou"]:g} ({served}); {every["without"]:.1%} get no anchor at all; '
-          f'{every["anchors_a_box"]:.1f} anchors a box')
+          f'{every["anchors_a_box"]:.1f} anchors a box{advice}')
+
+
+def _advice(changes: Sequence[Mapping[str, Any]], several: bool) -> str:
+  """What to set so that more boxes fit; each change comes on top of those before it.
+
+  With `several` classes the worst of them is named.
+  """
+  if not changes:
+    return ''
+  told = []
+  for change in changes:
+    value = str(change['value']).replace(' ', '')
+    value = f"'{value}'" if isinstance(change['value'], (tuple, list)) else value
+    work = f' at {change["work"]:.1f} times the work' if change['work'] > 1 else ''
+    worst = f' (of {change["class"]!r} {change["unfit_of_class"]:.1%})' if several else ''
+    told.append(f'--config.{change["key"]}={value} would leave {change["unfit"]:.1%}{worst}{work}')
+  first = changes[0]
+  worst = f'Of {first["class"]!r} it is {first["unfit_of_class_now"]:.1%}. ' if several else ''
+  return f'. {worst}{"; with that, ".join(told)}'
 
 
 def _format_groups(name: str, groups: Sequence[Mapping[str, Any]], levels: bool) -> list[str]:

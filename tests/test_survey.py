@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from html_page import XHTML, check_alone, parse
@@ -105,6 +106,30 @@ def test_the_detectors_own_matching_is_asked():
   batch = batches_of_training(config, 1)[0]
   positive = np.asarray(detector.assign(detector.anchors, batch.truth).positive)
   assert numbers['all']['anchors_a_box'] * numbers['all']['boxes'] == pytest.approx(positive.sum())
+
+
+def test_advice_where_many_boxes_fit_no_anchor(found):
+  numbers = survey.figures(found)
+  advice, said = numbers['changes'][0], survey.verdict(numbers)
+  assert numbers['all']['unfit'] > advice['unfit'] > 0
+  assert f'--config.{advice["key"]}={advice["value"]} would leave {advice["unfit"]:.1%}' in said
+  assert f"Of '{advice['class']}' it is {advice['unfit_of_class_now']:.1%}" in said
+  assert said in survey.format_table(numbers)
+  assert 'would help by much' in survey.verdict(numbers | {'changes': []})
+  config = tiny_config().copy_and_resolve_references()
+  with config.unlocked():
+    block, _, key = advice['key'].rpartition('.')
+    config[block][key] = advice['value']
+  after = survey.figures(survey.survey(config, samples=8))
+  assert after['all']['unfit'] == advice['unfit']
+
+
+def test_no_advice_where_boxes_fit(found):
+  boxes = found.boxes._replace(best_iou=np.ones_like(found.boxes.best_iou))
+  detector = build_detector(resolve_classes(tiny_config(), range(5)))
+  assert survey._changes(tiny_config(), detector, boxes) == ()
+  none = jax.tree.map(lambda x: x[:0], boxes)
+  assert survey._changes(tiny_config(), detector, none) == ()
 
 
 def test_the_command_prints_and_writes(config_file, tmp_path, capsys):

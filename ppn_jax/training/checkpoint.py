@@ -139,11 +139,12 @@ class Checkpoints:
     self._saving = step
     self._background.start(write)
 
-  def restore(self, like: TrainState, step: int) -> TrainState:
+  def restore(self, like: TrainState | None, step: int) -> TrainState:
     """The state of `step`, with the shapes, types and shardings of `like`.
 
     Args:
-      like: arrays or `jax.ShapeDtypeStruct`s with shardings.
+      like: arrays or `jax.ShapeDtypeStruct`s with shardings; None for whatever was saved, whole
+        on every device, where the model that it belongs to is not known.
       step: one of `steps()`.
 
     Raises:
@@ -164,7 +165,7 @@ class Checkpoints:
                                        'read it')
     return state
 
-  def restore_newest(self, like: TrainState, say: Callable[[str], None]
+  def restore_newest(self, like: TrainState | None, say: Callable[[str], None]
                      ) -> tuple[int, TrainState] | None:
     """The newest step that is whole and its state; None when there is no step at all.
 
@@ -193,11 +194,12 @@ class Checkpoints:
     raise InputError(f'no checkpoint in {self._folder} is whole: ' + '; '.join(
         text for _, text in damaged) + '. Bring back a copy of one, or use another workdir')
 
-  def _read(self, like: TrainState, step: int) -> TrainState:
+  def _read(self, like: TrainState | None, step: int) -> TrainState:
     where = self._where(step)
     with _as_damage(where):
-      saved = integrity.shapes(ocp.StandardCheckpointHandler().metadata(
-          self._manager.directory / str(step) / 'state').tree)
+      tree = ocp.StandardCheckpointHandler().metadata(
+          self._manager.directory / str(step) / 'state').tree
+      saved = integrity.shapes(tree)
       # Not by Orbax, which takes a description that it cannot read for an empty one.
       description = json.loads((where / _DESCRIPTION).read_bytes())
       sums = description.get('custom_metadata', {}).get(_CHECKSUMS)
@@ -205,6 +207,7 @@ class Checkpoints:
         raise ValueError('its description is incomplete')
       if sums is not None and integrity.described(sums) != saved:
         raise ValueError('its description contradicts itself')
+      like = _whole(tree) if like is None else like
     _check_same_tree(saved, integrity.shapes(like), where)
     with _as_damage(where):
       arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
@@ -255,6 +258,13 @@ class Checkpoints:
     finally:
       self._background.close()
       self._manager.close()
+
+
+def _whole(described: dict[str, Any]) -> TrainState:
+  """Shapes and types of a state by Orbax's description of it, whole on every device."""
+  sharding = partition.replicated(partition.data_mesh())
+  return TrainState(**jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), described))
 
 
 def _rank(figures: dict[str, float]) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -69,12 +70,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     evaluator = build_evaluator(run, detector, mesh, source=eval_source)
   feed = build_feed(config, source, mesh)
   abstract = abstract_state(detector, optimizer, mesh)
-  initialise = registry.bind('init', initial_weights, config.init.to_dict(), given=['like'])
+  initialise = registry.bind('init', initial_weights, config.init.to_dict(),
+                             given=['like', 'categories'])
   with run.checkpoints(read_only=True) as checkpoints:
     latest = checkpoints.latest()
-  initial = initialise(like=abstract.variables) if latest is None else None
-  if latest is not None and earlier:
-    run = _with_init_of(earlier, run)
+  initial = None
+  if latest is None:
+    initial = initialise(like=abstract.variables, categories=run.categories)
+    run = _with_init(run, config.init, report=initial.report.recorded() if initial else ())
+  elif earlier:  # What its weights started from, whatever the config says now.
+    run = _with_init(run, earlier.config.init)
   with (Progress(config.train.steps, quiet=jax.process_index() != 0) as progress,
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
         peers.failing_together(besides=Preempted), contextlib.ExitStack() as closing):
@@ -89,13 +94,14 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     # 2. The state: the newest whole checkpoint, or a fresh one.
     if state is not None:
       progress.say(f'resuming {run.workdir} from step {start:,}')
-      if config.init.backbone not in ('', run.config.init.backbone):
-        progress.say(f'init.backbone={config.init.backbone} is not read: the run has its weights')
+      for key in ('weights', 'backbone'):
+        if config.init.get(key, '') not in ('', run.config.init.get(key, '')):
+          progress.say(f'init.{key}={config.init[key]} is not read: the run has its weights')
     else:
       state = jit_init(detector, optimizer, mesh)(config.seed)
     if initial is not None:
       progress.say(f'starting from {initial.report}')
-      state = with_weights(state, initial.variables)
+      state = with_weights(state, initial.variables, initial.columns)
     # 3. The steps.
     writer = None
     if jax.process_index() == 0:
@@ -127,10 +133,10 @@ def _owes_evaluation(run: Run, step: int) -> bool:
   return partition.first_says(not evaluated(run.workdir, step))
 
 
-def _with_init_of(earlier: Run, run: Run) -> Run:
-  """`run` with what its weights started from on record, whatever the config says now."""
+def _with_init(run: Run, init: ConfigDict, **changes: Any) -> Run:
+  """Returns `run` with this block `init`, and changes of it, on record."""
   config = run.config.copy_and_resolve_references().unlock()
-  config.init = earlier.config.init
+  config.init = {**init.to_dict(), **changes}
   return dataclasses.replace(run, config=config.lock())
 
 

@@ -74,6 +74,9 @@ def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
       return named[0]
   if len(there) == 1:
     return there[0]
+  if (folder / 'categories.json').is_file() and (folder / 'checkpoints').is_dir():
+    raise InputError(f'{folder} is the workdir of a run, which needs no import: evaluate or use it '
+                     f'as it is, or train from it with --config.init.weights={folder}')
   names = ', '.join(p.name for p in there[:5])
   raise InputError(f'{folder}: no checkpoint in this folder; {LEGAL}' if not there else
                    f'{folder}: {len(there)} checkpoints in this folder; give one of them: {names}')

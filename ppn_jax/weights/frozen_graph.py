@@ -14,13 +14,13 @@ from tensorboardX.proto.tensor_pb2 import TensorProto
 
 from ppn_jax.errors import InputError
 from ppn_jax.weights.dtypes import DTYPES, num_bytes, shape_of, type_name
+from ppn_jax.weights.limits import Limit
 
 # Where TensorProto has the values that are not in `tensor_content`. Half floats stand in integers.
 _VALUES = {
     'DT_FLOAT': 'float_val', 'DT_DOUBLE': 'double_val', 'DT_HALF': 'half_val',
     'DT_BFLOAT16': 'half_val', 'DT_INT64': 'int64_val', 'DT_BOOL': 'bool_val',
     **{f'DT_{kind}': 'int_val' for kind in ('INT8', 'INT16', 'INT32', 'UINT8', 'UINT16')}}
-_MOST_BYTES = 2**31  # Of one constant; a protocol buffer holds no more, but may claim more.
 
 
 def read_frozen_graph(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -43,16 +43,21 @@ def read_frozen_graph(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   if not constants:
     kind = f'its {len(graph.node)} nodes have no constants' if graph.node else 'it has no nodes'
     raise InputError(f'{path}: not a frozen graph: {kind}')
-  return {name: _value(tensor, f'{path}: {name}') for name, tensor in constants.items()
-          if type_name(tensor.dtype) in DTYPES}
+  numeric = {name: tensor for name, tensor in constants.items()
+             if type_name(tensor.dtype) in DTYPES}
+  limit = Limit(str(path), path.stat().st_size)
+  for name, tensor in numeric.items():
+    shape = shape_of(tensor.tensor_shape)
+    if shape is None:
+      raise InputError(f'{path}: {name}: damaged: a constant of no known shape')
+    limit.claim(name, shape, np.dtype(DTYPES[type_name(tensor.dtype)]).itemsize)
+  return {name: _value(tensor, f'{path}: {name}') for name, tensor in numeric.items()}
 
 
 def _value(tensor: TensorProto, what: str) -> np.ndarray:
   """The array that a TensorProto describes (tensorflow/core/framework/tensor.proto)."""
   kind, shape = type_name(tensor.dtype), shape_of(tensor.tensor_shape)
   dtype = DTYPES[kind]
-  if shape is None or num_bytes(shape, dtype) > _MOST_BYTES:
-    raise InputError(f'{what}: damaged: a constant of shape {shape}')
   if tensor.tensor_content:
     if len(tensor.tensor_content) != num_bytes(shape, dtype):
       raise InputError(f'{what}: damaged: {len(tensor.tensor_content)} bytes for {kind} '

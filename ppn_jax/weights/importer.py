@@ -1,15 +1,17 @@
 """Fills our variables with a file's tensors, and accounts for every one of both."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ppn_jax.errors import InputError
-from ppn_jax.weights import names
+from ppn_jax.weights import labels, names
 from ppn_jax.weights.files import WeightFile
+from ppn_jax.weights.fitting import Weights
 
+_MOST_COLUMNS = 100_000  # Classes, each of which gets a name; more are damage.
 _SHOWN = 3  # How many names a message or a group of a report shows.
 _LABELS = {'ppn': 'PPN', 'ssd': 'SSD', 'fpn': 'FPN'}
 # What a whole detector may leave unused: blocks 12 and 13, which PPN does not read, and what is of
@@ -92,12 +94,51 @@ def import_backbone(file: WeightFile, like: Mapping[str, Any], *, average: bool 
   """
   contents, shapes = names.recognise(file.tensors), _shapes(like)
   if contents.kind == 'unknown':
-    raise InputError(f'{file.path} looks like {contents.description}; a backbone is read from '
-                     "slim's or Keras' MobileNet-v1, or from a detector with one")
+    raise InputError(_unknown(file, contents))
   shapes = {path: shape for path, shape in shapes.items() if path[1] == 'backbone'}
-  name = {'keras': names.keras_name, 'slim': names.slim_name}.get(
+  return _fill(file, contents, shapes, _backbone_names(contents), average)
+
+
+def _unknown(file: WeightFile, contents: names.Contents) -> str:
+  return (f"{file.path} looks like {contents.description}; a backbone is read from slim's or "
+          "Keras' MobileNet-v1, or from a detector with one")
+
+
+def named_values(file: WeightFile, like: Mapping[str, Any]) -> Weights:
+  """Everything in a file that the detector has a name for, whatever its shape, for `fitting.fit`.
+
+  Classes are COCO's where there are 90; files name no others.
+
+  Raises:
+    InputError: the file holds no network that is known, or one without its batch norm.
+  """
+  contents, shapes = names.recognise(file.tensors), _shapes(like)
+  if contents.kind == 'unknown':
+    raise InputError(_unknown(file, contents))
+  name_of = _backbone_names(contents)
+  found = {path: names.find(contents.root + pattern, file.tensors)
+           for path in shapes if (pattern := name_of(path))}
+  missing = [contents.root + name_of(path) for path, name in found.items() if name is None]
+  sources = {path: name for path, name in found.items() if name}
+  if _is_folded(file, missing) and not any(path[-2] == 'norm' for path in sources):
+    raise InputError(_missing(file, contents, missing, len(shapes)))
+  values = {path: _value(file, name, path) for path, name in sources.items()}
+  categories, unnamed = (), ''
+  if contents.kind in ('ppn', 'ssd', 'fpn'):
+    unnamed = ('the file does not name its classes: import it with a --label_map and start from '
+               'that run')
+    if any(path[-1] == 'class_bias' for path in sources) and (
+        class_columns(file) == labels.COCO_CLASSES + 1):
+      categories, _ = labels.detector_categories(labels.COCO_CLASSES, None)
+      unnamed = "the 90 of the file are taken to be COCO's"
+  return Weights(file.path, contents.description, values, categories, unnamed,
+                 _unused(file, sources.values()))
+
+
+def _backbone_names(contents: names.Contents) -> Callable[[names.Path], str | None]:
+  """Our path -> the name of a variable in a file of this kind."""
+  return {'keras': names.keras_name, 'slim': names.slim_name}.get(
       contents.kind, names.detector_name)
-  return _fill(file, contents, shapes, name, average)
 
 
 def class_columns(file: WeightFile) -> int:
@@ -115,9 +156,10 @@ def class_columns(file: WeightFile) -> int:
                      'or SSD to count classes in' + (
                          '; use --kind=backbone' if contents.kind in ('slim', 'keras') else ''))
   columns, rest = divmod(4 * pair[0].size, pair[1].size)
-  if rest:
+  if rest or columns > _MOST_COLUMNS:
     raise InputError(f'{file.path}: {pair[0].size} class and {pair[1].size} box biases are of '
-                     'different numbers of anchors')
+                     + ('different numbers of anchors' if rest else
+                        f'{columns:,} classes, which is too many; is the file damaged?'))
   return columns
 
 
@@ -147,23 +189,33 @@ def _fill(file: WeightFile, contents: names.Contents, shapes: Mapping[names.Path
   values = {path: _value(file, source, path) for path, source in sources.items()}
   # What an average stands in for has its place too.
   used = {*sources.values(), *(s.removesuffix(names.AVERAGE) for s in sources.values())}
-  unused: dict[str, list[str]] = {}
-  for name in sorted(set(file.tensors) - used):
-    unused.setdefault(names.group(name), []).append(name)
   return Imported(unflatten_dict(values), Report(
-      file.path, contents.description, len(values),
-      {what: tuple(unused[what]) for what in sorted(unused, key=_naturally)}))
+      file.path, contents.description, len(values), _unused(file, used)))
+
+
+def _unused(file: WeightFile, used: Iterable[str]) -> dict[str, tuple[str, ...]]:
+  """Names of the other tensors, by what they are."""
+  unused: dict[str, list[str]] = {}
+  for name in sorted(set(file.tensors) - set(used)):
+    unused.setdefault(names.group(name), []).append(name)
+  return {what: tuple(unused[what]) for what in sorted(unused, key=_naturally)}
 
 
 def _missing(file: WeightFile, contents: names.Contents, missing: Sequence[str], total: int) -> str:
   line = (f'{file.path}: {contents.description}, but {len(missing)} of the {total} variables '
           f'that the config asks for are missing: {_some(missing)}')
-  if file.kind == 'frozen graph' and all('/BatchNorm/' in name for name in missing):
+  if _is_folded(file, missing):
     line += '; batch norm seems to be folded into the convolutions, so import the checkpoint'
   elif all('/PredictionTower/conv2d_0/BatchNorm/' in name for name in missing):
     line += ('; in checkpoints each level of PPN has a norm of its own '
              '(model.head.norm_per_level=True)')
   return line
+
+
+def _is_folded(file: WeightFile, missing: Sequence[str]) -> bool:
+  """Whether a graph lacks batch norm alone, as after an optimisation for inference."""
+  return (file.kind == 'frozen graph' and bool(missing)
+          and all('/BatchNorm/' in name for name in missing))
 
 
 def _check_shapes(file: WeightFile, sources: Mapping[names.Path, str],

@@ -42,9 +42,10 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
   """
   if kind not in KINDS:
     raise InputError(f'kind={kind!r}; {did_you_mean(str(kind), KINDS)}')
-  if config.init.backbone:
-    raise InputError(f'init.backbone={config.init.backbone} is for new runs of `ppn train`; here '
-                     '--checkpoint says what to read')
+  for key in ('weights', 'backbone'):
+    if config.init.get(key):
+      raise InputError(f'init.{key}={config.init[key]} is for new runs of `ppn train`; here '
+                       '--checkpoint says what to read')
   _check_new(files.folder_path(workdir))
   file = read_weights(checkpoint)
   contents = names.recognise(file.tensors)

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from ppn_jax.errors import InputError
+from ppn_jax.weights.limits import Limit
 
 _NORM = ('gamma', 'beta', 'moving_mean', 'moving_variance')
-_MOST_UNPACKED = 2**31  # Bytes of weights in a .keras archive.
+# Filters of HDF5 that leave the number of bytes as it is, but for a checksum.
+_PLAIN_FILTERS = {2: 'shuffle', 3: 'fletcher32'}
 HDF5_MAGIC = b'\x89HDF\r\n\x1a\n'
 
 
@@ -45,11 +47,12 @@ def read_keras_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
                      "pip install 'ppn_jax[keras]'") from e
   try:
     with h5py.File(_hdf5(path), 'r') as file:
-      size = path.stat().st_size
-      weights = {}
+      found, limit = {}, Limit(str(path), path.stat().st_size)
       file.visititems(lambda name, entry: (
-          weights.update({str(name): _read(entry, size, f'{path}: {name}')})
-          if isinstance(entry, h5py.Dataset) else None))
+          found.update({str(name): entry}) if isinstance(entry, h5py.Dataset) else None))
+      for name, dataset in found.items():
+        _check(dataset, name, limit, str(path))
+      weights = {name: np.asarray(dataset[()]) for name, dataset in found.items()}
       tensors = _named(weights, lambda group: file[group].attrs.get('name'))
   except InputError:
     raise
@@ -67,21 +70,35 @@ def _hdf5(path: pathlib.Path) -> str | io.BytesIO:
     return str(path)
   try:
     with zipfile.ZipFile(path) as archive:
-      if archive.getinfo('model.weights.h5').file_size > _MOST_UNPACKED:
-        raise InputError(f'{path}: model.weights.h5 in it claims more than {_MOST_UNPACKED} bytes')
-      return io.BytesIO(archive.read('model.weights.h5'))
+      entry = archive.getinfo('model.weights.h5')
+      if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Python unpacks others without a limit.
+        raise InputError(f'{path}: model.weights.h5 in it is packed as Keras never does')
+      Limit(str(path), path.stat().st_size).claim('model.weights.h5', (entry.file_size,), 1)
+      return io.BytesIO(archive.read(entry))
   except (zipfile.BadZipFile, NotImplementedError, EOFError, KeyError, RuntimeError, OSError,
           zipfile.zlib.error) as e:
     raise InputError(f'{path}: not a .keras archive with model.weights.h5 in it, or damaged: {e}'
                      ) from e
 
 
-def _read(dataset: Any, file_size: int, what: str) -> np.ndarray:
-  # HDF5 promises space that it does not have: what was never written reads as zeros.
-  if dataset.dtype.kind not in 'fiub' or dataset.nbytes > 100 * file_size:
-    raise InputError(f'{what}: damaged: {dataset.dtype} {list(dataset.shape)} in a file of '
-                     f'{file_size} bytes')
-  return np.asarray(dataset[()])
+def _check(dataset: Any, name: str, limit: Limit, where: str) -> None:
+  """Checks that a dataset can be read into as much memory as it declares, and counts that.
+
+  HDF5 promises space that it does not have: what was never written reads as zeros, and a chunk can
+  be larger than its dataset, or unpack to any size.
+  """
+  plan = dataset.id.get_create_plist()
+  filters = {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
+  if dataset.dtype.kind not in 'fiub':
+    raise InputError(f'{where}: damaged: {name} is of type {dataset.dtype}')
+  if dataset.is_virtual or dataset.external:
+    raise InputError(f'{where}: {name} is stored in another file, which is not read')
+  if not filters <= _PLAIN_FILTERS.keys():
+    raise InputError(f"{where}: {name} is compressed, as Keras' files never are; unpack it with "
+                     '`h5repack -f NONE FILE NEW_FILE`')
+  for shape in filter(None, (dataset.shape, dataset.chunks)):
+    limit.claim(name, shape, dataset.dtype.itemsize)
 
 
 def _named(found: Mapping[str, np.ndarray], name_of: Callable[[str], str | None]

@@ -15,6 +15,10 @@ MAGIC = bytes.fromhex('57fb808b247547db')
 FOOTER = 48  # Two handles, padded to 40 bytes, and the magic number.
 TRAILER = 5  # Type and crc.
 
+# Bytes of keys for a byte of the table, and besides. Names of variables share prefixes, but each
+# entry has some 40 bytes of its own.
+_MOST_SHARED, _FREE_KEYS = 16, 2**20
+
 
 class Damaged(Exception):
   """The bytes are not what a writer of this format leaves; the message says in what."""
@@ -42,9 +46,12 @@ def read_table(data: bytes, name: str) -> dict[bytes, bytes]:
   try:
     _, position = _handle(data, len(data) - FOOTER)  # The meta index, empty in TensorFlow's.
     index, _ = _handle(data, position)
-    entries = {}
-    for _, handle in _entries(_block(data, *index)):
-      entries.update(_entries(_block(data, *_handle(handle, 0)[0])))
+    entries, last, left = {}, None, _FREE_KEYS + _MOST_SHARED * len(data)
+    for handle in [value for _, value in _entries(_block(data, *index), len(data))]:
+      for key, value in _entries(_block(data, *_handle(handle, 0)[0]), left):
+        if last is not None and key <= last:
+          raise Damaged(f'its keys are not in order at {last[:80]!r}')
+        entries[key], last, left = value, key, left - len(key)
     return entries
   except Damaged as e:
     raise InputError(f'{name}: damaged: {e}; copy the checkpoint again') from e
@@ -83,8 +90,11 @@ def _block(data: bytes, offset: int, size: int) -> bytes:
   return data[offset:end]
 
 
-def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-  """(key, value) of each entry; a key shares a prefix with the one before it."""
+def _entries(block: bytes, most: int) -> Iterator[tuple[bytes, bytes]]:
+  """(key, value) of each entry; a key shares a prefix with the one before it.
+
+  All keys together have at most so many bytes: what they share stands in the block once only.
+  """
   restarts = int.from_bytes(block[-4:], 'little')
   end = len(block) - 4 - 4 * restarts
   if end < 0:
@@ -96,6 +106,9 @@ def _entries(block: bytes) -> Iterator[tuple[bytes, bytes]]:
     length, position = read_varint(block, position)
     if shared > len(key) or position + unshared + length > end:
       raise Damaged('an entry reaches beyond its block')
+    most -= shared + unshared
+    if most < 0:
+      raise Damaged('its keys are longer than so few bytes can tell')
     key = key[:shared] + block[position:position + unshared]
     position += unshared + length
     yield key, block[position - length:position]

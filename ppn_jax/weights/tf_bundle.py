@@ -6,12 +6,14 @@ shards PREFIX.data-00000-of-00001 the raw little-endian values lie, with their c
 """
 
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from ppn_jax.errors import InputError
 from ppn_jax.weights.dtypes import DTYPES, num_bytes, shape_of, type_name
+from ppn_jax.weights.limits import Limit
 from ppn_jax.weights.protos import BundleEntry, BundleHeader
 from ppn_jax.weights.sstable import masked_crc32c, read_table
 
@@ -42,9 +44,11 @@ def read_tf_bundle(prefix: str | pathlib.Path) -> dict[str, np.ndarray]:
         'variables; import the frozen graph or the Keras file of this model instead')
   entries = {key.decode('utf-8', 'replace'): _parse(BundleEntry, value, index, repr(key))
              for key, value in table.items()}
+  entries = {name: entry for name, entry in entries.items()
+             if type_name(entry.dtype) != 'DT_STRING'}
   shards = _Shards(prefix, header.num_shards)
-  return {name: shards.read(name, entry) for name, entry in entries.items()
-          if type_name(entry.dtype) != 'DT_STRING'}
+  shards.check(entries)
+  return {name: shards.read(name, entry) for name, entry in entries.items()}
 
 
 def _parse(message: type, data: bytes, index: pathlib.Path, what: str):
@@ -61,21 +65,42 @@ class _Shards:
     self._prefix, self._count = prefix, count
     self._data: dict[int, memoryview] = {}
 
-  def read(self, name: str, entry: BundleEntry) -> np.ndarray:
-    """The value of a variable.
+  def check(self, entries: Mapping[str, BundleEntry]) -> None:
+    """Checks all that can be known of the variables before one is read.
 
     Raises:
-      InputError: a type that is not known, or values that are not there, whole and unchanged.
+      InputError: a type that is not known, a shape and a size that differ, or more bytes of
+        variables than the shards have.
+    """
+    for name, entry in entries.items():
+      kind, shape = type_name(entry.dtype), shape_of(entry.shape)
+      if kind not in DTYPES:
+        raise InputError(f'{self._prefix}: {name} is of type {kind}; legal: {", ".join(DTYPES)}')
+      if entry.slices:
+        raise InputError(f'{self._prefix}: {name} is stored in slices (a partitioned variable); '
+                         'save it whole')
+      if shape is None or num_bytes(shape, DTYPES[kind]) != entry.size:
+        raise InputError(f'{self._prefix}.index: damaged: {name} has {entry.size} bytes for {kind} '
+                         f'{"of no known shape" if shape is None else list(shape)}')
+    stored = {shard: len(self._shard(shard)) for shard in {e.shard_id for e in entries.values()}}
+    limit, left = Limit(f'{self._prefix}.index', sum(stored.values())), stored.copy()
+    for name, entry in entries.items():
+      limit.claim(name, shape_of(entry.shape), np.dtype(DTYPES[type_name(entry.dtype)]).itemsize)
+      left[entry.shard_id] -= entry.size
+    for shard, rest in left.items():
+      # Each variable has bytes of its own. Where one shard is cut short, `read` says which it is.
+      if rest < 0 and all(0 <= e.offset <= stored[shard] - e.size for e in entries.values()
+                          if e.shard_id == shard):
+        raise InputError(f'{self._path(shard)}: damaged: its variables overlap; copy the '
+                         'checkpoint again')
+
+  def read(self, name: str, entry: BundleEntry) -> np.ndarray:
+    """The value of a variable that `check` has passed.
+
+    Raises:
+      InputError: values that are not there, whole and unchanged.
     """
     kind, shape = type_name(entry.dtype), shape_of(entry.shape)
-    if kind not in DTYPES:
-      raise InputError(f'{self._prefix}: {name} is of type {kind}; legal: {", ".join(DTYPES)}')
-    if entry.slices:
-      raise InputError(f'{self._prefix}: {name} is stored in slices (a partitioned variable); '
-                       'save it whole')
-    if shape is None or num_bytes(shape, DTYPES[kind]) != entry.size:
-      raise InputError(f'{self._prefix}.index: damaged: {name} has {entry.size} bytes for {kind} '
-                       f'{"of no known shape" if shape is None else list(shape)}')
     data = self._shard(entry.shard_id)[max(entry.offset, 0):max(entry.offset, 0) + entry.size]
     if entry.offset < 0 or len(data) != entry.size:
       raise InputError(f'{self._path(entry.shard_id)}: cut short: {name} should be {entry.size} '

@@ -13,11 +13,13 @@ from tiny import CONFIG_FILE, tiny_config
 
 from ppn_jax.cli.main import main
 from ppn_jax.data.sources import build_source
+from ppn_jax.detection.structures import Category
 from ppn_jax.evaluation.job import load_variables
 from ppn_jax.run import build_detector, open_run, resolve_classes
 from ppn_jax.training import partition
 from ppn_jax.training.step import jit_init
 from ppn_jax.weights import names
+from ppn_jax.weights.initial import initial_weights
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 STILL = ['--config.optim.learning_rate=0.0', '--config.optim.warmup_learning_rate=0.0',
@@ -160,6 +162,7 @@ def test_nothing_is_written_over(foreign, config, imported, capsys):
     (['--config.model.neck.num_levels=2'], 'no place for 4 of its variables'),
     (['--label_map=/nowhere.pbtxt'], 'no label map at /nowhere.pbtxt'),
     (['--config.init.backbone=x'], 'init.backbone=x is for new runs'),
+    (['--config.init.weights=x'], 'init.weights=x is for new runs'),
     (['--kind=both'], "invalid choice: 'both'"), (['--average'], 'no moving averages')])
 def test_refused_and_nothing_written(foreign, config, tmp_path, capsys, more, said):
   refused(capsys, importing(foreign, config, tmp_path / 'run', *more), said)
@@ -193,21 +196,49 @@ def test_training_from_a_backbone(foreign, config, tmp_path, capsys):
   found = variables_of(workdir, 2)
   same(found, foreign[1], 'backbone')
   same(found, fresh(workdir, 0), 'head')
-  assert json.loads((workdir / 'config.json').read_text())['init'] == {'backbone': str(copy)}
+  record = json.loads((workdir / 'config.json').read_text())['init']
+  assert record['backbone'] == str(copy) and record['weights'] == ''
+  assert f'{copy}/model.ckpt: a PPN detector' in record['report'][0]
+  assert [line.split(':')[0] for line in record['report'][1:]] == ['taken', 'fresh', 'unused']
   shutil.rmtree(copy)  # Going on does not need it.
   shutil.rmtree(workdir / 'checkpoints/2')
-  argv[3] = '--config.init.backbone=/elsewhere'
+  argv[3] = '--config.init.weights=/elsewhere'
   assert main(argv) == 0
   said = capsys.readouterr().err
-  assert 'resuming' in said and 'init.backbone=/elsewhere is not read' in said
+  assert 'resuming' in said and 'init.weights=/elsewhere is not read' in said
   same(variables_of(workdir, 2), found)
-  assert open_run(workdir).config.init.backbone == str(copy)
+  assert json.loads((workdir / 'config.json').read_text())['init'] == record
 
 
+@pytest.mark.parametrize('key', ['backbone', 'weights'])
 @pytest.mark.parametrize('path, said', [
     ('/nowhere/x', 'no checkpoint at /nowhere/x'), (__file__, 'no kind of weights')])
-def test_bad_backbone(config, tmp_path, capsys, path, said):
+def test_bad_paths_to_start_from(config, tmp_path, capsys, key, path, said):
   workdir = tmp_path / 'run'
   refused(capsys, ['train', f'--config={config}', f'--workdir={workdir}',
-                   f'--config.init.backbone={path}'], said)
+                   f'--config.init.{key}={path}'], said)
   assert not workdir.exists()
+
+
+def test_a_run_needs_no_import(config, imported, tmp_path, capsys):
+  refused(capsys, ['import-tf', f'--checkpoint={imported}', f'--config={config}',
+                   f'--workdir={tmp_path / "run"}'], f'--config.init.weights={imported}')
+
+
+@pytest.mark.parametrize('background', [True, False])
+def test_a_detectors_file_gives_all_that_fits(foreign, background):
+  """Its classes have no names, so that of the class columns only the background's is taken."""
+  config = tiny_config().copy_and_resolve_references().unlock()
+  config.model.background_column = background
+  config.model.neck.num_levels = 2
+  detector = build_detector(resolve_classes(config, range(4)))
+  like = jax.eval_shape(lambda: detector.init(jax.random.key(0)))
+  found = initial_weights(like, [Category(i, f'{i}') for i in range(4)], weights=str(foreign[0]))
+  taken = flatten_dict(found.variables)
+  classes = {('params', 'head', leaf) for leaf in ('class_bias', 'class_kernel')}
+  assert taken.keys() == flatten_dict(like).keys() - classes
+  for path, value in taken.items():
+    np.testing.assert_array_equal(value, foreign[1][path], err_msg=str(path))
+  assert found.columns.keys() == (classes if background else set())
+  assert 'the file does not name its classes' in str(found.report)
+  assert '4 of box predictor' in str(found.report).splitlines()[-1]

@@ -57,7 +57,8 @@ def test_values_one_by_one(tmp_path, shape, kind, values, wanted):
 
 @pytest.mark.parametrize('shape, values, message', [
     ([2], {'float_val': [1, 2, 3]}, '3 values'), ([2], {}, '0 values'),
-    ([-1], {'float_val': [1]}, 'shape None'), ([2**40, 2**40], {'float_val': [1]}, 'damaged')])
+    ([-1], {'float_val': [1]}, 'of no known shape'),
+    ([2**40, 2**40], {'float_val': [1]}, 'damaged')])
 def test_values_that_do_not_fit(tmp_path, shape, values, message):
   with pytest.raises(InputError, match=message):
     read_frozen_graph(graph_of(tmp_path, shape, **values))

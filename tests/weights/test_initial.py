@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from foreign import keras_mobilenet, write_bundle, write_keras_2
 
+from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 from ppn_jax.training.state import TrainState
 from ppn_jax.weights.initial import initial_weights, with_weights
@@ -31,12 +32,30 @@ def test_any_kind_of_file(tmp_path):
   write_bundle(tmp_path / 'x', {'MobilenetV1/Conv2d_0/weights': weights['conv1', 'kernel']})
   like = {'params': {'backbone': {'conv2d_0': {'kernel': np.zeros((3, 3, 3, 8))}}}}
   for name in ('x.h5', 'x'):
-    kernel = initial_weights(like, backbone=str(tmp_path / name)).variables[
+    kernel = initial_weights(like, (), backbone=str(tmp_path / name)).variables[
         'params']['backbone']['conv2d_0']['kernel']
     np.testing.assert_array_equal(kernel, weights['conv1', 'kernel'])
 
 
+def test_ninety_classes_of_a_file_are_cocos(tmp_path):
+  head = 'WeightSharedConvolutionalBoxPredictor'
+  bias = np.arange(2 * 91, dtype=np.float32)
+  write_bundle(tmp_path / 'x', {
+      'FeatureExtractor/MobilenetV1/Conv2d_0/weights': np.ones((3, 3, 3, 8), np.float32),
+      f'{head}/BoxPredictor/biases': np.ones(8, np.float32),
+      f'{head}/ClassPredictor/biases': bias})
+  like = {'params': {'backbone': {'conv2d_0': {'kernel': np.zeros((3, 3, 3, 8))}},
+                     'head': {'box_bias': np.zeros(8), 'class_bias': np.zeros(2 * 3)}}}
+  found = initial_weights(like, [Category(i, n) for i, n in enumerate(('zebra', 'x', 'person'))],
+                          weights=str(tmp_path / 'x'))
+  entries, values = found.columns['params', 'head', 'class_bias']
+  assert entries.tolist() == [0, 2, 3, 5]  # Without a background here; there it is column 0.
+  np.testing.assert_array_equal(values, bias.reshape(2, 91)[:, [24, 1]].reshape(-1))
+  assert "2 of 3 by name (zebra, person); fresh: x" in str(found.report)
+  assert "taken to be COCO's" in str(found.report)
+
+
 def test_none():
-  assert initial_weights({}, backbone='') is None
+  assert initial_weights({}, (), backbone='') is None
   with pytest.raises(InputError, match=r'init\.backbone=3 is not a path'):
-    initial_weights({}, backbone=3)
+    initial_weights({}, (), backbone=3)

@@ -1,0 +1,105 @@
+"""Weights of a run of one's own, whatever its model: read without building it."""
+
+import json
+import math
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from ppn_jax import files
+from ppn_jax.detection.structures import Category
+from ppn_jax.errors import InputError
+from ppn_jax.training import metrics, partition
+from ppn_jax.training.checkpoint import BEST_FIGURE, Checkpoints
+from ppn_jax.weights.fitting import Weights
+
+
+def is_workdir(path: files.Path) -> bool:
+  """Whether a folder is that of a run, with or without checkpoints."""
+  return (path / 'categories.json').is_file() or (path / 'checkpoints').is_dir()
+
+
+def check_not_inside(path: files.Path) -> None:
+  """Raises InputError, naming the workdir, for files of a run and the folders of its steps."""
+  for folder, step in ((path, ''), (path.parent, f'@{path.name}')):
+    if folder.name == 'checkpoints' and is_workdir(folder.parent):
+      raise InputError(f'{path} is inside the workdir of a run; give {folder.parent}{step}')
+  if path.name in ('config.json', 'categories.json') and is_workdir(path.parent):
+    raise InputError(f'{path} is inside the workdir of a run; give {path.parent}')
+
+
+def split_step(text: str) -> tuple[str, str]:
+  """Returns ('runs/a', '2000') of 'runs/a@2000', and ('runs/a', '') of 'runs/a'.
+
+  What follows the last '@' is a step if it is a number or 'best'; other names keep it.
+  """
+  path, at, step = text.rpartition('@')
+  if not at or not path or not (step == 'best' or (step.isascii() and step.isdigit())):
+    return text, ''
+  return path, step
+
+
+def read_workdir(workdir: files.Path, step: str = '') -> Weights:
+  """Reads a saved step of a run: the moving average of its weights where it keeps one.
+
+  Nothing that the run's config names is imported. All processes call it together.
+
+  Args:
+    workdir: of the run, local or in a bucket.
+    step: which; '' is the newest that is whole, 'best' the one of highest AP.
+
+  Raises:
+    InputError: No such step, none at all, or files that cannot be read.
+  """
+  # Where one process cannot, the others must not go on to read together.
+  categories, checkpoints = partition.all_or_none(
+      lambda: (_read_categories(workdir), _open_checkpoints(workdir)))
+  notes = []
+  with checkpoints:
+    if step:
+      number = _best_of(workdir, checkpoints.steps()) if step == 'best' else int(step)
+      state = checkpoints.restore(None, number)
+    elif newest := checkpoints.restore_newest(None, notes.append):
+      number, state = newest
+    else:
+      raise InputError(f'the run in {workdir} has no checkpoint yet, so it has no weights to '
+                       'start from; wait for its first, or give another run')
+  values = {path: np.asarray(value) for path, value in flatten_dict(
+      jax.device_get(state.best_variables())).items()}
+  which = f'step {number:,}' + (', moving average' if state.average else '')
+  classes = f'{len(categories)} class' + ('' if len(categories) == 1 else 'es')
+  damaged = '; '.join(f' ({note})' for note in notes)
+  return Weights(str(files.absolute(workdir)), f'a run of {classes}, {which}{damaged}', values,
+                 categories)
+
+
+def _read_categories(workdir: files.Path) -> tuple[Category, ...]:
+  try:
+    found = json.loads(files.read_text(workdir / 'categories.json'))
+    return tuple(Category(int(c['id']), str(c['name'])) for c in found)
+  except FileNotFoundError as e:
+    raise InputError(f'{workdir} has checkpoints but no categories.json, so their classes are '
+                     'unknown; copy the whole workdir') from e
+  # Whatever a file of another shape leads to.
+  except (ValueError, TypeError, KeyError) as e:
+    raise InputError(f'{workdir / "categories.json"} cannot be read: {e!r}') from e
+
+
+def _open_checkpoints(workdir: files.Path) -> Checkpoints:
+  return Checkpoints(workdir / 'checkpoints', read_only=True)
+
+
+def _best_of(workdir: files.Path, steps: list[int]) -> int:
+  """The one of the saved steps that scored best, by the trainer or a job of its own."""
+  scores = {}
+  for folder in (workdir, workdir / 'evaluation'):
+    for line in metrics.read(folder / 'metrics.jsonl'):
+      score = line.get(BEST_FIGURE)
+      if line['step'] in steps and isinstance(score, float) and math.isfinite(score):
+        scores[int(line['step'])] = score
+  if not scores:
+    raise InputError(f'no checkpoint of {workdir} has been evaluated, so there is no best; give '
+                     f'its step, such as {workdir}@{max(steps, default=1000)}, or run '
+                     '`ppn evaluate --steps=all` first')
+  return max(scores, key=lambda step: (scores[step], step))
