@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ppn_jax.errors import InputError, did_you_mean, verdict
+from ppn_jax.files import expand_home
 from ppn_jax.training import peers
 
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (is --config.key=value for it?),
@@ -80,6 +81,8 @@ def _run(argv: list[str]) -> int:
     parsers[argv[0]].check_flags(argv[1:])
   args, rest = parser.parse_known_args(argv)
   _check_rest(args.command, rest, modules[args.command].TAKES_CONFIG)
+  # Shells leave `--output=~/x` as it is.
+  args = argparse.Namespace(**{name: expand_home(value) for name, value in vars(args).items()})
   args.overrides = rest
   return modules[args.command].run(args)
 

@@ -57,7 +57,7 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
   if '://' in os.fspath(output):
     raise InputError(f'output {output}: data is prepared in a local folder; copy it from there')
   _check_sources(sources, options.name)
-  target = pathlib.Path(output) / options.name / options.version
+  target = files.local_path(output) / options.name / options.version
   truths = {split: source.ground_truth() for split, source in sources.items()}
   if target.exists():
     _tidy(target)
