@@ -56,7 +56,7 @@ class Shard(NamedTuple):
 
 def write_shards(jobs: Sequence[Job], sources: Mapping[str, Any], classes: Sequence[str],
                  storage: Storage, processes: int, progress: Callable[[int], None]) -> list[Shard]:
-  """Writes those of the shards that are not there yet.
+  """Writes those of the shards that are not there yet, or lack images that can be read by now.
 
   Args:
     jobs: all shards.
@@ -74,6 +74,9 @@ def write_shards(jobs: Sequence[Job], sources: Mapping[str, Any], classes: Seque
   """
   with concurrent.futures.ThreadPoolExecutor() as pool:
     shards = list(pool.map(lambda job: read_finished(job.path), jobs))
+  for i, (job, shard) in enumerate(zip(jobs, shards, strict=True)):
+    if shard and readable_now(sources[job.split], job, [image for image, _ in shard.skipped]):
+      shards[i] = None
   todo = [i for i, shard in enumerate(shards) if shard is None]
   before = sum(len(job.ids) for job, shard in zip(jobs, shards, strict=True) if shard)
   progress(before)
@@ -92,6 +95,17 @@ def read_finished(path: pathlib.Path) -> Shard | None:
   except (OSError, ValueError, TypeError):
     return None
   return shard if same else None
+
+
+def readable_now(source: Any, job: Job, skipped: Sequence[int]) -> list[int]:
+  """Returns the ids of those images of a shard that were left out, but can be read now."""
+  places = {image: job.start + k for k, image in enumerate(job.ids)}
+  found = []
+  for image in skipped:
+    with contextlib.suppress(InputError):
+      np.asarray(source[places[image]].image)
+      found.append(image)
+  return found
 
 
 def remove_notes(folder: pathlib.Path) -> None:
