@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 LAYERS = (
     ('errors',),
     ('registry', 'files', 'config', 'groups', 'hlo', 'host_memory', 'compile_cache',
-     'export.formats', 'export.jaxpr',
+     'evaluation.fonts', 'export.formats', 'export.jaxpr',
      'training.coordination', 'training.growing', 'training.maintenance',
      'training.orbax_manager', 'models.pallas_kernels'),
     ('detection.structures', 'data.jpeg_segments', 'data.lazy_image', 'models.merged_backward'),
