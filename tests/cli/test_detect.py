@@ -11,7 +11,7 @@ from tiny import untrained_run
 import ppn_jax
 from ppn_jax.cli.detect import _drawing_paths
 from ppn_jax.cli.main import main
-from ppn_jax.data import video
+from ppn_jax.data import images, video
 
 
 @pytest.fixture(scope='module')
@@ -92,8 +92,11 @@ def test_patterns_folders_and_files_each_once(run, tmp_path, capsys):
 
 def test_what_a_folder_has_besides_pictures_is_said(run, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr(images, '_without_end', set())
   for name in ('a.png', 'b.pgm', 'c.jfif', 'more/e.png'):
     draw(tmp_path / 'in' / name)
+  cut = tmp_path / 'in' / 'c.jfif'
+  cut.write_bytes(cut.read_bytes()[:-2])
   for name in ('d.heic', '._a.png', '.DS_Store'):
     (tmp_path / 'in' / name).write_bytes(b'\0\0\0\x18ftypheic')
   found = detect(run, tmp_path / 'out', '~/in')
@@ -101,7 +104,8 @@ def test_what_a_folder_has_besides_pictures_is_said(run, tmp_path, monkeypatch, 
   printed = capsys.readouterr()
   assert '3 pictures' in printed.out
   assert printed.err.splitlines() == [
-      f'ppn: {tmp_path}/in: 1 file not looked at: .heic; 1 folder not looked into: more']
+      f'ppn: {tmp_path}/in: 1 file not looked at: .heic; 1 folder not looked into: more',
+      f'ppn: {cut}: the JPEG lacks its end marker, but no pixel; it is used']
   assert len(detect(run, tmp_path / 'out', '~/in/**')) == 4
   assert capsys.readouterr().err == f'ppn: {tmp_path}/in/**: 1 file not looked at: .heic\n'
 

@@ -70,7 +70,7 @@ def test_pictures_of_a_folder(tmp_path, pictures):
   assert len(said) == 2 and said[1].startswith(f'skipped: {tmp_path}/0.png: not an image')
   for file in tmp_path.glob('*.png'):
     file.write_bytes(b'junk')
-  with pytest.raises(InputError, match='no images in .* that can be read'):
+  with pytest.raises(InputError, match=r'no images in .* that can be read'):
     job._Pictures(run, 64, tmp_path, said.append).take('eval', 20)
 
 
