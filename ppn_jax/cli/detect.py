@@ -96,7 +96,9 @@ def _say(line: str) -> None:
 
 def _counted(entries: Sequence[dict]) -> str:
   videos = sum('frames' in entry for entry in entries)
-  return f'{len(entries) - videos} pictures' + (f', {videos} videos' if videos else '')
+  pictures = len(entries) - videos
+  return (f'{pictures} picture{"s" * (pictures != 1)}'
+          + (f', {videos} video{"s" * (videos != 1)}' if videos else ''))
 
 
 def _note_if_none(entries: Sequence[dict], threshold: float) -> None:

@@ -74,7 +74,7 @@ def export(run: Run, output: pathlib.Path, options: Options, *, step: int | None
       express the model, or the written file detects something else than JAX.
   """
   check_new(output, options)
-  output = local_path(output)
+  output, folder = local_path(output), None if folder is None else local_path(folder)
   run.check_average(ema, '--ema')
   if options.format != 'stablehlo':
     tensorflow_files.check_libraries(options)

@@ -147,7 +147,7 @@ def test_video(run, tmp_path, name, threshold, capsys):
     assert changed == bool(moving['frames'][number]['detections'])
   assert not list((tmp_path / 'out').glob('.*'))
   printed = capsys.readouterr().out
-  assert '1 pictures, 1 videos' in printed and ('no box is drawn' in printed) == (threshold == 1)
+  assert '1 picture, 1 video' in printed and ('no box is drawn' in printed) == (threshold == 1)
 
 
 def test_video_that_cannot_be_read(run, tmp_path, capfd):
