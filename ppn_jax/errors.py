@@ -15,6 +15,10 @@ class InputError(ValueError):
   """
 
 
+class InputTypeError(InputError, TypeError):
+  """A value of a type that a function does not take."""
+
+
 class StoreError(OSError):
   """A bucket did not take or give what it should. The message is one line."""
 

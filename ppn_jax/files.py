@@ -12,7 +12,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -26,6 +26,8 @@ SEND_EVERY = 30.0  # Seconds between copies of a growing file to a bucket.
 
 _CHECK_SECONDS = 20.0
 
+_CLASS_NAMES = ('names', 'classes')  # Options of data sets that hold no paths.
+
 
 def folder_path(text: str | os.PathLike, what: str = 'workdir') -> Path:
   """The folder that a user names, local or gs://BUCKET/FOLDER; it need not be there.
@@ -35,12 +37,39 @@ def folder_path(text: str | os.PathLike, what: str = 'workdir') -> Path:
   """
   scheme, remote, rest = str(text).partition('://')
   if not remote:
-    return pathlib.Path(text)
+    return local_path(text)
   bucket = rest.partition('/')[0]
   if scheme != 'gs' or not bucket:
     raise InputError(f'{what} {text}: legal: a local folder, or gs://BUCKET/FOLDER')
   _check_bucket(bucket)
   return epath.Path(text)
+
+
+def local_path(text: str | os.PathLike) -> pathlib.Path:
+  """Returns the local file or folder that a user names, `~` standing for the home folder."""
+  return pathlib.Path(expand_home(os.fspath(text)))
+
+
+def expand_home(value: Any) -> Any:
+  """Returns a string that begins with `~` with the home folder in its place, as a shell would.
+
+  Shells leave `--output=~/x` and the strings of config files as they are. Dicts, lists and tuples
+  are looked through; names of classes, other values and `~name` of an unknown user stay.
+
+  Raises:
+    InputError: If the home folder is not known.
+  """
+  if isinstance(value, str) and value.startswith('~'):
+    path = os.path.expanduser(value)
+    if path == '~' or path.startswith('~/'):
+      raise InputError(f'{value}: your home folder is not known; set HOME, or give the whole path')
+    return path
+  if isinstance(value, Mapping):
+    return {key: entry if key in _CLASS_NAMES else expand_home(entry)
+            for key, entry in value.items()}
+  if isinstance(value, (list, tuple)):
+    return type(value)(map(expand_home, value)) if type(value) in (list, tuple) else value
+  return value
 
 
 def absolute(path: Path) -> Path:

@@ -32,8 +32,8 @@ from ppn_jax.pictures.gallery import Gallery, Shown, captioned
 from ppn_jax.pictures.plotting import sentence
 from ppn_jax.run import open_run
 
-# A path, RGB u8 [H, W, 3], or the number of an image of the evaluation data.
-Picture = str | os.PathLike[str] | Array | int
+# A path, a PIL image, RGB u8 [H, W, 3], or the number of an image of the evaluation data.
+Picture = str | os.PathLike[str] | Array | Image.Image | int
 _SIDE = 600  # Smaller pictures are enlarged to this, in pixels.
 
 
@@ -173,13 +173,7 @@ class Inspection:
       if not 0 <= picture < len(source):
         raise InputError(f'image {picture} of {len(source)}: legal are 0 to {len(source) - 1}')
       return source[picture]
-    if isinstance(picture, (str, os.PathLike)):
-      picture = image_files.load(os.fspath(picture))
-    picture = np.asarray(picture)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-      raise InputError(f'a picture must be uint8 [height, width, 3], got {picture.dtype} '
-                       f'{list(picture.shape)}')
-    return without_truth(picture)
+    return without_truth(image_files.to_pixels(picture, 'the picture'))
 
   def _resized(self, example: Example) -> Example:
     return Resize(self.job.detector.image_size, self.job.run.config.data.resize)(example)

@@ -1,26 +1,31 @@
 """A trained detector in other people's programs: `ppn_jax.load(workdir_or_export)(images)`."""
 
 import dataclasses
+import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 
 from ppn_jax.data import images as image_files
 from ppn_jax.detection.structures import Array, Category, Detections
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, InputTypeError
 from ppn_jax.export.runtimes import is_export
+from ppn_jax.files import expand_home
 from ppn_jax.inference import Predictor, load_predictor, open_predictor
 
-# An RGB image u8 [H, W, 3], or the path of an image file.
-Image = Array | str | os.PathLike[str]
+if TYPE_CHECKING:
+  import PIL.Image
+
+# The path of an image file, a PIL image, or an array u8 [H, W, 3]; see `data.images.to_pixels`.
+Image = Union[Array, str, os.PathLike[str], 'PIL.Image.Image']
 
 
 class ImageDetections(NamedTuple):
   """The N detections of one image, best score first; NumPy."""
-  boxes: np.ndarray  # f32 [N, 4], [ymin, xmin, ymax, xmax] in pixels of the image as given.
+  boxes: np.ndarray  # f32 [N, 4], [ymin, xmin, ymax, xmax] in pixels of the upright image.
   scores: np.ndarray  # f32 [N], 0 to 1.
   labels: np.ndarray  # i32 [N], indices into `ImageDetector.categories`.
   names: tuple[str, ...]  # Of those classes.
@@ -51,29 +56,38 @@ class ImageDetector:
     """Detects objects.
 
     Args:
-      images: one image or several, of any sizes: RGB arrays u8 [H, W, 3] (a batch is u8
-        [B, H, W, 3]) or paths of image files, which are turned upright as EXIF says.
+      images: one image or several, of any sizes. One is the path of a file or a PIL image, both of
+        which are turned upright as EXIF says, or an array u8 [H, W, 3] RGB, [H, W, 4] RGBA or
+        [H, W] grey. Several are any list, tuple, generator or other iterable of these, mixed or
+        not, or an array u8 [B, H, W, 3].
       threshold: least score of what is returned, 0 to 1.
 
     Returns:
-      The detections of an image; of several, a list in their order.
+      The detections of an image; of several, a list in their order, [] for none.
 
     Raises:
-      InputError: an image that is none or cannot be read, which is named, or a bad threshold.
+      InputTypeError: a TypeError, if an image is of another type or its pixels are not uint8.
+      InputError: an image that cannot be read, which is named, or a bad threshold.
     """
-    if isinstance(images, (str, os.PathLike)) or getattr(images, 'ndim', 4) != 4:
-      return next(self.stream([images], threshold=threshold))
-    return list(self.stream(images, threshold=threshold))
+    if _is_several(images):
+      return list(self.stream(images, threshold=threshold))
+    return next(self._in_batches([(images, 'the image')], _checked(threshold)))
 
   def stream(self, images: Iterable[Image], *, threshold: float = 0.0
              ) -> Iterator[ImageDetections]:
     """As a call with several images, but reads and holds no more than a batch of them at a time."""
-    if not 0 <= threshold <= 1:
-      raise InputError(f'threshold={threshold} must lie between 0 and 1')
-    return self._stream(iter(images), threshold)
+    if not _is_several(images):
+      raise InputTypeError(f'images is of type {type(images).__name__}, legal: a list or another '
+                           'iterable of images')
+    named = ((image, f'image {number}') for number, image in enumerate(images))
+    return self._in_batches(named, _checked(threshold))
 
-  def _stream(self, images: Iterator[Image], threshold: float) -> Iterator[ImageDetections]:
-    while group := [_pixels(i) for i in itertools.islice(images, self.predictor.batch_size)]:
+  def _in_batches(self, named: Iterable[tuple[Image, str]], threshold: float
+                  ) -> Iterator[ImageDetections]:
+    """As `stream`, of images with what errors call them."""
+    named = iter(named)
+    while group := [image_files.to_pixels(*pair)
+                    for pair in itertools.islice(named, self.predictor.batch_size)]:
       for image, found in zip(group, self.predictor(group), strict=True):
         yield self._in_pixels(found, image.shape[:2], threshold)
 
@@ -106,6 +120,7 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
     InputError: neither there, no such checkpoint or average, a batch size below 1 or another than
       the file's, a file that is damaged, or whose runtime is not installed.
   """
+  path = expand_home(os.fspath(path))
   if not is_export(path):
     if '://' not in str(path) and not os.path.exists(path):
       raise InputError(f'{os.fspath(path)}: there is neither a workdir nor an exported file')
@@ -118,7 +133,17 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
   return ImageDetector(open_predictor(path, batch_size=batch_size))
 
 
-def _pixels(image: Image) -> np.ndarray:
-  if isinstance(image, (str, os.PathLike)):
-    return image_files.load(os.fspath(image))
-  return np.asarray(image)
+def _checked(threshold: float) -> float:
+  if not 0 <= threshold <= 1:
+    raise InputError(f'threshold={threshold} must lie between 0 and 1')
+  return threshold
+
+
+def _is_several(images: Any) -> bool:
+  """Returns whether a caller's images are several, rather than one or none at all."""
+  if isinstance(images, (str, bytes, bytearray, os.PathLike, Mapping, Set, io.IOBase)):
+    return False
+  if image_files.is_array(images):
+    # A batch, or a column of paths as of a table.
+    return images.ndim == 4 or (images.ndim == 1 and np.asarray(images).dtype.kind in 'OU')
+  return hasattr(images, '__iter__') and not hasattr(images, 'getexif')  # As PIL's images have.

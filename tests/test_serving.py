@@ -1,5 +1,6 @@
 """`ppn_jax.load`: what it takes, what it gives, and that it is what evaluation sees."""
 
+import io
 import subprocess
 import sys
 import zipfile
@@ -97,6 +98,39 @@ def test_files_and_arrays_are_the_same(detector, tmp_path):
     same(one, expected)
 
 
+def test_any_form_of_an_image_alone_and_in_any_kind_of_list(detector, tmp_path, monkeypatch):
+  image, = pictures((48, 96))
+  monkeypatch.setenv('HOME', str(tmp_path))
+  Image.fromarray(image).save(tmp_path / 'a.png')
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.fromarray(np.rot90(image)).save(tmp_path / 'turned.png', exif=exif)
+  expected = detector(image)
+  forms = [image, '~/a.png', tmp_path / 'a.png', Image.fromarray(image),
+           Image.open(tmp_path / 'turned.png'), np.dstack([image, image[..., 0] * 0 + 255])]
+  for form in forms:
+    same(detector(form), expected)
+  for several in (forms, tuple(forms), (form for form in forms), np.array(['~/a.png'] * 2)):
+    for found in detector(several):
+      same(found, expected)
+  for nothing in ([], (), iter([])):
+    assert detector(nothing) == []
+
+
+@pytest.mark.parametrize('given, said', [
+    (None, 'the image is of type NoneType'), (7, 'of type int'), (b'a.png', 'of type bytes'),
+    ({'image': 1}, 'of type dict'), ({'a.png'}, 'of type set'), ([None], 'image 0 is of type None'),
+    (np.zeros((8, 8, 3), np.float32), 'float32'), (np.zeros((2, 8, 8, 3)), 'image 0 is float64'),
+    (['%s', {}], 'image 1 is of type dict'), (io.BytesIO(b'x'), 'of type BytesIO')])
+def test_anything_else_is_one_clear_type_error(detector, tmp_path, given, said):
+  Image.new('RGB', (4, 4)).save(tmp_path / 'a.png')
+  if isinstance(given, list):
+    given = [tmp_path / 'a.png' if entry == '%s' else entry for entry in given]
+  with pytest.raises(TypeError, match=said) as error:
+    detector(given)
+  assert isinstance(error.value, InputError) and '\n' not in str(error.value)
+
+
 def test_threshold(detector):
   image, = pictures((64, 64))
   every = detector(image)
@@ -129,8 +163,8 @@ def test_mistakes(run, detector, tmp_path):
   for given, said in [
       (str(tmp_path / 'cut.jpg'), 'cut.jpg'), (str(tmp_path / 'none.jpg'), 'none.jpg'),
       (tmp_path, 'cannot be read'), (image.astype(np.float32), 'float32'),
-      (image[..., 0], '[8, 8]'), (image[..., :2], '[8, 8, 2]'), (image[:0], '[0, 8, 3]'),
-      ([image, image[..., 0]], '[8, 8]')]:
+      (image[..., :2], '[8, 8, 2]'), (image[:0], '[0, 8, 3]'),
+      ([image, image[..., :2]], 'image 1 is uint8 [8, 8, 2]')]:
     with pytest.raises(InputError, match=said.replace('[', r'\[')):
       detector(given)
   for threshold in (-0.1, 1.5, float('nan')):

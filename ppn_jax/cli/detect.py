@@ -2,9 +2,10 @@
 
 import argparse
 import glob
+import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ppn_jax.cli.flags import keep_programs
@@ -17,13 +18,12 @@ if TYPE_CHECKING:
 
 HELP = """Find objects in pictures and videos.
 
+Of a folder it takes the pictures and videos in it, by their suffixes, and says what else is there.
 Writes each with its boxes drawn, and detections.json, to the output folder.
 Boxes in the json are COCO's: [x, y, width, height] in pixels. Of a picture it
 has all detections, of a video those of each frame that are drawn. Videos come
 out as MP4, without sound."""
 
-PICTURES = frozenset({'.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.tif', '.tiff', '.ppm',
-                      '.avif'})
 VIDEOS = frozenset({'.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv'})
 
 TAKES_CONFIG = False
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   from ppn_jax.files import folder_path, write_text
   output = folder_path(args.output, '--output')
-  files = _find(args.images)
+  files = _find(args.images, _say)
   drawings = _drawing_paths(files, output)
   if not 0 <= args.threshold <= 1:
     raise InputError(f'--threshold={args.threshold} must lie between 0 and 1')
@@ -96,7 +96,9 @@ def _say(line: str) -> None:
 
 def _counted(entries: Sequence[dict]) -> str:
   videos = sum('frames' in entry for entry in entries)
-  return f'{len(entries) - videos} pictures' + (f', {videos} videos' if videos else '')
+  pictures = len(entries) - videos
+  return (f'{pictures} picture{"s" * (pictures != 1)}'
+          + (f', {videos} video{"s" * (videos != 1)}' if videos else ''))
 
 
 def _note_if_none(entries: Sequence[dict], threshold: float) -> None:
@@ -214,32 +216,41 @@ def _entries(detector: 'ImageDetector', found: 'ImageDetections', threshold: flo
               strict=True)]
 
 
-def _find(paths: Sequence[str]) -> list[pathlib.Path]:
+def _find(paths: Sequence[str], say: Callable[[str], None]) -> list[pathlib.Path]:
   """Picture and video files, those of folders and patterns in order of name, each once.
+
+  Args:
+    paths: files, folders and patterns.
+    say: is told what else is in a folder or fits a pattern.
 
   Raises:
     InputError: a path that does not exist, a folder without pictures, a pattern that fits none.
   """
-  files = []
+  from ppn_jax.data import folders
+  from ppn_jax.data.images import SUFFIXES
+  suffixes, files = SUFFIXES | VIDEOS, []
   for path in paths:
-    if glob.has_magic(path) and not pathlib.Path(path).exists():
-      fitting = [pathlib.Path(p) for p in sorted(glob.glob(path, recursive=True))]
-      files += _usable(f'no picture or video fits {path}', fitting)
-    elif pathlib.Path(path).is_dir():
-      files += _usable(f'folder {path} has no pictures or videos',
-                       sorted(pathlib.Path(path).iterdir()))
-    elif pathlib.Path(path).is_file():
-      files.append(pathlib.Path(path))
+    if glob.has_magic(path) and not os.path.exists(path):
+      fitting = sorted(glob.glob(path, recursive=True))
+      kept = [p for p in fitting if folders.has_suffix(p, suffixes) and os.path.isfile(p)]
+      rest = sorted(set(fitting).difference(kept))
+      # What is in folders fits ** as well.
+      others = folders.describe_others(p for p in rest if '**' not in path or os.path.isfile(p))
+      missing = f'no picture or video fits {path}'
+    elif os.path.isdir(path):
+      kept, others = folders.list_folder(path, suffixes)
+      missing = f'folder {path} has no pictures or videos'
+    elif os.path.isfile(path):
+      kept, others = [path], ''
     else:
       raise InputError(f'no file or folder {path}')
+    if not kept:
+      raise InputError(f'{missing} ({others or "nothing is there"}; legal: '
+                       f'{", ".join(sorted(suffixes))})')
+    if others:
+      say(f'{path}: {others}')
+    files += map(pathlib.Path, kept)
   return list(dict.fromkeys(files))
-
-
-def _usable(otherwise: str, files: Sequence[pathlib.Path]) -> list[pathlib.Path]:
-  kept = [f for f in files if f.suffix.lower() in PICTURES | VIDEOS and f.is_file()]
-  if not kept:
-    raise InputError(f'{otherwise} ({", ".join(sorted(PICTURES | VIDEOS))})')
-  return kept
 
 
 def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
@@ -252,9 +263,10 @@ def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[
     end = '.mp4' if _is_video(file) else '.png'
     names = (f'{file.stem}{end}', f'{file.name}{end}',
              *(f'{file.stem}_{n}{end}' for n in range(2, len(files) + 2)))
-    drawing = next(output / n for n in names if n not in taken)
+    # Some disks take A.png for a.png.
+    drawing = next(output / n for n in names if n.lower() not in taken)
     if drawing.resolve() in given:
       raise InputError(f'--output={output} would overwrite {file}; give another folder')
-    taken.add(drawing.name)
+    taken.add(drawing.name.lower())
     drawings.append(drawing)
   return drawings

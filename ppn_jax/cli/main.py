@@ -7,12 +7,15 @@ Of several processes that work together, all end with the code of the first that
 """
 
 import argparse
+import contextlib
 import importlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ppn_jax.errors import InputError, did_you_mean, verdict
+from ppn_jax.files import expand_home
 from ppn_jax.training import peers
 
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (is --config.key=value for it?),
@@ -49,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command line and returns its exit code."""
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
-    return _run(argv)
+    with _notes_on_stderr():
+      return _run(argv)
   except (Exception, KeyboardInterrupt) as e:
     peers.fail(e)  # Of several processes none goes on from here.
     if isinstance(e, BrokenPipeError):  # `ppn ... | head`
@@ -60,6 +64,26 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     print(line, file=sys.stderr)
     return code
+
+
+class _Notes(logging.Handler):
+  """Prints what the package logs, such as a file that lacks its end, as a line of the command."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    print(f'ppn: {record.getMessage()}', file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _notes_on_stderr() -> Iterator[None]:
+  """Prints the package's log here, and not also by the handlers that libraries install."""
+  logger, handler = logging.getLogger('ppn_jax'), _Notes()
+  before, logger.propagate = logger.propagate, False
+  logger.addHandler(handler)
+  try:
+    yield
+  finally:
+    logger.removeHandler(handler)
+    logger.propagate = before
 
 
 def _run(argv: list[str]) -> int:
@@ -80,6 +104,8 @@ def _run(argv: list[str]) -> int:
     parsers[argv[0]].check_flags(argv[1:])
   args, rest = parser.parse_known_args(argv)
   _check_rest(args.command, rest, modules[args.command].TAKES_CONFIG)
+  # Shells leave `--output=~/x` as it is.
+  args = argparse.Namespace(**{name: expand_home(value) for name, value in vars(args).items()})
   args.overrides = rest
   return modules[args.command].run(args)
 

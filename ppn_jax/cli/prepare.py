@@ -37,19 +37,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='files for each split (default: 0, up to about 128 MB each)')
   parser.add_argument('--processes', type=int, default=0, metavar='N',
                       help='that work (default: 0, one for each processor core)')
-  parser.add_argument('--on_bad_image', default='raise', metavar='POLICY',
+  parser.add_argument('--on_bad_image', metavar='POLICY',
                       help="'raise', or 'skip' to leave out images that cannot be read "
-                           '(default: %(default)s)')
-  parser.add_argument('--max_bad', type=float, default=0.01, metavar='SHARE',
-                      help="of images that 'skip' may leave out (default: %(default)s)")
+                           "(default: the config's data.on_bad_example)")
+  parser.add_argument('--max_bad', type=float, metavar='SHARE',
+                      help="of images that 'skip' may leave out (default: the config's "
+                           'data.max_bad_share)')
 
 
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
   from ppn_jax.data.sources import build_source, split_train_block
+  from ppn_jax.data.tfds_records import count_records
+  on_bad_image = args.on_bad_image or config.data.on_bad_example
+  max_bad = config.data.max_bad_share if args.max_bad is None else args.max_bad
   options = Options(args.name, args.version, args.max_side, args.quality, args.shards,
-                    args.processes, args.on_bad_image, args.max_bad)
+                    args.processes, on_bad_image, max_bad)
   names = args.splits.split(',') if args.splits else [s for s in _SPLITS if config.data[s].name]
   if len(set(names)) < len(names) or not set(names) <= set(_SPLITS):
     raise InputError(f"--splits={args.splits}, legal: 'train', 'eval', 'train,eval'")
@@ -63,8 +67,11 @@ def run(args: argparse.Namespace) -> int:
       _say(str(sources[name].bad_boxes))
   with _progress_bar() as progress:
     folder = prepare(sources, args.output, options, say=_say, progress=progress)
-  counts = ', '.join(f'{len(source):,} images in {name!r}' for name, source in sources.items())
-  print(f'{counts}: {folder}')
+  stored, counts = count_records(folder), []
+  for name, source in sources.items():
+    without = f' ({len(source) - stored[name]:,} left out)' * (len(source) > stored[name])
+    counts.append(f'{stored[name]:,} images in {name!r}{without}')
+  print(f'{", ".join(counts)}: {folder}')
   return 0
 
 

@@ -1,12 +1,13 @@
 """What to do about images that turn out to be damaged: stop, or go on without a few."""
 
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from ppn_jax.data.checks import check_number
-from ppn_jax.data.sources import Source
+from ppn_jax.data.sources import Source, spread
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError, did_you_mean
 
@@ -59,6 +60,33 @@ class BadExamples:
       reasons = list(self._reasons)[self._told:]
       self._told += len(reasons)
     return reasons
+
+
+def spread_examples(source: Source, count: int, note: Callable[[InputError], None]
+                    ) -> Iterator[tuple[int, Example]]:
+  """Yields examples evenly apart; where one cannot be read, the next one that has not come yet.
+
+  Args:
+    source: the data set.
+    count: how many, at most.
+    note: is told of each that cannot be read, and may raise.
+
+  Yields:
+    (index, example), fewer than `count` if the source has no more that can be read.
+  """
+  taken = set(spread(len(source), count))
+  for start in sorted(taken):
+    index = start
+    while index is not None:
+      try:
+        example = source[index]
+        yield index, example._replace(image=np.asarray(example.image))
+        break
+      except InputError as e:
+        note(e)
+      index = next((i % len(source) for i in range(index + 1, index + len(source))
+                    if i % len(source) not in taken), None)
+      taken.add(index)
 
 
 class WithSubstitutes:

@@ -57,7 +57,7 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
   if '://' in os.fspath(output):
     raise InputError(f'output {output}: data is prepared in a local folder; copy it from there')
   _check_sources(sources, options.name)
-  target = pathlib.Path(output) / options.name / options.version
+  target = files.local_path(output) / options.name / options.version
   truths = {split: source.ground_truth() for split, source in sources.items()}
   if target.exists():
     _tidy(target)
@@ -65,6 +65,7 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
     verify(target, plan)
     _check_images(target, sources, _jobs(target, plan, truths))
     say(f'{target} is there already, and every file has its checksum')
+    _say_left_out(target, sources, truths, say)
     return target
   work = target.with_name(f'{target.name}.incomplete')
   with _claim(work):
@@ -190,10 +191,12 @@ def _finish(work: pathlib.Path, plan: Mapping[str, Any], jobs: list[Job], shards
   for job, shard in zip(jobs, shards, strict=True):
     lengths, size = splits.setdefault(job.split, ([], 0))
     splits[job.split] = [*lengths, shard.records], size + shard.data_bytes
+  left_out: dict[str, list[int]] = {}
   for split, truth in truths.items():
-    gone = {image for job, shard in zip(jobs, shards, strict=True) if job.split == split
-            for image, _ in shard.skipped}
-    files.write_text(work / tfds_records.truth_name(split), json.dumps(_without(truth, gone)))
+    gone = left_out[split] = [
+        image for job, shard in zip(jobs, shards, strict=True) if job.split == split
+        for image, _ in shard.skipped]
+    files.write_text(work / tfds_records.truth_name(split), json.dumps(_without(truth, set(gone))))
   classes = [c['name'] for c in plan['categories']]
   tfds_records.write_metadata(work, plan['name'], plan['version'], classes, splits)
   builder = tfds_records.load_tfds().builder_from_directory(os.fspath(work))
@@ -204,8 +207,25 @@ def _finish(work: pathlib.Path, plan: Mapping[str, Any], jobs: list[Job], shards
   sums |= {p.name: shard_files.checksum(p) for p in sorted(work.iterdir())
            if p.suffix in ('.json', '.txt') and p.name != _PLAN and '.array_record-' not in p.name}
   files.write_text(work / 'prepared.json', json.dumps(
-      {'plan': plan, 'skipped': skipped, 'sha256': sums,
+      {'plan': plan, 'skipped': skipped, 'left_out': left_out, 'sha256': sums,
        'images': [[shard.contents, shard.skipped] for shard in shards]}, indent=1) + '\n')
+
+
+def _say_left_out(target: pathlib.Path, sources: Mapping[str, Source],
+                  truths: Mapping[str, dict], say: Callable[[str], None]) -> None:
+  """Says how many images finished data lacks, and how many of these could be taken in by now."""
+  left_out = json.loads((target / 'prepared.json').read_text('utf-8')).get('left_out', {})
+  count = sum(map(len, left_out.values()))
+  if not count:
+    return
+  say(f'{count} images were left out of it, since they could not be read')
+  readable = 0
+  for split, images in left_out.items():
+    ids = [image['id'] for image in truths[split]['images']]
+    readable += len(shard_files.readable_now(sources[split], Job(target, split, 0, ids, (), ()),
+                                             images))
+  if readable:
+    say(f'{readable} of them can be read now; remove {target} and prepare again to take them in')
 
 
 def _without(truth: dict[str, Any], gone: set[int]) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Shard(NamedTuple):
 
 def write_shards(jobs: Sequence[Job], sources: Mapping[str, Any], classes: Sequence[str],
                  storage: Storage, processes: int, progress: Callable[[int], None]) -> list[Shard]:
-  """Writes those of the shards that are not there yet, or whose images have changed since.
+  """Writes those of the shards that are not there yet, whose images have changed since, or that
+  lack images that can be read by now.
 
   Args:
     jobs: all shards.
@@ -75,8 +76,8 @@ def write_shards(jobs: Sequence[Job], sources: Mapping[str, Any], classes: Seque
   """
   with concurrent.futures.ThreadPoolExecutor() as pool:
     shards = list(pool.map(lambda job: read_finished(job.path), jobs))
-    current = list(pool.map(lambda job, shard: shard and digest_images(
-        sources[job.split], job, shard.skipped) == shard.contents, jobs, shards))
+    current = list(pool.map(lambda job, shard: shard and _is_current(sources[job.split], job, shard),
+                            jobs, shards))
   shards = [shard if same else None for shard, same in zip(shards, current, strict=True)]
   todo = [i for i, shard in enumerate(shards) if shard is None]
   before = sum(len(job.ids) for job, shard in zip(jobs, shards, strict=True) if shard)
@@ -96,6 +97,12 @@ def read_finished(path: pathlib.Path) -> Shard | None:
   except (OSError, ValueError, TypeError):
     return None
   return shard if same else None
+
+
+def _is_current(source: Any, job: Job, shard: Shard) -> bool:
+  """Returns whether the shard holds all that it can of its images as they are now."""
+  return (digest_images(source, job, shard.skipped) == shard.contents
+          and not readable_now(source, job, [image for image, _ in shard.skipped]))
 
 
 def digest_images(source: Any, job: Job, skipped: Sequence[Sequence[Any]]) -> str:
@@ -126,6 +133,15 @@ def _digest_image(source: Any, index: int) -> bytes:
 
 def _tells_changes(source: Any) -> bool:
   return hasattr(source, 'encoded') or hasattr(source, 'stamp')
+def readable_now(source: Any, job: Job, skipped: Sequence[int]) -> list[int]:
+  """Returns the ids of those images of a shard that were left out, but can be read now."""
+  places = {image: job.start + k for k, image in enumerate(job.ids)}
+  found = []
+  for image in skipped:
+    with contextlib.suppress(InputError):
+      np.asarray(source[places[image]].image)
+      found.append(image)
+  return found
 
 
 def remove_notes(folder: pathlib.Path) -> None:

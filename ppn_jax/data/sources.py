@@ -8,6 +8,7 @@ import numpy as np
 from ppn_jax import registry
 from ppn_jax.detection.structures import Category, Example
 from ppn_jax.errors import InputError
+from ppn_jax.files import expand_home
 
 SOURCES = {
     'coco_json': 'ppn_jax.data.coco:CocoJson',
@@ -61,8 +62,10 @@ class Source(Protocol):
 def split_train_block(block: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   """The config block `data.train` -> that of `build_source`, and how training holds the images.
 
-  The latter are the keys of `_TRAIN_OPTIONS`, with its values where they are absent.
+  The latter are the keys of `_TRAIN_OPTIONS`, with its values where they are absent. In paths `~`
+  stands for the home folder.
   """
+  block = expand_home(dict(block))
   return ({key: value for key, value in block.items() if key not in _TRAIN_OPTIONS},
           {key: block.get(key, default) for key, default in _TRAIN_OPTIONS.items()})
 
@@ -96,7 +99,7 @@ def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | N
     InputError: no such source or option, bad data, or a class that the run does not have.
   """
   try:
-    source = registry.build('source', block, SOURCES)
+    source = registry.build('source', expand_home(dict(block)), SOURCES)
     if categories is None or tuple(source.categories) == tuple(categories):
       return source
     return _Relabelled(f"source {block['name']!r}", source, categories)

@@ -40,12 +40,14 @@ class Tfds(AnnotatedImages):
 
   What `ppn prepare` wrote has the truth beside it, so that ids and boxes are those of the data it
   was made from, and a start need not look at every record; other data sets are read through once
-  when the source is made, and slices of a split too.
+  when the source is made, and slices of a split too. Where splits that are joined, as by
+  'train+eval', have ids in common, images are numbered from 1 in their order.
 
   Args:
     dataset: name as TFDS takes it, such as 'coco/2017' or 'voc/2007:5.0.0', below `data_dir`; ''
       if `data_dir` is itself the folder with dataset_info.json.
-    split: a split or a slice of one, such as 'train' or 'validation[:500]'.
+    split: a split, a slice of one, or several of them, such as 'train', 'validation[:500]' or
+      'train+validation[500:]'.
     data_dir: local or gs://; '' is TFDS's own default.
     on_bad_box: what to do with a box that is not finite, has no area or lies outside its image:
       'raise', or 'drop' it and list it in `bad_boxes`.
@@ -69,6 +71,7 @@ class Tfds(AnnotatedImages):
     self._schema = tfds_records.find_schema(builder.info.features, self._where, objects)
     self._records = _open_split(builder, split)
     self._shards = _list_shards(builder, split)
+    self._parts = _read_parts(builder, split)
     if not self._read_beside(builder, split, on_bad_box):
       self._scan(on_bad_box)
 
@@ -87,9 +90,9 @@ class Tfds(AnnotatedImages):
   def _pixels(self, index: int, size: tuple[int, int]) -> LazyImage:
     data, _, image_id = self._stored(index)
     name = self._images.files[index]
-    if image_id not in (None, self._images.ids[index]):
+    if image_id not in (None, self._record_ids[index]):
       raise InputError(f'{name} has the id {image_id}, but the truth beside it says '
-                       f'{self._images.ids[index]}; prepare the data again')
+                       f'{self._record_ids[index]}; prepare the data again')
     stored = image_files.stored_size(data, name)
     # An image that was stored smaller has the size of no annotation, and was turned then.
     if sorted(stored) != sorted(size):
@@ -109,10 +112,9 @@ class Tfds(AnnotatedImages):
 
   def _read_beside(self, builder: Any, split: str, on_bad_box: str) -> bool:
     """Takes the truth that `ppn prepare` wrote beside the records; False if there is none."""
-    tfds = tfds_records.load_tfds()
     read = []
-    for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits):
-      file = f'{builder.data_dir}/{tfds_records.truth_name(part.splitname)}'
+    for name, first, last in self._parts:
+      file = f'{builder.data_dir}/{tfds_records.truth_name(name)}'
       text = tfds_records.read_beside(file)
       if text is None:
         return False
@@ -120,7 +122,7 @@ class Tfds(AnnotatedImages):
       self.categories = read_categories(file, tables['categories'])
       images = read_images(file, str(builder.data_dir), tables['images'])
       kept = np.zeros(len(images.ids), bool)
-      kept[part.from_:part.to] = True
+      kept[first:last] = True
       read.append(read_boxes(file, tables['annotations'], images, kept, self.categories,
                              on_bad_box))
     columns = join([columns for columns, _ in read])
@@ -131,8 +133,22 @@ class Tfds(AnnotatedImages):
                        f'{len(columns.images.ids)} images and {len(self.categories)} classes, the '
                        f'records are {len(self._records)} of {len(self._schema.classes)}; prepare '
                        'the data again')
-    self._fill(columns)
+    images = columns.images._replace(ids=self._distinct(columns.images.ids))
+    self._fill(columns._replace(images=images))
     return True
+
+  def _distinct(self, ids: np.ndarray) -> np.ndarray:
+    """Returns the records' ids, or other ones where joined splits have some in common.
+
+    Raises:
+      InputError: If an id is repeated within a split.
+    """
+    self._record_ids = ids
+    ends = np.cumsum([last - first for _, first, last in self._parts])
+    for part in np.split(ids, ends[:-1]):
+      if len(np.unique(part)) < len(part):
+        raise InputError(f'{self._where}: {self._schema.image_id or "image/id"} is not unique')
+    return ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1)
 
   def _scan(self, on_bad_box: str) -> None:
     """Reads all records for their boxes and the headers of their images."""
@@ -144,8 +160,7 @@ class Tfds(AnnotatedImages):
       ids = np.array([record.image_id for record in read], np.int64)
     else:
       ids = number_images(names) if self._schema.file_name else np.arange(1, len(read) + 1)
-    if len(np.unique(ids)) < len(ids):
-      raise InputError(f'{self._where}: {self._schema.image_id} is not unique')
+    ids = self._distinct(ids)
     sizes = np.array([record.size for record in read])
     images = Images(ids, names, [f'{self._where}: {name}' for name in names], sizes)
     owners = np.repeat(np.arange(len(read)), [len(record.labels) for record in read])
@@ -230,6 +245,23 @@ def _stamp(path: str) -> bytes:
   from etils import epath
   stat = epath.Path(path).stat()
   return repr((path, stat.length, stat.mtime)).encode()
+
+
+def _read_parts(builder: Any, split: str) -> list[tuple[str, int, int]]:
+  """The slices that a split is made of: name, first and last + 1 of the records.
+
+  Raises:
+    InputError: If two of them have records in common.
+  """
+  tfds, parts = tfds_records.load_tfds(), []
+  for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits):
+    first = part.from_ or 0
+    last = builder.info.splits[part.splitname].num_examples if part.to is None else part.to
+    for name, from_, to in parts:
+      if name == part.splitname and max(first, from_) < min(last, to):
+        raise InputError(f'{builder.data_dir}: split {split!r} names records of {name!r} twice')
+    parts.append((part.splitname, first, max(first, last)))
+  return parts
 
 
 def _line(error: Exception) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ppn_jax import files
+from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import required_boxes, train_batches
 from ppn_jax.data.sources import build_source, split_train_block
@@ -103,11 +104,12 @@ def positives_in_training(config: ConfigDict, detector: Detector, num_images: in
     block, _ = split_train_block(config.data.train.to_dict())
     source = build_source(block)
     count = min(num_images, len(source))
-    transforms = build_transforms(config.data.transforms)
+    transforms, data = build_transforms(config.data.transforms), config.data
+    bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
     batches = train_batches(
         source, transforms=transforms, resize=config.data.resize,
         image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
-        threads=config.data.threads,
+        threads=config.data.threads, bad=bad,
         max_boxes=required_boxes(source, config.data.max_boxes, transforms))
     return _count_positives(detector, batches, count)
   except (InputError, OSError) as e:

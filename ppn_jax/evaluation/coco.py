@@ -20,7 +20,7 @@ from ppn_jax.errors import InputError, did_you_mean
 
 SCORERS = ('hotcoco', 'pycocotools')
 IOUS, SIZES = np.arange(50, 100, 5) / 100, ('all', 'small', 'medium', 'large')
-NOTHING = -1.0  # COCO's value of a figure for which there is no truth to score.
+NOTHING = -1.0  # COCO's value in arrays where there is no truth to score; metrics are None there.
 
 # Where the figures lie: IoU 0.50:0.05:0.95 first; all, small (< 32^2 px), medium, large
 # (>= 96^2); at most 1, 10, 100 detections an image.
@@ -41,16 +41,17 @@ MEANING = {
 
 
 class ClassScore(NamedTuple):
-  """Average precision of one class, 0 to 1, or `NOTHING` if the truth has none of it."""
+  """Average precision of one class, 0 to 1, or None if the truth has none of it."""
   name: str
-  ap: float  # Mean over IoU 0.50:0.95.
-  ap50: float
+  ap: float | None  # Mean over IoU 0.50:0.95.
+  ap50: float | None
   num_boxes: int  # Truth boxes, crowds not counted.
 
 
 class Scores(NamedTuple):
   """What a set of detections is worth."""
-  figures: dict[str, float]  # COCO's twelve in COCO's order, AP to AR_large; 0 to 1 or NOTHING.
+  # COCO's twelve in COCO's order, AP to AR_large; 0 to 1, None where there is no such truth.
+  figures: dict[str, float | None]
   per_class: tuple[ClassScore, ...]  # In order of category id, which is that of labels.
   num_images: int
   num_detections: int
@@ -136,14 +137,24 @@ def format_table(scores: Scores) -> str:
   return '\n'.join(lines)
 
 
+def format_headline(figures: Mapping[str, float | None]) -> str:
+  """Returns 'AP 0.2500  AP50 0.5000  AP75 -', with '-' for what does not exist."""
+  return '  '.join(f'{name} {format_metric(figures[name], 4)}' for name in ('AP', 'AP50', 'AP75'))
+
+
+def format_metric(value: float | None, digits: int = 3) -> str:
+  """Returns a metric with so many decimals, '-' for one that does not exist."""
+  return '-' if value is None else f'{value:.{digits}f}'
+
+
 def write_results(path: files.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes rows as a COCO results file, whole or not at all."""
   files.write_text(path, json.dumps(list(rows), allow_nan=False))
 
 
 def write_scores(path: files.Path, scores: Scores) -> None:
-  """Writes the figures and the per-class table as JSON, whole or not at all."""
-  files.write_text(path, json.dumps(scores._asdict(), indent=2) + '\n')
+  """Writes the figures and the per-class table as JSON, whole or not at all; null for None."""
+  files.write_text(path, json.dumps(scores._asdict(), indent=2, allow_nan=False) + '\n')
 
 
 def _plain(ground_truth: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -201,10 +212,10 @@ def _index(coco: type, dataset: dict[str, Any]):
   return index
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean(values: np.ndarray) -> float | None:
   scored = values[values > NOTHING]
-  return float(np.mean(scored)) if scored.size else NOTHING
+  return float(np.mean(scored)) if scored.size else None
 
 
-def _show(value: float) -> str:
-  return '    -' if value == NOTHING else f'{value:5.3f}'
+def _show(value: float | None) -> str:
+  return f'{format_metric(value):>5}'

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ppn_jax import files
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.structures import Array
+from ppn_jax.evaluation.fonts import Font
 
 Colour = tuple[int, int, int]
 
@@ -119,16 +120,16 @@ class _Style(NamedTuple):
   line: int
   halo: int  # Dark rim on both sides of a line: it shows on any background.
   pad: int
-  font: ImageFont.FreeTypeFont
+  font: Font
   truth: bool
 
   @classmethod
   def of(cls, size: tuple[int, int], weight: float, truth: bool) -> '_Style':
     unit = weight * math.sqrt(size[0] * size[1]) / 300
-    type_size = max(10, round((6.2 if truth else 6.6) * unit))
+    type_size = max(11, round((6.2 if truth else 6.6) * unit))
     line = max(1, round((0.8 if truth else 1.3) * unit))
     return cls(line=line, halo=max(1, round(0.3 * unit)), pad=max(1, round(1.4 * unit)),
-               font=ImageFont.load_default(type_size), truth=truth)
+               font=Font(type_size), truth=truth)
 
 
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the last inclusive.
@@ -147,8 +148,8 @@ def _place_tag(corners: Rectangle, text: str, style: _Style, size: tuple[int, in
   if not text:
     return None
   left, top, right, bottom = corners
-  width = math.ceil(style.font.getlength(text)) + 2 * style.pad
-  height = sum(style.font.getmetrics()) + style.pad
+  width = math.ceil(style.font.length(text)) + 2 * style.pad
+  height = style.font.ascent + style.font.descent + style.pad
   above, under = (left, top - height), (left, bottom + 1)
   inside, inside_under = (left, top), (left, bottom + 1 - height)
   far = right + 1 - width
@@ -207,9 +208,7 @@ def _draw_tag(draw: ImageDraw.ImageDraw, tag: Rectangle, text: str, colour: Colo
               style: _Style) -> None:
   back, ink = (_INK, _PAPER) if style.truth else (colour, _legible_on(colour))
   draw.rectangle(tag, fill=(*back, 190 if style.truth else 255))
-  ascent, _ = style.font.getmetrics()
-  draw.text((tag[0] + style.pad, tag[1] + style.pad / 2 + ascent), text, font=style.font,
-            fill=ink, anchor='ls')
+  style.font.draw(draw, tag[0] + style.pad, tag[1] + style.pad / 2 + style.font.ascent, text, ink)
 
 
 def _legible_on(colour: Colour) -> Colour:

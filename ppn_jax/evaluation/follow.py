@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from ppn_jax import files
 from ppn_jax.detector import Variables
 from ppn_jax.errors import InputError
+from ppn_jax.evaluation import coco
 from ppn_jax.evaluation.job import Job
 from ppn_jax.evaluation.waiting import Patience, Waiting
 from ppn_jax.run import open_run
@@ -35,7 +36,7 @@ class Outcome(NamedTuple):
     unreadable: step -> why it could not be read.
     complete: False if patience ran out before training ended.
   """
-  figures: dict[int, dict[str, float]]
+  figures: dict[int, dict[str, float | None]]
   deleted: tuple[int, ...]
   unreadable: dict[int, str]
   complete: bool
@@ -62,12 +63,14 @@ def parse_steps(text: str) -> Callable[[int], bool]:
                        and (step - first) % every == 0)
 
 
-def format_steps(figures: Mapping[int, Mapping[str, float]]) -> str:
+def format_steps(figures: Mapping[int, Mapping[str, float | None]]) -> str:
   """A line for each step, the best marked; plain text."""
-  best = max(figures, key=lambda step: figures[step]['AP'])
+  scored = {step: of_step['AP'] for step, of_step in figures.items() if of_step['AP'] is not None}
+  best = max(scored, key=scored.get, default=None)
   lines = [f'{"step":>10}     AP   AP50   AP75']
   for step, of_step in sorted(figures.items()):
-    columns = '  '.join(f'{of_step[name]:5.3f}' for name in ('AP', 'AP50', 'AP75'))
+    columns = '  '.join(f'{coco.format_metric(of_step[name]):>5}'
+                        for name in ('AP', 'AP50', 'AP75'))
     lines.append(f'{step:>10,}  {columns}{"  best" if step == best else ""}')
   return '\n'.join(lines)
 
@@ -103,7 +106,7 @@ class _Following:
                patience: Patience | None):
     self._job, self._root, self._wanted, self._patience = job, root, wanted, patience
     self._waiting = Waiting(patience or Patience(), job.say)
-    self._figures: dict[int, dict[str, float]] = {}
+    self._figures: dict[int, dict[str, float | None]] = {}
     self._seen: set[int] = set()  # Not scored yet.
     self._deleted: list[int] = []
     self._problems: dict[int, list[str]] = {}
@@ -176,8 +179,7 @@ class _Following:
       return False
     evaluation = self._job.evaluate(step, variables, self._root / str(step))
     self._record(step, evaluation.scores.figures)
-    self._job.say('step {:,}: AP {AP:.4f}  AP50 {AP50:.4f}  AP75 {AP75:.4f}'.format(
-        step, **evaluation.scores.figures))
+    self._job.say(f'step {step:,}: {coco.format_headline(evaluation.scores.figures)}')
     self._waiting.reset()
     return True
 
@@ -203,7 +205,7 @@ class _Following:
         self._job.say(f'step {step:,} cannot be read and is skipped: {problems[-1]}')
     return None
 
-  def _record(self, step: int, figures: dict[str, float]) -> None:
+  def _record(self, step: int, figures: dict[str, float | None]) -> None:
     self._figures[step] = figures
     self._seen.discard(step)
     if self._curves and step not in self._curves.steps:

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppn_jax import files
-from ppn_jax.data.sources import Source, spread
+from ppn_jax.data.bad_examples import spread_examples
+from ppn_jax.data.sources import Source
 from ppn_jax.detection.structures import Array, Category
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.errors import InputError
@@ -99,7 +100,11 @@ class Job:
                           ema=self.options.ema, say=self.say)
 
   def evaluate(self, step: int, variables: Variables, folder: files.Path) -> Evaluation:
-    """Scores the variables and writes down what it found, `scores.json` last."""
+    """Scores the variables and writes down what it found.
+
+    `results.json` and `scores.json` come before all that is drawn, so that a picture that cannot
+    be made costs no figure.
+    """
     evaluator, options, report = self.evaluator, self.options, None
     total = len(evaluator.source)
     self.say(f'evaluating step {step:,} on {total:,} images')
@@ -109,6 +114,7 @@ class Job:
     scores = evaluator.score(rows)
     if jax.process_index() == 0:
       coco.write_results(folder / 'results.json', rows)
+      write_scores(folder / 'scores.json', scores)
       if options.pictures:
         save_png(folder / 'pictures.png',
                  picture(evaluator.source, rows, self.run.categories, count=options.pictures))
@@ -116,7 +122,6 @@ class Job:
         report = self._calibration(step, rows, folder)
       if options.report:
         self._report(step, rows, scores, folder)
-      write_scores(folder / 'scores.json', scores)
     return Evaluation(step, scores, folder, report)
 
   def _calibration(self, step: int, rows: list[dict[str, Any]], folder: files.Path
@@ -209,6 +214,8 @@ def picture(source: Source, rows: list[dict[str, Any]], categories: tuple[Catego
             count: int, threshold: float = 0.5) -> Array:
   """A contact sheet of `count` images spread over the data set, truth and detections drawn.
 
+  Others take the places of images that cannot be read.
+
   Args:
     source: the data set.
     rows: its detections, as of `Evaluator.rows`.
@@ -218,12 +225,14 @@ def picture(source: Source, rows: list[dict[str, Any]], categories: tuple[Catego
 
   Returns:
     u8 [H, W, 3].
+
+  Raises:
+    InputError: If no image can be read.
   """
   names = [c.name for c in categories]
   label_of = {c.id: label for label, c in enumerate(categories)}
-  drawn = []
-  for index in spread(len(source), count):
-    example = source[index]
+  drawn, reasons = [], []
+  for _, example in spread_examples(source, count, reasons.append):
     found = [r for r in rows if r['image_id'] == example.image_id and r['score'] >= threshold]
     height, width = example.size
     xywh = np.array([r['bbox'] for r in found], np.float32).reshape(-1, 4)
@@ -233,6 +242,8 @@ def picture(source: Source, rows: list[dict[str, Any]], categories: tuple[Catego
     drawn.append(draw_boxes(image, np.stack([y, x, y + h, x + w], axis=-1),
                             np.array([label_of[r['category_id']] for r in found], np.int32), names,
                             np.array([r['score'] for r in found], np.float32)))
+  if not drawn:
+    raise InputError(f'no image can be read to draw on, such as: {reasons[0]}')
   return mosaic(drawn)
 
 

@@ -182,7 +182,7 @@ def _figures(truth: Mapping[str, Any], rows: Sequence[dict[str, Any]], scores: n
   for row, score in zip(rows, scores.tolist(), strict=True):
     row['score'] = score
   found = coco.score(truth, rows, scorer=scorer).figures
-  return {f: None if found[f] == coco.NOTHING else found[f] for f in FIGURES}
+  return {f: found[f] for f in FIGURES}
 
 
 def _difference(control: Mapping[str, float | None], per_level: Mapping[str, float | None]

@@ -4,14 +4,16 @@ import dataclasses
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from ppn_jax.data import folders
 from ppn_jax.data import images as images_lib
-from ppn_jax.data.sources import Source, build_source, split_train_block, spread
+from ppn_jax.data.bad_examples import BadExamples, spread_examples
+from ppn_jax.data.sources import Source, build_source, split_train_block
 from ppn_jax.data.transforms import Resize
 from ppn_jax.detection.structures import Detections, Example, without_truth
 from ppn_jax.detector import Detector
@@ -21,6 +23,7 @@ from ppn_jax.export import metadata, stablehlo, tensorflow_files
 from ppn_jax.export.comparison import TOLERANCES, Difference, compare, is_wrong, latency
 from ppn_jax.export.formats import Options
 from ppn_jax.export.runtimes import ExportedDetector, open_export
+from ppn_jax.files import local_path
 from ppn_jax.run import Run, build_detector
 from ppn_jax.training import partition
 
@@ -61,7 +64,9 @@ def export(run: Run, output: pathlib.Path, options: Options, *, step: int | None
     step: a saved step; the newest by default.
     ema: as in `evaluation.job.Options`.
     folder: of pictures to calibrate on and check with; by default the run's data, the training
-      split for calibration and the evaluation split for the check.
+      split for calibration and the evaluation split for the check. Other files in it, and
+      pictures that cannot be read, are passed over and named; images of the run's data that
+      cannot be read are, if its `data.on_bad_example` is 'skip'.
     say: told what goes on, a line at a time.
 
   Raises:
@@ -69,11 +74,12 @@ def export(run: Run, output: pathlib.Path, options: Options, *, step: int | None
       express the model, or the written file detects something else than JAX.
   """
   check_new(output, options)
+  output, folder = local_path(output), None if folder is None else local_path(folder)
   run.check_average(ema, '--ema')
   if options.format != 'stablehlo':
     tensorflow_files.check_libraries(options)
   detector, reference = _detectors(run, options)
-  pictures = _Pictures(run, detector.image_size, folder)
+  pictures = _Pictures(run, detector.image_size, folder, say)
   checked = pictures.take('eval', CHECKED_IMAGES)
   step, variables = load_variables(run, reference, partition.data_mesh(
       jax.local_devices()[:1]), step=step, ema=ema, say=say)
@@ -98,7 +104,7 @@ def check_new(output: str | pathlib.Path, options: Options) -> None:
   """Raises InputError if `output`, or a file that goes with it, exists or is not local."""
   if '://' in str(output):
     raise InputError(f'--output={output} must be a local file')
-  output = pathlib.Path(output)
+  output = local_path(output)
   with_it = [metadata.beside(output, s) for s in ('.json', '.npz')]
   for path in (output, *(with_it if options.format == 'stablehlo' else ())):
     if path.exists() or path.is_symlink():
@@ -176,25 +182,32 @@ class _Pictures:
   run: Run
   side: int
   folder: pathlib.Path | None
+  say: Callable[[str], None]
 
   def take(self, split: str, count: int) -> np.ndarray:
     """At most `count` images, spread over a split: u8 [N, S, S, 3]."""
     resize = Resize(self.side, self.run.config.data.resize)
     found = [resize(example).image for example in self._examples(split, count)]
     if not found:
-      raise InputError('there are no images to check the export with; give --images=FOLDER')
+      where = f'in {self.folder}' if self.folder else f'in data.{split}'
+      raise InputError(f'there are no images {where} that can be read, to check the export with; '
+                       'give --images=FOLDER of other pictures')
     return np.stack(found)
 
   def _examples(self, split: str, count: int) -> Iterator[Example]:
     if self.folder is not None:
-      files = sorted(p for p in self.folder.iterdir() if p.is_file())
-      for path in files[::max(len(files) // count, 1)][:count]:
-        image = images_lib.decode(path.read_bytes(), name=str(path))
-        yield without_truth(image)
-      return
-    source = self._source(split)
-    for index in spread(len(source), count):
-      yield source[index]
+      source: Any = _Folder(*folders.list_folder(self.folder))
+      if source.others:
+        self.say(f'{self.folder}: {source.others}')
+      policy, share = 'skip', 1.0
+    else:
+      source, data = self._source(split), self.run.config.data
+      policy, share = data.on_bad_example, data.max_bad_share
+    bad = BadExamples(f'data.{split}', len(source), policy, share)
+    for _, example in spread_examples(source, count, bad.note):
+      yield example
+    for reason in bad.news():
+      self.say(f'skipped: {reason}')
 
   def _source(self, split: str) -> Source:
     block = self.run.config.data[split]
@@ -204,3 +217,16 @@ class _Pictures:
     except InputError as e:
       raise InputError(f'images of data.{split} are needed and cannot be had: {e}; give '
                        '--images=FOLDER of any pictures like them') from e
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folder:
+  """Pictures of a folder, as `spread_examples` takes them."""
+  files: Sequence[str]
+  others: str  # What else is there.
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  def __getitem__(self, index: int) -> Example:
+    return without_truth(images_lib.load(self.files[index]))

@@ -13,6 +13,7 @@ from ppn_jax.detection.structures import Array, Detections
 from ppn_jax.errors import InputError
 from ppn_jax.export import metadata as metadata_lib
 from ppn_jax.export.formats import load_library
+from ppn_jax.files import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def is_export(path: str | os.PathLike[str]) -> bool:
 
   What kind of file is only known once it is opened.
   """
-  path = pathlib.Path(path)
+  path = local_path(path)
   return path.is_file() or ((path / 'saved_model.pb').is_file()
                             and not (path / 'config.json').exists())
 
@@ -80,7 +81,7 @@ def open_export(path: str | os.PathLike[str], *, threads: int | None = None) -> 
   Raises:
     InputError: no such file, a damaged one, or a runtime that is not installed.
   """
-  path = pathlib.Path(path)
+  path = local_path(path)
   metadata = metadata_lib.read(path)
   openers = {'stablehlo': _stablehlo, 'saved_model': _saved_model, 'tflite': _tflite,
              'onnx': _onnx}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ppn_jax.data.sources import Source
 from ppn_jax.detection.structures import Array, Category
@@ -15,6 +15,7 @@ from ppn_jax.errors import InputError
 from ppn_jax.evaluation import error_kinds, judging
 from ppn_jax.evaluation.drawing import draw_boxes
 from ppn_jax.evaluation.error_kinds import KINDS, Errors
+from ppn_jax.evaluation.fonts import Font
 
 PANEL_SIDE, CROP_SIDE = 400, 200  # Smaller pictures are enlarged to these, in pixels.
 _PAPER, _WEIGHT, _TYPE = 255, 1.3, 13
@@ -181,14 +182,18 @@ class Gallery:
 
 def captioned(shown: Shown) -> np.ndarray:
   """The picture with its caption below, u8 [H', W, 3]; words that do not fit start new lines."""
-  font = ImageFont.load_default(_TYPE)
+  font = Font(_TYPE)
   width = shown.image.shape[1]
   lines = ['']
   for word in shown.caption.split():
     longer = f'{lines[-1]} {word}'.strip()
-    lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
-  strip = Image.new('RGB', (width, (_TYPE + 4) * len(lines) + 4), (_PAPER,) * 3)
-  ImageDraw.Draw(strip).text((0, 2), '\n'.join(lines).strip(), font=font, fill=(64, 64, 64))
+    lines = [*lines[:-1], longer] if font.length(longer) <= width else [*lines, word]
+  lines = [line for line in lines if line] or ['']
+  height = font.ascent + font.descent
+  strip = Image.new('RGB', (width, height * len(lines) + 4), (_PAPER,) * 3)
+  draw = ImageDraw.Draw(strip)
+  for number, line in enumerate(lines):
+    font.draw(draw, 0, 2 + height * number + font.ascent, line, (64, 64, 64))
   return np.concatenate([shown.image, np.asarray(strip)])
 
 

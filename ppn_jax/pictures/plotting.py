@@ -1,12 +1,14 @@
 """The house style of plots, and the colours that mean the same in all of them."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ppn_jax.evaluation import fonts
 from ppn_jax.evaluation.drawing import class_colour
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ MUTED, STRONG = '#8a8a8a', '#505050'
 SIZE_COLOURS = ('#d55e00', '#0072b2', '#009e73')  # Small, medium, large.
 _DPI = 110
 _STYLE = {
-    'font.size': 9, 'font.family': 'DejaVu Sans', 'axes.titlesize': 10,
+    'font.size': 9, 'axes.titlesize': 10,
     'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.spines.top': False,
     'axes.spines.right': False, 'axes.edgecolor': '#555555', 'axes.grid': True,
     'axes.axisbelow': True, 'grid.color': '#e6e6e6', 'grid.linewidth': 0.8,
@@ -47,7 +49,7 @@ def plot(width: float, height: float) -> Iterator[Plot]:
   from matplotlib import rc_context
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
-  with rc_context(_STYLE):
+  with rc_context({**_STYLE, 'font.family': _families()}):
     made = Plot(Figure(figsize=(width, height), dpi=_DPI, layout='constrained'))
     canvas = FigureCanvasAgg(made.figure)
     yield made
@@ -55,6 +57,18 @@ def plot(width: float, height: float) -> Iterator[Plot]:
       warnings.filterwarnings('ignore', 'Glyph')  # Names in scripts that the font lacks.
       canvas.draw()
     made.pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+@functools.cache
+def _families() -> list[str]:
+  """Returns DejaVu Sans, and for letters that it lacks the system's font that drawings take."""
+  from matplotlib import font_manager
+  families = ['DejaVu Sans']
+  for file in fonts.system_fonts()[:1]:
+    with contextlib.suppress(Exception):  # A font that matplotlib cannot read.
+      font_manager.fontManager.addfont(file)
+      families.append(font_manager.FontProperties(fname=file).get_name())
+  return families
 
 
 def class_rgb(label: int) -> tuple[float, ...]:

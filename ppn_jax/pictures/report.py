@@ -57,7 +57,7 @@ def evaluation_page(title: str, gallery: Gallery, scores: coco.Scores,
 
 
 def _figures(scores: coco.Scores) -> Section:
-  show = lambda value: '-' if value == coco.NOTHING else f'{value:.3f}'
+  show = coco.format_metric
   figures = Table(('', 'value', ''), [(name, show(value), coco.MEANING[name])
                                       for name, value in scores.figures.items()],
                   "COCO's twelve figures", words=(2,))

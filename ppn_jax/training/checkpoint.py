@@ -267,9 +267,13 @@ def _whole(described: dict[str, Any]) -> TrainState:
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), described))
 
 
-def _rank(figures: dict[str, float]) -> float:
-  figure = figures.get(BEST_FIGURE, math.nan)
-  return -math.inf if math.isnan(figure) else figure
+def _rank(figures: dict[str, float | None]) -> float:
+  """Returns the metric that the best checkpoint is best in, -inf if there is none.
+
+  None is a metric that does not exist, for which earlier versions wrote -1.
+  """
+  figure = figures.get(BEST_FIGURE)
+  return -math.inf if figure is None or math.isnan(figure) or figure < 0 else figure
 
 
 @contextlib.contextmanager

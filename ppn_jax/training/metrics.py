@@ -18,7 +18,8 @@ from ppn_jax.training.growing import EventFile, GrowingFile
 class MetricsWriter:
   """Scalars to `metrics.jsonl` and to TensorBoard event files, the same in both.
 
-  A line is `{"step": 120, "train/loss": 1.5, ...}`; a figure that is not a number is null.
+  A line is `{"step": 120, "train/loss": 1.5, ...}`; a figure that does not exist, None, or is not
+  a number is null. TensorBoard has no word for the former and does not get it.
 
   Args:
     workdir: of the run.
@@ -46,16 +47,17 @@ class MetricsWriter:
     with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
       self.close()
 
-  def write(self, step: int, scalars: Mapping[str, float]) -> None:
+  def write(self, step: int, scalars: Mapping[str, float | None]) -> None:
     """Records the scalars of one step.
 
     Raises:
       OSError: the disk does not take them. They are kept, and written with what comes next.
     """
-    known = {name: float(value) if math.isfinite(value) else None
+    known = {name: None if value is None or not math.isfinite(value) else float(value)
              for name, value in scalars.items()}
     self._lines.add(f'{json.dumps({"step": step, **known})}\n'.encode())
-    self._events.add_scalars(step, scalars)
+    self._events.add_scalars(step, {name: value for name, value in scalars.items()
+                                    if value is not None})
     self._write_out()
     for outbox in self._outboxes:
       outbox.offer()
@@ -93,8 +95,14 @@ def evaluated(workdir: files.Path, step: int) -> bool:
 
 
 def read(path: files.Path) -> list[dict[str, float | None]]:
-  """The whole lines of a `metrics.jsonl`, in order of step; none if there is no such file."""
+  """The whole lines of a `metrics.jsonl`, in order of step; none if there is no such file.
+
+  Metrics of an evaluation that do not exist are None, also in files of versions that wrote -1.
+  """
   lines = [json.loads(line) for line in _lines_up_to(path, None)] if path.is_file() else []
+  for line in lines:
+    line.update({name: None for name, value in line.items()
+                 if value == -1 and name.startswith('eval/')})
   return sorted(lines, key=lambda line: line['step'])
 
 

@@ -12,6 +12,7 @@ The trainer reads both each time that it decides what to keep, and is never writ
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,37 +25,42 @@ class BestScored:
 
   Attributes:
     n: how many.
-    rank: figures -> what is best where it is highest.
+    rank: metrics -> what is best where it is highest, -inf if they do not have it.
     evaluations: folder of the records; None to go by the figures saved with checkpoints alone.
       Where a step has both, the record counts.
   """
   n: int
-  rank: Callable[[dict[str, float]], float]
+  rank: Callable[[dict[str, float | None]], float]
   evaluations: files.Path | None = None
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    """Whether to keep each; one without figures is not kept for its worth."""
+    """Whether to keep each; one without metrics, or without a rank, is not kept for its worth."""
     del context
     ranks = {}
     for checkpoint in checkpoints:
       figures = self._record(checkpoint.step) or checkpoint.metrics
-      if figures is not None:
-        ranks[checkpoint.step] = self.rank(figures)
+      if figures is not None and (rank := self.rank(figures)) > -math.inf:
+        ranks[checkpoint.step] = rank
     by_rank = sorted(ranks, key=lambda step: (ranks[step], step))
     kept = {*by_rank[len(by_rank) - min(self.n, len(by_rank)):]}
     if self.evaluations is not None:
       kept.add(being_read(self.evaluations))
     return [checkpoint.step in kept for checkpoint in checkpoints]
 
-  def _record(self, step: int) -> dict[str, float] | None:
+  def _record(self, step: int) -> dict[str, float | None] | None:
     return None if self.evaluations is None else recorded_figures(self.evaluations, step)
 
 
-def recorded_figures(evaluations: files.Path, step: int) -> dict[str, float] | None:
-  """COCO's figures of a step that has been scored, None if it has not."""
+def recorded_figures(evaluations: files.Path, step: int) -> dict[str, float | None] | None:
+  """COCO's figures of a step that has been scored, None if it has not.
+
+  Those that do not exist are None, also in files of versions that wrote -1.
+  """
   found = _read(evaluations / str(step) / 'scores.json')
   figures = found.get('figures') if isinstance(found, dict) else None
-  return figures if isinstance(figures, dict) else None
+  if not isinstance(figures, dict):
+    return None
+  return {name: None if value == -1 else value for name, value in figures.items()}
 
 
 def being_read(evaluations: files.Path) -> int | None:

@@ -37,7 +37,7 @@ def save_step(path: str | pathlib.Path, lowered: jax.stages.Lowered,
       'format': _FORMAT, 'versions': _versions(mesh), **_places(mesh),
       'arguments': _arguments(lowered), 'program': _digest(lowered.as_text().encode()),
       'executable': _digest(executable)}
-  files.write_bytes(pathlib.Path(path), json.dumps(made_for).encode() + b'\n' + executable)
+  files.write_bytes(files.local_path(path), json.dumps(made_for).encode() + b'\n' + executable)
 
 
 def read_step(path: str | pathlib.Path, mesh: Mesh) -> SavedStep:
@@ -46,7 +46,7 @@ def read_step(path: str | pathlib.Path, mesh: Mesh) -> SavedStep:
   Raises:
     InputError: there is no such file, it is damaged, or it is for other devices or libraries.
   """
-  path = pathlib.Path(path)
+  path = files.local_path(path)
   try:
     head, _, executable = path.read_bytes().partition(b'\n')
   except OSError as e:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.errors import Stopped
-from ppn_jax.evaluation.coco import Scores, write_scores
+from ppn_jax.evaluation.coco import Scores, format_headline, write_scores
 from ppn_jax.evaluation.evaluator import Evaluator
 from ppn_jax.run import Run
 from ppn_jax.training import coordination, profiling
@@ -89,7 +89,8 @@ class Steps:
     self._complete_save(step, state, scores)
     return scores
 
-  def _save(self, step: int, state: TrainState, figures: dict[str, float] | None = None) -> None:
+  def _save(self, step: int, state: TrainState, figures: dict[str, float | None] | None = None
+            ) -> None:
     """Begins a save when the one before is complete; says what fails, or raises it."""
     if self.writer:  # A run that goes on from this step does not write its figures again.
       with self._informing():
@@ -244,9 +245,7 @@ class Steps:
     if self.writer:
       with self._informing():
         self.writer.write(step, {f'eval/{name}': value for name, value in scores.figures.items()})
-    figures = scores.figures
     self.progress.say(
-        f'evaluated step {step:,}: AP {figures["AP"]:.4f}  AP50 {figures["AP50"]:.4f}  AP75 '
-        f'{figures["AP75"]:.4f}  on {scores.num_images:,} images in '
-        f'{duration(time.perf_counter() - started)}')
+        f'evaluated step {step:,}: {format_headline(scores.figures)}  on {scores.num_images:,} '
+        f'images in {duration(time.perf_counter() - started)}')
     return scores

@@ -8,6 +8,7 @@ import numpy as np
 from google.protobuf import text_format
 
 from ppn_jax.errors import InputError
+from ppn_jax.files import local_path
 from ppn_jax.weights.frozen_graph import read_frozen_graph
 from ppn_jax.weights.keras_file import HDF5_MAGIC, read_keras_file
 from ppn_jax.weights.protos import CheckpointState
@@ -41,7 +42,7 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
   Raises:
     InputError: nothing there, of no kind that is known, or damaged.
   """
-  path = pathlib.Path(path)
+  path = local_path(path)
   if path.is_dir():
     path = _checkpoint_in(path)
   if path.suffix == '.pb':

@@ -12,6 +12,7 @@ from google.protobuf import text_format
 
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
+from ppn_jax.files import local_path
 from ppn_jax.weights.protos import LabelMap
 
 COCO_CLASSES = 90
@@ -41,7 +42,7 @@ def read_label_map(path: str | pathlib.Path) -> tuple[Category, ...]:
     InputError: no such file, not of these formats, without classes, or with an id below 1 or
       one that comes twice.
   """
-  path = pathlib.Path(path)
+  path = local_path(path)
   if not path.is_file():
     raise InputError(f'no label map at {path}')
   try:

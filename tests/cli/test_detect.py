@@ -9,8 +9,9 @@ from PIL import Image
 from tiny import untrained_run
 
 import ppn_jax
+from ppn_jax.cli.detect import _drawing_paths
 from ppn_jax.cli.main import main
-from ppn_jax.data import video
+from ppn_jax.data import images, video
 
 
 @pytest.fixture(scope='module')
@@ -89,6 +90,32 @@ def test_patterns_folders_and_files_each_once(run, tmp_path, capsys):
   assert f'none scores --threshold=0.3 or more, the best has {best:.2g}\n' in printed
 
 
+def test_what_a_folder_has_besides_pictures_is_said(run, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr(images, '_without_end', set())
+  for name in ('a.png', 'b.pgm', 'c.jfif', 'more/e.png'):
+    draw(tmp_path / 'in' / name)
+  cut = tmp_path / 'in' / 'c.jfif'
+  cut.write_bytes(cut.read_bytes()[:-2])
+  for name in ('d.heic', '._a.png', '.DS_Store'):
+    (tmp_path / 'in' / name).write_bytes(b'\0\0\0\x18ftypheic')
+  found = detect(run, tmp_path / 'out', '~/in')
+  assert [entry['file'].rpartition('/')[2] for entry in found] == ['a.png', 'b.pgm', 'c.jfif']
+  printed = capsys.readouterr()
+  assert '3 pictures' in printed.out
+  assert printed.err.splitlines() == [
+      f'ppn: {tmp_path}/in: 1 file not looked at: .heic; 1 folder not looked into: more',
+      f'ppn: {cut}: the JPEG lacks its end marker, but no pixel; it is used']
+  assert len(detect(run, tmp_path / 'out', '~/in/**')) == 4
+  assert capsys.readouterr().err == f'ppn: {tmp_path}/in/**: 1 file not looked at: .heic\n'
+
+
+def test_drawings_have_names_of_their_own_on_any_disk(tmp_path):
+  files = [tmp_path / name for name in ('a.png', 'A.jpg', 'b/a.png', 'a.png.png')]
+  names = [drawing.name.lower() for drawing in _drawing_paths(files, tmp_path / 'out')]
+  assert len(set(names)) == 4
+
+
 def test_json_has_what_load_finds(run, tmp_path):
   image = draw(tmp_path / 'a.png')
   entry, = detect(run, tmp_path / 'out', tmp_path / 'a.png')
@@ -120,7 +147,7 @@ def test_video(run, tmp_path, name, threshold, capsys):
     assert changed == bool(moving['frames'][number]['detections'])
   assert not list((tmp_path / 'out').glob('.*'))
   printed = capsys.readouterr().out
-  assert '1 pictures, 1 videos' in printed and ('no box is drawn' in printed) == (threshold == 1)
+  assert '1 picture, 1 video' in printed and ('no box is drawn' in printed) == (threshold == 1)
 
 
 def test_video_that_cannot_be_read(run, tmp_path, capfd):

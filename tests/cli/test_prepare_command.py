@@ -55,6 +55,18 @@ def test_prepares_both_splits(argv, tmp_path, capsys):
   assert 'is there already' in capsys.readouterr().err
 
 
+def test_the_config_s_skip_holds_and_the_count_is_of_what_is_stored(argv, tmp_path, capsys):
+  (tmp_path / 'in' / '3.jpg').write_bytes(b'junk')
+  assert main([*argv, '--splits=train']) == 2
+  assert '--on_bad_image=skip' in capsys.readouterr().err
+  argv = [*argv, '--splits=train', '--config.data.on_bad_example=skip']
+  assert main(argv) == 2
+  assert 'more than a share of 0.01, which --max_bad allows' in capsys.readouterr().err
+  assert main([*argv, '--config.data.max_bad_share=0.2']) == 0
+  out, err = capsys.readouterr()
+  assert "5 images in 'train' (1 left out): " in out and 'left out image 3: ' in err
+
+
 def test_one_split(argv, tmp_path):
   assert main([*argv, '--splits=eval', '--config.data.train.images=/nowhere']) == 0
   folder = tmp_path / 'out' / 'noise' / '1.0.0'

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes
+from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes, spread_examples
 from ppn_jax.data.loader import eval_batches, train_batches
 from ppn_jax.data.synthetic import SyntheticShapes
 from ppn_jax.errors import InputError
@@ -122,3 +122,20 @@ def test_a_run_goes_on_and_says_which(tmp_path, capsys, resident):
   assert (said.out + said.err).count('skipped: 5.jpg: damaged') >= 1
   noted = pathlib.Path(open_run(tmp_path / 'w').workdir / 'bad_examples.txt').read_text()
   assert sorted(noted.splitlines()) == ['0.jpg: damaged', '5.jpg: damaged']
+
+
+@pytest.mark.parametrize('step, count, expected', [
+    (5, 3, [1, 4, 9]), (5, 10, [1, 2, 3, 4, 6, 7, 8, 9]), (2, 4, [1, 3, 7, 9]), (1, 3, []),
+    (11, 1, [1])])
+def test_samples_are_spread_and_others_take_the_place_of_bad_ones(step, count, expected):
+  reasons = []
+  found = list(spread_examples(Damaged(step), count, reasons.append))
+  assert sorted(index for index, _ in found) == expected
+  ids = [SyntheticShapes(**SHAPES)[index].image_id for index, _ in found]
+  assert [example.image_id for _, example in found] == ids
+  assert len({str(reason) for reason in reasons}) == len(reasons) > 0
+
+
+def test_samples_of_a_set_that_must_be_whole():
+  with pytest.raises(InputError, match=r'0\.jpg: damaged'):
+    list(spread_examples(Damaged(), 3, BadExamples('data.eval', 10).note))

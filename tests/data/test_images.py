@@ -8,9 +8,11 @@ import zlib
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+import PIL.PngImagePlugin
 import pytest
 
-from ppn_jax.data.images import decode, encode_jpeg
+from ppn_jax.data import images
+from ppn_jax.data.images import SUFFIXES, decode, encode_jpeg, read_sizes, to_pixels
 from ppn_jax.errors import InputError
 
 # pytest puts its own filters in the place of the module's; `test_nothing_is_printed` has neither.
@@ -255,3 +257,121 @@ decode(data[:at + 40] + b'\\xee' * 30 + data[at + 70:], name='x')
     done = subprocess.run([sys.executable, *flags, '-c', script], capture_output=True, text=True,
                           timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('compression', [None, 'tiff_lzw'])
+def test_orientation_of_tiff(photo, orientation, compression, tmp_path):
+  """Pillow turns TIFF itself; sizes, upright pixels and those as stored must agree all the same."""
+  exif = PIL.Image.Exif()
+  exif[0x0112] = orientation
+  data = save(photo, 'TIFF', exif=exif, compression=compression)
+  (tmp_path / 'a.tif').write_bytes(data)
+  upright = np.asarray(PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(data))))
+  assert read_sizes(tmp_path / 'a.tif') == ((24, 40), upright.shape[:2])
+  np.testing.assert_array_equal(decode(data, name='x'), upright)
+  np.testing.assert_array_equal(to_pixels(PIL.Image.open(io.BytesIO(data))), upright)
+  if orientation >= 5:
+    np.testing.assert_array_equal(decode(data, name='x', size=(24, 40)), photo)
+
+
+XMP = [b'<x tiff:Orientation="6"/>', b"<x tiff:Orientation = '6'/>",
+       b'<tiff:Orientation>6</tiff:Orientation>']
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+@pytest.mark.parametrize('xmp', XMP)
+def test_orientation_in_xmp_alone(photo, xmp, kind, tmp_path):
+  if kind == 'PNG':
+    info = PIL.PngImagePlugin.PngInfo()
+    info.add_itxt('XML:com.adobe.xmp', xmp.decode())
+    options = {'pnginfo': info}
+  elif kind == 'TIFF':
+    options = {'tiffinfo': {700: xmp}}
+  else:
+    options = {'xmp': xmp}
+  data = save(photo, kind, **options)
+  (tmp_path / 'a').write_bytes(data)
+  assert read_sizes(tmp_path / 'a') == ((24, 40), (40, 24))
+  assert decode(data, name='x').shape == (40, 24, 3)
+  stored = decode(data, name='x', size=(24, 40))
+  assert difference(decode(data, name='x'), np.rot90(stored, -1)) == 0
+  assert to_pixels(PIL.Image.open(io.BytesIO(data))).shape == (40, 24, 3)
+
+
+def test_exif_goes_before_xmp(photo):
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 1
+  assert decode(save(photo, 'JPEG', xmp=XMP[0], exif=exif), name='x').shape == (24, 40, 3)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'restart_marker_rows': 1}])
+def test_jpeg_without_its_end_marker_is_used_and_noted(photo, options, mode, caplog):
+  data = save(PIL.Image.fromarray(photo).convert(mode), 'JPEG', **options)
+  images._without_end.clear()
+  for cut in (1, 2):
+    name = f'{cut}.jpg'
+    lazy = images.open_image(data[:-cut], name=name)
+    for pixels in (lazy.pixels(), decode(data[:-cut], name=name)):
+      np.testing.assert_array_equal(pixels, decode(data, name='x'))
+  assert [r.message for r in caplog.records] == [
+      f'{name}: the JPEG lacks its end marker, but no pixel; it is used'
+      for name in ('1.jpg', '2.jpg')]
+  for cut in (3, 5, 12):
+    with pytest.raises(InputError, match='damaged or truncated'):
+      decode(data[:-cut], name='x')
+  for i in range(20):
+    decode(data[:-2], name=f'more{i}.jpg')
+  assert len(caplog.records) == 6 and 'not named' in caplog.records[-1].message
+
+
+def test_progressive_jpeg_that_lacks_its_last_scans_is_refused(photo):
+  """Such a file decodes without a complaint once it has an end marker, to a blurred image."""
+  data = save(photo, 'JPEG', progressive=True, quality=95)
+  scans = [i for i in range(len(data)) if data[i:i + 2] == b'\xff\xda']
+  assert len(scans) > 3
+  for start in scans[1:]:
+    with pytest.raises(InputError, match='damaged or truncated'):
+      decode(data[:start], name='x')
+
+
+def test_to_pixels(photo, tmp_path):
+  PIL.Image.fromarray(photo).save(tmp_path / 'a.png')
+  grey, rgba = photo[..., 0], np.concatenate([photo, np.full((24, 40, 1), 51, np.uint8)], -1)
+  for given in (photo, tmp_path / 'a.png', str(tmp_path / 'a.png'), PIL.Image.fromarray(photo)):
+    np.testing.assert_array_equal(to_pixels(given), photo)
+  for given in (grey, grey[..., None], PIL.Image.fromarray(grey)):
+    np.testing.assert_array_equal(to_pixels(given), np.stack([grey] * 3, axis=-1))
+  for given in (rgba, PIL.Image.fromarray(rgba)):
+    assert np.abs(to_pixels(given) - (photo * 0.2 + 204)).max() <= 1
+  for mode in ('1', 'P', 'LA', 'CMYK', 'YCbCr', 'I;16'):
+    assert to_pixels(PIL.Image.new(mode, (5, 4))).shape == (4, 5, 3)
+  turned = PIL.Image.open(io.BytesIO(rotated(photo, 6, 'PNG')))
+  np.testing.assert_array_equal(to_pixels(turned), np.rot90(photo, -1))
+  np.testing.assert_array_equal(np.asarray(turned), photo)  # The caller's own is as it was.
+
+
+@pytest.mark.parametrize('given', [None, 3, b'a', {'a': 1}, [1], np.zeros((4, 4, 3)),
+                                   np.zeros((4, 4, 3), bool), np.zeros((4, 4, 3), np.int64)])
+def test_what_is_no_image_is_a_type_error(given):
+  with pytest.raises(TypeError, match='image 7') as error:
+    to_pixels(given, 'image 7')
+  assert isinstance(error.value, InputError)
+
+
+def test_pil_image_that_cannot_be_loaded(photo):
+  for image in (PIL.Image.open(io.BytesIO(save(photo, 'JPEG')[:-60])), PIL.Image.new('F', (4, 4))):
+    with pytest.raises(InputError, match='image 7: '):
+      to_pixels(image, 'image 7')
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.pgm', '.ppm',
+                                    '.pbm', '.pnm', '.bmp', '.dib', '.webp', '.gif', '.tif',
+                                    '.tiff'])
+def test_every_suffix_is_opened(photo, suffix, tmp_path):
+  assert suffix in SUFFIXES
+  path = tmp_path / f'a{suffix}'
+  PIL.Image.fromarray(photo).save(path, {'.dib': 'BMP', '.pnm': 'PPM', '.pgm': 'PPM',
+                                         '.pbm': 'PPM'}.get(suffix))
+  assert images.load(path).shape == photo.shape

@@ -17,6 +17,7 @@ from ppn_jax.data.images import encode_jpeg
 from ppn_jax.data.prepare import Options, prepare
 from ppn_jax.data.synthetic import SyntheticShapes
 from ppn_jax.data.tfds import Tfds
+from ppn_jax.data.tfds_records import count_records
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
@@ -259,6 +260,45 @@ def test_bad_images(coco):
       a['bbox'] for a in theirs['annotations'] if a['image_id'] in kept]
   skipped = json.loads((folder / 'prepared.json').read_text())['skipped']
   assert [image for image, _ in skipped] == [82, 55]
+
+
+@pytest.mark.parametrize('policy', ['raise', 'skip'])
+def test_an_image_that_was_repaired_is_taken_in(coco, policy):
+  """Whether the first call was refused or has left it out for good."""
+  path, whole = coco / 'images' / '2.jpg', (coco / 'images' / '2.jpg').read_bytes()
+  path.write_bytes(whole[:-300])
+  source, said = load(coco), []
+  if policy == 'raise':
+    for _ in range(2):
+      with pytest.raises(InputError, match='1 of 7 images cannot be read'):
+        make({'train': source}, coco)
+    path.write_bytes(whole)
+    same(Tfds(data_dir=str(make({'train': source}, coco))), source)
+    return
+  folder = make({'train': source}, coco, on_bad_image='skip', max_bad=1)
+  make({'train': source}, coco, said, on_bad_image='skip', max_bad=1)
+  assert said[1:] == ['1 images were left out of it, since they could not be read']
+  path.write_bytes(whole)
+  make({'train': source}, coco, said)
+  assert said[-1] == (f'1 of them can be read now; remove {folder} and prepare again to take them '
+                      'in')
+  assert count_records(folder) == {'train': 6}
+
+
+def test_joined_splits_have_distinct_ids(coco):
+  """Prepared data keeps the ids of the data it was made from, which repeat from split to split."""
+  source = load(coco)
+  folder = str(make({'train': source, 'eval': source}, coco))
+  both = Tfds(data_dir=folder, split='train+eval[:4]')
+  assert [both[i].image_id for i in range(len(both))] == list(range(1, 12))
+  truth = both.ground_truth()
+  assert [i['id'] for i in truth['images']] == list(range(1, 12))
+  assert {a['image_id'] for a in truth['annotations']} == {2, 3, 4, 6, 7, 9, 10, 11}
+  np.testing.assert_array_equal(both[8].image, source[1].image)
+  apart = Tfds(data_dir=folder, split='train[:2]+eval[2:]')
+  assert [apart[i].image_id for i in range(7)] == [100 - 9 * i for i in range(7)]
+  with pytest.raises(InputError, match=r"names records of 'train' twice"):
+    Tfds(data_dir=folder, split='train[:3]+train[2:]')
 
 
 class Own(SyntheticShapes):

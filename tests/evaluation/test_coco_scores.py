@@ -86,7 +86,7 @@ def test_a_case_worked_by_hand(scorer):
   for name in ('AP', 'AP50', 'AP75', 'AP_large'):
     assert scores.figures[name] == pytest.approx(0.5 * 51 / 101)
   assert scores.figures['AR1'] == 0 and scores.figures['AR10'] == scores.figures['AR100'] == 0.5
-  assert scores.figures['AP_small'] == scores.figures['AR_medium'] == coco.NOTHING
+  assert scores.figures['AP_small'] is scores.figures['AR_medium'] is None
   assert scores.per_class == (('thing', scores.figures['AP'], scores.figures['AP50'], 2),)
   assert (scores.num_images, scores.num_detections) == (1, 2)
 
@@ -130,7 +130,7 @@ def test_the_truth_itself_scores_one(scorer):
   counts = [sum(a['category_id'] == i and not a['iscrowd'] for a in truth['annotations'])
             for i in (2, 7, 31, 90)]
   assert [c.num_boxes for c in scores.per_class] == counts
-  assert [c.ap for c in scores.per_class] == [1 if n else coco.NOTHING for n in counts]
+  assert [c.ap for c in scores.per_class] == [1 if n else None for n in counts]
 
 
 @pytest.mark.parametrize('scorer', coco.SCORERS)
@@ -143,7 +143,7 @@ def test_images_without_rows_or_boxes_count(scorer, capfd):
   of_one = [r for r in rows if r['image_id'] == rows[0]['image_id']]
   assert coco.score(truth, of_one, scorer=scorer).figures['AR100'] < full.figures['AR100']
   no_boxes = coco.score({**truth, 'annotations': []}, rows, scorer=scorer)
-  assert set(no_boxes.figures.values()) == {coco.NOTHING}
+  assert set(no_boxes.figures.values()) == {None}
   assert capfd.readouterr() == ('', '')
 
 
@@ -199,3 +199,17 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     coco.write_results(path, [{'score': np.float32(1)}])
   assert json.loads(path.read_text()) == rows
   assert [p.name for p in path.parent.iterdir()] == ['results.json']
+
+
+def test_what_does_not_exist_is_a_dash_and_null(tmp_path):
+  """Never COCO's -1, which looks like a metric."""
+  truth, rows = random_problem(1)
+  scores = coco.score({**truth, 'annotations': []}, rows)
+  coco.write_scores(tmp_path / 'scores.json', scores)
+  written = json.loads((tmp_path / 'scores.json').read_text())
+  assert set(written['figures'].values()) == {None}
+  assert all(c[1:3] == [None, None] for c in written['per_class'])
+  assert coco.format_headline(scores.figures) == 'AP -  AP50 -  AP75 -'
+  assert coco.format_headline(scores.figures | {'AP': 0.25}) == 'AP 0.2500  AP50 -  AP75 -'
+  table = coco.format_table(scores)
+  assert '-1' not in table and 'AP             -  mean over' in table

@@ -60,7 +60,7 @@ def test_tags_stay_inside_the_image(box, truth):
   corners = drawing._to_pixels(np.array(box, np.float32), (300, 200))
   left, top, right, bottom = drawing._place_tag(corners, text, style, (300, 200), [])
   assert 0 <= left < right < 300 and 0 <= top < bottom < 200
-  assert style.font.getlength(text) <= right - left
+  assert style.font.length(text) <= right - left
   with_tag = draw(image, [box], names=['a name of medium length'] * 8, truth=truth)
   without = draw(image, [box], names=[''] * 8, truth=truth)
   assert (with_tag != without).any(axis=-1).sum() > 100

@@ -278,7 +278,7 @@ def checkpoints_of(**figures):
 
 
 def rank(figures):
-  return -math.inf if math.isnan(figures['AP']) else figures['AP']
+  return -math.inf if figures['AP'] is None else figures['AP']
 
 
 @pytest.mark.parametrize('figures, records, keep, kept', [
@@ -289,7 +289,8 @@ def rank(figures):
     (dict(s1=0.5, s2=None, s3=None), {2: 0.6, 3: 0.4}, 2, [1, 2]),
     (dict(s1=0.5, s2=0.4), {1: 0.1}, 1, [2]),
     (dict(s1=0.5, s2=0.5), {}, 1, [2]),
-    (dict(s1=math.nan, s2=-1.0), {}, 1, [2]),
+    (dict(s1=0.0, s2=None), {2: None}, 1, [1]),
+    (dict(s1=0.0), {2: -1, 1: -1}, 1, []),  # As versions before this one wrote it.
     (dict(s1=0.5), {1: 0.5}, 0, [])])
 def test_which_checkpoints_are_best(tmp_path, figures, records, keep, kept):
   for step, ap in records.items():
@@ -306,6 +307,13 @@ def test_which_checkpoints_are_best(tmp_path, figures, records, keep, kept):
   assert chosen() == sorted({1, *kept})
   retention.set_being_read(tmp_path, None)
   assert chosen() == kept
+
+
+def test_table_of_steps_without_metrics():
+  figures = {step: dict.fromkeys(('AP', 'AP50', 'AP75'), ap) for step, ap in ((1, None), (2, 0.5))}
+  assert follow.format_steps(figures).splitlines()[1:] == [
+      '         1      -      -      -', '         2  0.500  0.500  0.500  best']
+  assert 'best' not in follow.format_steps({1: figures[1]})
 
 
 @pytest.mark.parametrize('rubbish', ['', '[]', '{"figures": 3}', '{"figures"', '{"figures": {}}'])

@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import untrained_run
+from tiny import tiny_config, untrained_run
 
 from ppn_jax.cli.main import main
+from ppn_jax.data.synthetic import SyntheticShapes
+from ppn_jax.errors import InputError
 from ppn_jax.evaluation.job import load_variables
 from ppn_jax.export import job
 from ppn_jax.export.runtimes import open_export
@@ -52,6 +55,48 @@ def in_jax(workdir, images, step, ema=None):
 
 def some_images(count, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+
+
+def test_pictures_of_a_folder(tmp_path, pictures):
+  """Other files and pictures that cannot be read are passed over, and named."""
+  for file in pictures.iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  (tmp_path / '0.png').write_bytes(b'junk')
+  for name in ('._1.png', 'notes.txt', 'd.heic'):
+    (tmp_path / name).write_bytes(b'junk')
+  said, run = [], SimpleNamespace(config=tiny_config())
+  assert job._Pictures(run, 64, tmp_path, said.append).take('eval', 20).shape == (2, 64, 64, 3)
+  assert said[0] == f'{tmp_path}: 2 files not looked at: .heic, .txt'
+  assert len(said) == 2 and said[1].startswith(f'skipped: {tmp_path}/0.png: not an image')
+  for file in tmp_path.glob('*.png'):
+    file.write_bytes(b'junk')
+  with pytest.raises(InputError, match=r'no images in .* that can be read'):
+    job._Pictures(run, 64, tmp_path, said.append).take('eval', 20)
+
+
+@pytest.mark.parametrize('policy', ['raise', 'skip'])
+def test_bad_images_of_the_run_s_data(monkeypatch, policy):
+  source = Damaged(num_images=6, image_size=64)
+  monkeypatch.setattr(job, 'build_source', lambda *_, **__: source)
+  config = tiny_config().copy_and_resolve_references().unlock()
+  config.data.on_bad_example, config.data.max_bad_share = policy, 0.2
+  said = []
+  pictures = job._Pictures(SimpleNamespace(config=config), 64, None, said.append)
+  if policy == 'raise':
+    with pytest.raises(InputError, match=r'0\.jpg: damaged'):
+      pictures.take('eval', 3)
+  else:
+    assert pictures.take('eval', 3).shape == (3, 64, 64, 3)
+    assert said == ['skipped: 0.jpg: damaged']
+
+
+class Damaged(SyntheticShapes):
+  """The first image cannot be read."""
+
+  def __getitem__(self, index):
+    if index == 0:
+      raise InputError('0.jpg: damaged')
+    return super().__getitem__(index)
 
 
 ALONE = """

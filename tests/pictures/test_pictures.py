@@ -122,7 +122,7 @@ def test_captions_break_into_lines():
 
 
 @pytest.mark.parametrize('lines', [[], [{'step': 3, 'train/loss': None}], [{'step': 3}],
-                                   [{'step': 3, 'train/loss': 2.0, 'eval/AP': -1.0}]])
+                                   [{'step': 3, 'train/loss': 2.0, 'eval/AP': None}]])
 def test_a_run_that_has_just_begun_has_curves(lines):
   assert curves.training(lines).shape[2] == 3
 

@@ -40,14 +40,23 @@ def test_restores_every_bit_and_the_structure(tmp_path):
 
 
 def test_keeps_the_last_and_the_best_also_after_a_restart(tmp_path):
-  figures = {1: None, 2: 0.5, 3: 0.3, 4: -1.0, 5: None, 6: float('nan'), 7: None}
+  nan = float('nan')
+  figures = {1: {}, 2: {'AP': 0.5}, 3: {'AP': 0.3}, 4: {'AP': None}, 5: {}, 6: {'AP': nan}, 7: {}}
   for steps in ((1, 2, 3, 4), (5, 6, 7)):
     with Checkpoints(tmp_path / 'c', keep_last=2, keep_best=1) as checkpoints:
       for step in steps:
-        checkpoints.save(step, make_state(step),
-                         None if figures[step] is None else {'AP': figures[step]})
+        checkpoints.save(step, make_state(step), figures[step] or None)
   with Checkpoints(tmp_path / 'c', read_only=True) as checkpoints:
     assert checkpoints.steps() == [2, 6, 7]
+
+
+@pytest.mark.parametrize('missing', [None, float('nan'), -1.0])  # The last as of earlier versions.
+def test_a_metric_that_does_not_exist_keeps_nothing(tmp_path, missing):
+  with Checkpoints(tmp_path / 'c', keep_last=1, keep_best=1) as checkpoints:
+    for step, figures in enumerate([{'AP': missing, 'AP50': 0.5}, None], start=1):
+      checkpoints.save(step, make_state(step), figures)
+  with Checkpoints(tmp_path / 'c', read_only=True) as checkpoints:
+    assert checkpoints.steps() == [2]
 
 
 def test_what_a_kill_leaves_half_written_is_not_a_checkpoint(tmp_path):

@@ -7,6 +7,7 @@ import math
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
+from ppn_jax.training import metrics
 from ppn_jax.training.metrics import MetricsWriter, Progress, Stopwatch, duration
 
 
@@ -50,6 +51,21 @@ def test_a_restart_takes_back_what_will_be_written_again(tmp_path):
   writer.close()
   assert [(line['step'], line['train/loss']) for line in lines(tmp_path)] == [
       (10, 10), (20, 20), (30, -1)]
+
+
+def test_a_metric_that_does_not_exist_is_null_and_not_in_tensorboard(tmp_path):
+  with MetricsWriter(tmp_path, 0) as writer:
+    writer.write(1, {'eval/AP': None, 'eval/AP50': 0.5})
+  assert lines(tmp_path) == [{'step': 1, 'eval/AP': None, 'eval/AP50': 0.5}]
+  events, = (tmp_path / 'tensorboard').iterdir()
+  assert b'eval/AP50' in events.read_bytes() and events.read_bytes().count(b'eval/AP') == 1
+
+
+def test_files_of_versions_that_wrote_minus_one(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text(
+      '{"step": 1, "train/gradient": -1, "eval/AP": -1.0, "eval/AP50": 0.5}\n')
+  assert metrics.read(tmp_path / 'metrics.jsonl') == [
+      {'step': 1, 'train/gradient': -1, 'eval/AP': None, 'eval/AP50': 0.5}]
 
 
 def test_plain_lines_when_not_on_a_terminal():

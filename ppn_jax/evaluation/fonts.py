@@ -1,0 +1,173 @@
+"""Text on pictures, in a font that has its letters.
+
+DejaVu Sans, which comes with matplotlib, has Latin, Greek, Cyrillic and some more. Letters that it
+lacks, Chinese ones above all, are drawn in a font of the system, if one has them.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import unicodedata
+from collections.abc import Iterator
+
+from PIL import ImageDraw, ImageFont
+
+_log = logging.getLogger(__name__)
+
+_DEJAVU = 'DejaVuSans.ttf'
+# Files of fonts with Chinese, Japanese and Korean letters, the best first; in small letters.
+_WITH_CJK = (
+    r'notosanscjk.*regular', r'sourcehansans.*regular', r'noto-?sans-?(sc|tc|hk|jp|kr).*',
+    r'pingfang', r'hiragino sans gb.*', r'hiragino.*w3', r'applesdgothicneo', r'msyh', r'yugothm',
+    r'meiryo', r'malgun', r'wqy-.*', r'droidsansfallback.*', r'nanumgothic', r'takao.*gothic',
+    r'ipa.*g', r'vl-gothic-regular', r'arial ?unicode.*', r'stheiti.*', r'simsun', r'simhei',
+    r'uming', r'unifont.*')
+_SUFFIXES = ('.ttf', '.ttc', '.otf', '.otc')
+_QUESTIONS = 8  # How often a process asks fontconfig for a letter that no other font has.
+_PROBE_SIZE = 24  # Pixels, of letters that are drawn only to see whether a font has them.
+
+
+class Font:
+  """Type of one size, whatever the letters.
+
+  Args:
+    size: in pixels.
+
+  Attributes:
+    ascent, descent: above and below the base line, in pixels.
+  """
+
+  def __init__(self, size: int):
+    self._size = size
+    self.ascent, self.descent = _open(_base(), size).getmetrics()
+
+  def length(self, text: str) -> float:
+    """Returns how wide a line of text is, in pixels."""
+    return sum(font.getlength(part) for font, part in self._runs(text))
+
+  def draw(self, draw: ImageDraw.ImageDraw, left: float, base: float, text: str,
+           fill: tuple[int, int, int]) -> None:
+    """Draws a line of text that begins at `left` and stands on `base`, in pixels."""
+    for font, part in self._runs(text):
+      draw.text((left, base), part, font=font, fill=fill, anchor='ls')
+      left += font.getlength(part)
+
+  def _runs(self, text: str) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
+    """Yields (font, part) of the text: as few parts as there are changes of font."""
+    # macOS stores an accent apart from its letter, which fonts have together.
+    text = unicodedata.normalize('NFC', text)
+    file, part = None, ''
+    for letter in text:
+      if unicodedata.category(letter) in ('Cc', 'Zl', 'Zp'):  # A new line has no place in a label.
+        letter = ' '
+      found = file if file and (letter == ' ' or _has(file, letter)) else _file_with(letter)
+      if found != file and part:
+        yield _open(file, self._size), part
+        part = ''
+      file, part = found, part + letter
+    if part:
+      yield _open(file, self._size), part
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_with(letter: str) -> str:
+  """Returns the font for a letter: the first that has it, else the base, which draws a box."""
+  if letter == ' ' or unicodedata.category(letter) in ('Cf', 'Mn', 'Me') or _has(_base(), letter):
+    return _base()
+  for file in system_fonts():
+    if _has(file, letter):
+      return file
+  for file in _ask_fontconfig(letter):
+    if _has(file, letter):
+      return file
+  _say_missing(letter)
+  return _base()
+
+
+@functools.cache
+def _base() -> str:
+  """Returns DejaVu Sans, of matplotlib or of the system; '' for Pillow's own, which has ASCII."""
+  spec = importlib.util.find_spec('matplotlib')  # Importing it would take a while.
+  if spec is not None and spec.origin:
+    file = pathlib.Path(spec.origin).parent / 'mpl-data' / 'fonts' / 'ttf' / _DEJAVU
+    if file.is_file():
+      return str(file)
+  return next((file for file in _font_files() if os.path.basename(file) == _DEJAVU), '')
+
+
+@functools.cache
+def system_fonts() -> tuple[str, ...]:
+  """Returns the system's fonts with Chinese, Japanese or Korean letters, the best first."""
+  ranked = []
+  for file in _font_files():
+    stem = os.path.splitext(os.path.basename(file))[0].lower()
+    rank = next((i for i, name in enumerate(_WITH_CJK) if re.fullmatch(name, stem)), None)
+    if rank is not None:
+      ranked.append((rank, file))
+  return tuple(file for _, file in sorted(ranked))
+
+
+@functools.cache
+def _font_files() -> tuple[str, ...]:
+  """Returns the font files in the folders where systems have them."""
+  home, windows = os.path.expanduser('~'), os.environ.get('WINDIR', '')
+  shared = os.environ.get('XDG_DATA_DIRS') or '/usr/local/share:/usr/share'
+  folders = [*(os.path.join(folder, 'fonts') for folder in shared.split(':')),
+             f'{home}/.local/share/fonts', f'{home}/.fonts', '/System/Library/Fonts',
+             '/Library/Fonts', f'{home}/Library/Fonts', *([f'{windows}/Fonts'] if windows else [])]
+  return tuple(sorted(os.path.join(inside, name) for folder in dict.fromkeys(folders)
+                      for inside, _, names in os.walk(folder) for name in names
+                      if name.lower().endswith(_SUFFIXES)))
+
+
+_asked: list[str] = []
+
+
+def _ask_fontconfig(letter: str) -> list[str]:
+  """Returns files that fontconfig knows to have a letter; none where it is not installed."""
+  if len(_asked) >= _QUESTIONS or not shutil.which('fc-list'):
+    return []
+  _asked.append(letter)
+  with contextlib.suppress(OSError, subprocess.SubprocessError):
+    found = subprocess.run(['fc-list', f':charset={ord(letter):x}', '--format=%{file}\n'],
+                           capture_output=True, text=True, timeout=10, check=True)
+    return sorted(set(found.stdout.splitlines()))
+  return []
+
+
+@functools.lru_cache(maxsize=65536)
+def _has(file: str, letter: str) -> bool:
+  """Returns whether a font has a letter: it draws something else than for what no font has."""
+  try:
+    return _drawn(file, letter) not in (_drawn(file, '\U0010ffff'), None)
+  except (OSError, ValueError):  # Not scalable, damaged.
+    return False
+
+
+@functools.lru_cache(maxsize=65536)
+def _drawn(file: str, letter: str) -> bytes | None:
+  mask = _open(file, _PROBE_SIZE).getmask(letter)
+  return bytes(mask) + repr(mask.size).encode() if min(mask.size) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _open(file: str, size: int) -> ImageFont.FreeTypeFont:
+  return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+
+
+_missing: set[str] = set()
+
+
+def _say_missing(letter: str) -> None:
+  """Says once that letters cannot be drawn, with the first of them."""
+  if not _missing:
+    _log.warning('no font on this machine has the letter %s: pictures have boxes in place of such '
+                 'letters; for Chinese, Japanese and Korean install, for example, the package '
+                 'fonts-noto-cjk', letter)
+  _missing.add(letter)
