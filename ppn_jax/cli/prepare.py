@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
+  from ppn_jax.data.report import report
   from ppn_jax.data.sources import build_source, split_train_block
   options = Options(args.name, args.version, args.max_side, args.quality, args.shards,
                     args.processes, args.on_bad_image, args.max_bad)
@@ -57,10 +58,11 @@ def run(args: argparse.Namespace) -> int:
   for name in names:
     block = config.data[name].to_dict()
     sources[name] = build_source(split_train_block(block)[0] if name == 'train' else block,
-                                 categories=classes, key=f'data.{name}')
+                                 categories=classes, key=f'data.{name}',
+                                 on_bad_example=args.on_bad_image)
     classes = sources[name].categories
-    if getattr(sources[name], 'bad_boxes', None):
-      _say(str(sources[name].bad_boxes))
+    for line in report(sources[name], f'data.{name}').warnings:
+      _say(line)
   with _progress_bar() as progress:
     folder = prepare(sources, args.output, options, say=_say, progress=progress)
   counts = ', '.join(f'{len(source):,} images in {name!r}' for name, source in sources.items())

@@ -40,7 +40,7 @@ class CachedSource:
     longest_side: larger images are reduced to this, in pixels, the aspect ratio kept.
 
   Attributes:
-    categories, max_boxes, bad_boxes: the source's.
+    categories, max_boxes, bad_boxes, contents: the source's.
 
   Raises:
     InputError: not enough room, with both numbers, or a folder that holds something else.
@@ -51,6 +51,7 @@ class CachedSource:
     self._source, self._side = source, longest_side
     self.categories, self.max_boxes = source.categories, source.max_boxes
     self.bad_boxes = getattr(source, 'bad_boxes', None)
+    self.contents = getattr(source, 'contents', None)
     layout = _layout(longest_side, source.max_boxes)
     self._records = (_in_memory(len(source), layout) if where == MEMORY
                      else _in_folder(pathlib.Path(where), source, longest_side, layout))

@@ -136,6 +136,11 @@ def format_table(scores: Scores) -> str:
   return '\n'.join(lines)
 
 
+def renumber(rows: Sequence[Mapping[str, Any]], ids: Mapping[int, int]) -> list[dict[str, Any]]:
+  """Returns rows with category ids replaced by `ids`, for a file that numbers classes otherwise."""
+  return [{**row, 'category_id': ids.get(row['category_id'], row['category_id'])} for row in rows]
+
+
 def write_results(path: files.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes rows as a COCO results file, whole or not at all."""
   files.write_text(path, json.dumps(list(rows), allow_nan=False))

@@ -132,12 +132,16 @@ def test_categories_of_the_run(folder):
     (changed('images', 2, 'width', ...), r"images\[2\]: no 'width'"),
     (changed('images', 2, 'height', 0), r'images\[2\]: height and width are \[0, 10\]'),
     (changed('images', 2, 'height', '10'), r"images\[2\]: height is '10', legal: an integer"),
-    (changed('images', 0, 'id', '30'), r"images\[0\]: id is '30', legal: an integer"),
+    (changed('images', 0, 'id', True), r'images\[0\]: id is True, legal: an integer or a string'),
+    (changed('images', 0, 'id', 30.5), r'images\[0\]: id is 30\.5, legal'),
+    (changed('images', 0, 'id', ' '), r"images\[0\]: id is ' ', legal"),
     (changed('images', 0, 'id', 1 << 70), r'images\[0\]: id is 1180591620717411303424, legal'),
     (changed('images', 0, 7), r'images\[0\]: no .* in 7'),
     (changed('annotations', 0, None), r"annotations\[0\]: no 'image_id' in None"),
-    (changed('annotations', 1, 'image_id', '30'), r"annotations\[1\]: image_id is '30'"),
-    (changed('annotations', 1, 'image_id', 30.0), r'annotations\[1\]: image_id is 30\.0'),
+    (changed('annotations', 1, 'image_id', '31'), r"annotations\[1\]: image_id is '31', which the"),
+    (changed('annotations', 1, 'image_id', 'x'), r"annotations\[1\]: image_id is 'x', which the"),
+    (changed('annotations', 1, 'image_id', 30.5), r'annotations\[1\]: image_id is 30\.5, legal'),
+    (changed('annotations', 1, 'image_id', None), r'annotations\[1\]: image_id is None, legal'),
     (changed('annotations', 1, 'image_id', 31), r'annotations\[1\]: image_id is 31, which the'),
     (changed('annotations', 2, 'category_id', 1), r'annotations\[2\]: category_id is 1, which'),
     (changed('annotations', 2, 'category_id', 99), r'annotations\[2\]: category_id is 99, which'),
@@ -167,8 +171,8 @@ def test_wrong_files(folder, content, message):
     ([float('nan'), 2, 3, 4], 'not finite'), ([1, 2, float('inf'), 4], 'not finite'),
     ([1, 2, 0, 4], 'no area'), ([1, 2, 3, -4], 'no area'), ([1, 2, 1e-9, 4], 'no area'),
     ([10.2, 2, 0.5, 4], 'no area'), ([-0.9, 2, 0.9, 4], 'no area'),
-    ([-1.5, 2, 3, 4], 'outside the image'), ([1, -2, 3, 4], 'outside the image'),
-    ([8, 2, 3.5, 4], 'outside the image'), ([1, 8, 3, 3.1], 'outside the image'),
+    ([-1.6, 2, 3, 4], 'outside the image'), ([1, -2.1, 3, 4], 'outside the image'),
+    ([8, 2, 4.5, 4], 'outside the image'), ([-2, -2, 6, 6], 'outside the image'),
     ([100, 100, 3, 3], 'outside the image'), ([1, 2, 10**400, 4], 'outside the image'),
 ])
 def test_bad_boxes(folder, bbox, reason, recwarn):
@@ -231,7 +235,7 @@ def test_missing_folder_or_json(folder):
     CocoJson(str(folder / 'images'), str(folder))
   with pytest.raises(InputError, match=r'coco_json\.images is None, legal: a path'):
     CocoJson(None, str(folder / 'none.json'))
-  with pytest.raises(InputError, match="on_bad_box is 'ignore', legal: 'raise', 'drop'"):
+  with pytest.raises(InputError, match="on_bad_box is 'ignore', legal: 'clip', 'drop', 'raise'"):
     load(folder, on_bad_box='ignore')
 
 

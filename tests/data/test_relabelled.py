@@ -46,7 +46,7 @@ def test_detections_of_any_class_are_scored(sources):
 
 @pytest.mark.parametrize('wrong, message', [
     (lambda c: c._replace(name=c.name.upper()), r"label 0 is '(\w+)' .* here and '(?!\1)\w+'"),
-    (lambda c: c._replace(id=77), r'label 0 is .* here and no class in the run')])
+    (lambda c: c._replace(id=77, name='x'), r'label 0 is .* here and no class in the run')])
 def test_other_classes(sources, wrong, message):
   plain, _, run = sources
   with pytest.raises(InputError, match=message):

@@ -180,7 +180,7 @@ def test_wrong_places_and_options(folder, tmp_path):
       ({'data_dir': str(folder), 'split': 'train[x'}, 'cannot be read'),
       ({'data_dir': str(folder), 'split': 'train[9:]'}, 'cannot be read'),
       ({'data_dir': str(folder), 'split': None}, 'tfds.split is None, legal: train, validation'),
-      ({'data_dir': str(folder), 'on_bad_box': 'keep'}, "legal: 'raise', 'drop'"),
+      ({'data_dir': str(folder), 'on_bad_box': 'keep'}, "legal: 'clip', 'drop', 'raise'"),
       ({'data_dir': str(folder), 'objects': 'things'}, "0 features .* called 'things'")):
     with pytest.raises(InputError, match=message) as caught:
       Tfds(**options)
