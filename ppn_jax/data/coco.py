@@ -248,8 +248,9 @@ def _suggest(name: str, folder: str) -> str:
   except OSError:
     return ''
   base = name.replace('\\', '/').rpartition('/')[2]
-  if base in there:
-    return f'; did you mean {base!r}?'
+  for entry in there:
+    if entry.casefold() == base.casefold():
+      return f'; did you mean {entry!r}?'
   # Cheap: nobody needs a hint for one of a hundred thousand names.
   hint = did_you_mean(base, there) if len(there) <= 10_000 else ''
   return f'; {hint}' if hint.startswith('did') else ''

@@ -95,6 +95,9 @@ def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | N
     InputError: no such source or option, bad data, or a class that the run does not have.
   """
   try:
+    if isinstance(block, Mapping) and 'on_bad_example' in block:
+      raise InputError('on_bad_example is no option of a source but of all data: '
+                       f'data.on_bad_example={block["on_bad_example"]}')
     make = registry.select('source', block, SOURCES, given=['on_bad_example'])
     takes = 'on_bad_example' in inspect.signature(make).parameters
     source = make(**({'on_bad_example': on_bad_example} if takes else {}))

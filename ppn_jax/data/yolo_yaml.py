@@ -113,7 +113,7 @@ def _read_list(file: str, root: str) -> Found:
   files, others = [], []
   for number, line in enumerate(read_text(file).splitlines(), start=1):
     written = line.strip()
-    if not written or os.path.basename(written).startswith('.'):
+    if not written or written.replace('\\', '/').rpartition('/')[2].startswith('.'):
       continue
     if '\0' in written:
       raise InputError(f'{file}:{number}: {quote(written)}, legal: a path')

@@ -1,9 +1,13 @@
 """Data whose classes are some of a run's."""
 
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.report import report
+from ppn_jax.data.sources import build_source, file_ids
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation import coco
@@ -51,3 +55,51 @@ def test_other_classes(sources, wrong, message):
   plain, _, run = sources
   with pytest.raises(InputError, match=message):
     build_source(BLOCK, categories=[wrong(c) if c == plain.categories[0] else c for c in run])
+
+
+def renumbered(sources):
+  """The same data for a run that numbers the classes otherwise, and has one of its own."""
+  plain, _, _ = sources
+  run = tuple(Category(i, c.name) for i, c in enumerate(reversed(plain.categories), 2))
+  run = (Category(1, 'own'), *run)
+  return plain, build_source(BLOCK, categories=run), run
+
+
+def test_classes_of_other_ids_are_matched_by_name(sources):
+  plain, found, run = renumbered(sources)
+  for i in range(len(plain)):
+    a, b = plain[i], found[i]
+    assert [plain.categories[k].name for k in a.labels] == [run[k].name for k in b.labels]
+  truth, names = found.ground_truth(), {c.id: c.name for c in run}
+  assert truth['categories'] == [c._asdict() for c in run]
+  own = {c.id: c.name for c in plain.categories}
+  assert [names[a['category_id']] for a in truth['annotations']] == [
+      own[a['category_id']] for a in plain.ground_truth()['annotations']]
+
+
+def test_results_have_the_ids_of_the_data_s_own_file(sources):
+  plain, found, run = renumbered(sources)
+  rows = [{k: a[k] for k in ('image_id', 'category_id', 'bbox')} | {'score': 0.9}
+          for a in found.ground_truth()['annotations']]
+  assert coco.score(found.ground_truth(), rows).figures['AP'] == pytest.approx(1)
+  written = coco.renumber(rows, file_ids(found))
+  assert coco.score(plain.ground_truth(), written).figures['AP'] == pytest.approx(1)
+  ids = file_ids(found)
+  assert len(set(ids.values())) == len(run)  # The class that the file lacks has an id of its own.
+  assert coco.renumber(written, {theirs: ours for ours, theirs in ids.items()}) == rows
+  assert coco.renumber(rows, file_ids(plain)) == rows
+
+
+def test_that_classes_were_matched_is_said(tmp_path):
+  Image.new('RGB', (40, 20)).save(tmp_path / '0.jpg')
+  (tmp_path / 'a.json').write_text(json.dumps({
+      'images': [dict(id=0, file_name='0.jpg', height=20, width=40)],
+      'categories': [dict(id=7, name='red'), dict(id=2, name='blue')],
+      'annotations': [dict(image_id=0, category_id=7, bbox=[1, 2, 10, 10])]}))
+  block = dict(name='coco_json', images=str(tmp_path), annotations=str(tmp_path / 'a.json'))
+  source = build_source(block, categories=(Category(1, 'red'), Category(2, 'blue')))
+  assert ("data.eval: classes are matched by name: 'red' has the id 7 here and 1 in the run"
+          in report(source, 'data.eval').lines)
+  assert source[0].labels.tolist() == [0]
+  with pytest.raises(InputError, match=r"'red' \(id 7\) here and no class .*did you mean"):
+    build_source(block, categories=(Category(1, 'rad'), Category(2, 'blue')))
