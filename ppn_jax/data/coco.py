@@ -305,7 +305,7 @@ def _find_files(images: Images, file: str, folder: str, on_bad_example: str
     found = next((n for n in itertools.chain([name], _readings(name, folder)) if exists(n)), None)
     files.append(os.path.join(folder, found or name))
     if found is None:
-      missing[i] = f'{os.path.join(folder, name)}: no such image'
+      missing[i] = f'{some([os.path.join(folder, name)])}: no such image'
   if missing and on_bad_example == 'raise':
     names = [images.names[i] for i in missing]
     raise InputError(f'{len(missing)} of the {len(images.names)} images that {file} lists are not '

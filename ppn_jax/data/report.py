@@ -76,10 +76,15 @@ def check_learnable(found: Report) -> None:
 
 
 def contents_of(source: Source) -> Contents | None:
-  """The source's own account, or what its `ground_truth` tells; None if it has neither."""
-  contents = getattr(source, 'contents', None)
-  if contents is not None or not hasattr(source, 'ground_truth'):
-    return contents
+  """The source's own account, or what its `ground_truth` tells; None if it has neither.
+
+  Raises:
+    InputError: see `report`.
+  """
+  if hasattr(source, 'contents'):
+    return source.contents
+  if not hasattr(source, 'ground_truth'):
+    return None
   truth = source.ground_truth()
   try:
     place = {image['id']: i for i, image in enumerate(truth['images'])}

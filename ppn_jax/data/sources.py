@@ -32,7 +32,7 @@ class Source(Protocol):
   missing or unreadable is left for `__getitem__` to raise for.
 
   A source may have an attribute `contents`, a `contents.Contents`, which says more of its data
-  than `ground_truth` can; see `report`.
+  than `ground_truth` can; None keeps a report from asking for that. See `report`.
 
   Attributes:
     categories: the classes; label k stands for categories[k]. Ordered by id.
@@ -179,10 +179,10 @@ class _Relabelled:
     return example._replace(labels=self._labels[example.labels])
 
   @property
-  def contents(self) -> Contents:
+  def contents(self) -> Contents | None:
     """As the source's own, absent where it has none."""
     contents = self._source.contents
-    return contents._replace(labels=self._labels[contents.labels],
+    return contents and contents._replace(labels=self._labels[contents.labels],
                              notes=(*contents.notes, *self._notes))
 
   def ground_truth(self) -> dict[str, Any]:

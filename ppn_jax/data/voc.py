@@ -270,7 +270,7 @@ def _find_images(folder: str, names: Sequence[str], found: Mapping[str, list[str
     files.append(os.path.join(folder, os.path.dirname(name), entries[0]) if entries else
                  os.path.join(folder, f'{name}.jpg'))
     if not entries:
-      missing[i] = f'{os.path.join(folder, name)}: no such image, with any suffix'
+      missing[i] = f'{some([os.path.join(folder, name)])}: no such image, with any suffix'
   return files, missing
 
 

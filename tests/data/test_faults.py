@@ -10,6 +10,7 @@ from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.loader import eval_batches, required_boxes, train_batches
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.sources import build_source
+from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation import coco as scoring
 
@@ -374,16 +375,36 @@ def test_counts_and_names_of_classes(yaml, message, tmp_path):
     build_source(block)
 
 
-def test_a_source_of_somebody_else_s_is_reported_on_by_its_ground_truth():
-  source = build_source({'name': 'synthetic_shapes', 'num_images': 4, 'image_size': 64})
-  boxes = len(source.ground_truth()['annotations'])
-  assert f'4 images, {boxes} boxes, 5 classes (' in told(source)
+class Own:
+  """A source of somebody else's: what `sources.Source` demands and no more."""
 
-  class Bare:
-    categories, max_boxes = source.categories, 0
-    def __len__(self):
-      return 7
-  assert told(Bare()) == 'data.train: 7 images'
+  def __init__(self, source, truth):
+    self.categories, self.max_boxes, self._source, self._truth = (
+        source.categories, source.max_boxes, source, truth)
+
+  def __len__(self):
+    return len(self._source)
+
+  def ground_truth(self):
+    return self._truth
+
+
+def test_a_source_of_somebody_else_s_is_reported_on_by_its_ground_truth(tmp_path):
+  source = build_source(coco(tmp_path, [[BOX], [], [BOX, (1, 1, 5, 5)]]))
+  truth = source.ground_truth()
+  assert told(Own(source, truth)).startswith('data.train: 3 images, 1 without boxes, 3 boxes')
+  with pytest.raises(InputError, match='nothing to learn from: no box in 3 images'):
+    check_learnable(report(Own(source, truth | {'annotations': []}), 'x', image_size=64))
+  with pytest.raises(InputError, match=r'Own.ground_truth.* is no COCO instances dict: KeyErr'):
+    report(Own(source, {'images': []}), 'x')
+
+
+def test_images_drawn_on_demand_are_not_laid_out_for_a_report():
+  source = build_source({'name': 'synthetic_shapes', 'num_images': 10**6})
+  assert told(source) == 'data.train: 1,000,000 images'
+  other = build_source({'name': 'synthetic_shapes', 'num_images': 10**6},
+                       categories=(*source.categories, Category(9, 'own')))
+  assert told(other) == 'data.train: 1,000,000 images'
 
 
 def test_a_part_of_the_contents(tmp_path):
