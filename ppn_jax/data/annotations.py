@@ -62,7 +62,8 @@ class Findings(NamedTuple):
   bad: BadBoxes
   clipped: Tally
   tiny: Tally  # Boxes smaller than a pixel.
-  emptied: np.ndarray  # bool [N], whether boxes of an image were left out.
+  emptied: np.ndarray  # bool [N], whether all boxes of an image were left out.
+  notes: tuple[str, ...] = ()  # What else a report must say.
 
 
 class AnnotatedImages:
@@ -108,7 +109,7 @@ class AnnotatedImages:
         np.where(findings.emptied, ALL_LEFT_OUT, without).astype(np.int8), owners, columns.labels,
         columns.crowd, shares, shares * columns.images.sizes[owners], findings.bad,
         findings.clipped, merged, tuple(self._unreadable.values()),
-        (*_note_tiny(findings.tiny, len(owners)), *notes))
+        (*_note_tiny(findings.tiny, len(owners)), *findings.notes, *notes))
 
   def __len__(self) -> int:
     return len(self._images.ids)
@@ -201,8 +202,9 @@ def check_boxes(bboxes: np.ndarray, reasons: np.ndarray, owners: np.ndarray, ima
     InputError: there are bad boxes and `on_bad_box` says so, or all boxes are shares of the image
       where pixels are wanted.
   """
+  shares = np.zeros(len(bboxes), bool)
   if written is not None:
-    _check_units(written, reasons, owners, images, show)
+    shares = _find_shares(written, reasons, owners, images, show)
   corners, cut = _normalise(bboxes, images.sizes[owners], reasons, clip=on_bad_box != 'raise')
   bad = _report(owners, images, reasons, show, clip=on_bad_box != 'raise')
   if bad and on_bad_box != 'drop':
@@ -217,7 +219,7 @@ def check_boxes(bboxes: np.ndarray, reasons: np.ndarray, owners: np.ndarray, ima
   kept = bboxes.copy()
   kept[cut] = _to_pixels(corners[cut], images.sizes[owners[cut]])
   emptied = (np.bincount(owners[reasons != 0], minlength=len(images.ids)) > 0) & (counts == 0)
-  tiny = rows[(kept[rows, 2:] < 1).all(axis=-1)]
+  tiny = rows[(kept[rows, 2:] < 1).all(axis=-1) | shares[rows]]
   findings = Findings(bad, _tally(np.flatnonzero(cut), owners, images, show),
                       _tally(tiny, owners, images, show), emptied)
   return Boxes(rows, counts, corners[rows], kept[rows]), findings
@@ -263,7 +265,7 @@ def join_findings(parts: Sequence[Findings]) -> Findings:
   return Findings(
       BadBoxes(sum(p.bad.count for p in parts), dict(reasons), first[:SHOWN]),
       sum((p.clipped for p in parts), Tally()), sum((p.tiny for p in parts), Tally()),
-      np.concatenate([p.emptied for p in parts]))
+      np.concatenate([p.emptied for p in parts]), tuple(n for p in parts for n in p.notes))
 
 
 def fill_in_sizes(sizes: Sequence[tuple[int, int] | None], why: Mapping[int, str]) -> np.ndarray:
@@ -402,20 +404,25 @@ def _to_pixels(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
   return np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=-1)
 
 
-def _check_units(written: np.ndarray, reasons: np.ndarray, owners: np.ndarray, images: Images,
-                 show: Callable[[int], str]) -> None:
-  """Raises InputError if every box, in a file of pixels, is in shares of its image."""
+def _find_shares(written: np.ndarray, reasons: np.ndarray, owners: np.ndarray, images: Images,
+                 show: Callable[[int], str]) -> np.ndarray:
+  """bool [M]: which boxes, in a file of pixels, look like shares of their image.
+
+  Raises:
+    InputError: all of them do.
+  """
   rows = np.flatnonzero(reasons == 0)
   low, high = _SHARES
   with np.errstate(invalid='ignore'):
-    shares = ((written[rows] >= low) & (written[rows] <= high)).all(axis=-1)
-  if len(rows) and shares.all():
+    shares = ((written >= low) & (written <= high)).all(axis=-1) & (reasons == 0)
+  if len(rows) and shares[rows].all():
     i = rows[0]
     height, width = images.sizes[owners[i]].tolist()
     raise InputError(
         f'all {len(rows)} boxes have numbers between 0 and 1, such as {show(i)} of '
         f'{images.files[owners[i]]}: these look like shares of the image, but pixels are wanted; '
         f'multiply them by the width and height of the image, here {width} and {height}')
+  return shares
 
 
 def _note_tiny(tiny: Tally, total: int) -> list[str]:
@@ -423,8 +430,8 @@ def _note_tiny(tiny: Tally, total: int) -> list[str]:
     return []
   what = ('every box is' if tiny.count >= total else
           f'{tiny.count:,} of {total:,} boxes are')
-  return [f'{what} smaller than a pixel, such as {tiny.first[0]}; if these are shares of the '
-          'image, multiply them by its width and height']
+  return [f'{what} smaller than a pixel or written as shares of the image, such as '
+          f'{tiny.first[0]}; multiply shares by its width and height']
 
 
 def _tally(rows: np.ndarray, owners: np.ndarray, images: Images, show: Callable[[int], str]

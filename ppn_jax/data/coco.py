@@ -9,6 +9,7 @@ import numpy as np
 
 from ppn_jax.data import image_ids, instances
 from ppn_jax.data.annotations import (
+  BORDER_TOLERANCE,
   AnnotatedImages,
   Boxes,
   Columns,
@@ -176,12 +177,15 @@ def read_boxes(part: CocoFile, kept: np.ndarray, categories: Sequence[Category],
   images = Images(images.ids[kept], list(itertools.compress(images.names, kept)),
                   list(itertools.compress(images.files, kept)), images.sizes[kept])
   given, reasons = parse_boxes([written[i] for i in entries.tolist()])
+  corners = _describe_corners(given, reasons, images.sizes[place[owners[entries]]])
   outlines = boxes_from == 'bbox' and reasons.any() and any(
       map(table.optional('segmentation').__getitem__, entries[reasons > 0].tolist()))
   boxes, findings = check_boxes(
       given, reasons, place[owners[entries]], images, on_bad_box=on_bad_box, written=given,
       show=lambda i: f'{file}: bbox {quote(written[entries[i]])} (x, y, width, height)',
-      advice=f'; {instances.USE_SEGMENTATION}' if outlines else '')
+      advice=f'; {instances.USE_SEGMENTATION}' if outlines else f'; {corners}' if corners else '')
+  if findings.clipped and corners:
+    findings = findings._replace(notes=(f'{file}: {corners}',))
   rows = entries[boxes.rows]
   cut = (boxes.bboxes != given[boxes.rows]).any(axis=-1)
   return Columns(images, boxes, labels[rows].astype(np.int32), _crowd(table, rows),
@@ -205,6 +209,18 @@ def _list_paths(images: Paths, annotations: Paths) -> tuple[list[str], list[str]
       seen_from = '' if os.path.isabs(folder) else f', seen from {os.getcwd()}'
       raise InputError(f'no folder of images at {folder!r}{seen_from}')
   return folders, files
+
+
+def _describe_corners(given: np.ndarray, reasons: np.ndarray, sizes: np.ndarray) -> str:
+  """What to say if all boxes can be corners and not all can be corner and size; else ''."""
+  given, sizes = given[reasons == 0], sizes[reasons == 0]
+  with np.errstate(invalid='ignore', over='ignore'):
+    as_corners = (given[:, 2:] > given[:, :2]).all() and (given[:, 2:] <= sizes[:, ::-1] + 1).all()
+    as_given = (given[:, :2] + given[:, 2:] <= sizes[:, ::-1] + BORDER_TOLERANCE).all()
+  if len(given) < 2 or not as_corners or as_given:
+    return ''
+  return ('all boxes fit into their images if they are corners, xmin, ymin, xmax, ymax, but x, y, '
+          'width, height are wanted: subtract the first two numbers from the others')
 
 
 def _read_categories(file: str, table: instances.Table

@@ -212,10 +212,26 @@ def test_shares_in_place_of_pixels_are_refused(make, tmp_path):
     build_source(make(tmp_path / 'all', [[shares], [shares]]))
 
 
+@pytest.mark.parametrize('make', [coco, voc])
+def test_some_shares_among_pixels_are_said(make, tmp_path):
+  shares = (.23, .2, .31, .31) if make is coco else (.23 - 1, .2 - 1, 1.31, 1.31)
+  text = told(build_source(make(tmp_path, [[shares, BOX], [shares]])))
+  assert '2 of 3 boxes are smaller than a pixel or written as shares of the image, such as' in text
+
+
+def test_corners_in_place_of_sizes_are_recognised(tmp_path):
+  fitting, far = (10, 20, 90, 60), (70, 50, 128, 96)
+  with pytest.raises(InputError, match=r'outside the image.*all boxes fit .* if they are corners'):
+    build_source(coco(tmp_path / 'a', [[fitting], [far]]))
+  cut = build_source(coco(tmp_path / 'b', [[fitting], [(20, 10, 120, 80)]]))
+  assert 'a.json: all boxes fit into their images if they are corners, xmin, ymin' in told(cut)
+  assert 'corners' not in told(build_source(coco(tmp_path / 'c', [[BOX], [fitting]])))
+
+
 @pytest.mark.parametrize('make', [coco, yolo])
 def test_boxes_below_a_pixel(make, tmp_path):
   some = build_source(make(tmp_path / 'some', [[BOX], [(50, 50, .3, .4)]]))
-  assert '1 of 2 boxes are smaller than a pixel, such as ' in told(some)
+  assert '1 of 2 boxes are smaller than a pixel or written as shares' in told(some)
   every = build_source(make(tmp_path / 'all', [[(50, 50, .3, .4)], [(9, 9, .5, .4)]]))
   with pytest.raises(InputError, match=r'every box is smaller than a pixel of its image.* 0\.5 px'):
     check_learnable(report(every, 'data.train', image_size=64))

@@ -1,16 +1,18 @@
 """Data whose classes are some of a run's."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.report import report
 from ppn_jax.data.sources import build_source, file_ids
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
-from ppn_jax.evaluation import coco
+from ppn_jax.evaluation import coco, job
 
 BLOCK = {'name': 'synthetic_shapes', 'num_images': 6, 'image_size': 64}
 
@@ -103,3 +105,17 @@ def test_that_classes_were_matched_is_said(tmp_path):
   assert source[0].labels.tolist() == [0]
   with pytest.raises(InputError, match=r"'red' \(id 7\) here and no class .*did you mean"):
     build_source(block, categories=(Category(1, 'rad'), Category(2, 'blue')))
+
+
+def test_an_evaluation_writes_the_ids_of_the_data_s_own_file(sources, tmp_path):
+  plain, found, run = renumbered(sources)
+  rows = [{k: a[k] for k in ('image_id', 'category_id', 'bbox')} | {'score': 0.9, 'level': 0}
+          for a in found.ground_truth()['annotations']]
+  evaluator = types.SimpleNamespace(
+      source=found, bad=BadExamples('data.eval', len(found)), rows=lambda *_, **__: rows,
+      score=lambda rows: coco.score(found.ground_truth(), rows))
+  made = job.Job(None, None, evaluator, job.Options(pictures=0), print).evaluate(1, {}, tmp_path)
+  assert made.scores.figures['AP'] == pytest.approx(1)
+  assert [c.name for c in made.scores.per_class] == [c.name for c in run]
+  written = json.loads((tmp_path / 'results.json').read_text())
+  assert coco.score(plain.ground_truth(), written).figures['AP'] == pytest.approx(1)
