@@ -57,9 +57,12 @@ def run(args: argparse.Namespace) -> int:
   sources, classes = {}, None
   for name in names:
     block = config.data[name].to_dict()
-    sources[name] = build_source(split_train_block(block)[0] if name == 'train' else block,
-                                 categories=classes, key=f'data.{name}',
-                                 on_bad_example=args.on_bad_image)
+    try:
+      sources[name] = build_source(split_train_block(block)[0] if name == 'train' else block,
+                                   categories=classes, key=f'data.{name}',
+                                   on_bad_example=args.on_bad_image)
+    except InputError as e:  # Whose advice is for training.
+      raise InputError(str(e).replace('--config.data.on_bad_example', '--on_bad_image')) from e
     classes = sources[name].categories
     for line in report(sources[name], f'data.{name}').warnings:
       _say(line)

@@ -6,6 +6,8 @@ from typing import Any
 from ppn_jax.errors import InputError, did_you_mean
 
 ON_BAD_EXAMPLE = ('raise', 'skip')  # What to do about an image that cannot be read.
+# Advice about images that are missing or damaged.
+SKIP_IMAGES = 'a few such images can be passed over (--config.data.on_bad_example=skip)'
 
 
 def check_bool(what: str, value: Any) -> None:

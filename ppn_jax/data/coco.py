@@ -25,12 +25,12 @@ from ppn_jax.data.annotations import (
   some,
   stays_inside,
 )
-from ppn_jax.data.checks import check_bool, check_on_bad_example
+from ppn_jax.data.checks import SKIP_IMAGES, check_bool, check_on_bad_example
 from ppn_jax.data.instances import quote
 from ppn_jax.data.outlines import box_around
 from ppn_jax.data.sources import check_categories, match_categories
 from ppn_jax.detection.structures import Category
-from ppn_jax.errors import InputError, did_you_mean
+from ppn_jax.errors import InputError
 
 Paths = str | Sequence[str]
 WITHOUT = 'without annotations'  # What a report says of images without boxes.
@@ -264,12 +264,12 @@ def _suggest(name: str, folder: str) -> str:
   except OSError:
     return ''
   base = name.replace('\\', '/').rpartition('/')[2]
-  for entry in there:
-    if entry.casefold() == base.casefold():
-      return f'; did you mean {entry!r}?'
-  # Cheap: nobody needs a hint for one of a hundred thousand names.
-  hint = did_you_mean(base, there) if len(there) <= 10_000 else ''
-  return f'; {hint}' if hint.startswith('did') else ''
+  # The same name in another case or with another suffix; others that are near mean nothing.
+  for part in (lambda name: name.casefold(), lambda name: os.path.splitext(name)[0].casefold()):
+    for entry in there:
+      if part(entry) == part(base):
+        return f'; did you mean {entry!r}?'
+  return ''
 
 
 def _renumber(parts: list[CocoFile]) -> list[CocoFile]:
@@ -325,7 +325,8 @@ def _find_files(images: Images, file: str, folder: str, on_bad_example: str
   if missing and on_bad_example == 'raise':
     names = [images.names[i] for i in missing]
     raise InputError(f'{len(missing)} of the {len(images.names)} images that {file} lists are not '
-                     f'in {folder!r}: {some(names)}{_suggest(names[0], folder)}')
+                     f'in {folder!r}: {some(names)}{_suggest(names[0], folder)}; '
+                     f'{SKIP_IMAGES}')
   return files, missing
 
 

@@ -21,7 +21,7 @@ from ppn_jax.data.annotations import (
   number_images,
   some,
 )
-from ppn_jax.data.checks import check_on_bad_example
+from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
 from ppn_jax.data.coco import read_boxes, read_file
 from ppn_jax.data.lazy_image import LazyImage
 from ppn_jax.detection.structures import Category
@@ -145,7 +145,7 @@ class Tfds(AnnotatedImages):
         size = record.size or image_files.stored_size(record.image, f'{self._where}: {name}')
       except InputError as e:
         if on_bad_example == 'raise':
-          raise
+          raise InputError(f'{e}; {SKIP_IMAGES}') from e
         unreadable[index], name, size = str(e), f'record {index}', None
       return (record or tfds_records.NOTHING)._replace(image=b'', file_name=name, size=size)
 

@@ -24,7 +24,7 @@ from ppn_jax.data.annotations import (
   some,
   stays_inside,
 )
-from ppn_jax.data.checks import check_on_bad_example
+from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
 from ppn_jax.data.instances import quote
 from ppn_jax.data.voc_xml import CORNERS, Annotation, read_xml
 from ppn_jax.detection.structures import Category
@@ -114,7 +114,7 @@ class PascalVoc(AnnotatedImages):
     if not skip:
       # A damaged image is the reader's concern, who has a policy for it, unless its size is needed.
       for i in (i for i in unreadable if 0 in read[i].size):
-        raise InputError(unreadable[i])
+        raise InputError(f'{unreadable[i]}; {SKIP_IMAGES}')
     sizes = fill_in_sizes(_sizes(read, files, stored, check_size), unreadable)
     if not split and (unused := sorted(set(found).difference(names))):
       notes.append(f'{len(unused):,} images have no xml file and are not used, such as '
@@ -260,7 +260,7 @@ def _find_images(folder: str, names: Sequence[str], found: Mapping[str, list[str
   absent = [n for n in names if n not in found]
   if absent and on_bad_example == 'raise':
     raise InputError(f'{len(absent)} of the {len(names)} images with an xml file in '
-                     f'{xml_folder!r} are not in {folder!r}: {some(absent)}')
+                     f'{xml_folder!r} are not in {folder!r}: {some(absent)}; {SKIP_IMAGES}')
   files, missing = [], {}
   for i, name in enumerate(names):
     entries = found.get(name, ())

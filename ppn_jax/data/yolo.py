@@ -21,7 +21,7 @@ from ppn_jax.data.annotations import (
   option_on_the_command_line,
   parse_boxes,
 )
-from ppn_jax.data.checks import check_on_bad_example
+from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
 from ppn_jax.data.contents import WITHOUT
 from ppn_jax.data.instances import quote
 from ppn_jax.data.yolo_yaml import Found, find_images, name_categories, read_text, read_yaml
@@ -95,7 +95,7 @@ class YoloTxt(AnnotatedImages):
       found = find_images(os.fspath(images))
     self.categories = name_categories(names, data or 'yolo_txt')
     if found.missing and on_bad_example == 'raise':
-      raise InputError(found.missing)
+      raise InputError(f'{found.missing}; {SKIP_IMAGES}')
     self._read(found, _label_files(found.files, images, labels), on_bad_box, polygons, duplicates,
                on_bad_example)
 
@@ -108,7 +108,7 @@ class YoloTxt(AnnotatedImages):
         return image_files.read_sizes(files[index])[1]
       except InputError as e:
         if on_bad_example == 'raise':
-          raise
+          raise InputError(f'{e}; {SKIP_IMAGES}') from e
         unreadable[index] = str(e)
         return None
 

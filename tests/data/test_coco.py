@@ -421,9 +421,9 @@ def test_file_names_as_others_write_them(folder, name):
 
 @pytest.mark.parametrize('name, words', [
     ('C:\\data\\a.jpg', "did you mean 'a.jpg'"), ('https://x/a.jpg', "did you mean 'a.jpg'"),
-    ('A.jpg', "did you mean 'a.jpg'"),
+    ('A.jpg', "did you mean 'a.jpg'"), ('a.png', "did you mean 'a.jpg'"),
     ('/data/a.jpg', "inside the folder of images; did you mean 'a"),
-    ('..\\images\\a.jpg', "inside the folder of images; did you mean 'a"), ('zzz', 'zzz$')])
+    ('..\\images\\a.jpg', "inside the folder of images; did you mean 'a"), ('zzz', 'zzz; a few')])
 def test_file_names_that_lead_nowhere(folder, name, words):
   with pytest.raises(InputError, match=words):
     load(folder, changed('images', 0, 'file_name', name))

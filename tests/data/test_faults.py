@@ -259,7 +259,7 @@ def test_skip_means_skip(make, spoil, tmp_path):
   block = make(tmp_path, [[BOX]] * 10)
   spoil(tmp_path / FILES[make.__name__].format(3))
   if make is yolo:  # The others need no header while the annotations state a size.
-    with pytest.raises(InputError, match=r'3\.jpg'):
+    with pytest.raises(InputError, match=r'3\.jpg: .*\(--config\.data\.on_bad_example=skip\)'):
       build_source(block)
   source = build_source(block, on_bad_example='skip')
   assert len(source) == 10 and len(source[2].boxes) == 1
