@@ -1,7 +1,6 @@
 """What a data set holds and what was done to its boxes, in columns: the raw material of reports."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +15,9 @@ ALL_LEFT_OUT = WITHOUT.index('with all their boxes left out')
 
 class BadBoxes(NamedTuple):
   """The boxes that `on_bad_box='drop'` left out; true if there are any."""
-  count: int = 0
-  reasons: Mapping[str, int] = MappingProxyType({})  # Reason -> number of boxes.
-  first: tuple[str, ...] = ()  # The first few, a line each.
+  count: int
+  reasons: Mapping[str, int]  # Reason -> number of boxes.
+  first: tuple[str, ...]  # The first few, a line each.
 
   def __bool__(self) -> bool:
     return self.count > 0
@@ -63,7 +62,7 @@ class Contents(NamedTuple):
   crowd: np.ndarray
   shares: np.ndarray
   sides: np.ndarray
-  left_out: BadBoxes = BadBoxes()
+  left_out: BadBoxes = BadBoxes(0, {}, ())
   clipped: Tally = Tally()
   merged: Tally = Tally()
   unreadable: tuple[str, ...] = ()

@@ -1,5 +1,6 @@
 """What a data set has to learn from, and what is wrong with it, in lines for people."""
 
+import collections
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -98,8 +99,17 @@ def contents_of(source: Source) -> Contents | None:
   except (KeyError, TypeError, ValueError, IndexError) as e:
     raise InputError(f'{type(source).__name__}.ground_truth() is no COCO instances dict: '
                      f'{type(e).__name__} {e}') from e
+  if len(place) != len(source):
+    raise InputError(f'{type(source).__name__}.ground_truth() lists {len(place)} images, but the '
+                     f'source has {len(source)}')
+  seen = collections.Counter((a['image_id'], a['category_id'], bool(a.get('iscrowd')),
+                              *a['bbox']) for a in rows)
+  again = [box for box, n in seen.items() if n > 1]
+  notes = () if not again else (
+      f'{_count(len(rows) - len(seen), "box")} listed again, such as {list(again[0][3:])} (x, y, '
+      f'width, height) in image {again[0][0]}',)
   return Contents(np.zeros(len(place), np.int8), owners, labels, crowd,
-                  sides / sizes.reshape(-1, 2)[owners], sides)
+                  sides / sizes.reshape(-1, 2)[owners], sides, notes=notes)
 
 
 def _wrap(key: str, facts: Sequence[str]) -> tuple[str, ...]:

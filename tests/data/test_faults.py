@@ -413,6 +413,10 @@ def test_a_source_of_somebody_else_s_is_reported_on_by_its_ground_truth(tmp_path
     check_learnable(report(Own(source, truth | {'annotations': []}), 'x', image_size=64))
   with pytest.raises(InputError, match=r'Own.ground_truth.* is no COCO instances dict: KeyErr'):
     report(Own(source, {'images': []}), 'x')
+  with pytest.raises(InputError, match='lists 2 images, but the source has 3'):
+    report(Own(source, truth | {'images': truth['images'][:2], 'annotations': []}), 'x')
+  twice = Own(source, truth | {'annotations': truth['annotations'] * 2})
+  assert '3 boxes listed again, such as [30.0, 20.0, 40.0, 30.0] (x, y' in told(twice)
 
 
 def test_images_drawn_on_demand_are_not_laid_out_for_a_report():
