@@ -31,8 +31,8 @@ def recipe():
 
 def get_config():
   config = recipe()
-  # on_bad_box='drop' leaves out boxes that cannot be right, and says how many.
-  files = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
+  # Boxes over the edge are cut; on_bad_box='drop' leaves out those that cannot be right.
+  files = dict(name='coco_json', images='', annotations='', on_bad_box='clip')
   # Text files of image ids to leave out, or to keep alone.
   ids = dict(exclude_ids='', include_ids='')
   config.data.train.update(**files, **ids)

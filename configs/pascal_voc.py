@@ -14,7 +14,7 @@ from coco_json import recipe
 
 def get_config():
   config = recipe()
-  # on_bad_box='drop' leaves out boxes that cannot be right, and says how many.
-  config.data.train.update(name='pascal_voc', folder='', split='train', on_bad_box='raise')
-  config.data.eval = dict(name='pascal_voc', folder='', split='val', on_bad_box='raise')
+  # Boxes over the edge are cut; on_bad_box='drop' leaves out those that cannot be right.
+  config.data.train.update(name='pascal_voc', folder='', split='train', on_bad_box='clip')
+  config.data.eval = dict(name='pascal_voc', folder='', split='val', on_bad_box='clip')
   return config.lock()

@@ -27,8 +27,10 @@ from ppn_jax.config import base_config
 
 def get_config():
   config = base_config()
-  config.data.train.update(name='coco_json', images='', annotations='', on_bad_box='raise')
-  config.data.eval = dict(name='coco_json', images='', annotations='', on_bad_box='raise')
+  config.data.train.update(name='coco_json', images='', annotations='', on_bad_box='clip')
+  # Published scores count a box twice that is there twice.
+  config.data.eval = dict(name='coco_json', images='', annotations='', on_bad_box='clip',
+                          duplicates='keep')
   config.model.layers.dtype = 'bfloat16'
   config.optim.learning_rate = 0.7
   config.optim.warmup_learning_rate = 0.1333

@@ -15,6 +15,6 @@ from coco_json import recipe
 def get_config():
   config = recipe()
   config.data.train.update(name='tfds', dataset='', data_dir='', split='train',
-                           on_bad_box='raise')
-  config.data.eval = dict(name='tfds', dataset='', data_dir='', split='eval', on_bad_box='raise')
+                           on_bad_box='clip')
+  config.data.eval = dict(name='tfds', dataset='', data_dir='', split='eval', on_bad_box='clip')
   return config.lock()

@@ -13,8 +13,8 @@ from coco_json import recipe
 def get_config():
   config = recipe()
   # polygons='box' takes the bounding boxes of outlines.
-  config.data.train.update(name='yolo_txt', data='', split='train', on_bad_box='raise',
+  config.data.train.update(name='yolo_txt', data='', split='train', on_bad_box='clip',
                            polygons='raise')
-  config.data.eval = dict(name='yolo_txt', data='', split='val', on_bad_box='raise',
+  config.data.eval = dict(name='yolo_txt', data='', split='val', on_bad_box='clip',
                           polygons='raise')
   return config.lock()

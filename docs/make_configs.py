@@ -55,7 +55,7 @@ COMPONENTS = {
 
 # Supplied by the system, not the user.
 GIVEN = {'anchors_per_cell', 'num_classes', 'policy', 'categories', 'max_boxes', 'bad_boxes',
-         'outputs', 'targets', 'columns', 'source', 'parent'}
+         'outputs', 'targets', 'columns', 'source', 'parent', 'on_bad_example'}
 
 HEAD = """# Config keys
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ppn_jax import files
 from ppn_jax.data import images as image_files
+from ppn_jax.data.sources import file_ids
 from ppn_jax.data.transforms import Resize
 from ppn_jax.detection.structures import Array, Category, Detections, Example, without_truth
 from ppn_jax.detector import Variables
@@ -205,7 +206,10 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
   job = prepare(run, Options(), lambda line: print(line, file=sys.stderr))
   step, variables = job.load(step)
   rows = None if data else _written(job.root / str(step) / 'results.json')
-  if rows is None:
+  if rows is not None:
+    ids = file_ids(job.evaluator.source)
+    rows = coco.renumber(rows, {theirs: ours for ours, theirs in ids.items()})
+  else:
     job.say(f'detecting on {len(job.evaluator.source):,} images')
     rows = job.evaluator.rows(variables)
   return Inspection(job, step, variables, rows, threshold)

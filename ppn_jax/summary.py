@@ -124,7 +124,7 @@ def fill_in_classes(config: ConfigDict) -> ConfigDict:
     return config
   try:
     block, _ = split_train_block(config.data.train.to_dict())
-    categories = build_source(block).categories
+    categories = build_source(block, on_bad_example=config.data.on_bad_example).categories
   except InputError as e:
     raise InputError('model.num_classes is 0, which asks the training data; give '
                      f'--config.model.num_classes=N, or mend this: {e}') from e

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import eval_batches, required_boxes, train_batches
+from ppn_jax.data.report import Report, report
 from ppn_jax.data.sources import Source, build_source, split_train_block
 from ppn_jax.data.transforms import build_transforms
 from ppn_jax.detection import boxes as box_ops
@@ -69,7 +70,8 @@ class Survey(NamedTuple):
   num_crowds: int  # Boxes that ask for no anchor.
   boxes: Boxes
   shown: tuple[Batch, ...]  # The first images, as batches.
-  left_out: tuple[str, ...]  # Boxes and images that options let be left out, a line each.
+  report: Report  # On all images of the data set, by their annotations.
+  left_out: tuple[str, ...]  # Images that options let be left out, a line each.
   changes: tuple[Change, ...]  # Of the config, by which more boxes would fit; () if enough do.
 
 
@@ -93,6 +95,7 @@ def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
   config = resolve_classes(config, source.categories)
   detector, data = build_detector(config), config.data
   bad = BadExamples(f'data.{split}', len(source), data.on_bad_example, data.max_bad_share)
+  bad.note_known(source)
   count, seen, crowds, parts, kept = min(samples, len(source)), 0, 0, [], []
   measure = _measurer(detector, config.matching.to_dict())
   for batch in _batches(config, split, source, min(_BATCH, count), bad):
@@ -106,11 +109,11 @@ def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
     if seen >= count:
       break
   boxes = Boxes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-  bad_boxes = getattr(source, 'bad_boxes', None)
+  said = report(source, f'data.{split}', ignore_crowd=config.matching.ignore_crowd,
+                image_size=detector.image_size if split == 'train' else 0)
   return Survey(split, detector.image_size, tuple(source.categories), detector.anchors,
                 config.matching.to_dict(), seen, len(source), crowds, boxes, tuple(kept),
-                (*([str(bad_boxes)] if bad_boxes else []), *bad.news()),
-                _changes(config, detector, boxes))
+                said, tuple(bad.news()), _changes(config, detector, boxes))
 
 
 def _changes(config: ConfigDict, detector: Detector, boxes: Boxes) -> tuple[Change, ...]:
@@ -132,13 +135,15 @@ def _changes(config: ConfigDict, detector: Detector, boxes: Boxes) -> tuple[Chan
 def _open(config: ConfigDict, split: str) -> Source:
   """The source of a split. That of evaluation has the classes of training, where they are known."""
   train, _ = split_train_block(config.data.train.to_dict())
+  skipping = {'on_bad_example': config.data.on_bad_example}
   if split == 'train':
-    return build_source(train, key='data.train')
+    return build_source(train, key='data.train', **skipping)
   try:
-    categories = build_source(train).categories
+    categories = build_source(train, **skipping).categories
   except InputError:
     categories = None
-  return build_source(config.data.eval.to_dict(), categories=categories, key='data.eval')
+  return build_source(config.data.eval.to_dict(), categories=categories, key='data.eval',
+                      **skipping)
 
 
 def _batches(config: ConfigDict, split: str, source: Source, batch_size: int, bad: BadExamples

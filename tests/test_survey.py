@@ -137,6 +137,7 @@ def test_the_command_prints_and_writes(config_file, tmp_path, capsys):
   assert main(argv) == 0
   out = capsys.readouterr().out
   assert 'train: 6 of 10 images' in out and 'no anchor fits' in out
+  assert out.startswith('data.train: 10 images\n')  # Images drawn on demand have no more to say.
   numbers = json.loads((tmp_path / 'new' / 'data.json').read_text())
   assert numbers['images'] == 6
   tree, pictures = parse((tmp_path / 'new' / 'data.html').read_text('utf-8'))

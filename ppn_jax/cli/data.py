@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
   numbers = survey.figures(found)
   for line in found.left_out:
     print(f'left out: {line}', file=sys.stderr)
-  print(survey.format_table(numbers))
+  print('\n'.join((*found.report.lines, '', survey.format_table(numbers))))
   if output:
     from ppn_jax.pictures.survey_page import survey_page
     name = config.data[args.split].name

@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
+  from ppn_jax.data.report import report
   from ppn_jax.data.sources import build_source, split_train_block
   from ppn_jax.data.tfds_records import count_records
   on_bad_image = args.on_bad_image or config.data.on_bad_example
@@ -60,11 +61,15 @@ def run(args: argparse.Namespace) -> int:
   sources, classes = {}, None
   for name in names:
     block = config.data[name].to_dict()
-    sources[name] = build_source(split_train_block(block)[0] if name == 'train' else block,
-                                 categories=classes, key=f'data.{name}')
+    try:
+      sources[name] = build_source(split_train_block(block)[0] if name == 'train' else block,
+                                   categories=classes, key=f'data.{name}',
+                                   on_bad_example=args.on_bad_image)
+    except InputError as e:  # Whose advice is for training.
+      raise InputError(str(e).replace('--config.data.on_bad_example', '--on_bad_image')) from e
     classes = sources[name].categories
-    if getattr(sources[name], 'bad_boxes', None):
-      _say(str(sources[name].bad_boxes))
+    for line in report(sources[name], f'data.{name}').warnings:
+      _say(line)
   with _progress_bar() as progress:
     folder = prepare(sources, args.output, options, say=_say, progress=progress)
   stored, counts = count_records(folder), []

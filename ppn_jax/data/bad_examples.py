@@ -6,12 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from ppn_jax.data.checks import check_number
+from ppn_jax.data.checks import check_number, check_on_bad_example
 from ppn_jax.data.sources import Source, spread
 from ppn_jax.detection.structures import Example
-from ppn_jax.errors import InputError, did_you_mean
-
-POLICIES = ('raise', 'skip')
+from ppn_jax.errors import InputError
 
 
 class BadExamples:
@@ -29,8 +27,7 @@ class BadExamples:
   """
 
   def __init__(self, what: str, num_images: int, policy: str = 'raise', most: float = 0.01):
-    if policy not in POLICIES:
-      raise InputError(f'data.on_bad_example={policy!r}; {did_you_mean(str(policy), POLICIES)}')
+    check_on_bad_example(policy)
     check_number('data.max_bad_share', most, 0, 1)
     self._what, self._num_images, self._policy, self._most = what, num_images, policy, most
     self._reasons: dict[str, None] = {}  # A set that keeps its order.
@@ -53,6 +50,16 @@ class BadExamples:
       raise InputError(
           f'{self._what}: {count} of {self._num_images:,} examples cannot be read, which is more '
           f'than data.max_bad_share={self._most} allows; the first: {first}') from error
+
+  def note_known(self, source: Source) -> None:
+    """Takes note of the images that a source has found to be unreadable when it was made.
+
+    Raises:
+      InputError: see `note`.
+    """
+    contents = getattr(source, 'contents', None)
+    for reason in contents.unreadable if contents is not None else ():
+      self.note(InputError(reason))
 
   def news(self) -> list[str]:
     """The reasons, each naming its file, that this has not returned before."""

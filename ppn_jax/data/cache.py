@@ -53,7 +53,7 @@ class CachedSource:
     side: images are reduced until their shorter side has so many pixels, the aspect ratio kept.
 
   Attributes:
-    categories, max_boxes, bad_boxes: the source's.
+    categories, max_boxes, bad_boxes, contents: the source's.
 
   Raises:
     InputError: not enough room, with both numbers, or a folder that holds something else.
@@ -67,6 +67,7 @@ class CachedSource:
     self._in_memory = where == MEMORY
     self.categories, self.max_boxes = source.categories, source.max_boxes
     self.bad_boxes = getattr(source, 'bad_boxes', None)
+    self.contents = getattr(source, 'contents', None)
     self._header, truth = _header(source.max_boxes), source.ground_truth()
     self._starts = _starts(truth['images'], self._header.itemsize, side)
     size = int(self._starts[-1])

@@ -3,13 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, did_you_mean
+
+ON_BAD_EXAMPLE = ('raise', 'skip')  # What to do about an image that cannot be read.
+# Advice about images that are missing or damaged.
+SKIP_IMAGES = 'a few such images can be passed over (--config.data.on_bad_example=skip)'
 
 
 def check_bool(what: str, value: Any) -> None:
   """Raises InputError unless `value` is True or False."""
   if not isinstance(value, bool):
     raise InputError(f'{what} is {value!r}, legal: True, False')
+
+
+def check_on_bad_example(value: Any) -> None:
+  """Raises InputError unless `value` is one of ON_BAD_EXAMPLE."""
+  if value not in ON_BAD_EXAMPLE:
+    raise InputError(f'data.on_bad_example={value!r}; {did_you_mean(str(value), ON_BAD_EXAMPLE)}')
 
 
 def check_color(what: str, value: Any) -> None:

@@ -76,8 +76,9 @@ def write_shards(jobs: Sequence[Job], sources: Mapping[str, Any], classes: Seque
   """
   with concurrent.futures.ThreadPoolExecutor() as pool:
     shards = list(pool.map(lambda job: read_finished(job.path), jobs))
-    current = list(pool.map(lambda job, shard: shard and _is_current(sources[job.split], job, shard),
-                            jobs, shards))
+    current = list(pool.map(
+        lambda job, shard: shard and _is_current(sources[job.split], job, shard),
+        jobs, shards))
   shards = [shard if same else None for shard, same in zip(shards, current, strict=True)]
   todo = [i for i, shard in enumerate(shards) if shard is None]
   before = sum(len(job.ids) for job, shard in zip(jobs, shards, strict=True) if shard)

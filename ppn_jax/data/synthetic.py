@@ -47,6 +47,7 @@ class SyntheticShapes:
     InputError: an argument outside its range.
   """
   categories = tuple(Category(i, name) for i, name in enumerate(_NAMES, start=1))
+  contents = None  # A report would have to lay out every image, and nothing can be wrong with them.
 
   def __init__(self, num_images: int, seed: int = 0, split: str = 'train',
                image_size: int | Sequence[int] = 160, max_shapes: int = 6,

@@ -14,14 +14,16 @@ from ppn_jax.data.annotations import (
   Columns,
   Images,
   check_boxes,
-  check_on_bad_box,
+  check_choices,
   check_paths,
+  fill_in_sizes,
   join,
-  join_bad_boxes,
+  join_findings,
   number_images,
   some,
 )
-from ppn_jax.data.coco import read_boxes, read_categories, read_images
+from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
+from ppn_jax.data.coco import read_boxes, read_file
 from ppn_jax.data.lazy_image import LazyImage
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
@@ -49,13 +51,19 @@ class Tfds(AnnotatedImages):
     split: a split, a slice of one, or several of them, such as 'train', 'validation[:500]' or
       'train+validation[500:]'.
     data_dir: local or gs://; '' is TFDS's own default.
-    on_bad_box: what to do with a box that is not finite, has no area or lies outside its image:
-      'raise', or 'drop' it and list it in `bad_boxes`.
+    on_bad_box: what to do with boxes that are not finite, have no area or lie outside their
+      image. 'clip' cuts those that reach over the edge and keep half of their area, and raises
+      for the others; 'drop' leaves the others out; 'raise' raises for all.
     objects: the feature that holds the objects, if there are several such.
+    duplicates: 'merge' counts a box once that is there twice: same image, class and coordinates;
+      'keep' leaves both.
+    on_bad_example: what to do about records that cannot be read and images without a size:
+      'raise', or 'skip' until they are indexed.
 
   Attributes:
     categories, max_boxes: see `sources.Source`.
     bad_boxes: what was dropped.
+    contents: what the data set holds and what was done to its boxes.
 
   Raises:
     InputError: at construction, for data that is not there, not of this sort or not in
@@ -63,8 +71,10 @@ class Tfds(AnnotatedImages):
   """
 
   def __init__(self, dataset: str = '', split: str = 'train', data_dir: str = '',
-               on_bad_box: str = 'raise', objects: str = ''):
-    check_on_bad_box(on_bad_box)
+               on_bad_box: str = 'clip', objects: str = '', duplicates: str = 'merge',
+               on_bad_example: str = 'raise'):
+    check_choices(on_bad_box, duplicates)
+    check_on_bad_example(on_bad_example)
     check_paths('tfds', **({'dataset': dataset} if dataset else {'data_dir': data_dir}))
     builder = _find_builder(dataset, os.fspath(data_dir))
     self._where = f'{builder.data_dir}: {split}'
@@ -72,8 +82,8 @@ class Tfds(AnnotatedImages):
     self._records = _open_split(builder, split)
     self._shards = _list_shards(builder, split)
     self._parts = _read_parts(builder, split)
-    if not self._read_beside(builder, split, on_bad_box):
-      self._scan(on_bad_box)
+    if not self._read_beside(builder, on_bad_box, duplicates):
+      self._scan(on_bad_box, duplicates, on_bad_example)
 
   def encoded(self, index: int) -> bytes:
     return self._stored(index)[0]
@@ -110,7 +120,7 @@ class Tfds(AnnotatedImages):
       raise InputError(f'{self._where}: record {index}: cannot be read: '
                        f'{" ".join(str(e).split())}') from e
 
-  def _read_beside(self, builder: Any, split: str, on_bad_box: str) -> bool:
+  def _read_beside(self, builder: Any, on_bad_box: str, duplicates: str) -> bool:
     """Takes the truth that `ppn prepare` wrote beside the records; False if there is none."""
     read = []
     for name, first, last in self._parts:
@@ -118,15 +128,12 @@ class Tfds(AnnotatedImages):
       text = tfds_records.read_beside(file)
       if text is None:
         return False
-      tables = instances.parse(text, file)
-      self.categories = read_categories(file, tables['categories'])
-      images = read_images(file, str(builder.data_dir), tables['images'])
-      kept = np.zeros(len(images.ids), bool)
+      beside = read_file(file, str(builder.data_dir), instances.parse(text, file))
+      self.categories = beside.categories
+      kept = np.zeros(len(beside.images.ids), bool)
       kept[first:last] = True
-      read.append(read_boxes(file, tables['annotations'], images, kept, self.categories,
-                             on_bad_box))
+      read.append(read_boxes(beside, kept, self.categories, on_bad_box=on_bad_box))
     columns = join([columns for columns, _ in read])
-    self.bad_boxes = join_bad_boxes([bad for _, bad in read])
     if (tuple(c.name for c in self.categories) != self._schema.classes
         or len(columns.images.ids) != len(self._records)):
       raise InputError(f'{self._where}: the truth beside the records is of '
@@ -134,7 +141,8 @@ class Tfds(AnnotatedImages):
                        f'records are {len(self._records)} of {len(self._schema.classes)}; prepare '
                        'the data again')
     images = columns.images._replace(ids=self._distinct(columns.images.ids))
-    self._fill(columns._replace(images=images))
+    self._fill(columns._replace(images=images), join_findings([findings for _, findings in read]),
+               duplicates=duplicates, without='without objects')
     return True
 
   def _distinct(self, ids: np.ndarray) -> np.ndarray:
@@ -150,18 +158,29 @@ class Tfds(AnnotatedImages):
         raise InputError(f'{self._where}: {self._schema.image_id or "image/id"} is not unique')
     return ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1)
 
-  def _scan(self, on_bad_box: str) -> None:
-    """Reads all records for their boxes and the headers of their images."""
-    self.categories = tuple(Category(i, name) for i, name in enumerate(self._schema.classes, 1))
+  def _scan(self, on_bad_box: str, duplicates: str, on_bad_example: str) -> None:
+    """Takes the truth from the records themselves."""
+    self.categories = tuple(
+        Category(i, name) for i, name in enumerate(self._schema.classes, 1))
+    unreadable = {}
+
+    def read_one(index: int) -> tfds_records.Record:
+      record = None
+      try:
+        record = self._parse(index, tfds_records.read_record)
+        name = record.file_name or f'record {index}'
+        size = record.size or image_files.stored_size(record.image, f'{self._where}: {name}')
+      except InputError as e:
+        if on_bad_example == 'raise':
+          raise InputError(f'{e}; {SKIP_IMAGES}') from e
+        unreadable[index], name, size = str(e), f'record {index}', None
+      return (record or tfds_records.NOTHING)._replace(image=b'', file_name=name, size=size)
+
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      read = list(pool.map(self._read_one, range(len(self._records))))
+      read = list(pool.map(read_one, range(len(self._records))))
     names = [record.file_name for record in read]
-    if self._schema.image_id:
-      ids = np.array([record.image_id for record in read], np.int64)
-    else:
-      ids = number_images(names) if self._schema.file_name else np.arange(1, len(read) + 1)
-    ids = self._distinct(ids)
-    sizes = np.array([record.size for record in read])
+    ids = self._distinct(self._number(read, names))
+    sizes = fill_in_sizes([record.size for record in read], unreadable)
     images = Images(ids, names, [f'{self._where}: {name}' for name in names], sizes)
     owners = np.repeat(np.arange(len(read)), [len(record.labels) for record in read])
     corners = np.concatenate([record.boxes for record in read]).astype(np.float64)
@@ -169,20 +188,29 @@ class Tfds(AnnotatedImages):
       ymin, xmin, ymax, xmax = corners.T
       bboxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=-1)
       bboxes *= sizes[owners][:, [1, 0, 1, 0]]
-    boxes, self.bad_boxes = check_boxes(
+    boxes, findings = check_boxes(
         bboxes, np.zeros(len(bboxes), int), owners, images, on_bad_box=on_bad_box,
         show=lambda i: f'box {corners[i].tolist()} (ymin, xmin, ymax, xmax)')
+
     def column(field: str) -> np.ndarray:
       return np.concatenate([getattr(record, field) for record in read])[boxes.rows]
-    areas = column('areas') if self._schema.area else boxes.bboxes[:, 2:].prod(axis=-1)
-    self._fill(Columns(images, boxes, column('labels').astype(np.int32), column('crowd'), areas))
 
-  def _read_one(self, index: int) -> tfds_records.Record:
-    """A record without its pixels."""
-    record = self._parse(index, tfds_records.read_record)
-    name = record.file_name or f'record {index}'
-    size = record.size or image_files.stored_size(record.image, f'{self._where}: {name}')
-    return record._replace(image=b'', file_name=name, size=size)
+    areas = boxes.bboxes[:, 2:].prod(axis=-1)
+    if self._schema.area:
+      cut = (boxes.bboxes != bboxes[boxes.rows]).any(axis=-1)
+      areas = np.where(cut, np.minimum(column('areas'), areas), column('areas'))
+    self._fill(Columns(images, boxes, column('labels').astype(np.int32), column('crowd'), areas),
+               findings, duplicates=duplicates, without='without objects',
+               unreadable=dict(sorted(unreadable.items())))
+
+  def _number(self, read: list[tfds_records.Record], names: list[str]) -> np.ndarray:
+    """The image ids, i64 [N]; records that cannot be read get the next that are free."""
+    if not self._schema.image_id:
+      return number_images(names) if self._schema.file_name else np.arange(1, len(read) + 1)
+    known = [record.image_id for record in read if record.image_id is not None]
+    free = iter(range(max(known, default=0) + 1, max(known, default=0) + 1 + len(read)))
+    return np.array([next(free) if record.image_id is None else record.image_id
+                     for record in read], np.int64)
 
 
 def _find_builder(dataset: str, data_dir: str) -> Any:

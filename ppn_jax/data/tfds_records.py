@@ -43,6 +43,11 @@ class Record(NamedTuple):
   size: tuple[int, int] | None  # (height, width) in pixels of the original image.
 
 
+# In place of a record that cannot be read.
+NOTHING = Record(b'', np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool),
+                 np.zeros(0), None, '', None)
+
+
 def load_tfds() -> ModuleType:
   """The library, which is an extra.
 

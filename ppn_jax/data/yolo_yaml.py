@@ -1,13 +1,13 @@
 """The data.yaml of a YOLO data set: names of the classes, and where the images are."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import yaml
 
 from ppn_jax.data import images as image_files
-from ppn_jax.data.annotations import some
+from ppn_jax.data.annotations import list_files, note_others, some
 from ppn_jax.data.instances import quote
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
@@ -25,8 +25,20 @@ class _Loader(yaml.SafeLoader):
     return super().compose_node(parent, index)
 
 
-def read_yaml(file: str, split: str) -> tuple[Any, list[str]]:
-  """`names` of a data.yaml and the image files of one of its splits."""
+class Found(NamedTuple):
+  """The images of a split."""
+  files: list[str]
+  others: tuple[str, ...] = ()  # Files beside them that are no images by their names.
+  missing: str = ''  # An error about files that are listed and absent; '' if there are none.
+
+  def describe_others(self, label_files: Sequence[str]) -> list[str]:
+    """A line on the files that were not looked at, the label files not among them."""
+    labels = set(label_files)
+    return note_others([f for f in self.others if f not in labels])
+
+
+def read_yaml(file: str, split: str) -> tuple[Any, Found]:
+  """`names` of a data.yaml and the images of one of its splits."""
   text = read_text(file, _MAX_YAML_BYTES)
   try:
     content = yaml.load(text, _Loader)
@@ -42,11 +54,31 @@ def read_yaml(file: str, split: str) -> tuple[Any, list[str]]:
   root = content.get('path') or ''
   if not all(isinstance(p, str) and p for p in (*places, root or '.')):
     raise InputError(f'{file}: {split} and path must be paths, not {quote(places)}')
-  root = os.path.normpath(os.path.join(os.path.dirname(file), root))
-  files = [f for place in places for f in find_images(_locate(root, place), root)]
-  if len(set(files)) < len(files):
-    raise InputError(f'{file}: {split} has an image twice')
-  return content['names'], files
+  _check_count(file, content)
+  root = os.path.normpath(os.path.join(os.path.dirname(file), os.path.expanduser(root)))
+  parts = [find_images(_locate(root, os.path.expanduser(place)), root) for place in places]
+  files = [f for part in parts for f in part.files]
+  seen = set()
+  for path in files:
+    if path in seen:
+      raise InputError(f'{file}: {split} has an image twice: {path}')
+    seen.add(path)
+  return content['names'], Found(files, tuple(f for part in parts for f in part.others),
+                                 next((part.missing for part in parts if part.missing), ''))
+
+
+def _check_count(file: str, content: Mapping[str, Any]) -> None:
+  """Raises InputError if `nc` is there and not the number of `names`."""
+  count, names = content.get('nc'), content['names']
+  if count is None or not isinstance(names, (list, dict)):
+    return
+  legal = {len(names)}
+  if isinstance(names, dict):  # Numbers without a name may count, too.
+    legal |= {n + 1 for n in [max((k for k in names if type(k) is int), default=-1)]}
+  if count not in legal or isinstance(count, bool):
+    shown = ', '.join(map(str, names.values() if isinstance(names, dict) else names))
+    raise InputError(f'{file}: nc is {quote(count)}, but names has {len(names)}: {shown[:200]}; '
+                     'correct one of them')
 
 
 def _locate(root: str, place: str) -> str:
@@ -58,37 +90,49 @@ def _locate(root: str, place: str) -> str:
   return path
 
 
-def find_images(place: str, root: str = '') -> list[str]:
+def find_images(place: str, root: str = '') -> Found:
   """The image files below a folder, in order of name, or in a list as it has them."""
   if os.path.isdir(place):
-    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(place)
-                   for name in names
-                   if os.path.splitext(name)[1].lower() in image_files.SUFFIXES)
+    files, others = list_files(place)
+    found = Found(files, tuple(others))
   elif os.path.isfile(place) and place.endswith('.txt'):
-    files = _read_list(place, root)
+    found = _read_list(place, root)
   else:
     raise InputError(f'no folder of images at {quote(place)}')
-  if not files:
-    raise InputError(f'no images in {quote(place)}')
-  return files
+  if not found.files:
+    raise InputError('; '.join([f'no images in {quote(place)}', *note_others(found.others)]))
+  return found
 
 
-def _read_list(file: str, root: str) -> list[str]:
-  """The images that a text file lists, a path each line, relative to the file."""
-  folder, files = os.path.dirname(file), []
+def _read_list(file: str, root: str) -> Found:
+  """The images that a text file lists, a path each line.
+
+  They start at the list's folder, or else at the data set's; both are usual. Hidden files are
+  passed over.
+  """
+  files, others = [], []
   for number, line in enumerate(read_text(file).splitlines(), start=1):
-    if not line.strip():
+    written = line.strip()
+    if not written or written.replace('\\', '/').rpartition('/')[2].startswith('.'):
       continue
-    path = os.path.normpath(os.path.join(folder, line.strip()))
-    if '\0' in path or os.path.commonpath([os.path.abspath(root), os.path.abspath(path)]
-                                          ) != os.path.abspath(root):
-      raise InputError(f'{file}:{number}: {quote(line.strip())} is not inside {quote(root)}')
-    files.append(path)
+    if '\0' in written:
+      raise InputError(f'{file}:{number}: {quote(written)}, legal: a path')
+    path = _resolve(written, os.path.dirname(file), root)
+    known = os.path.splitext(path)[1].lower() in image_files.SUFFIXES
+    (files if known else others).append(path)
   missing = [f for f in files if not os.path.isfile(f)]
-  if missing:
-    raise InputError(f'{len(missing)} of the {len(files)} images that {file} lists are absent: '
-                     f'{some(missing)}')
-  return files
+  return Found(files, tuple(others), '' if not missing else
+               f'{len(missing)} of the {len(files)} images that {file} lists are absent: '
+               f'{some(missing)}')
+
+
+def _resolve(written: str, folder: str, root: str) -> str:
+  """Where a path of a list leads, read in the ways that are usual; in the first if in none."""
+  written = os.path.expanduser(written)
+  paths = [os.path.normpath(os.path.join(start, text))
+           for text in dict.fromkeys((written, written.replace('\\', '/')))
+           for start in (folder, root)]
+  return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 
 def read_text(file: str, max_bytes: int = _MAX_BYTES) -> str:
@@ -114,4 +158,9 @@ def name_categories(names: Any, where: str) -> tuple[Category, ...]:
                        'legal: a name for a number (in yaml, quote names like no and yes)')
   if not numbered or isinstance(names, str):
     raise InputError(f'{where}: names is {quote(names)}, legal: names of classes in order')
+  first: dict[str, int] = {}
+  for number, name in sorted(numbered.items()):
+    if first.setdefault(str(name), number) != number:
+      raise InputError(f'{where}: names has {quote(str(name))} for class {first[str(name)]} and '
+                       f'for class {number}; legal: different names')
   return tuple(Category(number, str(name)) for number, name in sorted(numbered.items()))

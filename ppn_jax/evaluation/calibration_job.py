@@ -102,7 +102,7 @@ def positives_in_training(config: ConfigDict, detector: Detector, num_images: in
     return {'absent': 'not asked for'}
   try:
     block, _ = split_train_block(config.data.train.to_dict())
-    source = build_source(block)
+    source = build_source(block, on_bad_example=config.data.on_bad_example)
     count = min(num_images, len(source))
     transforms, data = build_transforms(config.data.transforms), config.data
     bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)

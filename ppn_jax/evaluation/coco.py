@@ -147,6 +147,11 @@ def format_metric(value: float | None, digits: int = 3) -> str:
   return '-' if value is None else f'{value:.{digits}f}'
 
 
+def renumber(rows: Sequence[Mapping[str, Any]], ids: Mapping[int, int]) -> list[dict[str, Any]]:
+  """Returns rows with category ids replaced by `ids`, for a file that numbers classes otherwise."""
+  return [{**row, 'category_id': ids.get(row['category_id'], row['category_id'])} for row in rows]
+
+
 def write_results(path: files.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   """Writes rows as a COCO results file, whole or not at all."""
   files.write_text(path, json.dumps(list(rows), allow_nan=False))

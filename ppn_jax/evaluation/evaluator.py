@@ -116,11 +116,14 @@ def build_evaluator(run: Run, detector: Detector, mesh: Mesh, *, scorer: str = '
   data, batch_size = run.config.data, run.config.eval.batch_size
   partition.check_batch_size('eval.batch_size', batch_size, mesh)
   if source is None:
-    source = build_source(data.eval.to_dict(), categories=run.categories, key='data.eval')
+    source = build_source(data.eval.to_dict(), categories=run.categories, key='data.eval',
+                          on_bad_example=data.on_bad_example)
+  bad = BadExamples('data.eval', len(source), data.on_bad_example, data.max_bad_share)
+  bad.note_known(source)
   return Evaluator(
       source=source, categories=run.categories, detect=jit_detect(detector, mesh), mesh=mesh,
       batch_size=batch_size, scorer=scorer,
-      bad=BadExamples('data.eval', len(source), data.on_bad_example, data.max_bad_share),
+      bad=bad,
       loader={'image_size': detector.image_size, 'resize': data.resize,
               'reduced_decoding': data.reduced_decoding, 'threads': data.threads,
               'max_boxes': required_boxes(source)})

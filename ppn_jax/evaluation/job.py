@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from ppn_jax import files
 from ppn_jax.data.bad_examples import spread_examples
-from ppn_jax.data.sources import Source
+from ppn_jax.data.report import report
+from ppn_jax.data.sources import Source, file_ids
 from ppn_jax.detection.structures import Array, Category
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.errors import InputError
@@ -109,11 +110,12 @@ class Job:
     total = len(evaluator.source)
     self.say(f'evaluating step {step:,} on {total:,} images')
     rows = evaluator.rows(variables, on_images=_every_tenth(total, self.say))
-    for reason in coordination.gather_lines(evaluator.bad.news()):
+    for reason in dict.fromkeys(coordination.gather_lines(evaluator.bad.news())):
       self.say(f'skipped: {reason}')
     scores = evaluator.score(rows)
     if jax.process_index() == 0:
-      coco.write_results(folder / 'results.json', rows)
+      coco.write_results(folder / 'results.json',
+                         coco.renumber(rows, file_ids(evaluator.source)))
       write_scores(folder / 'scores.json', scores)
       if options.pictures:
         save_png(folder / 'pictures.png',
@@ -160,8 +162,8 @@ def prepare(run: Run, options: Options, say: Callable[[str], None] = print) -> J
   keep_freed_memory()
   mesh, detector = partition.data_mesh(), run.detector()
   evaluator = build_evaluator(run, detector, mesh, scorer=options.scorer)
-  if getattr(evaluator.source, 'bad_boxes', None):
-    say(str(evaluator.source.bad_boxes))
+  for line in report(evaluator.source, 'data.eval').warnings:
+    say(line)
   return Job(run, detector, evaluator, options, say)
 
 

@@ -213,7 +213,7 @@ class _Pictures:
     block = self.run.config.data[split]
     block = split_train_block(block)[0] if split == 'train' else block.to_dict()
     try:
-      return build_source(block)
+      return build_source(block, on_bad_example=self.run.config.data.on_bad_example)
     except InputError as e:
       raise InputError(f'images of data.{split} are needed and cannot be had: {e}; give '
                        '--images=FOLDER of any pictures like them') from e

@@ -43,9 +43,10 @@ def survey_page(title: str, found: Survey, numbers: Mapping[str, Any]) -> str:
               groups=[page.plot(classes(found), 'boxes of each class')]),
       Section('Anchors', f'{verdict(numbers)}.', tables=_fits(numbers),
               groups=[page.plot(fit(found), 'how well anchors fit')] if some else ())]
-  if found.left_out:
-    sections.append(Section('Left out', tables=[
-        Table(('what',), [(line,) for line in found.left_out])]))
+  said = [*found.report.warnings, *found.left_out]
+  if said:
+    sections.append(Section('Left out, changed or wrong', tables=[
+        Table(('what',), [(line,) for line in said])]))
   subtitle = (f'{found.num_images:,} of {found.total_images:,} images of {found.split}, '
               f'{len(found.boxes.label):,} boxes, {numbers["images_without_boxes"]:,} images '
               f'without, {found.num_crowds:,} crowds')

@@ -131,6 +131,7 @@ def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | Res
   max_boxes = required_boxes(source, data.max_boxes, transforms)
   batch_size, seed = config.train.batch_size, config.seed
   bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
+  bad.note_known(source)
   if not options['resident']:
     return HostFeed(source, mesh, bad, {
         'transforms': transforms, 'resize': data.resize,

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax import registry
+from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.sources import Source, build_source, split_train_block
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation.coco import Scores
@@ -58,11 +59,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   saved_step = read_step(compiled_step, mesh) if compiled_step else None
   earlier = _earlier_run(workdir)
   train_block, _ = split_train_block(config.data.train.to_dict())
-  source, eval_source = build_source(train_block, key='data.train',
+  skipping = {'on_bad_example': config.data.on_bad_example}
+  source, eval_source = build_source(train_block, key='data.train', **skipping,
                                      categories=earlier.categories if earlier else None), None
   if config.train.evaluate_every:
     eval_source = build_source(config.data.eval.to_dict(), categories=source.categories,
-                               key='data.eval')
+                               key='data.eval', **skipping)
+  found = report(source, 'data.train', image_size=config.model.image_size,
+                 ignore_crowd=config.matching.ignore_crowd)
+  check_learnable(found)
   run = create_run(workdir, config, source.categories)
   detector, optimizer, evaluator = run.detector(), run.optimizer(), None
   check_batch(config, 'train.batch_size', config.train.batch_size, optimizer.micro_batches, mesh)
@@ -89,8 +94,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       progress.say(f'nothing to do: {run.workdir} is trained to step {start:,} already')
       return None
     progress.say(_describe(run, abstract, source, mesh))
-    for bad_boxes in filter(None, (getattr(s, 'bad_boxes', None) for s in (source, eval_source))):
-      progress.say(str(bad_boxes))
+    for line in (*found.lines, *(report(eval_source, 'data.eval').lines if eval_source else ())):
+      progress.say(line)
     # 2. The state: the newest whole checkpoint, or a fresh one.
     if state is not None:
       progress.say(f'resuming {run.workdir} from step {start:,}')

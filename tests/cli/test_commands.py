@@ -84,7 +84,11 @@ def test_own_images_exactly_as_the_config_says(coco_folder, tmp_path, capsys):
           '--config.train.checkpoint_every=2', *small]
   assert main(argv) == 0
   assert json.loads((tmp_path / 'w' / 'config.json').read_text())['model']['num_classes'] == 6
-  assert 'evaluated step 4' in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert 'evaluated step 4' in said
+  for line in ('data.train: 9 images, 1 without annotations, ', 'data.eval: 9 images, ',
+               "data.train: no box of 1 class, which cannot be learned: 'nothing'"):
+    assert said.index(line) < said.index('compiling')
   for scorer in ('hotcoco', 'pycocotools'):
     assert main(['evaluate', f'--workdir={tmp_path / "w"}', f'--scorer={scorer}']) == 0
   out = capsys.readouterr().out
@@ -230,6 +234,8 @@ def spoiled(folder, change):
   (lambda t: t['images'][0].update(file_name='../truth.json'), '../truth.json'),
   (lambda t: t['images'][0].update(file_name='lost.jpg'), 'lost.jpg'),
   (lambda t: t.pop('annotations'), 'annotations'),
+  (lambda t: t.update(annotations=[]), 'nothing to learn from: no box in 9 images'),
+  (lambda t: [a.update(iscrowd=1) for a in t['annotations']], 'nothing to learn from: all '),
 ])
 def test_mistakes_in_a_json(coco_folder, tmp_path, capsys, change, said):
   spoiled(coco_folder, change)

@@ -44,6 +44,17 @@ def argv(tmp_path):
           f'--output={tmp_path / "out"}', '--processes=1']
 
 
+def test_a_missing_image_is_left_out_as_the_message_says(argv, tmp_path, capsys):
+  (tmp_path / 'in' / '3.jpg').unlink()
+  assert main(argv) == 2
+  assert '3.jpg; a few such images can be passed over (--on_bad_image=skip)' in (
+      capsys.readouterr().err)
+  assert main([*argv, '--on_bad_image=skip', '--max_bad=0.5']) == 0
+  err = capsys.readouterr().err
+  assert 'data.train: 1 image cannot be read and skipped, such as: ' in err
+  assert len(Tfds(data_dir=str(tmp_path / 'out' / 'noise' / '1.0.0'))) == 5
+
+
 def test_prepares_both_splits(argv, tmp_path, capsys):
   assert main([*argv, '--max_side=64', '--shards=2']) == 0
   out, err = capsys.readouterr()

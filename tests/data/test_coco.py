@@ -132,12 +132,16 @@ def test_categories_of_the_run(folder):
     (changed('images', 2, 'width', ...), r"images\[2\]: no 'width'"),
     (changed('images', 2, 'height', 0), r'images\[2\]: height and width are \[0, 10\]'),
     (changed('images', 2, 'height', '10'), r"images\[2\]: height is '10', legal: an integer"),
-    (changed('images', 0, 'id', '30'), r"images\[0\]: id is '30', legal: an integer"),
+    (changed('images', 0, 'id', True), r'images\[0\]: id is True, legal: an integer or a string'),
+    (changed('images', 0, 'id', 30.5), r'images\[0\]: id is 30\.5, legal'),
+    (changed('images', 0, 'id', ' '), r"images\[0\]: id is ' ', legal"),
     (changed('images', 0, 'id', 1 << 70), r'images\[0\]: id is 1180591620717411303424, legal'),
     (changed('images', 0, 7), r'images\[0\]: no .* in 7'),
     (changed('annotations', 0, None), r"annotations\[0\]: no 'image_id' in None"),
-    (changed('annotations', 1, 'image_id', '30'), r"annotations\[1\]: image_id is '30'"),
-    (changed('annotations', 1, 'image_id', 30.0), r'annotations\[1\]: image_id is 30\.0'),
+    (changed('annotations', 1, 'image_id', '31'), r"annotations\[1\]: image_id is '31', which the"),
+    (changed('annotations', 1, 'image_id', 'x'), r"annotations\[1\]: image_id is 'x', which the"),
+    (changed('annotations', 1, 'image_id', 30.5), r'annotations\[1\]: image_id is 30\.5, legal'),
+    (changed('annotations', 1, 'image_id', None), r'annotations\[1\]: image_id is None, legal'),
     (changed('annotations', 1, 'image_id', 31), r'annotations\[1\]: image_id is 31, which the'),
     (changed('annotations', 2, 'category_id', 1), r'annotations\[2\]: category_id is 1, which'),
     (changed('annotations', 2, 'category_id', 99), r'annotations\[2\]: category_id is 99, which'),
@@ -167,8 +171,8 @@ def test_wrong_files(folder, content, message):
     ([float('nan'), 2, 3, 4], 'not finite'), ([1, 2, float('inf'), 4], 'not finite'),
     ([1, 2, 0, 4], 'no area'), ([1, 2, 3, -4], 'no area'), ([1, 2, 1e-9, 4], 'no area'),
     ([10.2, 2, 0.5, 4], 'no area'), ([-0.9, 2, 0.9, 4], 'no area'),
-    ([-1.5, 2, 3, 4], 'outside the image'), ([1, -2, 3, 4], 'outside the image'),
-    ([8, 2, 3.5, 4], 'outside the image'), ([1, 8, 3, 3.1], 'outside the image'),
+    ([-1.6, 2, 3, 4], 'outside the image'), ([1, -2.1, 3, 4], 'outside the image'),
+    ([8, 2, 4.5, 4], 'outside the image'), ([-2, -2, 6, 6], 'outside the image'),
     ([100, 100, 3, 3], 'outside the image'), ([1, 2, 10**400, 4], 'outside the image'),
 ])
 def test_bad_boxes(folder, bbox, reason, recwarn):
@@ -231,7 +235,7 @@ def test_missing_folder_or_json(folder):
     CocoJson(str(folder / 'images'), str(folder))
   with pytest.raises(InputError, match=r'coco_json\.images is None, legal: a path'):
     CocoJson(None, str(folder / 'none.json'))
-  with pytest.raises(InputError, match="on_bad_box is 'ignore', legal: 'raise', 'drop'"):
+  with pytest.raises(InputError, match="on_bad_box is 'ignore', legal: 'clip', 'drop', 'raise'"):
     load(folder, on_bad_box='ignore')
 
 
@@ -338,3 +342,185 @@ def test_wrong_lists_of_ids(folder, text, option, message):
   (folder / 'ids.txt').write_text(text)
   with pytest.raises(InputError, match=message):
     load(folder, **{option: str(folder / 'ids.txt')})
+
+
+@pytest.mark.parametrize('write, ids', [
+    (str, [30, 10, 20]), (float, [30, 10, 20]), (lambda i: f'{i}.0', [30, 10, 20]),
+    (lambda i: f'img-{i}', [1, 2, 3]), (lambda i: '030' if i == 30 else f'{i}x', [1, 2, 3]),
+    (lambda i: {30: '7', 10: '007', 20: '07'}[i], [1, 2, 3])])
+def test_ids_of_other_types(folder, write, ids):
+  content = copy.deepcopy(GOOD)
+  for image in content['images']:
+    image['id'] = write(image['id'])
+  for a in content['annotations']:
+    a['image_id'] = write(a['image_id'])
+  source = load(folder, content)
+  assert [i['id'] for i in source.ground_truth()['images']] == ids
+  assert [a['image_id'] for a in source.ground_truth()['annotations']] == [ids[0], ids[2], ids[2]]
+  assert source[2].image_id == ids[2] and all(type(i) is int for i in ids)
+  notes = [n for n in source.contents.notes if 'image ids are strings such as' in n]
+  assert bool(notes) == (ids == [1, 2, 3])
+
+
+@pytest.mark.parametrize('write, ids', [
+    (str, [3, 90]), (float, [3, 90]), (lambda i: {90: 'a', 3: 'b'}[i], [1, 2])])
+def test_category_ids_of_other_types(folder, write, ids):
+  content = copy.deepcopy(GOOD)
+  for entry in content['categories']:
+    entry['id'] = write(entry['id'])
+  for a in content['annotations']:
+    a['category_id'] = write(a['category_id'])
+  source = load(folder, content)
+  assert [c.id for c in source.categories] == ids
+  names = [source.categories[k].name for k in source[2].labels]
+  assert names == ['cat', 'dog'] and source.categories[source[0].labels[0]].name == 'dog'
+
+
+def test_numbers_and_strings_may_be_mixed(folder):
+  assert load(folder, changed('images', 0, 'id', '30'))[0].image_id == 30
+  assert load(folder, changed('annotations', 1, 'image_id', '30'))[0].boxes.shape == (1, 4)
+  assert load(folder, changed('images', 2, 'width', 10.0))[2].size == (10, 10)
+
+
+def test_names_for_ids_in_several_files(folder):
+  folders, files = split_in_two(folder)
+  for file, to in zip(files, ('x', 'y'), strict=True):
+    content = json.loads(open(file).read())
+    for image in content['images']:
+      image['id'] = f'{to}{image["id"]}'
+    for a in content['annotations']:
+      a['image_id'] = f'{to}{a["image_id"]}'
+    with open(file, 'w') as f:
+      json.dump(content, f)
+  source = CocoJson(folders, files)
+  assert [i['id'] for i in source.ground_truth()['images']] == [1, 2, 3]
+  assert len(source[2].boxes) == 2
+
+
+def test_classes_of_several_files_are_matched_by_name(folder):
+  folders, files = split_in_two(folder)
+  content = json.loads(open(files[1]).read())
+  content['categories'] = [{'id': 1, 'name': 'dog'}, {'id': 2, 'name': 'cat'}]
+  for a in content['annotations']:
+    a['category_id'] = {90: 1, 3: 2}[a['category_id']]
+  with open(files[1], 'w') as f:
+    json.dump(content, f)
+  source = CocoJson(folders, files)
+  assert source.ground_truth() == load(folder).ground_truth()
+  assert any("matched by name: 'dog' has the id 1 here and 90" in n for n in source.contents.notes)
+
+
+@pytest.mark.parametrize('name', [
+    'images\\sub\\b.jpg', 'sub\\b.jpg', 'images/sub/b.jpg', './sub/b.jpg', './images/sub/b.jpg',
+    '{0}/images/sub/b.jpg'])
+def test_file_names_as_others_write_them(folder, name):
+  name = name.replace('\\', '\\').format(folder)
+  source = load(folder, changed('images', 1, 'file_name', name))
+  assert source[1].image.shape == (30, 20, 3)
+
+
+@pytest.mark.parametrize('name, words', [
+    ('C:\\data\\a.jpg', "did you mean 'a.jpg'"), ('https://x/a.jpg', "did you mean 'a.jpg'"),
+    ('A.jpg', "did you mean 'a.jpg'"), ('a.png', "did you mean 'a.jpg'"),
+    ('/data/a.jpg', "inside the folder of images; did you mean 'a"),
+    ('..\\images\\a.jpg', "inside the folder of images; did you mean 'a"), ('zzz', 'zzz; a few')])
+def test_file_names_that_lead_nowhere(folder, name, words):
+  with pytest.raises(InputError, match=words):
+    load(folder, changed('images', 0, 'file_name', name))
+
+
+def outlined(*segmentations):
+  """GOOD with outlines in place of the boxes."""
+  content = copy.deepcopy(GOOD)
+  for a, segmentation in zip(content['annotations'], segmentations, strict=True):
+    del a['bbox']
+    a['segmentation'] = segmentation
+  return content
+
+
+def test_outlines_in_place_of_boxes(folder):
+  mask = {'size': [10, 10], 'counts': [12, 3, 7, 3, 75]}
+  content = outlined([[1, 2, 4, 2, 4, 6]],
+                     [[10.5, 5, 30, 5, 30, 15], [28, 8, 30.5, 9, 29, 9]], mask)
+  with pytest.raises(InputError, match=r"no 'bbox' .*boxes_from='segmentation' takes .*"
+                                       r'\(--config.data.train.boxes_from=segmentation\)'):
+    load(folder, content)
+  source = load(folder, content, boxes_from='segmentation')
+  assert [a['bbox'] for a in source.ground_truth()['annotations']] == [
+      [10.5, 5, 20, 10], [1, 2, 3, 4], [1, 2, 2, 3]]
+  content['annotations'][0] |= {'bbox': [0, 0, 5, 5], 'segmentation': []}  # It has the bbox alone.
+  assert load(folder, content, boxes_from='segmentation').ground_truth(
+      )['annotations'][1]['bbox'] == [0, 0, 5, 5]
+  content['annotations'][1] |= {'bbox': None}
+  content['annotations'][2] |= {'bbox': []}
+  with pytest.raises(InputError, match=r"not four numbers.*boxes_from='segmentation'"):
+    load(folder, content)
+  with pytest.raises(InputError, match="boxes_from is 'mask', legal"):
+    load(folder, boxes_from='mask')
+
+
+@pytest.mark.parametrize('segmentation', [
+    [[1, 2]], [[1, 2, 3]], [['a', 2, 3, 4]], {}, {'size': [10, 10]}, 'x', [], None, [[]], [3],
+    {'size': [10, 10], 'counts': [100]}, {'size': [10, 10], 'counts': [1, 200]},
+    [[10**400, 1, 2, 2]],
+    {'size': [10, 10], 'counts': 'ooooooooooooooooooooo'}, {'size': [10, 10], 'counts': '\u00ff'},
+    {'size': [10, 10], 'counts': [1, -1]}, {'size': ['a', 3], 'counts': [1, 1]}])
+def test_outlines_that_are_none(folder, segmentation):
+  content = outlined(segmentation, [[10.5, 5, 30, 5, 30, 15]], [[1, 2, 4, 2, 4, 6]])
+  with pytest.raises(InputError, match='not four numbers'):
+    load(folder, content, boxes_from='segmentation')
+
+
+def test_boxes_of_masks_are_those_of_pycocotools():
+  from pycocotools import mask as masks
+
+  from ppn_jax.data.outlines import box_around
+  rng = np.random.default_rng(0)
+  for height, width in ((1, 1), (7, 5), (40, 60)):
+    for share in (.02, .3, 1):
+      pixels = np.asfortranarray((rng.random((height, width)) < share).astype(np.uint8))
+      pixels[rng.integers(height), rng.integers(width)] = 1
+      packed = masks.encode(pixels)
+      expected = masks.toBbox(packed).tolist()
+      assert box_around({'size': [height, width], 'counts': packed['counts'].decode()}) == expected
+      flat = np.concatenate([[0], pixels.T.ravel(), [2]])
+      counts = np.diff(np.flatnonzero(np.diff(flat)), prepend=-1 if flat[1] == 0 else 0).tolist()
+      if flat[1] == 0:
+        counts[0] = int(np.flatnonzero(pixels.T.ravel())[0])
+        assert box_around({'size': [height, width], 'counts': counts}) == expected
+
+
+def one_file_twice():
+  content = copy.deepcopy(GOOD)
+  content['images'].append({'id': 31, 'file_name': './a.jpg', 'height': 20, 'width': 40})
+  content['annotations'] += [{'image_id': 31, 'category_id': 3, 'bbox': [0, 0, 5, 5]},
+                             {'image_id': 31, 'category_id': 90, 'bbox': [10.5, 5, 20, 10]}]
+  return content
+
+
+def test_a_file_listed_as_several_images(folder):
+  source = load(folder, one_file_twice())
+  note, = source.contents.notes
+  for part in ('1 file is listed as several images', 'a.jpg with the ids 30, 31',
+               '(--config.data.train.merge_images=True)'):
+    assert part in note
+  merged = load(folder, one_file_twice(), merge_images=True)
+  assert len(merged) == 3 and not merged.contents.notes
+  np.testing.assert_allclose(merged[0].boxes, [[.25, .2625, .75, .7625], [0, 0, .25, .125]])
+  assert merged[0].labels.tolist() == [1, 0] and merged.contents.merged.count == 1
+  assert [a['image_id'] for a in merged.ground_truth()['annotations']] == [30, 30, 20, 20]
+  with pytest.raises(InputError, match='merge_images is 3'):
+    load(folder, merge_images=3)
+
+
+def test_two_ids_of_one_class_name_are_said(folder):
+  source = load(folder, changed('categories', 0, 'name', 'cat'))
+  assert any("2 classes are called 'cat', ids 3 and 90" in n for n in source.contents.notes)
+
+
+def test_the_area_of_a_box_that_is_cut(folder):
+  content = changed('annotations', 1, 'bbox', [-10, 0, 40, 20])
+  content['annotations'][1]['area'] = 800
+  assert load(folder, content).ground_truth()['annotations'][0]['area'] == 600
+  content['annotations'][1]['area'] = 123  # That of a mask.
+  assert load(folder, content).ground_truth()['annotations'][0]['area'] == 123

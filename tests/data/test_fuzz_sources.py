@@ -15,12 +15,14 @@ from PIL import Image
 from ppn_jax.data.coco import CocoJson
 from ppn_jax.data.images import encode_jpeg
 from ppn_jax.data.prepare import Options, prepare
+from ppn_jax.data.report import report
 from ppn_jax.data.synthetic import SyntheticShapes
 from ppn_jax.data.tfds import Tfds
 from ppn_jax.data.voc import PascalVoc
 from ppn_jax.data.yolo import YoloTxt
 from ppn_jax.errors import InputError
 
+OUTLINES = [[[1.5, 2, 21.5, 2, 21.5, 12]], {'size': [30, 40], 'counts': 'j37g0000ln0'}]
 MUTATIONS = int(os.environ.get('PPN_FUZZ', 60))
 TOKENS = [
     b'', b'0', b'-1', b'1e999', b'nan', b'inf', b'9' * 400, b'1' * 20, b'2.5', b'1_0', b'null',
@@ -72,7 +74,7 @@ def voc(folder):
     (folder / 'Annotations' / f'{name}.xml').write_text(text)
   (folder / 'ImageSets' / 'Main' / 'train.txt').write_text('a1\na2\n')
   return [*files, *folder.rglob('*.xml'), *folder.rglob('*.xml'), *folder.rglob('*.txt')], (
-      lambda policy: PascalVoc(str(folder), on_bad_box=policy))
+      lambda **options: PascalVoc(str(folder), **options))
 
 
 def yolo(folder):
@@ -83,7 +85,7 @@ def yolo(folder):
   (folder / 'list.txt').write_text('images/a1.jpg\n./images/a2.png\n')
   (folder / 'data.yaml').write_text('path: .\ntrain: list.txt\nnames:\n  0: cat\n  1: dog\n')
   return [*files, *folder.rglob('*.txt'), folder / 'data.yaml'], (
-      lambda policy: YoloTxt(str(folder / 'data.yaml'), on_bad_box=policy, polygons='box'))
+      lambda **options: YoloTxt(str(folder / 'data.yaml'), polygons='box', **options))
 
 
 def coco(folder):
@@ -92,12 +94,14 @@ def coco(folder):
       'images': [{'id': i, 'file_name': f.name, 'height': 30, 'width': 40}
                  for i, f in enumerate(files)],
       'annotations': [{'id': i, 'image_id': i, 'category_id': 3, 'bbox': [1.5, 2, 20, 10],
-                       'area': 150.5, 'iscrowd': i} for i in range(2)],
+                       'area': 150.5, 'iscrowd': i, 'segmentation': outline}
+                      for i, outline in enumerate(OUTLINES)],
       'categories': [{'id': 3, 'name': 'cat'}, {'id': 1, 'name': 'dog'}]}))
   (folder / 'ids.txt').write_text('1\n')
   return [*files, *[folder / 'truth.json'] * 3, folder / 'ids.txt'], (
-      lambda policy: CocoJson(str(folder / 'images'), str(folder / 'truth.json'), policy,
-                              exclude_ids=str(folder / 'ids.txt')))
+      lambda **options: CocoJson(str(folder / 'images'), str(folder / 'truth.json'),
+                                 exclude_ids=str(folder / 'ids.txt'), merge_images=True,
+                                 boxes_from='segmentation', **options))
 
 
 def tfds(folder):
@@ -106,12 +110,15 @@ def tfds(folder):
                  Options('toy', processes=1), say=print, progress=lambda *step: None)
   (made / 'prepared.json').unlink()
   return [p for p in made.iterdir() if p.is_file()], (
-      lambda policy: Tfds(data_dir=str(made), on_bad_box=policy))
+      lambda **options: Tfds(data_dir=str(made), **options))
 
 
 def use(source):
   """Looks at all that a source says."""
   json.dumps(source.ground_truth(), allow_nan=False)
+  said = report(source, 'data.train', image_size=64)
+  for line in said.lines:
+    check(line)
   for i in range(len(source)):
     try:
       example = source[i]
@@ -132,13 +139,14 @@ def check(error):
 def test_damaged_files(make, tmp_path):
   files, load = make(tmp_path / 'data')
   whole, rng = {f: f.read_bytes() for f in files}, random.Random(0)
-  use(load('raise'))
+  use(load(on_bad_box='raise'))
   used = 0
   for _ in range(MUTATIONS):
     file = rng.choice(files)
     file.write_bytes(mutate(whole[file], rng))
     try:
-      use(load(rng.choice(['raise', 'drop'])))
+      use(load(on_bad_box=rng.choice(['raise', 'drop', 'clip']),
+               on_bad_example=rng.choice(['raise', 'skip'])))
       used += 1
     except InputError as e:
       check(e)

@@ -37,6 +37,7 @@ def test_by_dotted_path(monkeypatch):
     ({}, 'legal: coco_json, pascal_voc, '),
     ({'name': 'synthetic_shapes', 'num_image': 3}, "no option 'num_image'; did you mean"),
     ({'name': 'nowhere:Source'}, 'cannot be loaded'),
+    ({'name': 'yolo_txt', 'on_bad_example': 'skip'}, 'of all data: data.on_bad_example=skip'),
 ])
 def test_wrong_blocks(block, message):
   for key, start in [('', ''), ('data.eval', 'data.eval: ')]:

@@ -14,6 +14,7 @@ from gcs_server import serve
 from PIL import Image
 from tiny import tiny_config
 
+from ppn_jax.data import tfds_records
 from ppn_jax.data.images import encode_jpeg
 from ppn_jax.data.sources import build_source
 from ppn_jax.data.tfds import Tfds
@@ -151,6 +152,37 @@ def test_bad_boxes(tmp_path, box, reason, monkeypatch):
   np.testing.assert_array_equal(source[0].labels, [1])
 
 
+def test_boxes_that_are_cut_and_merged(tmp_path, monkeypatch):
+  monkeypatch.setattr(F.BBoxFeature, 'encode_example', lambda self, b: np.float32(b))
+  over, once = ((.5, .5, .7, 1.25), 0, False), ((.1, .1, .3, .3), 1, False)
+  source = Tfds(data_dir=str(write(tmp_path, COCO, [coco_example(1, over, once, once)])))
+  assert (source.contents.clipped.count, source.contents.merged.count) == (1, 1)
+  np.testing.assert_allclose(source[0].boxes, [[.5, .5, .7, 1], [.1, .1, .3, .3]], atol=1e-6)
+  assert [a['area'] for a in source.ground_truth()['annotations']] == [37, 37]
+
+
+def test_records_that_cannot_be_read_are_skipped(folder, monkeypatch):
+  whole = Tfds(data_dir=str(folder))
+  read_record, lost = tfds_records.read_record, whole[1].image_id
+
+  def damaged(data, schema):
+    record = read_record(data, schema)
+    if record.image_id == lost:
+      raise ValueError('damaged')
+    return record
+
+  monkeypatch.setattr(tfds_records, 'read_record', damaged)
+  with pytest.raises(InputError, match='record 1: cannot be read: damaged'):
+    Tfds(data_dir=str(folder))
+  source = Tfds(data_dir=str(folder), on_bad_example='skip')
+  assert len(source) == 3 and len(source.contents.unreadable) == 1
+  ids = [i['id'] for i in source.ground_truth()['images']]
+  assert ids[0] == whole[0].image_id and len(set(ids)) == 3
+  with pytest.raises(InputError, match='record 1: cannot be read: damaged'):
+    source[1]
+  assert source[2].image_id == whole[2].image_id
+
+
 @pytest.mark.parametrize('features, example, message', [
     ({'image': F.Image(), 'label': F.ClassLabel(names=['a'])}, {'image': picture((4, 4)),
                                                                 'label': 0},
@@ -180,7 +212,7 @@ def test_wrong_places_and_options(folder, tmp_path):
       ({'data_dir': str(folder), 'split': 'train[x'}, 'cannot be read'),
       ({'data_dir': str(folder), 'split': 'train[9:]'}, 'cannot be read'),
       ({'data_dir': str(folder), 'split': None}, 'tfds.split is None, legal: train, validation'),
-      ({'data_dir': str(folder), 'on_bad_box': 'keep'}, "legal: 'raise', 'drop'"),
+      ({'data_dir': str(folder), 'on_bad_box': 'keep'}, "legal: 'clip', 'drop', 'raise'"),
       ({'data_dir': str(folder), 'objects': 'things'}, "0 features .* called 'things'")):
     with pytest.raises(InputError, match=message) as caught:
       Tfds(**options)

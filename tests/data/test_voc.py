@@ -84,6 +84,32 @@ def test_classes_are_those_of_all_splits(folder):
   np.testing.assert_array_equal(named[0].labels, [0, 1])
 
 
+def test_xml_of_other_lists_may_be_broken_and_strays_are_not_read(folder):
+  (folder / 'Annotations' / 'c_20.xml').write_text('<broken')
+  (folder / 'Annotations' / 'stray.xml').write_text(xml(('alien', (1, 1, 2, 2), 0)))
+  source = PascalVoc(str(folder))
+  assert [c.name for c in source.categories] == ['cat', 'dog']
+  note, = source.contents.notes
+  assert note.startswith('1 xml files of other lists cannot be read') and 'c_20.xml' in note
+  assert not PascalVoc(str(folder), classes=('cat', 'dog')).contents.notes
+  with pytest.raises(InputError, match=r'c_20\.xml: not valid xml'):
+    PascalVoc(str(folder), split='val', classes=('cat', 'dog'))
+
+
+def test_an_image_with_neither_file_nor_xml_can_be_skipped(folder):
+  lists(folder, 'b_30\nzzz\n')
+  with pytest.raises(InputError, match='no xml file'):
+    PascalVoc(str(folder))
+  source = PascalVoc(str(folder), on_bad_example='skip')
+  assert len(source) == 2 and len(source.contents.unreadable) == 1
+  with pytest.raises(InputError, match='zzz: no such image'):
+    source[1]
+  # An xml that is missing beside its image is no matter of the image.
+  write(folder, 'd_5', None)
+  with pytest.raises(InputError, match='d_5'):
+    PascalVoc(str(folder), on_bad_example='skip')
+
+
 def test_options(folder):
   assert len(PascalVoc(str(folder), split='')) == 3
   assert not PascalVoc(str(folder), difficult_as_crowd=False)[0].crowd.any()
@@ -117,7 +143,8 @@ def test_sizes(tmp_path):
     assert PascalVoc(str(tmp_path), on_bad_box='drop')[index].image.shape[:2] == size
   write(tmp_path, 'a5', xml(DOG, size=(40, 80)))
   with pytest.raises(InputError, match=r'1 xml files state another size .*a5\.xml says 40 x 80, '
-                                       r'.*a5\.jpg has 20 x 40; correct them, or set check_size'):
+                                       r'.*a5\.jpg has 20 x 40; correct .* set check_size=False .*'
+                                       r'\(--config\.data\.train\.check_size=False\)'):
     PascalVoc(str(tmp_path), on_bad_box='drop')
   source = PascalVoc(str(tmp_path), on_bad_box='drop', check_size=False)
   assert source[4].size == source[4].image.shape[:2] == (20, 40)
@@ -161,8 +188,8 @@ def test_wrong_xml(folder, text, message):
 @pytest.mark.parametrize('box, reason', [
     (('', 2, 3, 4), 'not four numbers'), (('one', 2, 3, 4), 'not four numbers'),
     (('nan', 2, 3, 4), 'not finite'), (('1e999', 2, 3, 4), 'not finite'),
-    ((5, 2, 5, 4), 'no area'), ((5, 9, 8, 4), 'no area'), ((-3, 2, 5, 4), 'outside the image'),
-    ((5, 2, 42, 4), 'outside the image'), ((5, 2, 8, '1' * 400), 'not finite'),
+    ((5, 2, 5, 4), 'no area'), ((5, 9, 8, 4), 'no area'), ((-7, 2, 5, 4), 'outside the image'),
+    ((30, 2, 70, 4), 'outside the image'), ((5, 2, 8, '1' * 400), 'not finite'),
 ])
 def test_bad_boxes(folder, box, reason):
   write(folder, 'd_5', xml(DOG, ('dog', box, 0)))
