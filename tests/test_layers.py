@@ -15,11 +15,12 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 # From the ground up. A module belongs where its own name stands, else where a pattern fits.
 LAYERS = (
     ('errors',),
-    ('registry', 'files', 'config', 'groups', 'hlo', 'host_memory', 'compile_cache',
+    ('registry', 'files', 'config', 'groups', 'hlo', 'host_memory', 'interrupts',
+     'compile_cache',
      'export.formats', 'export.jaxpr',
      'training.coordination', 'training.growing', 'training.maintenance',
      'training.orbax_manager', 'models.pallas_kernels'),
-    ('detection.structures', 'data.lazy_image', 'models.merged_backward'),
+    ('detection.structures', 'data.lazy_image', 'models.merged_backward', 'training.ownership'),
     ('detection.boxes', 'detection.columns', 'models.layers', 'data.checks', 'data.images',
      'data.instances', 'data.resizing', 'export.metadata', 'export.tensorflow_ops',
      'export.comparison'),

@@ -114,8 +114,7 @@ def run(args: argparse.Namespace) -> int:
     outcome = follow.score_steps(job, output, wanted=wanted,
                                  patience=patience if args.follow else None)
     return _conclude(args, outcome, say)
-  step, variables = job.load(args.step)
-  evaluation = job.evaluate(step, variables, output or job.root / str(step))
+  evaluation = job.score(args.step, output)
   if jax.process_index() == 0:
     _print(evaluation, args.report)
   return 0
