@@ -80,9 +80,8 @@ def verdict(error: BaseException) -> Verdict:
     return Verdict(1, f'ppn: failed: {text[:300] or type(error).__name__}')
   if isinstance(error, KeyboardInterrupt):
     return Verdict(130, f'ppn: interrupted{text and ": "}{text}')
-  if isinstance(error, OSError) and error.strerror and is_outage(error):
-    where = f'{error.filename}: ' if error.filename else ''
-    return Verdict(1, f'ppn: failed: {where}{error.strerror}')
+  if isinstance(error, OSError) and error.filename and is_outage(error):
+    return Verdict(1, f'ppn: failed: {error.filename}: {error.strerror}')
   return Verdict(1, None)
 
 

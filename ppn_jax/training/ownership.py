@@ -128,7 +128,8 @@ class Ownership:
         self._release_lock()
       elif self._version:
         with self._mutex:
-          files.delete_version(self._path, self._version)
+          if not self._lost:
+            files.delete_version(self._path, self._version)
 
   def check(self) -> None:
     """Checks that the right is still this process's; call it before something is overwritten.
@@ -237,7 +238,7 @@ class Ownership:
         there = files.read_versioned(self._path)
         owner = there and Process.parse(there.text)
         self._lost = owner is None or owner.token != self._process.token
-        version = there.version if there else self._version
+        version = there.version if there else 0
       self._version, self._beaten = version, time.monotonic()
 
 
