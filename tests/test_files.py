@@ -80,7 +80,7 @@ TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, 
 
 
 def failing(monkeypatch, number, times):
-  """Reading fails so often with an error of the operating system; returns how often it was tried."""
+  """Reading fails so often with an error of the system; returns how often it was tried."""
   tried, original = [], pathlib.Path.read_text
 
   def read(self, **options):
@@ -101,7 +101,7 @@ def test_a_store_in_trouble_is_asked_again(tmp_path, monkeypatch, number):
   tried = failing(monkeypatch, number, 3)
   assert files.read_text(path) == '{}' and len(tried) == 4
   tried = failing(monkeypatch, number, 99)
-  with pytest.raises(StoreError, match='config.json cannot be read now') as error:
+  with pytest.raises(StoreError, match=r'config\.json cannot be read now') as error:
     files.read_text(path)
   assert len(tried) == 4 and os.strerror(number) in str(error.value)
   assert verdict(error.value).code == 1

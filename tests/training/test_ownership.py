@@ -74,7 +74,7 @@ def test_the_owner_on_another_machine_is_waited_for_with_a_limit(tmp_path, monke
   with Ownership(tmp_path, 'training', print) as first:
     elsewhere = first._process._replace(host='another')
     (tmp_path / '.training.lock').write_text(elsewhere.as_json())
-    with pytest.raises(InputError, match='process .* on another'):
+    with pytest.raises(InputError, match=r'process \d+ on another'):
       take(tmp_path, said)
   assert len(said) == 1 and 'waiting up to 0 seconds' in said[0]
 
@@ -154,7 +154,7 @@ def test_a_lease_that_gives_signs_of_life_refuses_the_second(bucket, tmp_path):
   there.replace(None, process(host='pod-1').as_json(beat=time.time()), 0)
   clock.events.append(lambda now: there.replace(None, there.text, there.version))
   said, begun = [], clock.seconds
-  with pytest.raises(InputError, match='process .* on pod-1'):
+  with pytest.raises(InputError, match=r'process \d+ on pod-1'):
     take(tmp_path, said)
   assert clock.seconds - begun < 5 and 'waiting up to 60 seconds' in said[0]
 
