@@ -11,6 +11,7 @@ import functools
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -119,18 +120,41 @@ def write_bytes(path: Path, data: bytes) -> None:
       raise
 
 
-def remove_partial(folder: Path) -> None:
-  """Removes what interrupted calls of `write_bytes` left in a local folder; not in those below it.
+@contextlib.contextmanager
+def partial_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a new folder beside `path`, for what is to become it; what stays there is removed.
 
-  Files that a living process is writing stay: it holds a lock on them.
+  So is what was left by others who were to make the same `path` and were killed.
+  """
+  remove_partial(path.parent, path.name)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.',
+                                   suffix=_PARTIAL) as folder:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+      _try_lock(file)
+      yield pathlib.Path(folder)
+    finally:
+      os.close(file)
+
+
+def remove_partial(folder: Path, name: str | None = None) -> None:
+  """Removes what was being written in a local folder, not in those below it, when a kill came.
+
+  What a living process is writing stays: it holds a lock on it.
+
+  Args:
+    folder: where to look.
+    name: of the file that it was to become; None for all.
   """
   if not is_local(folder) or not folder.is_dir():
     return  # A bucket has no such files.
   for path in folder.iterdir():
     match = _PARTIAL_NAME.fullmatch(path.name)
+    if not match or name not in (None, match['name']):
+      continue
     with contextlib.suppress(OSError):  # Gone meanwhile, or another user's.
-      if match and path.is_file() and _is_abandoned(path, bool(match['locked'])):
-        path.unlink()
+      if _is_abandoned(path, bool(match['locked'])):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _is_abandoned(path: pathlib.Path, locked: bool) -> bool:
@@ -139,8 +163,11 @@ def _is_abandoned(path: pathlib.Path, locked: bool) -> bool:
     return True
   if not locked or age < _PARTIAL_SECONDS:
     return False
-  with path.open('rb') as file:
-    return _try_lock(file.fileno()) is True
+  file = os.open(path, os.O_RDONLY)
+  try:
+    return _try_lock(file) is True
+  finally:
+    os.close(file)
 
 
 def _try_lock(file: int) -> bool | None:

@@ -131,3 +131,19 @@ def test_outages_are_told_from_content():
 def test_an_error_of_the_disk_is_one_line():
   code, line = verdict(OSError(errno.EIO, 'Input/output error', '/data/a.json'))
   assert (code, line) == (1, 'ppn: failed: /data/a.json: Input/output error')
+
+
+def test_a_folder_that_is_to_become_something(tmp_path):
+  output = tmp_path / 'model.onnx'
+  dead = tmp_path / '.model.onnx.abcdefgh.partial'
+  other = tmp_path / '.other.onnx.abcdefgh.partial'
+  for folder in (dead, other):
+    folder.mkdir()
+    aged(folder, 120)
+  with files.partial_folder(output) as folder:
+    (folder / 'a').touch()
+    aged(folder, 120)
+    assert not dead.exists() and other.exists(), 'another one\'s is left to that one'
+    files.remove_partial(tmp_path, output.name)
+    assert folder.exists(), 'its writer lives'
+  assert [*tmp_path.iterdir()] == [other]

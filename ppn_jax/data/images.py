@@ -1,6 +1,7 @@
 """Bytes of an image file -> pixels: whole, upright, RGB, 8 bits; or an error naming the file."""
 
 import io
+import pathlib
 import warnings
 from collections.abc import Callable
 from typing import BinaryIO
@@ -9,6 +10,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
+from ppn_jax import files
 from ppn_jax.data.lazy_image import LazyImage, StoredImage
 from ppn_jax.errors import InputError
 
@@ -34,8 +36,7 @@ def read(path: str) -> bytes:
     InputError: it cannot be read.
   """
   try:
-    with open(path, 'rb') as f:
-      return f.read()
+    return files.retried(pathlib.Path(path).read_bytes)
   except OSError as e:
     raise InputError(f'{path}: cannot be read: {e.strerror}') from e
 
