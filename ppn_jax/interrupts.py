@@ -31,7 +31,9 @@ _active: 'list[InterruptWatch]' = []  # One within the other.
 
 
 class InterruptWatch:
-  """Hears SIGINT in a thread of its own; a context manager for the main thread, elsewhere idle.
+  """Hears SIGINT in a thread of its own; a context manager for the main thread.
+
+  It does nothing elsewhere, and where SIGINT is ignored.
 
   Args:
     on_interrupt: called in that thread with how many there have been, from 1.
@@ -42,7 +44,9 @@ class InterruptWatch:
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> 'InterruptWatch':
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGALRM'):
+    if (threading.current_thread() is not threading.main_thread()
+        or not hasattr(signal, 'SIGALRM')  # On Windows.
+        or signal.getsignal(signal.SIGINT) == signal.SIG_IGN):  # As by nohup, or `&` in a script.
       return self
     self._heard, self._hear = socket.socketpair()
     self._heard.setblocking(False)

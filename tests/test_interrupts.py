@@ -18,6 +18,14 @@ from ppn_jax.interrupts import InterruptWatch
 from ppn_jax.training.preemption import Interrupted, PreemptionNotice
 
 
+@pytest.fixture(autouse=True)
+def heard():
+  """As in a terminal, also where the tests run in the background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def interrupt():
   os.kill(os.getpid(), signal.SIGINT)
 
@@ -80,6 +88,16 @@ def test_in_other_threads_nothing_is_changed():
   assert seen == [before]
 
 
+def test_where_it_is_ignored_it_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with raising():
+      assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+      interrupt()
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_command_ends_with_130(monkeypatch, capsys):
   monkeypatch.setattr(cli, '_run', lambda argv: interrupt() or threading.Event().wait(60))
   assert cli.main(['data']) == 130
@@ -120,6 +138,7 @@ def run(argv):
     while True:
       ctypes.CDLL(None).sem_wait(ctypes.byref(ctypes.create_string_buffer(64)))
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Whatever started the tests ignores.
 cli._run = run
 sys.argv = ['ppn', 'train']
 sys.exit(cli.main())
