@@ -197,12 +197,12 @@ def read_versioned(path: Path) -> Versioned | None:
   from google.api_core import exceptions
   with _as_store_error(path):
     bucket, name = _blob(path)
-    try:
-      blob = bucket.get_blob(name)
-      text = blob and blob.download_as_bytes(if_generation_match=blob.generation).decode()
-    except (exceptions.NotFound, exceptions.PreconditionFailed):  # Deleted or replaced meanwhile.
-      return None
-    return None if blob is None else Versioned(text, blob.generation)
+    while blob := bucket.get_blob(name):
+      # Else it was deleted or replaced meanwhile.
+      with contextlib.suppress(exceptions.NotFound, exceptions.PreconditionFailed):
+        text = blob.download_as_bytes(if_generation_match=blob.generation).decode()
+        return Versioned(text, blob.generation)
+    return None
 
 
 def replace_version(path: Path, text: str, version: int) -> int | None:
