@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import filelock
 import jax
 import psutil
 
@@ -101,7 +100,7 @@ class Ownership:
     self._folder, self._task, self._say = files.absolute(folder), task, say
     self._path = self._folder / f'.{task}.lock'
     self._process = Process.this()
-    self._lock: filelock.BaseFileLock | None = None
+    self._lock: int | None = None  # The open file.
     self._made_folder = False
     self._version = 0  # Of the object in a bucket.
     self._beaten = 0.0
@@ -124,7 +123,7 @@ class Ownership:
   def __exit__(self, *_: Any) -> None:
     self._stop.set()
     with contextlib.suppress(OSError):  # What cannot be given back runs out.
-      if self._lock:
+      if self._lock is not None:
         self._release_lock()
       elif self._version:
         with self._mutex:
@@ -146,41 +145,65 @@ class Ownership:
   def _take_lock(self) -> None:
     self._made_folder = not self._folder.exists()
     self._folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(self._path, mode=0o644, thread_local=False, fallback_to_soft=False)
     try:
-      self._wait_for_lock(lock)
-    except (NotImplementedError, OSError) as e:
-      if isinstance(e, OSError) and e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+      self._wait_for_lock()
+    except OSError as e:
+      if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         raise
       self._say(f'{self._folder} is on a file system without locks; see to it that there is no '
                 f'second {self._task} in it')
       return
-    self._lock = lock
     with contextlib.suppress(OSError):  # A full disk; it only tells others who this is.
       self._path.write_text(self._process.as_json())
 
-  def _wait_for_lock(self, lock: filelock.BaseFileLock) -> None:
-    try:
-      lock.acquire(timeout=_DYING_SECONDS)
-    except filelock.Timeout:
-      owner = self._owner()
-      wait = self._wait
-      if owner and owner.host != self._process.host:
-        wait = max(wait, LEASE_SECONDS)
-      if not wait:
-        raise self._refusal(owner) from None
+  def _wait_for_lock(self) -> None:
+    if self._lock_within(_DYING_SECONDS):
+      return
+    owner, wait = self._owner(), self._wait
+    if owner and owner.host != self._process.host:
+      wait = max(wait, LEASE_SECONDS)
+    if wait:
       self._say_waiting(owner, wait)
+    if not wait or not self._lock_within(wait):
+      raise self._refusal(self._owner())
+
+  def _lock_within(self, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not self._try_lock():
+      if time.monotonic() >= deadline:
+        return False
+      time.sleep(0.05)
+    return True
+
+  def _try_lock(self) -> bool:
+    # A file that is open for writing would keep the disk from being made read-only. NFS wants one.
+    for mode in (os.O_RDONLY, os.O_RDWR):
+      file = os.open(self._path, mode | os.O_CREAT, 0o644)
       try:
-        lock.acquire(timeout=wait, poll_interval=0.5)
-      except filelock.Timeout:
-        raise self._refusal(self._owner()) from None
+        _lock(file)
+        # Who owned the folder before may have removed the file meanwhile.
+        if os.stat(self._path).st_ino == os.fstat(file).st_ino:
+          self._lock, file = file, None
+          return True
+      except (BlockingIOError, FileNotFoundError):
+        return False
+      except OSError as e:
+        if mode == os.O_RDWR or e.errno != errno.EBADF:
+          raise
+      finally:
+        if file is not None:
+          os.close(file)
+    return False
 
   def _release_lock(self) -> None:
-    self._path.write_text('')
-    if self._made_folder and [*self._folder.iterdir()] == [self._path]:
-      self._path.unlink()  # Nothing has come of it.
-      self._folder.rmdir()
-    self._lock.release()
+    try:
+      if self._made_folder and [*self._folder.iterdir()] == [self._path]:
+        self._path.unlink()  # Nothing has come of it.
+        self._folder.rmdir()
+      else:
+        self._path.write_text('')
+    finally:
+      os.close(self._lock)
 
   def _owner(self) -> Process | None:
     try:
@@ -260,6 +283,15 @@ def owned_by_first(ownership: Ownership) -> Iterator[Ownership | None]:
     if error or told:
       raise error or InputError(told)
     yield None if jax.process_index() else ownership
+
+
+def _lock(file: int) -> None:
+  """Locks an open file; BlockingIOError if another has, ENOSYS where there are no locks."""
+  try:
+    import fcntl
+  except ImportError as e:
+    raise OSError(errno.ENOSYS, 'no locks') from e
+  fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _beaten_long_ago(text: str) -> bool:

@@ -1,6 +1,8 @@
 """One process writes a folder: locks that end with their process, leases that run out."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -80,14 +82,28 @@ def test_the_owner_on_another_machine_is_waited_for_with_a_limit(tmp_path, monke
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
-  def no_locks(*_, **__):
-    raise NotImplementedError
+  def no_locks(file):
+    raise OSError(errno.ENOLCK, 'No locks available')
 
-  monkeypatch.setattr(ownership.filelock.FileLock, 'acquire', no_locks)
+  monkeypatch.setattr(ownership, '_lock', no_locks)
   said = []
   take(tmp_path, said)
   assert said == [f'{tmp_path} is on a file system without locks; see to it that there is no '
                   'second training in it']
+
+
+def test_on_nfs_the_file_is_opened_for_writing(tmp_path, monkeypatch):
+  original, opened = ownership._lock, []
+
+  def lock(file):
+    opened.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE)
+    if opened[-1] == os.O_RDONLY:
+      raise OSError(errno.EBADF, 'Bad file descriptor')
+    original(file)
+
+  monkeypatch.setattr(ownership, '_lock', lock)
+  take(tmp_path)
+  assert opened == [os.O_RDONLY, os.O_RDWR]
 
 
 class Object:
