@@ -6,6 +6,7 @@
   WORKDIR/metrics.jsonl     and tensorboard/: the curves
   WORKDIR/evaluation/       a folder for each evaluated step
   WORKDIR/readers/          who is reading which step, so that it is not deleted meanwhile
+  WORKDIR/.training.lock    who is training; see `training.ownership`
   WORKDIR/bad_examples.txt  images that could not be read, if some were skipped
 
 Evaluation, detection and export need the workdir and nothing else.

@@ -210,7 +210,7 @@ from ppn_jax import files
 from ppn_jax.errors import InputError, Stopped
 from ppn_jax.training import ownership
 from ppn_jax.training.ownership import Ownership, Process
-ownership.BEAT_SECONDS, ownership.LEASE_SECONDS = 0.1, 1.0
+ownership.BEAT_SECONDS = 0.1
 folder = files.folder_path('gs://bucket/owned')
 path = folder / '.training.lock'
 
@@ -218,8 +218,10 @@ def elsewhere(text):
   return Process.parse(text)._replace(host='pod-1').as_json(beat=0)
 
 with Ownership(folder, 'training', print) as first:
-  while files.read_versioned(path).version == first._version:
+  begun = first._version
+  while files.read_versioned(path).version == begun:
     pass
+  ownership.BEAT_SECONDS = 1e6
   print('beats')
   try:
     Ownership(folder, 'training', print).__enter__()
@@ -228,9 +230,8 @@ with Ownership(folder, 'training', print) as first:
   theirs = files.read_versioned(path)
   while not files.replace_version(path, elsewhere(theirs.text), theirs.version):
     theirs = files.read_versioned(path)
-  while not first._lost:
-    pass
   try:
+    first._beat()
     first.check()
   except Stopped:
     print('lost')
