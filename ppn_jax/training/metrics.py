@@ -141,7 +141,8 @@ class Progress:
   def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False):
     self._steps = steps
     self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
-    self._live = Live(Text(''), console=self._console, auto_refresh=False)
+    # Its last state is that of the last report.
+    self._live = Live(Text(''), console=self._console, auto_refresh=False, transient=True)
     self._status: Sequence[str] = ()
 
   def __enter__(self) -> 'Progress':

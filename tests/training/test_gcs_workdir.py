@@ -215,7 +215,7 @@ folder = files.folder_path('gs://bucket/owned')
 path = folder / '.training.lock'
 
 def elsewhere(text):
-  return Process.parse(text)._replace(host='pod-1').as_json(beat=0)
+  return Process.parse(text)._replace(host='pod-1', token='other').as_json(beat=0)
 
 with Ownership(folder, 'training', print) as first:
   begun = first._version
