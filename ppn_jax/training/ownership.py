@@ -84,8 +84,8 @@ class Process(NamedTuple):
 class Ownership:
   """The right to write a folder, as a context manager around the writing.
 
-  It makes the folder if need be, and leaves a hidden file in it. Of several processes that work
-  together one takes it.
+  It makes the folder if need be, and keeps a hidden file in it meanwhile. Of several processes that
+  work together one takes it.
 
   Args:
     folder: local or in a bucket.
@@ -197,11 +197,9 @@ class Ownership:
 
   def _release_lock(self) -> None:
     try:
-      if self._made_folder and [*self._folder.iterdir()] == [self._path]:
-        self._path.unlink()  # Nothing has come of it.
-        self._folder.rmdir()
-      else:
-        self._path.write_text('')
+      self._path.unlink()  # Who has opened it meanwhile finds that it is gone; see `_try_lock`.
+      if self._made_folder and not any(self._folder.iterdir()):
+        self._folder.rmdir()  # Nothing has come of it.
     finally:
       os.close(self._lock)
 

@@ -69,6 +69,20 @@ def test_of_a_folder_in_which_nothing_was_written_nothing_stays(tmp_path):
   assert (tmp_path / 'new' / 'config.json').exists()
 
 
+def test_who_has_opened_a_file_that_is_gone_by_now_does_not_own_the_folder(tmp_path, monkeypatch):
+  original, tried = ownership._lock, []
+
+  def lock(file):
+    if not tried:  # Its owner has ended between opening and locking.
+      (tmp_path / '.training.lock').unlink()
+    tried.append(file)
+    original(file)
+
+  monkeypatch.setattr(ownership, '_lock', lock)
+  take(tmp_path)
+  assert len(tried) == 2 and not [*tmp_path.iterdir()]
+
+
 def test_the_owner_on_another_machine_is_waited_for_with_a_limit(tmp_path, monkeypatch):
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
   monkeypatch.setattr(ownership, 'LEASE_SECONDS', 0.2)
