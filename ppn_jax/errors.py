@@ -36,6 +36,28 @@ class Stopped(RuntimeError):
   """
 
 
+# What the operating system says of a path, not of the store that it is on.
+_OF_THE_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY,
+                          errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EPIPE, errno.ESPIPE})
+
+
+def is_outage(error: BaseException | None) -> bool:
+  """Returns whether an error tells of a store that cannot be used now, not of what is in it.
+
+  Such as EIO, ESTALE, EMFILE or ENOMEM of a disk, and whatever a client of a bucket raises. An
+  error that was raised from one counts as one. OSErrors without a number, which libraries raise,
+  tell of content.
+  """
+  while error is not None:
+    if (isinstance(error, (StoreError, PermissionError, ConnectionError, TimeoutError, MemoryError))
+        or type(error).__module__.startswith(STORE_CLIENTS)
+        or (isinstance(error, OSError) and error.errno not in {None, *_OF_THE_PATH})
+        or (isinstance(error, OSError) and str(error).startswith('Forbidden'))):
+      return True
+    error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+  return False
+
+
 class Verdict(NamedTuple):
   """What a command makes of an exception."""
   code: int  # It exits with.
@@ -61,7 +83,9 @@ def verdict(error: BaseException) -> Verdict:
   if isinstance(error, StoreError) or type(error).__module__.startswith(STORE_CLIENTS):
     return Verdict(1, f'ppn: failed: {text[:300] or type(error).__name__}')
   if isinstance(error, KeyboardInterrupt):
-    return Verdict(130, 'ppn: interrupted')
+    return Verdict(130, f'ppn: interrupted{text and ": "}{text}')
+  if isinstance(error, OSError) and error.filename and is_outage(error):
+    return Verdict(1, f'ppn: failed: {error.filename}: {error.strerror}')
   return Verdict(1, None)
 
 

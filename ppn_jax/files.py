@@ -10,23 +10,37 @@ import errno
 import functools
 import os
 import pathlib
+import re
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from etils import epath
 
-from ppn_jax.errors import STORE_CLIENTS, InputError, StoreError
+from ppn_jax.errors import InputError, StoreError, is_outage
 
 Path = pathlib.Path | epath.Path  # The latter for gs://.
 
 SEND_EVERY = 30.0  # Seconds between copies of a growing file to a bucket.
 
+# Pauses before what a store could not do is tried again.
+RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
+
 _CHECK_SECONDS = 20.0
 
 _CLASS_NAMES = ('names', 'classes')  # Options of data sets that hold no paths.
+
+# Ends the name of a file that is being written. Its writer holds an OS lock on it, so that nobody
+# takes it for what a kill has left behind.
+_PARTIAL = '.partial'
+_PARTIAL_NAME = re.compile(r'\.(?P<name>.+)\.[a-z0-9_]{8}(?P<locked>\.partial)?')
+_PARTIAL_SECONDS = 60.0  # So long it may lack its lock.
+_UNLOCKED_SECONDS = 86_400.0  # And so long on file systems without locks, and of earlier versions.
+
+T = TypeVar('T')
 
 
 def folder_path(text: str | os.PathLike, what: str = 'workdir') -> Path:
@@ -74,17 +88,34 @@ def expand_home(value: Any) -> Any:
 
 def absolute(path: Path) -> Path:
   """`path` from the root, links kept."""
-  return path.absolute() if _is_local(path) else path
+  return path.absolute() if is_local(path) else path
 
 
 def read_text(path: Path) -> str:
-  """What a file holds.
+  """Returns what a file holds. A store that cannot be used is asked again for some seconds.
 
   Raises:
     OSError: it is not there (FileNotFoundError) or cannot be read.
   """
   with _as_store_error(path):
-    return path.read_text(encoding='utf-8')
+    return retried(lambda: path.read_text(encoding='utf-8'))
+
+
+def read_bytes(path: Path) -> bytes:
+  """Returns what a file holds, as `read_text` does."""
+  with _as_store_error(path):
+    return retried(path.read_bytes)
+
+
+def modified(path: Path) -> float:
+  """Returns when a file was last written, in seconds since the epoch.
+
+  Raises:
+    OSError: it is not there (FileNotFoundError) or cannot be asked for.
+  """
+  with _as_store_error(path):
+    found = retried(path.stat)
+  return found.st_mtime if is_local(path) else float(found.mtime)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -98,26 +129,155 @@ def write_bytes(path: Path, data: bytes) -> None:
   Raises:
     OSError: it cannot be written; a StoreError or PermissionError in a bucket.
   """
-  if not _is_local(path):
+  if not is_local(path):
     with _as_store_error(path):
       path.write_bytes(data)
     return
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', delete=False) as file:
+  with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f'.{path.name}.', suffix=_PARTIAL,
+                                   delete=False) as file:
     try:
+      _try_lock(file.fileno())
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
       os.chmod(file.name, 0o644)
       os.replace(file.name, path)
     except BaseException:
-      os.unlink(file.name)
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(file.name)
       raise
+
+
+@contextlib.contextmanager
+def partial_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Gives a new folder beside `path`, for what is to become it; what stays there is removed.
+
+  So is what was left by others who were to make the same `path` and were killed.
+  """
+  remove_partial(path.parent, path.name)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.',
+                                   suffix=_PARTIAL) as folder:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+      _try_lock(file)
+      yield pathlib.Path(folder)
+    finally:
+      os.close(file)
+
+
+def remove_partial(folder: Path, name: str | None = None) -> None:
+  """Removes what was being written in a local folder, not in those below it, when a kill came.
+
+  What a living process is writing stays: it holds a lock on it.
+
+  Args:
+    folder: where to look.
+    name: of the file that it was to become; None for all.
+  """
+  if not is_local(folder) or not folder.is_dir():
+    return  # A bucket has no such files.
+  for path in folder.iterdir():
+    match = _PARTIAL_NAME.fullmatch(path.name)
+    if not match or name not in (None, match['name']):
+      continue
+    with contextlib.suppress(OSError):  # Gone meanwhile, or another user's.
+      if _is_abandoned(path, bool(match['locked'])):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_abandoned(path: pathlib.Path, locked: bool) -> bool:
+  age = time.time() - path.stat().st_mtime
+  if age > _UNLOCKED_SECONDS:
+    return True
+  if not locked or age < _PARTIAL_SECONDS:
+    return False
+  file = os.open(path, os.O_RDONLY)
+  try:
+    return _try_lock(file) is True
+  finally:
+    os.close(file)
+
+
+def _try_lock(file: int) -> bool | None:
+  """Locks an open file until it is closed; None where the system or file system has no locks."""
+  try:
+    import fcntl
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except (ImportError, OSError):
+    return None
+  return True
+
+
+class Versioned(NamedTuple):
+  """An object in a bucket, and which of its generations was read."""
+  text: str
+  version: int
+
+
+def read_versioned(path: Path) -> Versioned | None:
+  """Returns an object of a bucket with its generation, None if there is none.
+
+  Raises:
+    OSError: see `write_bytes`.
+  """
+  from google.api_core import exceptions
+  with _as_store_error(path):
+    bucket, name = _blob(path)
+    while blob := bucket.get_blob(name):
+      # Else it was deleted or replaced meanwhile.
+      with contextlib.suppress(exceptions.NotFound, exceptions.PreconditionFailed):
+        text = blob.download_as_bytes(if_generation_match=blob.generation).decode()
+        return Versioned(text, blob.generation)
+    return None
+
+
+def replace_version(path: Path, text: str, version: int) -> int | None:
+  """Writes an object of a bucket if it still is of the generation `version`; 0 is none at all.
+
+  Returns:
+    The new generation; None, and nothing is written, if it is of another.
+
+  Raises:
+    OSError: see `write_bytes`.
+  """
+  from google.api_core import exceptions
+  with _as_store_error(path):
+    bucket, name = _blob(path)
+    blob = bucket.blob(name)
+    try:
+      blob.upload_from_string(text, if_generation_match=version)
+    except exceptions.PreconditionFailed:
+      return None
+    return int(blob.generation)
+
+
+def delete_version(path: Path, version: int) -> None:
+  """Deletes an object of a bucket if it still is of the generation `version`."""
+  from google.api_core import exceptions
+  with _as_store_error(path):
+    bucket, name = _blob(path)
+    with contextlib.suppress(exceptions.NotFound, exceptions.PreconditionFailed):
+      bucket.blob(name).delete(if_generation_match=version)
+
+
+def _blob(path: Path) -> tuple[Any, str]:
+  """(bucket, name of the object) for the client that knows generations."""
+  bucket, _, name = str(path).removeprefix('gs://').partition('/')
+  return _client().bucket(bucket), name
+
+
+@functools.cache
+def _client() -> Any:
+  from google.cloud import storage
+  return storage.Client()
 
 
 def move_folder(path: Path, to: Path) -> None:
   """Moves a folder to where nothing is yet; in a bucket object by object."""
-  if _is_local(path):
+  if is_local(path):
     to.parent.mkdir(parents=True, exist_ok=True)
     path.rename(to)
   else:
@@ -126,10 +286,22 @@ def move_folder(path: Path, to: Path) -> None:
       fsspec.filesystem('gs').mv(str(path), str(to), recursive=True)
 
 
-def is_outage(error: BaseException) -> bool:
-  """Whether an error in reading tells of a store that cannot be used, not of what is in it."""
-  return (isinstance(error, (StoreError, PermissionError, ConnectionError, TimeoutError))
-          or type(error).__module__.startswith(STORE_CLIENTS) or _is_forbidden(error))
+def retried(act: Callable[[], T], is_outage: Callable[[BaseException], bool] = is_outage) -> T:
+  """Returns what `act` returns, called again after a pause while the store cannot be used.
+
+  A missing permission is not waited for: it does not come back by itself.
+
+  Raises:
+    Exception: Whatever `act` raises in the end.
+  """
+  for pause in RETRY_SECONDS:
+    try:
+      return act()
+    except Exception as e:
+      if not is_outage(e) or isinstance(e, PermissionError) or _is_forbidden(e):
+        raise
+    time.sleep(pause)
+  return act()
 
 
 class Outbox:
@@ -152,7 +324,7 @@ class Outbox:
     self._sent: dict[pathlib.Path, int] = {}
     self._sending: futures.Future | None = None
     self._last = time.monotonic()
-    if _is_local(to):
+    if is_local(to):
       to.mkdir(parents=True, exist_ok=True)
       self.folder, self._own, self._sender = to, None, None
     else:
@@ -222,18 +394,23 @@ def _check_bucket(bucket: str) -> None:
 
 @contextlib.contextmanager
 def _as_store_error(path: Path) -> Iterator[None]:
-  """Whatever a client library raises -> PermissionError or StoreError."""
+  """Raises PermissionError or StoreError for whatever a client library or a failing disk raises."""
   try:
     yield
   except Exception as e:
-    if _is_local(path) or isinstance(e, (FileNotFoundError, ValueError)):
+    if isinstance(e, (FileNotFoundError, ValueError)):
       raise
+    if is_local(path):
+      if not is_outage(e) or isinstance(e, PermissionError):
+        raise
+      raise StoreError(f'{path} cannot be read now: {getattr(e, "strerror", None) or e}') from e
     if _is_forbidden(e):
       raise PermissionError(errno.EACCES, _line(e), str(path)) from e
     raise StoreError(f'{path}: {_line(e) or type(e).__name__}') from e
 
 
-def _is_local(path: Path) -> bool:
+def is_local(path: Path) -> bool:
+  """Returns whether a path is on this machine's file systems, not in a bucket."""
   return isinstance(path, pathlib.Path)
 
 

@@ -5,6 +5,8 @@
   WORKDIR/checkpoints/      a folder for each saved step
   WORKDIR/metrics.jsonl     and tensorboard/: the curves
   WORKDIR/evaluation/       a folder for each evaluated step
+  WORKDIR/readers/          who is reading which step, so that it is not deleted meanwhile
+  WORKDIR/.training.lock    who is training; see `training.ownership`
   WORKDIR/bad_examples.txt  images that could not be read, if some were skipped
 
 Evaluation, detection and export need the workdir and nothing else.
@@ -25,11 +27,12 @@ from ppn_jax.config import base_config
 from ppn_jax.data.sources import check_categories
 from ppn_jax.detection.structures import Category
 from ppn_jax.detector import Detector
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, StoreError
 from ppn_jax.groups import check_group_size
 from ppn_jax.training import metrics, partition
-from ppn_jax.training.checkpoint import Checkpoints
+from ppn_jax.training.checkpoint import Checkpoints, read_stamp
 from ppn_jax.training.optim import Optimizer, build_optimizer
+from ppn_jax.training.retention import Stamp, numbered, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +64,27 @@ class Run:
 
   def metrics(self) -> list[dict[str, float | None]]:
     """The curves of training, and of steps scored by a job of its own, in order of step."""
-    lines = [line for folder in (self.workdir, self.workdir / 'evaluation')
-             for line in metrics.read(folder / 'metrics.jsonl')]
-    return sorted(lines, key=lambda line: line['step'])
+    evaluation = self.workdir / 'evaluation'
+    scored = [line for line in metrics.read(evaluation / 'metrics.jsonl')
+              if self.is_current(evaluation, line['step'])]
+    return sorted([*metrics.read(self.workdir / 'metrics.jsonl'), *scored],
+                  key=lambda line: line['step'])
+
+  def is_current(self, evaluations: files.Path, step: int) -> bool:
+    """Returns whether scores on record are of this run, not of an earlier attempt in its workdir.
+
+    Those of steps that training has deleted since are. Those of steps that it has yet to come to
+    are not, unless all checkpoints are gone.
+    """
+    saved = self.saved_steps()
+    if step not in saved:
+      return not saved or step < max(saved)
+    found = record(evaluations, step)
+    return found is None or found.fits(self.stamp(step))
+
+  def saved_steps(self) -> set[int]:
+    """Returns the steps that have a folder of a checkpoint."""
+    return {*numbered(self.workdir / 'checkpoints')}
 
   def detector(self) -> Detector:
     """The detector that the config describes."""
@@ -85,7 +106,16 @@ class Run:
     train = self.config.train
     return Checkpoints(self.workdir / 'checkpoints', keep_last=train.keep_last,
                        keep_best=train.keep_best, read_only=read_only,
-                       evaluations=self.workdir / 'evaluation')
+                       evaluations=self.workdir / 'evaluation', readers=self.readers)
+
+  @property
+  def readers(self) -> files.Path:
+    """The folder of those who are reading checkpoints, whatever they make of them."""
+    return self.workdir / 'readers'
+
+  def stamp(self, step: int) -> Stamp | None:
+    """Returns what the checkpoint of a step is known by; None if there is none."""
+    return read_stamp(self.workdir / 'checkpoints' / str(step))
 
 
 def optimizer_of(config: ConfigDict, *, steps: int, batch_size: int) -> Optimizer:
@@ -174,6 +204,8 @@ def open_run(workdir: str | pathlib.Path) -> Run:
                                            base_config().to_dict())))
     categories = json.loads(files.read_text(workdir / 'categories.json'))
     return Run(workdir, config.lock(), tuple(Category(**c) for c in categories))
+  except StoreError:
+    raise
   # Whatever a file of another shape leads to.
   except (OSError, ValueError, TypeError, AttributeError) as e:
     raise InputError(f'workdir {workdir} cannot be read as a run: {e}') from e

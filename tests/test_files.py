@@ -1,14 +1,19 @@
-"""Atomic writing."""
+"""Atomic writing, and stores that cannot be used for a while."""
 
+import errno
+import fcntl
 import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import pytest
 
 from ppn_jax import files
 from ppn_jax.cli.main import main
 from ppn_jax.data.sources import build_source, split_train_block
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, StoreError, is_outage, verdict
 from ppn_jax.run import open_run
 from ppn_jax.serving import load
 from ppn_jax.weights.files import read_weights
@@ -78,3 +83,114 @@ def test_commands_take_it(monkeypatch, tmp_path, capsys, argv):
   assert main(argv) == 2
   assert f'{tmp_path}/nothing' in capsys.readouterr().err
   assert [p.name for p in tmp_path.iterdir()] == ['a.png']
+KILLED = """
+import os, pathlib, signal, sys
+from ppn_jax import files
+files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+files.write_text(pathlib.Path(sys.argv[1]), 'new')
+"""
+
+
+def aged(path, seconds):
+  then = time.time() - seconds
+  os.utime(path, (then, then))
+
+
+def test_what_a_killed_writer_leaves_is_removed_later(tmp_path):
+  subprocess.run([sys.executable, '-c', KILLED, str(tmp_path / 'scores.json')], check=False)
+  left, = tmp_path.iterdir()
+  files.remove_partial(tmp_path)
+  assert left.exists(), 'so young that it may not be locked yet'
+  aged(left, 120)
+  files.remove_partial(tmp_path)
+  assert not left.exists()
+
+
+def test_what_others_write_or_own_is_not_removed(tmp_path):
+  kept = [tmp_path / name for name in (
+      '.scores.json.abcdefgh.partial', '.scores.json.abcdefgh', '.hidden', 'a.partial', '.a.json')]
+  for path in kept:
+    path.touch()
+    aged(path, 7200)
+  with kept[0].open() as file:
+    fcntl.flock(file, fcntl.LOCK_EX)  # As its writer does.
+    files.remove_partial(tmp_path)
+  assert all(path.exists() for path in kept)
+  for path in kept:
+    aged(path, 100_000)
+  files.remove_partial(tmp_path)
+  assert [path.exists() for path in kept] == [False, False, True, True, True]
+
+
+TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT,
+             errno.EBUSY, errno.ENETUNREACH, errno.EREMOTEIO]
+
+
+def failing(monkeypatch, number, times):
+  """Reading fails so often with an error of the system; returns how often it was tried."""
+  tried, original = [], pathlib.Path.read_text
+
+  def read(self, **options):
+    tried.append(self)
+    if len(tried) <= times:
+      raise OSError(number, os.strerror(number), str(self))
+    return original(self, **options)
+
+  monkeypatch.setattr(pathlib.Path, 'read_text', read)
+  monkeypatch.setattr(files, 'RETRY_SECONDS', (0, 0, 0))
+  return tried
+
+
+@pytest.mark.parametrize('number', TRANSIENT)
+def test_a_store_in_trouble_is_asked_again(tmp_path, monkeypatch, number):
+  path = tmp_path / 'config.json'
+  path.write_text('{}')
+  tried = failing(monkeypatch, number, 3)
+  assert files.read_text(path) == '{}' and len(tried) == 4
+  tried = failing(monkeypatch, number, 99)
+  with pytest.raises(StoreError, match=r'config\.json cannot be read now') as error:
+    files.read_text(path)
+  assert len(tried) == 4 and os.strerror(number) in str(error.value)
+  assert verdict(error.value).code == 1
+
+
+@pytest.mark.parametrize('number, kind', [
+    (errno.ENOENT, FileNotFoundError), (errno.ENOTDIR, NotADirectoryError),
+    (errno.EACCES, PermissionError)])
+def test_what_does_not_pass_is_told_at_once(tmp_path, monkeypatch, number, kind):
+  tried = failing(monkeypatch, number, 99)
+  with pytest.raises(kind):
+    files.read_text(tmp_path / 'config.json')
+  assert len(tried) == 1
+
+
+def test_outages_are_told_from_content():
+  assert all(is_outage(OSError(number, '')) for number in TRANSIENT)
+  assert is_outage(MemoryError()) and is_outage(PermissionError(errno.EACCES, ''))
+  for error in (OSError('no JPEG'), FileNotFoundError(errno.ENOENT, ''), ValueError('Forbidden'),
+                IsADirectoryError(errno.EISDIR, ''), InputError('typo')):
+    assert not is_outage(error)
+  wrapped = ValueError('cannot read')
+  wrapped.__cause__ = OSError(errno.EIO, '')
+  assert is_outage(wrapped)
+
+
+def test_an_error_of_the_disk_is_one_line():
+  code, line = verdict(OSError(errno.EIO, 'Input/output error', '/data/a.json'))
+  assert (code, line) == (1, 'ppn: failed: /data/a.json: Input/output error')
+
+
+def test_a_folder_that_is_to_become_something(tmp_path):
+  output = tmp_path / 'model.onnx'
+  dead = tmp_path / '.model.onnx.abcdefgh.partial'
+  other = tmp_path / '.other.onnx.abcdefgh.partial'
+  for folder in (dead, other):
+    folder.mkdir()
+    aged(folder, 120)
+  with files.partial_folder(output) as folder:
+    (folder / 'a').touch()
+    aged(folder, 120)
+    assert not dead.exists() and other.exists(), 'another one\'s is left to that one'
+    files.remove_partial(tmp_path, output.name)
+    assert folder.exists(), 'its writer lives'
+  assert [*tmp_path.iterdir()] == [other]

@@ -15,11 +15,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 # From the ground up. A module belongs where its own name stands, else where a pattern fits.
 LAYERS = (
     ('errors',),
-    ('registry', 'files', 'config', 'groups', 'hlo', 'host_memory', 'compile_cache',
-     'evaluation.fonts', 'export.formats', 'export.jaxpr',
-     'training.coordination', 'training.growing', 'training.maintenance',
-     'training.orbax_manager'),
-    ('detection.structures', 'data.jpeg_segments', 'data.lazy_image'),
+    ('registry', 'files', 'config', 'groups', 'hlo', 'host_memory', 'interrupts',
+     'compile_cache', 'evaluation.fonts', 'export.formats', 'export.jaxpr',
+     'training.coordination', 'training.growing', 'training.maintenance'),
+    ('detection.structures', 'data.jpeg_segments', 'data.lazy_image',
+     'training.ownership', 'training.orbax_manager'),
     ('detection.boxes', 'detection.columns', 'models.layers', 'data.checks', 'data.contents',
      'data.images', 'data.instances', 'data.outlines', 'data.resizing', 'export.metadata',
      'export.tensorflow_ops', 'export.comparison'),

@@ -25,8 +25,9 @@ how far scores can be trusted, above all across pyramid levels.
 
 --follow scores every checkpoint as training, here or on another machine, saves
 it, until the last; --steps those that are there. Both leave out what is scored
-already, so that they can be stopped and started again, and add their curves to
-TensorBoard and WORKDIR/evaluation/metrics.jsonl.
+already, unless the checkpoint is another one by now, so that they can be stopped
+and started again, and add their curves to TensorBoard and
+WORKDIR/evaluation/metrics.jsonl. One at a time writes to a folder.
 {CONFIG_HELP}
 So --config.data.eval.images and .annotations evaluate on other data, with --output."""
 
@@ -114,8 +115,7 @@ def run(args: argparse.Namespace) -> int:
     outcome = follow.score_steps(job, output, wanted=wanted,
                                  patience=patience if args.follow else None)
     return _conclude(args, outcome, say)
-  step, variables = job.load(args.step)
-  evaluation = job.evaluate(step, variables, output or job.root / str(step))
+  evaluation = job.score(args.step, output)
   if jax.process_index() == 0:
     _print(evaluation, args.report)
   return 0

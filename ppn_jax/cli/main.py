@@ -3,6 +3,7 @@
   0  done        1  failed, such as a loss that is not finite, or a bucket out of reach
   2  a mistake in what was given; one line on stderr says which
   75 told to end by SIGTERM, and saved: the same command goes on
+  130 interrupted by Ctrl-C; a training has saved its last step, a second Ctrl-C ends it at once
 Of several processes that work together, all end with the code of the first that fails.
 """
 
@@ -14,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from ppn_jax import interrupts
 from ppn_jax.errors import InputError, did_you_mean, verdict
 from ppn_jax.files import expand_home
 from ppn_jax.training import peers
@@ -49,10 +51,26 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command line and returns its exit code."""
-  argv = list(sys.argv[1:] if argv is None else argv)
+  """Runs a command line, by default that of this process, and returns its exit code."""
+  code = _main(list(sys.argv[1:] if argv is None else argv), as_program=argv is None)
+  if argv is None and code == interrupts.EXIT_CODE:
+    # Threads of JAX that are at work when the interpreter ends can crash it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
+
+
+def _main(argv: list[str], *, as_program: bool) -> int:
+  def on_interrupt(count: int) -> None:
+    peers.fail(KeyboardInterrupt())  # Of several processes it ends all, at once.
+    if count > 1 and as_program:
+      interrupts.end_at_once()
+    watch.raise_in_main_thread()
+
+  watch = interrupts.InterruptWatch(on_interrupt)
   try:
-    with _notes_on_stderr():
+    with watch, _notes_on_stderr():
       return _run(argv)
   except (Exception, KeyboardInterrupt) as e:
     peers.fail(e)  # Of several processes none goes on from here.

@@ -15,8 +15,9 @@ from ppn_jax.cli.flags import (
 HELP = f"""Train a detector, or go on with a run that was stopped.
 
 A workdir that holds a run of the same model is resumed from its newest checkpoint that is whole.
+One training at a time: a second one in the same workdir is refused, with who has it.
 SIGTERM, and a TPU's notice of maintenance, make it save and end with exit code 75; the same
-command then goes on from there.
+command then goes on from there. So does Ctrl-C, with exit code 130; a second one ends at once.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True

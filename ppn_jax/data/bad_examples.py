@@ -9,7 +9,7 @@ import numpy as np
 from ppn_jax.data.checks import check_number, check_on_bad_example
 from ppn_jax.data.sources import Source, spread
 from ppn_jax.detection.structures import Example
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, StoreError, is_outage
 
 
 class BadExamples:
@@ -39,7 +39,11 @@ class BadExamples:
 
     Raises:
       InputError: `error` itself if the policy is 'raise'; or too many are bad, with the first.
+      StoreError: the disk cannot be read now, which says nothing of the example.
     """
+    # A missing permission concerns a file; memory runs out over damaged images too.
+    if is_outage(error) and not isinstance(error.__cause__, (PermissionError, MemoryError)):
+      raise StoreError(str(error)) from error
     if self._policy == 'raise':
       raise error
     with self._lock:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import pathlib
 import re
 import threading
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import PIL.Image
 import simplejpeg
 
+from ppn_jax import files
 from ppn_jax.data import jpeg_segments
 from ppn_jax.data.lazy_image import LazyImage, StoredImage
 from ppn_jax.errors import InputError, InputTypeError
@@ -58,8 +60,7 @@ def read(path: str) -> bytes:
     InputError: it cannot be read.
   """
   try:
-    with open(path, 'rb') as f:
-      return f.read()
+    return files.retried(pathlib.Path(path).read_bytes)
   except OSError as e:
     raise InputError(f'{path}: cannot be read: {e.strerror}') from e
 

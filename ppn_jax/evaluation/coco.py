@@ -157,9 +157,16 @@ def write_results(path: files.Path, rows: Sequence[Mapping[str, Any]]) -> None:
   files.write_text(path, json.dumps(list(rows), allow_nan=False))
 
 
-def write_scores(path: files.Path, scores: Scores) -> None:
-  """Writes the figures and the per-class table as JSON, whole or not at all; null for None."""
-  files.write_text(path, json.dumps(scores._asdict(), indent=2, allow_nan=False) + '\n')
+def write_scores(path: files.Path, scores: Scores, scored: Mapping[str, Any]) -> None:
+  """Writes the metrics and the per-class table as JSON, whole or not at all; null for None.
+
+  Args:
+    path: of the file.
+    scores: to write.
+    scored: what they are the scores of; see `retention.Record`.
+  """
+  files.write_text(path, json.dumps({**scores._asdict(), 'scored': scored}, indent=2,
+                                    allow_nan=False) + '\n')
 
 
 def _plain(ground_truth: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from ppn_jax.run import open_run
 from ppn_jax.training import partition, retention
 from ppn_jax.training.checkpoint import DamagedCheckpoint
 from ppn_jax.training.metrics import MetricsWriter
+from ppn_jax.training.ownership import Ownership, owned_by_first
 
 ATTEMPTS = 3  # At a step that cannot be read although it is there, a poll apart.
 _END, _TIMEOUT, _WAIT = -1, -2, -3  # In place of a step.
@@ -90,13 +91,15 @@ def score_steps(job: Job, root: files.Path | None = None, *,
     patience: waits for more until the last step of training is scored; None does not wait.
 
   Raises:
-    InputError: a checkpoint of another model.
+    InputError: a checkpoint of another model, or another process does the same in this folder.
   """
-  following = _Following(job, root or job.root, wanted, patience)
-  try:
-    return following.run()
-  finally:
-    following.close()
+  root = root or job.root
+  with owned_by_first(Ownership(root, 'evaluation', job.say)):
+    following = _Following(job, root, wanted, patience)
+    try:
+      return following.run()
+    finally:
+      following.close()
 
 
 class _Following:
@@ -110,7 +113,11 @@ class _Following:
     self._seen: set[int] = set()  # Not scored yet.
     self._deleted: list[int] = []
     self._problems: dict[int, list[str]] = {}
-    self._curves = self._open_curves() if jax.process_index() == 0 else None
+    self._curves = self._reader = None
+    if jax.process_index() == 0:
+      files.remove_partial(root)
+      self._curves = self._open_curves()
+      self._reader = retention.Reader(job.run.readers, job.say)
 
   def run(self) -> Outcome:
     while (step := self._agreed_next()) not in (_END, _TIMEOUT):
@@ -125,7 +132,7 @@ class _Following:
 
   def close(self) -> None:
     if self._curves:
-      retention.set_being_read(self._root, None)
+      self._reader.close()
       self._curves.close()
 
   def _agreed_next(self) -> int:
@@ -147,9 +154,7 @@ class _Following:
     """The step to evaluate now, or what else to do."""
     saved = self._saved()
     for step in filter(self._wanted, saved):
-      if step not in self._figures and (
-          figures := retention.recorded_figures(self._root, step)) is not None:
-        self._record(step, figures)
+      self._look_up(step)
       if step not in self._figures and step not in self._seen:
         self._seen.add(step)
         self._waiting.reset()
@@ -162,6 +167,19 @@ class _Following:
       return _END
     return _TIMEOUT if self._waiting.is_over() else _WAIT
 
+  def _look_up(self, step: int) -> None:
+    """Takes over what is on record of a step; forgets it where it is of another checkpoint."""
+    found = retention.record(self._root, step)
+    fits = found and found.fits(self._job.run.stamp(step), **self._job.about())
+    if fits and step not in self._figures:
+      self._record(step, found.figures)
+    elif not fits and (found or step in self._figures):
+      if self._figures.pop(step, None) or step not in self._seen:
+        self._job.say(f'the scores on record of step {step:,} are of another checkpoint or other '
+                      'data; scoring it again')
+      if self._curves:
+        self._curves.steps.discard(step)
+
   def _saved(self) -> list[int]:
     with self._job.run.checkpoints(read_only=True) as checkpoints:
       return checkpoints.steps()
@@ -172,8 +190,8 @@ class _Following:
 
   def _evaluate(self, step: int) -> bool:
     """Scores a step; False if it cannot be read."""
-    if self._curves:
-      retention.set_being_read(self._root, step)
+    if self._reader:
+      self._reader.hold(step)
     variables = self._load(step)
     if variables is None:
       return False
@@ -224,4 +242,5 @@ class _Following:
     tensorboard = None
     if self._root.parent == workdir:
       tensorboard = workdir / 'tensorboard' / self._root.name
-    return MetricsWriter(self._root, None, tensorboard)
+    return MetricsWriter(self._root, None, tensorboard,
+                         keep=lambda step: self._job.run.is_current(self._root, step))

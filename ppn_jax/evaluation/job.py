@@ -25,11 +25,15 @@ from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.pictures.gallery import Gallery
 from ppn_jax.pictures.report import evaluation_page
 from ppn_jax.run import Run
-from ppn_jax.training import coordination, partition
+from ppn_jax.training import coordination, partition, retention
+from ppn_jax.training.ownership import Ownership
 from ppn_jax.training.step import abstract_state
 
 # Smaller images are enlarged to this for a contact sheet, so that names can be read.
 PICTURE_SIDE = 400
+
+# How long another evaluation that is writing to the same folder is waited for.
+WAIT_SECONDS = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,30 @@ class Job:
     return load_variables(self.run, self.detector, self.evaluator.mesh, step=step,
                           ema=self.options.ema, say=self.say)
 
+  def score(self, step: int | None, output: files.Path | None = None) -> Evaluation:
+    """Loads a step, by default the newest, and evaluates it; see `evaluate`.
+
+    Args:
+      step: which.
+      output: folder to write to; by default that of the step in `root`.
+    """
+    reader = retention.Reader(self.run.readers, self.say) if jax.process_index() == 0 else None
+    try:
+      if reader and step is not None:
+        reader.hold(step)
+      step, variables = self.load(step)
+      if reader:
+        reader.hold(step)
+      return self.evaluate(step, variables, output or self.root / str(step))
+    finally:
+      if reader:
+        reader.close()
+
+  def about(self) -> dict[str, Any]:
+    """Returns what scores depend on besides the checkpoint."""
+    average = self.options.ema is not False and bool(self.run.config.optim.ema_decay)
+    return {'average': average, 'images': len(self.evaluator.source)}
+
   def evaluate(self, step: int, variables: Variables, folder: files.Path) -> Evaluation:
     """Scores the variables and writes down what it found.
 
@@ -107,6 +135,7 @@ class Job:
     be made costs no figure.
     """
     evaluator, options, report = self.evaluator, self.options, None
+    stamp = self.run.stamp(step) if jax.process_index() == 0 else None
     total = len(evaluator.source)
     self.say(f'evaluating step {step:,} on {total:,} images')
     rows = evaluator.rows(variables, on_images=_every_tenth(total, self.say))
@@ -114,16 +143,19 @@ class Job:
       self.say(f'skipped: {reason}')
     scores = evaluator.score(rows)
     if jax.process_index() == 0:
-      coco.write_results(folder / 'results.json',
-                         coco.renumber(rows, file_ids(evaluator.source)))
-      write_scores(folder / 'scores.json', scores)
-      if options.pictures:
-        save_png(folder / 'pictures.png',
-                 picture(evaluator.source, rows, self.run.categories, count=options.pictures))
-      if options.calibration:
-        report = self._calibration(step, rows, folder)
-      if options.report:
-        self._report(step, rows, scores, folder)
+      with Ownership(folder, 'evaluation', self.say, wait=WAIT_SECONDS):
+        files.remove_partial(folder)
+        coco.write_results(folder / 'results.json',
+                           coco.renumber(rows, file_ids(evaluator.source)))
+        write_scores(folder / 'scores.json', scores,
+                     {'checkpoint': stamp and stamp.checkpoint, **self.about()})
+        if options.pictures:
+          save_png(folder / 'pictures.png',
+                   picture(evaluator.source, rows, self.run.categories, count=options.pictures))
+        if options.calibration:
+          report = self._calibration(step, rows, folder)
+        if options.report:
+          self._report(step, rows, scores, folder)
     return Evaluation(step, scores, folder, report)
 
   def _calibration(self, step: int, rows: list[dict[str, Any]], folder: files.Path
@@ -182,8 +214,7 @@ def evaluate(run: Run, *, step: int | None = None, options: Options = Options(),
     InputError: no such checkpoint, or bad data.
   """
   job = prepare(run, options, say)
-  step, variables = job.load(step)
-  return job.evaluate(step, variables, output or job.root / str(step))
+  return job.score(step, output)
 
 
 def _to_stderr(text: str) -> None:

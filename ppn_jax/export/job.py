@@ -3,13 +3,13 @@
 import dataclasses
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from ppn_jax import files
 from ppn_jax.data import folders
 from ppn_jax.data import images as images_lib
 from ppn_jax.data.bad_examples import BadExamples, spread_examples
@@ -86,8 +86,8 @@ def export(run: Run, output: pathlib.Path, options: Options, *, step: int | None
   variables = jax.device_get(variables)
   say(f'writing step {step:,} as {options.format}, {options.precision}')
   output.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=output.parent, prefix=f'.{output.name}.') as temporary:
-    path = pathlib.Path(temporary) / output.name
+  with files.partial_folder(output) as temporary:
+    path = temporary / output.name
     _write(path, detector, variables, options, pictures)
     metadata.attach(path, _describe(run, detector, options, step))
     say(f'checking it on {len(checked)} images')
@@ -95,7 +95,7 @@ def export(run: Run, output: pathlib.Path, options: Options, *, step: int | None
     made = check(exported, jax.jit(reference.detect), variables, checked, options)
     size = size_of(path)
     check_new(output, options)
-    for part in sorted(pathlib.Path(temporary).iterdir(), key=lambda p: p.name == output.name):
+    for part in sorted(temporary.iterdir(), key=lambda p: p.name == output.name):
       shutil.move(part, output.parent / part.name)
   return Export(output, step, size, len(checked), *made)
 

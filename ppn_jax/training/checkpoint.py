@@ -4,18 +4,21 @@ what is whole."""
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from ppn_jax import files
-from ppn_jax.errors import InputError, Stopped, StoreError
+from ppn_jax.errors import InputError, Stopped, StoreError, is_outage
 from ppn_jax.training import coordination, integrity, orbax_manager, partition
 from ppn_jax.training.background import Background, copied
-from ppn_jax.training.retention import BestScored
+from ppn_jax.training.retention import BestScored, Stamp
 from ppn_jax.training.state import TrainState
+
+T = TypeVar('T')
 
 _policies = ocp.checkpoint_managers
 
@@ -61,13 +64,15 @@ class Checkpoints:
     keep_best: how many of the steps with the highest AP to keep besides.
     read_only: for those who look at a run that another process may be writing.
     evaluations: where evaluation jobs leave their figures; see `retention`.
+    readers: where they say what they are reading.
 
   Attributes:
     failures: how many saves have failed since one succeeded.
   """
 
   def __init__(self, folder: files.Path, *, keep_last: int = 3, keep_best: int = 1,
-               read_only: bool = False, evaluations: files.Path | None = None):
+               read_only: bool = False, evaluations: files.Path | None = None,
+               readers: files.Path | None = None):
     if keep_last < 1 or keep_best < 0:
       raise InputError(f'train.keep_last={keep_last} must be at least 1 and '
                        f'train.keep_best={keep_best} at least 0')
@@ -77,7 +82,7 @@ class Checkpoints:
     self._folder, self._read_only = files.absolute(folder), read_only
     self._keep = _policies.AnyPreservationPolicy([
         _policies.LatestN(keep_last),
-        BestScored(keep_best, _rank, evaluations)])
+        BestScored(keep_best, _rank, evaluations, readers, self.stamp)])
     if not read_only:  # Orbax does not, if it is told who takes part.
       if jax.process_index() == 0:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +119,10 @@ class Checkpoints:
   def latest(self) -> int | None:
     """The newest of `steps`, or None when there is none."""
     return max(self.steps(), default=None)
+
+  def stamp(self, step: int) -> Stamp | None:
+    """Returns what a step is known by, see `read_stamp`."""
+    return read_stamp(self._where(step))
 
   def save(self, step: int, state: TrainState, figures: dict[str, float] | None = None) -> None:
     """Begins to save `state` under `step`, with the figures that it was evaluated to, if it was.
@@ -197,11 +206,10 @@ class Checkpoints:
   def _read(self, like: TrainState | None, step: int) -> TrainState:
     where = self._where(step)
     with _as_damage(where):
-      tree = ocp.StandardCheckpointHandler().metadata(
-          self._manager.directory / str(step) / 'state').tree
+      tree = _retried(lambda: ocp.StandardCheckpointHandler().metadata(
+          self._manager.directory / str(step) / 'state')).tree
       saved = integrity.shapes(tree)
-      # Not by Orbax, which takes a description that it cannot read for an empty one.
-      description = json.loads((where / _DESCRIPTION).read_bytes())
+      description = _description(where)
       sums = description.get('custom_metadata', {}).get(_CHECKSUMS)
       if not saved or not description.get('commit_timestamp_nsecs'):
         raise ValueError('its description is incomplete')
@@ -211,7 +219,7 @@ class Checkpoints:
     _check_same_tree(saved, integrity.shapes(like), where)
     with _as_damage(where):
       arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-      state = self._manager.restore(step, args=arguments).state
+      state = _retried(lambda: self._manager.restore(step, args=arguments)).state
       # Checkpoints of earlier versions have no checksums.
       wrong = sums and integrity.difference(sums, integrity.checksums(state))
       if wrong:
@@ -267,6 +275,41 @@ def _whole(described: dict[str, Any]) -> TrainState:
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), described))
 
 
+def read_stamp(checkpoint: files.Path) -> Stamp | None:
+  """Returns what the checkpoint in a folder is known by, without reading its arrays.
+
+  Checkpoints of versions that kept no checksums are known by when they were saved. None where there
+  is no checkpoint, or one that is damaged.
+
+  Raises:
+    OSError: It cannot be read now.
+  """
+  try:
+    description = _description(checkpoint)
+    saved = description['commit_timestamp_nsecs']
+    sums = description.get('custom_metadata', {}).get(_CHECKSUMS)
+    return Stamp(integrity.digest(sums) if sums else f'saved at {saved}', saved / 1e9)
+  except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError):
+    return None
+
+
+def _description(checkpoint: files.Path) -> dict[str, Any]:
+  """Returns Orbax's description of a checkpoint; Orbax takes one that it cannot read for empty."""
+  return json.loads(files.read_bytes(checkpoint / _DESCRIPTION))
+
+
+def _is_outage(error: BaseException) -> bool:
+  """As `errors.is_outage`, also of TensorStore, whose errors have statuses and numbers as text."""
+  text = str(error)
+  number = re.search(r"os_error_code='(\d+)'", text)
+  return (is_outage(error) or any(status in text for status in _UNREACHABLE)
+          or (number is not None and is_outage(OSError(int(number[1]), ''))))
+
+
+def _retried(act: Callable[[], T]) -> T:
+  return files.retried(act, _is_outage)
+
+
 def _rank(figures: dict[str, float | None]) -> float:
   """Returns the metric that the best checkpoint is best in, -inf if there is none.
 
@@ -281,12 +324,14 @@ def _as_damage(where: files.Path):
   """Whatever reading a broken file leads to -> DamagedCheckpoint, or StoreError."""
   try:
     yield
-  except (PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+  except (PermissionError, jax.errors.JaxRuntimeError):
     raise
   except Exception as e:
     reason = ' '.join(str(e).split())
-    if files.is_outage(e) or any(status in reason for status in _UNREACHABLE):
-      raise StoreError(f'{where} cannot be read now: {reason[:300]}') from e
+    if _is_outage(e):
+      reason = orbax_manager.reason(e)[:300] or 'not enough memory'
+      raise StoreError(f'{where} cannot be read now: {reason}; it is left as it is. If that lasts, '
+                       'move it away by hand to go back to the checkpoint before it') from e
     if not where.exists():
       reason = 'it was deleted while it was read'
     raise DamagedCheckpoint(f'{where} is damaged: {reason[:200] or type(e).__name__}') from e

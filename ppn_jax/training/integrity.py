@@ -1,5 +1,7 @@
 """Checksums of a state, by which a checkpoint is known to give back what was saved."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +30,11 @@ def difference(saved: Mapping[str, list], found: Mapping[str, list]) -> str | No
   """A name in which two `checksums` differ, None when they are the same."""
   names = sorted(saved.keys() | found.keys())
   return next((n for n in names if saved.get(n) != found.get(n)), None)
+
+
+def digest(saved: Mapping[str, list]) -> str:
+  """Returns what stands for all of `checksums`, as 16 characters."""
+  return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def described(saved: Mapping[str, list]) -> dict[str, tuple[int, ...]]:

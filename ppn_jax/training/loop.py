@@ -2,14 +2,16 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ppn_jax import registry
+from ppn_jax import files, registry
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.sources import Source, build_source, split_train_block
 from ppn_jax.errors import InputError
@@ -17,14 +19,16 @@ from ppn_jax.evaluation.coco import Scores
 from ppn_jax.evaluation.evaluator import build_evaluator
 from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import Run, check_batch, create_run, is_run, open_run
-from ppn_jax.training import partition, peers, profiling
+from ppn_jax.training import coordination, partition, peers, profiling, retention
 from ppn_jax.training.feeds import build_feed
-from ppn_jax.training.metrics import MetricsWriter, Progress, evaluated
+from ppn_jax.training.metrics import MetricsWriter, Progress, evaluated, first_loss
+from ppn_jax.training.ownership import Ownership, owned_by_first
 from ppn_jax.training.preemption import Preempted, PreemptionNotice
 from ppn_jax.training.saved_step import read_step
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.step import abstract_state, jit_init
 from ppn_jax.training.stepping import Steps
+from ppn_jax.weights.importer import Imported
 from ppn_jax.weights.initial import initial_weights, with_weights
 
 
@@ -45,9 +49,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     The figures of the last evaluation, or None if the config asks for none.
 
   Raises:
-    InputError: anything wrong with config, data or workdir. It is found before the first
+    InputError: anything wrong with config, data or workdir, such as another process that trains
+      in it. It is found before the first
       compile, and nothing is overwritten.
-    TrainingDiverged: a loss or gradient is not finite.
+    TrainingDiverged: a loss or gradient is not finite, or the loss stays a thousand times above
+      the first one.
+    Interrupted: Ctrl-C came, and the step is saved.
     Preempted: SIGTERM came, or on a TPU notice of maintenance, and the step is saved.
     SaveFailed: the last step could not be saved, or others and train.on_save_error='stop'.
   """
@@ -77,17 +84,17 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   abstract = abstract_state(detector, optimizer, mesh)
   initialise = registry.bind('init', initial_weights, config.init.to_dict(),
                              given=['like', 'categories'])
-  with run.checkpoints(read_only=True) as checkpoints:
-    latest = checkpoints.latest()
-  initial = None
-  if latest is None:
-    initial = initialise(like=abstract.variables, categories=run.categories)
-    run = _with_init(run, config.init, report=initial.report.recorded() if initial else ())
-  elif earlier:  # What its weights started from, whatever the config says now.
-    run = _with_init(run, earlier.config.init)
   with (Progress(config.train.steps, quiet=jax.process_index() != 0) as progress,
+        owned_by_first(Ownership(run.workdir, 'training', progress.say)) as owner,
+        contextlib.nullcontext(_latest_or_initial(run, initialise, abstract)) as (latest, initial),
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
         peers.failing_together(besides=Preempted), contextlib.ExitStack() as closing):
+    if latest is None:
+      run = _with_init(run, config.init, report=initial.report.recorded() if initial else ())
+    elif earlier:  # What its weights started from, whatever the config says now.
+      run = _with_init(run, earlier.config.init)
+    if owner:
+      _clean_up(run)
     start, state = checkpoints.restore_newest(abstract, progress.say) or (0, None)
     owed = _owes_evaluation(run, start)
     if start >= config.train.steps and not owed:
@@ -116,7 +123,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       progress.say(f'--profile={profile}: these steps are behind, nothing is traced')
     trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard',
                                 progress.say)
-    steps = Steps(run, mesh, checkpoints, progress, writer, evaluator, notice, trace, saved_step)
+    steps = Steps(run, mesh, checkpoints, progress, writer, evaluator, notice, trace, saved_step,
+                  owner, _first_loss(run, start))
     scores = steps.evaluate_owed(start, state) if owed else None
     if start < config.train.steps:
       scores = steps.take(state, start, feed.jit_step(detector, optimizer), feed)
@@ -126,6 +134,31 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
 def _earlier_run(workdir: str | pathlib.Path) -> Run | None:
   """The run that is to be gone on with, if there is one."""
   return open_run(workdir) if is_run(workdir) else None
+
+
+def _latest_or_initial(run: Run, initialise: Callable, abstract: TrainState
+                       ) -> tuple[int | None, Imported | None]:
+  """Returns the newest step, or what a run without one starts from."""
+  with run.checkpoints(read_only=True) as checkpoints:
+    latest = checkpoints.latest()
+  if latest is not None:
+    return latest, None
+  return None, initialise(like=abstract.variables, categories=run.categories)
+
+
+def _clean_up(run: Run) -> None:
+  """Removes what processes that were killed have left behind."""
+  retention.remove_dead_readers(run.readers)
+  for folder in (run.workdir, run.readers, run.workdir / 'evaluation'):
+    files.remove_partial(folder)
+  for step in retention.numbered(run.workdir / 'evaluation'):
+    files.remove_partial(run.workdir / 'evaluation' / str(step))
+
+
+def _first_loss(run: Run, start: int) -> float | None:
+  """Returns the loss of the run's first step, the same in all processes; None at its start."""
+  known = first_loss(run.workdir) if start and jax.process_index() == 0 else None
+  return json.loads(coordination.hand_out(json.dumps(known).encode()))
 
 
 def _owes_evaluation(run: Run, step: int) -> bool:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,8 @@ from rich.text import Text
 
 from ppn_jax import files
 from ppn_jax.training.growing import EventFile, GrowingFile
+
+FIRST_LOSS = 'train/first_loss'  # In the first line: of the first step alone.
 
 
 class MetricsWriter:
@@ -26,12 +28,14 @@ class MetricsWriter:
     step: the step that the run starts from. What a killed run wrote beyond it is taken out,
       since it will be written again. None if steps come in any order; all is kept then.
     tensorboard: folder of the event files, by default in the workdir.
+    keep: of which other steps to keep the lines.
   """
 
-  def __init__(self, workdir: files.Path, step: int | None,
-               tensorboard: files.Path | None = None):
+  def __init__(self, workdir: files.Path, step: int | None, tensorboard: files.Path | None = None,
+               keep: Callable[[int], bool] = lambda step: True):
     path = workdir / 'metrics.jsonl'
     lines = list(_lines_up_to(path, step)) if path.exists() else []
+    lines = [line for line in lines if keep(json.loads(line)['step'])]
     self._outboxes = files.Outbox(workdir), files.Outbox(tensorboard or workdir / 'tensorboard')
     to_lines, to_events = (outbox.folder for outbox in self._outboxes)
     files.write_text(to_lines / path.name, ''.join(lines))
@@ -95,15 +99,28 @@ def evaluated(workdir: files.Path, step: int) -> bool:
 
 
 def read(path: files.Path) -> list[dict[str, float | None]]:
-  """The whole lines of a `metrics.jsonl`, in order of step; none if there is no such file.
+  """Returns the whole lines of a `metrics.jsonl`, in order of step; none if there is no such file.
 
-  Metrics of an evaluation that do not exist are None, also in files of versions that wrote -1.
+  Of lines with the same metrics of the same step the last counts: it was scored again. Metrics of
+  an evaluation that do not exist are None, also in files of versions that wrote -1.
   """
   lines = [json.loads(line) for line in _lines_up_to(path, None)] if path.is_file() else []
   for line in lines:
     line.update({name: None for name, value in line.items()
                  if value == -1 and name.startswith('eval/')})
-  return sorted(lines, key=lambda line: line['step'])
+  last = {(line['step'], *line): line for line in lines}
+  return sorted(last.values(), key=lambda line: line['step'])
+
+
+def first_loss(workdir: files.Path) -> float | None:
+  """Returns the loss of a run's first step; None if it has reported none yet.
+
+  Runs of earlier versions did not write it down. Of those it is the mean up to the first report.
+  """
+  for line in read(workdir / 'metrics.jsonl'):
+    if (loss := line.get(FIRST_LOSS, line.get('train/loss'))) is not None:
+      return loss
+  return None
 
 
 def _lines_up_to(path: files.Path, step: int | None) -> Iterator[str]:
@@ -116,7 +133,10 @@ def _lines_up_to(path: files.Path, step: int | None) -> Iterator[str]:
 
 
 class Progress:
-  """One live line on a terminal, plain lines elsewhere; on stderr, so that results can be piped.
+  """A line for each report and, on a terminal, a live one below them that tells of each step.
+
+  On stderr, so that results can be piped. On a terminal each takes one row: what does not fit is
+  left out, the last first.
 
   Args:
     steps: of the whole run.
@@ -127,8 +147,9 @@ class Progress:
   def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False):
     self._steps = steps
     self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
-    self._live = Live(Text(''), console=self._console, auto_refresh=False)
-    self._status = ''
+    # Its last state is that of the last report.
+    self._live = Live(Text(''), console=self._console, auto_refresh=False, transient=True)
+    self._status: Sequence[str] = ()
 
   def __enter__(self) -> 'Progress':
     if self._console.is_terminal:
@@ -143,22 +164,32 @@ class Progress:
     """A line that stays."""
     self._console.print(Text(text))
 
-  def report(self, step: int, status: str) -> None:
-    """The state of the run after `step`; on a terminal it replaces the one before."""
+  def report(self, step: int, status: Sequence[str]) -> None:
+    """Writes the state of the run after `step`.
+
+    Args:
+      step: which.
+      status: its parts, from what matters most to what matters least.
+    """
     self._status = status
-    if self._console.is_terminal:
-      self.advance(step)
-    else:
-      self.say(self._line(step, status))
+    self.say(self._line(step, status))
+    self.advance(step)
 
   def advance(self, step: int, doing: str = '') -> None:
     """Moves the live line on, for the moment with what the run is `doing`; nothing elsewhere."""
     if self._console.is_terminal:
-      line = Text(self._line(step, doing or self._status), no_wrap=True, overflow='ellipsis')
+      line = Text(self._line(step, [doing] if doing else self._status), no_wrap=True,
+                  overflow='ellipsis')
       self._live.update(line, refresh=True)
 
-  def _line(self, step: int, status: str) -> str:
-    return f'step {step:,}/{self._steps:,}  {status}'.rstrip()
+  def _line(self, step: int, status: Sequence[str]) -> str:
+    line = f'step {step:,}/{self._steps:,}'
+    for part in status:
+      longer = f'{line}  {part}'
+      if self._console.is_terminal and len(longer) > self._console.width:
+        break
+      line = longer
+    return line
 
 
 class Stopwatch:

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from ppn_jax import files
+
 
 class Manager(ocp.CheckpointManager):
   """One that opens its folder also when the figures of a step cannot be read, and that leaves
@@ -25,7 +27,7 @@ class Manager(ocp.CheckpointManager):
 
   def metrics(self, step: int) -> Any:
     try:
-      return super().metrics(step)
+      return files.retried(lambda: super(Manager, self).metrics(step))
     except ValueError:
       self.without_figures.add(step)
       return None
@@ -61,15 +63,19 @@ def silence() -> None:
 
   def hook(unraisable: Any) -> None:
     # Of several files that cannot be written the first ends the event loop that the others'
-    # threads answer to.
-    if str(unraisable.exc_value) != 'Event loop is closed':
+    # threads answer to. Of several that cannot be read one tells of it, and the others end here.
+    code = getattr(unraisable.object, 'cr_code', None)
+    ours = code is None or 'orbax' not in code.co_filename
+    if ours and str(unraisable.exc_value) != 'Event loop is closed':
       report(unraisable)
 
   sys.unraisablehook = hook
 
 
 def reason(error: Exception) -> str:
-  """One line; the operating system's own where there is one behind what led to it."""
+  """Returns one line; the operating system's own where there is one behind what led to it."""
+  if isinstance(error.__cause__, OSError) and isinstance(error, OSError) and not error.strerror:
+    error = error.__cause__
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   text = ' '.join(str(error).split())

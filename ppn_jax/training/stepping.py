@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -18,8 +18,9 @@ from ppn_jax.run import Run
 from ppn_jax.training import coordination, profiling
 from ppn_jax.training.checkpoint import Checkpoints, SaveFailed
 from ppn_jax.training.feeds import Feed
-from ppn_jax.training.metrics import MetricsWriter, Progress, Stopwatch, duration
-from ppn_jax.training.preemption import Preempted, PreemptionNotice
+from ppn_jax.training.metrics import FIRST_LOSS, MetricsWriter, Progress, Stopwatch, duration
+from ppn_jax.training.ownership import Ownership
+from ppn_jax.training.preemption import Interrupted, Preempted, PreemptionNotice
 from ppn_jax.training.prefetch import Prefetcher, Unchanging
 from ppn_jax.training.saved_step import SavedStep, load_step
 from ppn_jax.training.state import TrainState
@@ -34,8 +35,13 @@ STEPS_IN_FLIGHT = 2
 MAX_FAILED_SAVES = 5
 
 
+# A run has plainly diverged when its loss stays above so many times its first one for so many steps
+# in a row. A first loss below 1, as of a run that starts from good weights, counts as 1.
+DIVERGED_FACTOR, DIVERGED_STEPS = 1000.0, 10
+
+
 class TrainingDiverged(Stopped):
-  """A loss or gradient is not finite; the message names step, quantity and the way back."""
+  """A loss or gradient is not finite or the loss has exploded; the message says how to go on."""
 
 
 @dataclasses.dataclass
@@ -50,6 +56,9 @@ class Steps:
   notice: PreemptionNotice
   trace: profiling.StepTrace
   saved_step: SavedStep | None = None
+  owner: Ownership | None = None  # Of the first process only.
+  first_loss: float | None = None  # Of the run; None before its first step.
+  exploded: int = 0  # How many of the last steps in a row had a loss far above it.
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
   watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
   mute: bool = False  # It has been said that figures cannot be written.
@@ -61,7 +70,7 @@ class Steps:
     train_step = self._compile(train_step, state, feed)
     scores = None
     if self.notice.given():
-      raise Preempted(f'told to end before a step was taken; {self.run.workdir} is as it was')
+      raise self.notice.end(f'no step was taken, {self.run.workdir} is as it was')
     with feed.open(start, self.progress) as batches, self.trace:
       for step in range(start + 1, train.steps + 1):
         batch = self._next(batches)
@@ -75,23 +84,28 @@ class Steps:
         last = step == train.steps
         due = self.evaluator and (last or step % train.evaluate_every == 0)
         ending = self.notice.reached(step) and (due or not last)
-        evaluating = due and not ending
         saving = due or last or ending or step % train.checkpoint_every == 0
         if saving or step % train.log_every == 0:
           self._report(step)  # Also what keeps a state that is not finite from being saved.
           self._tell(feed.bad)
+        evaluating = due and not ending and not self.exploded
         if evaluating:
           scores = self._evaluate_or_save(step, state)
-        if saving:
+        if saving and self.exploded:
+          self.progress.say(f'step {step:,} is not saved: its loss is more than '
+                            f'{DIVERGED_FACTOR:,.0f} times the first, {self.first_loss:.4g}')
+        elif saving:
           self._save(step, state, scores.figures if evaluating else None)
         if ending:
-          self._end_early(step)
+          self._end_early(step, 'is not saved' if self.exploded else 'could not be saved')
     self._complete_save(step, state, scores)
     return scores
 
   def _save(self, step: int, state: TrainState, figures: dict[str, float | None] | None = None
             ) -> None:
     """Begins a save when the one before is complete; says what fails, or raises it."""
+    if self.owner:
+      self.owner.check()
     if self.writer:  # A run that goes on from this step does not write its figures again.
       with self._informing():
         self.writer.flush()
@@ -117,18 +131,18 @@ class Steps:
       self.checkpoints.save(step, state, scores.figures if scores else None)
       self.checkpoints.wait()
 
-  def _end_early(self, step: int) -> None:
+  def _end_early(self, step: int, unsaved: str = 'could not be saved') -> None:
     try:
       self.checkpoints.wait()
     except SaveFailed as e:
       if jax.process_count() > 1:  # Where it fails in one only, the others have to be told.
         raise
-      raise Preempted(f'told to end, but {e}; start again to go on from there') from e
+      raise self.notice.end(f'{e}; start again to resume from there') from e
     if (newest := self.checkpoints.latest()) != step:
-      raise Preempted(f'told to end, but step {step:,} could not be saved; start again to go on '
-                      f'from step {newest or 0:,} in {self.run.workdir}')
-    raise Preempted(f'told to end; step {step:,} is saved in {self.run.workdir}, start again to '
-                    'go on from there')
+      raise self.notice.end(f'step {step:,} {unsaved}; start again to resume '
+                            f'from step {newest or 0:,} in {self.run.workdir}')
+    raise self.notice.end(f'step {step:,} is saved in {self.run.workdir}, start again to resume '
+                          'from there')
 
   def _next(self, batches: Prefetcher | Unchanging) -> tuple[Any, ...]:
     """What the next step takes; waiting for it counts only while the devices have no work."""
@@ -160,6 +174,8 @@ class Steps:
     self.pending.clear()
     columns = StepMetrics(*(np.array(column) for column in zip(*metrics, strict=True)))
     self._check_finite(taken, columns)
+    first = self.first_loss is None
+    self._check_explosion(taken, columns.loss)
     means = {name: float(np.mean(column)) for name, column in columns._asdict().items()}
     means['learning_rate'] = float(columns.learning_rate[-1])
     means |= self.watch.rates(self.run.config.train.batch_size) | profiling.peak_memory()
@@ -167,12 +183,12 @@ class Steps:
     self.watch = Stopwatch()
     if self.writer:
       with self._informing():
-        self.writer.write(step, {f'train/{name}': value for name, value in means.items()})
-    self.progress.report(step, (
-        'loss {loss:.4g} (class {classification:.4g}, box {localization:.4g}, decay '
-        '{regularization:.3g})  rate {learning_rate:.3g}  {images_per_second:,.1f} images/s  '
-        'data {data_wait:.0%}  ').format(**means) +
-        f'memory {profiling.format_peaks(means)}  left {duration(left)}')
+        self.writer.write(step, {f'train/{name}': value for name, value in means.items()} |
+                          ({FIRST_LOSS: self.first_loss} if first else {}))
+    self.progress.report(step, [f'left {duration(left)}', *(part.format(**means) for part in (
+        'loss {loss:.4g}', '{images_per_second:,.1f} images/s', 'rate {learning_rate:.3g}',
+        'data {data_wait:.0%}', 'class {classification:.4g}', 'box {localization:.4g}',
+        'decay {regularization:.3g}')), f'memory {profiling.format_peaks(means)}'])
 
   def _tell(self, bad: BadExamples) -> None:
     """Names what could not be read since the last time, in any process and in the workdir."""
@@ -200,13 +216,29 @@ class Steps:
       return
     at = int(np.argmin(finite.all(axis=0)))
     quantity = StepMetrics._fields[int(np.argmin(finite[:, at]))]
+    self._diverge(f'{quantity} is {float(columns[StepMetrics._fields.index(quantity)][at])} at '
+                  f'step {steps[at]:,}')
+
+  def _check_explosion(self, steps: tuple[int, ...], losses: np.ndarray) -> None:
+    """Counts the last steps whose loss is beyond all measure, and ends the run at too many."""
+    if self.first_loss is None:
+      self.first_loss = float(losses[0])
+    limit = DIVERGED_FACTOR * max(self.first_loss, 1.0)
+    for step, loss in zip(steps, losses, strict=True):
+      self.exploded = self.exploded + 1 if loss > limit else 0
+      last = step == self.run.config.train.steps
+      if self.exploded >= DIVERGED_STEPS or (self.exploded and last):
+        since = step - self.exploded + 1
+        self._diverge(f'loss is {loss:.4g} at step {step:,}, more than {DIVERGED_FACTOR:,.0f} '
+                      f'times the first, {self.first_loss:.4g}, since step {since:,}')
+
+  def _diverge(self, what: str) -> NoReturn:
     with contextlib.suppress(SaveFailed):  # What is being saved is good, and must get there.
       self.checkpoints.wait()
     good = self.checkpoints.latest()
     raise TrainingDiverged(
-        f'{quantity} is {float(columns[StepMetrics._fields.index(quantity)][at])} at step '
-        f'{steps[at]:,}; ' + (f'the last good checkpoint is step {good:,}' if good else
-                              'there is no checkpoint before it') +
+        f'{what}; ' + (f'the last good checkpoint is step {good:,}' if good else
+                       'there is no checkpoint before it') +
         f' in {self.run.workdir}. A lower optim.learning_rate or optim.clip_norm=10 may help')
 
   def _evaluate_or_save(self, step: int, state: TrainState) -> Scores:
@@ -216,7 +248,7 @@ class Steps:
     except BaseException as e:
       if jax.process_count() == 1:  # Else one that fails alone would wait for the others.
         self._save(step, state)
-        if isinstance(e, Preempted):
+        if isinstance(e, (Preempted, Interrupted)):
           self._end_early(step)
       raise
 
@@ -225,7 +257,10 @@ class Steps:
     scores = self.evaluate(step, state)
     if self.writer:
       with self._informing():
-        write_scores(self.run.workdir / 'evaluation' / str(step) / 'scores.json', scores)
+        stamp = self.checkpoints.stamp(step)
+        write_scores(self.run.workdir / 'evaluation' / str(step) / 'scores.json', scores, {
+            'checkpoint': stamp and stamp.checkpoint,
+            'average': bool(self.run.config.optim.ema_decay), 'images': scores.num_images})
     return scores
 
   def evaluate(self, step: int, state: TrainState) -> Scores:
@@ -235,8 +270,8 @@ class Steps:
 
     def on_images(count: int) -> None:
       if self.notice.given():
-        raise Preempted(f'told to end; step {step:,} is saved in {self.run.workdir}, start again '
-                        'to evaluate it and go on')
+        raise self.notice.end(f'step {step:,} is saved in {self.run.workdir}, start again to '
+                              'evaluate it and go on')
       self.progress.advance(step, f'evaluating: {count:,}/{total:,} images')
 
     rows = self.evaluator.rows(state.best_variables(), on_images=on_images)

@@ -11,6 +11,7 @@ from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.run import Run, create_run
 from ppn_jax.training import partition
+from ppn_jax.training.ownership import Ownership
 from ppn_jax.training.state import first_state
 from ppn_jax.training.step import abstract_state, jit_init
 from ppn_jax.weights import importer, labels, names
@@ -66,9 +67,11 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
     imported = importer.import_backbone(file, like, average=average)
     state = with_weights(jit_init(detector, optimizer, mesh)(config.seed), imported.variables)
   # First: a run without a checkpoint would be trained from random weights.
-  with run.checkpoints(read_only=False) as checkpoints:
-    checkpoints.save(0, state)
-  run.save()
+  with Ownership(run.workdir, 'training', say):
+    _check_new(run.workdir)  # A training may have begun meanwhile.
+    with run.checkpoints(read_only=False) as checkpoints:
+      checkpoints.save(0, state)
+    run.save()
   say(str(imported.report))
   say(line)
   return run

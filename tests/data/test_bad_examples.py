@@ -1,15 +1,19 @@
 """Damaged images: an error, or a named skip, never a silent one."""
 
+import errno
+import os
 import pathlib
 
 import numpy as np
 import pytest
 from tiny import tiny_config
 
+from ppn_jax import files
+from ppn_jax.data import images
 from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes, spread_examples
 from ppn_jax.data.loader import eval_batches, train_batches
 from ppn_jax.data.synthetic import SyntheticShapes
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, StoreError
 from ppn_jax.run import open_run
 from ppn_jax.training.loop import train
 
@@ -40,6 +44,40 @@ def test_by_default_a_damaged_image_stops_the_run():
     with pytest.raises(InputError, match=r'\d\.jpg: damaged'):
       for _ in range(2):
         next(batches)
+
+
+@pytest.mark.parametrize('policy', ['raise', 'skip'])
+@pytest.mark.parametrize('cause, bad', [
+    (OSError(errno.EIO, 'Input/output error'), False), (OSError(errno.ESTALE, 'Stale'), False),
+    (FileNotFoundError(errno.ENOENT, 'No such file'), True), (OSError('no JPEG'), True),
+    (PermissionError(errno.EACCES, 'Permission denied'), True), (None, True)])
+def test_a_disk_in_trouble_makes_no_image_a_bad_one(policy, cause, bad):
+  error = InputError('5.jpg: cannot be read')
+  error.__cause__ = cause
+  examples = BadExamples('data.train', 10, policy, 0.5)
+  if bad and policy == 'skip':
+    examples.note(error)
+    assert examples.news() == ['5.jpg: cannot be read']
+  else:
+    with pytest.raises(InputError if bad else StoreError, match=r'5\.jpg: cannot be read'):
+      examples.note(error)
+    assert not examples.news()
+
+
+def test_an_image_is_read_again_when_the_disk_is_in_trouble(tmp_path, monkeypatch):
+  path, tried = tmp_path / 'a.jpg', []
+  path.write_bytes(b'pixels')
+  original = pathlib.Path.read_bytes
+
+  def read(self):
+    tried.append(self)
+    if len(tried) < 3:
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return original(self)
+
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', read)
+  monkeypatch.setattr(files, 'RETRY_SECONDS', (0, 0))
+  assert images.read(str(path)) == b'pixels' and len(tried) == 3
 
 
 def test_skipped_images_are_named_once_and_replaced_by_the_next_of_the_order():

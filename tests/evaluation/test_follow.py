@@ -1,10 +1,14 @@
 """Scoring many steps: beside training, across kills and deletions, and what training keeps."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import pathlib
 import shutil
 import threading
+import time
 from types import SimpleNamespace
 
 import jax
@@ -14,12 +18,15 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tiny import tiny_config
 
+from ppn_jax import files
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation import follow
 from ppn_jax.evaluation.job import Job, Options, prepare
 from ppn_jax.evaluation.waiting import SAY_EVERY, Clock, Patience, wait_for_run
-from ppn_jax.training import loop, retention
+from ppn_jax.training import loop, ownership, retention
 from ppn_jax.training.checkpoint import Checkpoints
+from ppn_jax.training.ownership import Ownership, Process
+from ppn_jax.training.retention import Reader, Stamp
 from ppn_jax.training.state import TrainState
 
 STEPS = (2, 4, 6)
@@ -95,10 +102,11 @@ def job(trained, tmp_path):
   return job_for(trained, workdir)
 
 
-def job_for(job, workdir):
+def job_for(job, workdir, **changes):
   said = []
   fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(Job)}
   fields |= {'run': dataclasses.replace(job.run, workdir=workdir), 'say': said.append}
+  fields |= changes
   made = CountingJob(**fields)
   object.__setattr__(made, 'notes', SimpleNamespace(
       evaluated=[], said=said, disturb=lambda step: None))
@@ -136,7 +144,7 @@ def test_follows_a_training_that_runs_beside_it(followed):
   assert [line['step'] for line in lines(workdir / 'evaluation' / 'metrics.jsonl')] == [*STEPS]
   assert event_steps(workdir / 'tensorboard' / 'evaluation', 'eval/AP') == [*STEPS]
   assert not any('eval/AP' in line for line in lines(workdir / 'metrics.jsonl'))
-  assert retention.being_read(workdir / 'evaluation') is None
+  assert not retention.being_read(job.run.readers) and not [*job.run.readers.iterdir()]
   assert job.evaluator.detect._cache_size() == 1
 
 
@@ -294,19 +302,173 @@ def rank(figures):
     (dict(s1=0.5), {1: 0.5}, 0, [])])
 def test_which_checkpoints_are_best(tmp_path, figures, records, keep, kept):
   for step, ap in records.items():
-    (tmp_path / str(step)).mkdir()
-    (tmp_path / str(step) / 'scores.json').write_text(json.dumps({'figures': {'AP': ap}}))
-  checkpoints = checkpoints_of(**figures)
+    write_record(tmp_path, step, ap, checkpoint=f'values {step}')
+  checkpoints, readers = checkpoints_of(**figures), tmp_path / 'readers'
+  policy = retention.BestScored(keep, rank, tmp_path, readers,
+                                lambda step: Stamp(f'values {step}', 0.0))
+  assert chosen(policy, checkpoints) == kept
+  one, other = (Reader(readers, pytest.fail) for _ in range(2))
+  one.hold(1)
+  assert chosen(policy, checkpoints) == sorted({1, *kept})
+  other.hold(1)
+  one.close()
+  assert chosen(policy, checkpoints) == sorted({1, *kept}), 'the other still reads it'
+  other.close()
+  assert chosen(policy, checkpoints) == kept and not [*readers.iterdir()]
 
-  def chosen():
-    flags = retention.BestScored(keep, rank, tmp_path).should_preserve(checkpoints, context=None)
-    return [c.step for c, flag in zip(checkpoints, flags, strict=True) if flag]
 
-  assert chosen() == kept
-  retention.set_being_read(tmp_path, 1)
-  assert chosen() == sorted({1, *kept})
-  retention.set_being_read(tmp_path, None)
-  assert chosen() == kept
+def chosen(policy, checkpoints):
+  flags = policy.should_preserve(checkpoints, context=None)
+  return [c.step for c, flag in zip(checkpoints, flags, strict=True) if flag]
+
+
+def write_record(folder, step, ap, **scored):
+  path = folder / str(step) / 'scores.json'
+  files.write_text(path, json.dumps({'figures': {'AP': ap}, 'scored': scored}))
+  return path
+
+
+@pytest.mark.parametrize('scored, written, kept', [
+    (dict(checkpoint='new'), 0, [1]), (dict(checkpoint='old'), 9000, [2]),
+    ({}, 1500, [1]), ({}, 500, [2])])
+def test_scores_of_another_checkpoint_keep_nothing(tmp_path, scored, written, kept):
+  path = write_record(tmp_path, 1, 0.9, **scored)
+  os.utime(path, (written, written))
+  policy = retention.BestScored(1, rank, tmp_path, stamp=lambda step: Stamp('new', 1000.0))
+  assert chosen(policy, checkpoints_of(s1=0.1, s2=0.2)) == kept
+  unknown = retention.BestScored(1, rank, tmp_path)
+  assert chosen(unknown, checkpoints_of(s1=0.1, s2=0.2)) == [2]
+
+
+def test_while_records_cannot_be_read_nothing_is_deleted(tmp_path, monkeypatch):
+  write_record(tmp_path, 1, 0.9)
+  monkeypatch.setattr(files, 'RETRY_SECONDS', ())
+
+  def fail(*_, **__):
+    raise OSError(errno.EIO, 'Input/output error')
+
+  monkeypatch.setattr(pathlib.Path, 'read_text', fail)
+  policy = retention.BestScored(1, rank, tmp_path)
+  assert chosen(policy, checkpoints_of(s1=0.1, s2=0.2, s3=0.3)) == [1, 2, 3]
+
+
+def test_dead_readers_pin_nothing(tmp_path):
+  this, now = Process.this(), time.time()
+  readers = {
+      'here': (this, now - 9000), 'killed': (this._replace(pid=2**22 + 1), now),
+      'elsewhere': (this._replace(host='another'), now - 100),
+      'long gone': (this._replace(host='another'), now - 3600)}
+  for step, (name, (process, beat)) in enumerate(readers.items()):
+    files.write_text(tmp_path / f'{name}.json', process.as_json(step=step, beat=beat))
+  (tmp_path / 'rubbish.json').write_text('[')
+  assert retention.being_read(tmp_path) == {0, 2}
+  retention.remove_dead_readers(tmp_path)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['elsewhere.json', 'here.json']
+
+
+def test_a_reader_gives_signs_of_life(tmp_path, monkeypatch):
+  monkeypatch.setattr(retention, 'BEAT_SECONDS', 0.01)
+  reader = Reader(tmp_path, pytest.fail)
+  reader.hold(3)
+  path, = tmp_path.iterdir()
+  first, deadline = json.loads(path.read_text())['beat'], time.monotonic() + 30
+  while json.loads(path.read_text())['beat'] == first and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert json.loads(path.read_text())['beat'] > first
+  reader.close()
+
+
+def test_a_workdir_that_takes_no_record_can_be_read_all_the_same(tmp_path):
+  (tmp_path / 'readers').write_text('a file')
+  said = []
+  reader = Reader(tmp_path / 'readers', said.append)
+  for step in (1, 2):
+    reader.hold(step)
+  reader.close()
+  assert len(said) == 1 and 'so a training may delete checkpoints while' in said[0]
+
+
+def test_wherever_a_follower_writes_its_step_is_protected(job, tmp_path):
+  seen = []
+  job.notes.disturb = lambda step: seen.append(retention.being_read(job.run.readers))
+  raw = job_for(job, job.run.workdir, options=Options(ema=False))
+  raw.notes.disturb = job.notes.disturb
+  follow.score_steps(raw, wanted=follow.parse_steps('4:4'))
+  follow.score_steps(job, tmp_path / 'out', wanted=follow.parse_steps('4:4'))
+  job.score(4, tmp_path / 'one')
+  assert seen == [{4}] * 3 and not retention.being_read(job.run.readers)
+
+
+def test_two_followers_of_one_folder(job, monkeypatch):
+  monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
+  with Ownership(job.root, 'evaluation', print):
+    with pytest.raises(InputError, match='in use by another evaluation'):
+      follow.score_steps(job)
+  assert not job.notes.evaluated
+
+
+def resave(job, step):
+  """Another attempt has saved other values under the number of a step."""
+  shutil.rmtree(checkpoint(job, step))
+  shutil.copytree(checkpoint(job, 2), checkpoint(job, step))
+
+
+def test_scores_of_an_earlier_attempt_do_not_pass_for_new_checkpoints(job):
+  first = follow.score_steps(job).figures
+  job.notes.evaluated.clear()
+  resave(job, 4)
+  resave(job, 6)
+  assert [line['step'] for line in job.run.metrics() if 'eval/AP' in line] == [2]
+  second = follow.score_steps(job).figures
+  assert job.notes.evaluated == [4, 6] and tuple(second) == STEPS
+  assert any('scores on record of step 4 are of another' in line for line in job.notes.said)
+  assert second[4] == second[6] == second[2] == first[2]
+  curve = {line['step']: line['eval/AP'] for line in job.run.metrics() if 'eval/AP' in line}
+  assert curve == {step: figures['AP'] for step, figures in second.items()}
+  assert follow.score_steps(job).figures == second and job.notes.evaluated == [4, 6]
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_followed_is_scored_again(job):
+  clock = FakeTime(lambda: resave(job, 2 + 2))
+  config = job.run.workdir / 'config.json'
+  text = config.read_text()
+  config.write_text(text.replace('"steps": 6', '"steps": 8'))
+  clock.events.append(lambda: config.write_text(text))
+  outcome = follow.score_steps(job, patience=clock.patience())
+  assert job.notes.evaluated == [2, 4, 6, 4]
+  assert outcome.figures[4] == outcome.figures[2]
+
+
+def test_scores_of_other_weights_or_data_are_not_taken_over(job, tmp_path):
+  root = tmp_path / 'out'
+  follow.score_steps(job, root, wanted=follow.parse_steps('6:6'))
+  raw = job_for(job, job.run.workdir, options=Options(ema=False))
+  follow.score_steps(raw, root, wanted=follow.parse_steps('6:6'))
+  assert raw.notes.evaluated == [6]
+
+
+def test_records_of_earlier_versions_count_if_they_are_younger_than_the_checkpoint(job):
+  follow.score_steps(job)
+  for step in (4, 6):
+    path = job.root / str(step) / 'scores.json'
+    found = json.loads(path.read_text())
+    del found['scored']
+    path.write_text(json.dumps(found))
+  os.utime(path, (1000, 1000))
+  job.notes.evaluated.clear()
+  follow.score_steps(job)
+  assert job.notes.evaluated == [6]
+
+
+def test_curves_of_steps_that_this_attempt_has_yet_to_come_to_are_dropped(job):
+  follow.score_steps(job)
+  for step in (4, 6):
+    shutil.rmtree(checkpoint(job, step))
+  assert [line['step'] for line in job.run.metrics() if 'eval/AP' in line] == [2]
+  follow.score_steps(job)
+  assert [line['step'] for line in lines(job.root / 'metrics.jsonl')] == [2]
+  shutil.rmtree(checkpoint(job, 2))
+  assert [line['step'] for line in job.run.metrics() if 'eval/AP' in line] == [2], 'all are gone'
 
 
 def test_table_of_steps_without_metrics():
@@ -320,30 +482,30 @@ def test_table_of_steps_without_metrics():
 def test_a_record_that_is_none_counts_for_nothing(tmp_path, rubbish):
   (tmp_path / '2').mkdir()
   (tmp_path / '2' / 'scores.json').write_text(rubbish)
-  (tmp_path / 'reading.json').write_text(rubbish)
-  flags = retention.BestScored(1, rank, tmp_path).should_preserve(
-      checkpoints_of(s1=0.5, s2=None), context=None)
-  assert flags == [True, False]
+  (tmp_path / 'reader.json').write_text(rubbish)
+  policy = retention.BestScored(1, rank, tmp_path, tmp_path, lambda step: Stamp('same', 0.0))
+  assert chosen(policy, checkpoints_of(s1=0.5, s2=None)) == [1]
 
 
 def test_training_keeps_what_a_job_found_to_be_best(tmp_path):
   state = jax.tree.map(jnp.asarray, TrainState(
       np.int32(1), {'params': {'kernel': np.ones(3)}, 'batch_stats': {}}, (), {}))
-  records = tmp_path / 'evaluation'
-  with Checkpoints(tmp_path / 'c', keep_last=1, keep_best=1, evaluations=records) as checkpoints:
+  records, readers = tmp_path / 'evaluation', tmp_path / 'readers'
+  reader = Reader(readers, pytest.fail)
+  with Checkpoints(tmp_path / 'c', keep_last=1, keep_best=1, evaluations=records,
+                   readers=readers) as checkpoints:
     for step, ap in ((1, 0.2), (2, 0.6), (3, 0.4), (4, None)):
       checkpoints.save(step, state)
       checkpoints.wait()
       if ap is not None:
-        (records / str(step)).mkdir(parents=True)
-        (records / str(step) / 'scores.json').write_text(json.dumps({'figures': {'AP': ap}}))
+        write_record(records, step, ap, checkpoint=checkpoints.stamp(step).checkpoint)
     assert checkpoints.steps() == [2, 4]
-    retention.set_being_read(records, 4)
+    reader.hold(4)
     checkpoints.save(5, state)
     checkpoints.save(6, state)
     checkpoints.wait()
     assert checkpoints.steps() == [2, 4, 6]
-    retention.set_being_read(records, None)
+    reader.close()
     checkpoints.save(7, state)
     checkpoints.wait()
     assert checkpoints.steps() == [2, 7]

@@ -1,6 +1,8 @@
 """Damaged checkpoints are noticed, named, and passed over for the one before."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -9,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from ppn_jax import files
 from ppn_jax.errors import InputError, StoreError
-from ppn_jax.training import checkpoint, integrity, partition
+from ppn_jax.training import checkpoint, integrity, orbax_manager, partition
 from ppn_jax.training.checkpoint import Checkpoints, DamagedCheckpoint, SaveFailed
 from ppn_jax.training.state import TrainState
 
@@ -178,6 +181,82 @@ def test_damaged_figures_cost_the_figures_only(folder):
     step, state, said = restore_newest(folder, read_only=read_only)
     assert step == 2 and same(state, make_state(2))
     assert said == [f'the figures of {folder}/2 are damaged; it counts as not evaluated']
+
+
+TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT]
+
+# By which call of whom each part is read.
+READERS = [
+    (pathlib.Path, 'read_bytes'),  # Orbax's description of the step.
+    (checkpoint.ocp.StandardCheckpointHandler, 'metadata'),
+    (orbax_manager.Manager, 'restore'),
+]
+
+
+def in_trouble(monkeypatch, owner, name, error, times):
+  """A method fails so often, whatever it is asked for; returns how often it was."""
+  asked, original = [], getattr(owner, name)
+
+  def method(*args, **options):
+    asked.append(name)
+    if len(asked) <= times:
+      raise error
+    return original(*args, **options)
+
+  monkeypatch.setattr(owner, name, method)
+  monkeypatch.setattr(files, 'RETRY_SECONDS', (0, 0))
+  return asked
+
+
+def errors_of(number):
+  """As Python and as TensorStore tell of it."""
+  text = os.strerror(number)
+  return [OSError(number, text, 'file'),
+          ValueError(f"UNKNOWN: Error reading file [os_error_code='{number}' {text}]")]
+
+
+@pytest.mark.parametrize('number', TRANSIENT)
+@pytest.mark.parametrize('owner, name', READERS)
+def test_a_store_in_trouble_condemns_nothing(folder, monkeypatch, owner, name, number):
+  for error in errors_of(number)[:1 if owner is pathlib.Path else 2]:
+    with monkeypatch.context() as patch:
+      in_trouble(patch, owner, name, error, times=2)
+      assert restore_newest(folder, read_only=False)[0] == 2
+    with monkeypatch.context() as patch:
+      in_trouble(patch, owner, name, error, times=99)
+      with pytest.raises(StoreError, match=rf'/2 cannot be read now: {os.strerror(number)}; it is'):
+        restore_newest(folder, read_only=False)
+  assert not folder.with_name(checkpoint.ASIDE).exists()
+
+
+@pytest.mark.parametrize('number', TRANSIENT)
+def test_figures_that_cannot_be_read_now_are_tried_again(folder, monkeypatch, number):
+  asked = in_trouble(monkeypatch, checkpoint.ocp.CheckpointManager, 'metrics',
+                     OSError(number, os.strerror(number)), times=2)
+  assert restore_newest(folder)[2] == [] and len(asked) >= 3
+
+
+def test_content_that_cannot_be_decoded_is_damage_at_once(folder, monkeypatch):
+  asked = in_trouble(monkeypatch, orbax_manager.Manager, 'restore',
+                     ValueError('DATA_LOSS: Error decompressing'), times=1)
+  step, _, said = restore_newest(folder)
+  assert step == 1 and len(said) == 1 and len(asked) == 2
+
+
+def test_a_checkpoint_is_known_without_its_arrays(folder, monkeypatch):
+  for path in (folder / '2' / 'state').rglob('*'):
+    if path.is_file():
+      path.unlink()
+  stamps = [checkpoint.read_stamp(folder / step) for step in '12']
+  assert stamps[0].checkpoint != stamps[1].checkpoint and stamps[0].saved < stamps[1].saved
+  assert stamps[0].checkpoint == integrity.digest(integrity.checksums(make_state(1)))
+  file = folder / '2' / '_CHECKPOINT_METADATA'
+  description = json.loads(file.read_text())
+  description['custom_metadata'] = {}
+  file.write_text(json.dumps(description))
+  assert checkpoint.read_stamp(folder / '2').checkpoint.startswith('saved at ')
+  file.write_text('{')
+  assert checkpoint.read_stamp(folder / '2') is None is checkpoint.read_stamp(folder / '3')
 
 
 @pytest.fixture

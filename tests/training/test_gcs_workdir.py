@@ -116,7 +116,7 @@ def test_evaluated_in_the_bucket(runs):
   lines = (folder / 'metrics.jsonl').read_text().splitlines()
   assert [json.loads(line)['step'] for line in lines] == [15, 20]
   assert list((bucket / 'tensorboard' / 'evaluation').iterdir())
-  assert not (folder / 'reading.json').exists()
+  assert not (bucket / 'readers').exists() and not (bucket / '.training.lock').exists()
 
 
 DAMAGE = """
@@ -202,3 +202,47 @@ def test_without_gcsfs_the_extra_is_named(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)
   with pytest.raises(InputError, match=r"pip install 'ppn_jax\[gcs\]'"):
     files.folder_path('gs://another/run')
+
+
+OWNED = """
+import sys
+from ppn_jax import files
+from ppn_jax.errors import InputError, Stopped
+from ppn_jax.training import ownership
+from ppn_jax.training.ownership import Ownership, Process
+ownership.BEAT_SECONDS = 0.1
+folder = files.folder_path('gs://bucket/owned')
+path = folder / '.training.lock'
+
+def elsewhere(text):
+  return Process.parse(text)._replace(host='pod-1', token='other').as_json(beat=0)
+
+with Ownership(folder, 'training', print) as first:
+  begun = first._version
+  while files.read_versioned(path).version == begun:
+    pass
+  ownership.BEAT_SECONDS = 1e6
+  print('beats')
+  try:
+    Ownership(folder, 'training', print).__enter__()
+  except InputError as e:
+    print('refused', 'in use by another training: process' in str(e))
+  theirs = files.read_versioned(path)
+  while not files.replace_version(path, elsewhere(theirs.text), theirs.version):
+    theirs = files.read_versioned(path)
+  try:
+    first._beat()
+    first.check()
+  except Stopped:
+    print('lost')
+print(Process.parse(files.read_versioned(path).text).host)
+with Ownership(folder, 'training', print):  # Its last sign of life is decades old.
+  print('taken over')
+print(files.read_versioned(path), files.replace_version(path, 'x', 12345))
+"""
+
+
+def test_a_workdir_in_the_bucket_has_one_owner(store):
+  done = python(store[1], OWNED)
+  assert done.stdout.splitlines() == [
+      'beats', 'refused True', 'lost', 'pod-1', 'taken over', 'None None'], done.stderr

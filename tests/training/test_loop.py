@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from tiny import CONFIG_FILE, tiny_config
 
+from ppn_jax import files
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation.job import evaluate
 from ppn_jax.run import open_run
-from ppn_jax.training import loop, partition, stepping
+from ppn_jax.training import loop, ownership, partition, stepping
 from ppn_jax.training.step import abstract_state
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
@@ -183,3 +184,25 @@ def test_intervals_out_of_range(tmp_path, entry, value):
   with pytest.raises(InputError, match=f'train.{entry}={value}'):
     loop.train(tiny_config(**{entry: value}), tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_second_training_in_the_workdir_is_refused(undisturbed, monkeypatch):
+  workdir, config, _ = undisturbed
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
+  monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
+  with ownership.Ownership(workdir, 'training', print):
+    before |= {workdir / '.training.lock': (workdir / '.training.lock').stat().st_mtime_ns}
+    with pytest.raises(InputError, match=rf'in use by another training: process {os.getpid()} on'):
+      loop.train(config, workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
+
+
+def test_what_killed_processes_have_left_is_removed(undisturbed):
+  workdir, config, _ = undisturbed
+  files.write_text(workdir / 'readers/gone-1-a.json', 'no reader')
+  left = [workdir / '.metrics.jsonl.abcdefgh.partial', workdir / 'evaluation/6/.a.abcdefgh.partial']
+  for path in left:
+    files.write_text(path, '')
+    os.utime(path, (1000, 1000))
+  loop.train(config, workdir)
+  assert not any(path.exists() for path in left) and not [*(workdir / 'readers').iterdir()]

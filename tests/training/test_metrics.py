@@ -3,12 +3,22 @@
 import io
 import json
 import math
+import re
 
+import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
 from ppn_jax.training import metrics
-from ppn_jax.training.metrics import MetricsWriter, Progress, Stopwatch, duration
+from ppn_jax.training.metrics import (
+  FIRST_LOSS,
+  MetricsWriter,
+  Progress,
+  Stopwatch,
+  duration,
+  first_loss,
+  read,
+)
 
 
 def lines(workdir):
@@ -73,16 +83,66 @@ def test_plain_lines_when_not_on_a_terminal():
   with Progress(1000, Console(file=out, force_terminal=False, soft_wrap=True)) as progress:
     progress.say('compiling')
     progress.advance(1)  # Silent: a log file needs no line a step.
-    progress.report(50, 'loss 1.5')
-  assert out.getvalue().splitlines() == ['compiling', 'step 50/1,000  loss 1.5']
+    progress.report(50, ['left 3s', 'loss 1.5', 100 * '.'])
+  assert out.getvalue().splitlines() == [
+      'compiling', f'step 50/1,000  left 3s  loss 1.5  {100 * "."}']
 
 
-def test_one_live_line_on_a_terminal():
+def rows(text):
+  """What a terminal has received, a row each, without what moves its cursor."""
+  return [row for row in re.sub(r'\x1b\[[0-9;?]*[a-zA-Z]|\r', '\n', text).split('\n') if row]
+
+
+STATUS = ['left 1h06m', 'loss 1.5', '512.0 images/s', 'rate 0.05', 'data 3%', 'class 0.8',
+          'box 0.5', 'decay 0.2', 'memory host 998 MB']
+
+
+@pytest.mark.parametrize('width, last', [(80, 'data 3%'), (100, 'box 0.5'), (120, 'decay 0.2'),
+                                         (200, 'memory host 998 MB')])
+def test_a_terminal_keeps_each_report_and_shows_the_last_step_below(width, last):
+  out = io.StringIO()
+  with Progress(1000, Console(file=out, force_terminal=True, width=width)) as progress:
+    for step in (50, 100):
+      progress.report(step, STATUS)
+      progress.advance(step + 1)
+  shown = rows(out.getvalue())
+  assert all(len(row) <= width for row in shown)
+  end = '  '.join(STATUS[:STATUS.index(last) + 1])
+  for step in (50, 51, 100, 101):
+    assert f'step {step}/1,000  {end}' in shown
+  # The reports stay, each in a row of its own that is followed by a new one.
+  assert out.getvalue().count(f'step 50/1,000  {end}\n') == 1
+
+
+def test_what_is_being_done_takes_the_place_of_the_status():
   out = io.StringIO()
   with Progress(1000, Console(file=out, force_terminal=True, width=80)) as progress:
-    progress.report(50, 'loss 1.5')
-    progress.advance(51)
-  assert 'step 51/1,000  loss 1.5' in out.getvalue()
+    progress.report(50, STATUS)
+    progress.advance(50, 'evaluating: 3/10 images')
+  assert rows(out.getvalue())[-1] == 'step 50/1,000  evaluating: 3/10 images'
+
+
+def test_the_first_loss_is_known_again(tmp_path):
+  assert first_loss(tmp_path) is None
+  writer = MetricsWriter(tmp_path, 0)
+  writer.write(10, {'train/loss': 1.5, FIRST_LOSS: 4.0})
+  writer.write(20, {'train/loss': 1.25})
+  writer.close()
+  assert first_loss(tmp_path) == 4.0
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 10, "train/loss": 1.5}\n')
+  assert first_loss(tmp_path) == 1.5, 'of runs of earlier versions'
+
+
+def test_of_a_step_that_was_scored_again_the_last_line_counts(tmp_path):
+  writer = MetricsWriter(tmp_path, None)
+  for step, ap in ((10, 0.1), (20, 0.2), (10, 0.3)):
+    writer.write(step, {'eval/AP': ap})
+  writer.write(10, {'train/loss': 1.5})
+  writer.close()
+  assert read(tmp_path / 'metrics.jsonl') == [
+      {'step': 10, 'eval/AP': 0.3}, {'step': 10, 'train/loss': 1.5}, {'step': 20, 'eval/AP': 0.2}]
+  MetricsWriter(tmp_path, None, keep=lambda step: step != 10).close()
+  assert [line['step'] for line in lines(tmp_path)] == [20]
 
 
 def test_stopwatch_shares(monkeypatch):
