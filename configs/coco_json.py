@@ -18,7 +18,7 @@ def recipe():
   config = base_config()
   config.model.layers.norm_decay = 0.99
   config.optim.learning_rate = 0.1
-  config.optim.warmup_learning_rate = 0.01
+  config.optim.warmup_factor = 0.1
   config.optim.rate_batch_size = 32
   config.optim.clip_norm = 10.0
   config.train.steps = 10_000

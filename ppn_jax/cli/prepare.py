@@ -47,20 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
-  from ppn_jax.data.sources import build_source, split_train_block
+  from ppn_jax.data.splits import open_splits
   options = Options(args.name, args.version, args.max_side, args.quality, args.shards,
                     args.processes, args.on_bad_image, args.max_bad)
-  names = args.splits.split(',') if args.splits else [s for s in _SPLITS if config.data[s].name]
+  names = args.splits.split(',') if args.splits else [
+      s for s in _SPLITS if config.data[s].name or (s == 'eval' and config.data.eval_fraction)]
   if len(set(names)) < len(names) or not set(names) <= set(_SPLITS):
     raise InputError(f"--splits={args.splits}, legal: 'train', 'eval', 'train,eval'")
-  sources, classes = {}, None
-  for name in names:
-    block = config.data[name].to_dict()
-    sources[name] = build_source(split_train_block(block)[0] if name == 'train' else block,
-                                 categories=classes, key=f'data.{name}')
-    classes = sources[name].categories
-    if getattr(sources[name], 'bad_boxes', None):
-      _say(str(sources[name].bad_boxes))
+  opened = open_splits(config, names)
+  sources = {name: opened[name] for name in names}
+  for line in dict.fromkeys(str(bad) for source in sources.values()
+                            if (bad := getattr(source, 'bad_boxes', None))):
+    _say(line)
   with _progress_bar() as progress:
     folder = prepare(sources, args.output, options, say=_say, progress=progress)
   counts = ', '.join(f'{len(source):,} images in {name!r}' for name, source in sources.items())

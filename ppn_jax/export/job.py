@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from ppn_jax.data import images as images_lib
-from ppn_jax.data.sources import Source, build_source, split_train_block, spread
+from ppn_jax.data.sources import Source, spread
+from ppn_jax.data.splits import open_split
 from ppn_jax.data.transforms import Resize
 from ppn_jax.detection.structures import Detections, Example, without_truth
 from ppn_jax.detector import Detector
@@ -197,10 +198,8 @@ class _Pictures:
       yield source[index]
 
   def _source(self, split: str) -> Source:
-    block = self.run.config.data[split]
-    block = split_train_block(block)[0] if split == 'train' else block.to_dict()
     try:
-      return build_source(block)
+      return open_split(self.run.config, split)
     except InputError as e:
       raise InputError(f'images of data.{split} are needed and cannot be had: {e}; give '
                        '--images=FOLDER of any pictures like them') from e
