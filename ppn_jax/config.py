@@ -81,7 +81,7 @@ def base_config() -> ConfigDict:
           resident=False,  # The whole set in device memory (ppn_jax.training.resident).
           resident_size=0),  # Side in pixels of what is held there; 0: as the network's input.
       eval=dict(name=''),
-      eval_fraction=0.0,  # Share of the training images to evaluate on (ppn_jax.data.splits).
+      eval_fraction=0.0,  # Share of the training images to evaluate on if `eval` names no data.
       transforms=(  # ppn_jax.data.transforms.build_transforms; of training, before resizing.
           dict(name='ssd_random_crop'),  # Before the flip, which is then of a smaller image.
           dict(name='horizontal_flip', probability=0.5)),

@@ -60,8 +60,8 @@ def entry(config, key):
     (['data.train.name=synthetic_shapes', 'data.train.image_size=48'], 'data.train.image_size', 48),
     (['data.train.name=tfds', 'data.train.cache=memory'], 'data.train.cache', 'memory'),
     # Blocks.
-    (['data.transforms=horizontal_flip,color_jitter'], 'data.transforms',
-     ({'name': 'horizontal_flip'}, {'name': 'color_jitter'})),
+    (['data.transforms=horizontal_flip,photometric_distortion'], 'data.transforms',
+     ({'name': 'horizontal_flip'}, {'name': 'photometric_distortion'})),
     (['data.transforms=()'], 'data.transforms', ()),
     (["data.transforms=(dict(name='horizontal_flip', probability=.2),)"], 'data.transforms',
      ({'name': 'horizontal_flip', 'probability': .2},)),

@@ -58,6 +58,13 @@ def test_batch_norm_keeps_float32_statistics_of_bfloat16():
   np.testing.assert_allclose(still.astype(jnp.float32), x.astype(jnp.float32), rtol=1e-2)
 
 
+def test_statistics_stay_float32_in_float64():
+  """A step must return the types that it takes."""
+  with jax.enable_x64(True):
+    _, _, _, updates = batch_norm(random((4, 3, 3, 2)))
+  assert {leaf.dtype for leaf in jax.tree.leaves(updates['batch_stats'])} == {jnp.dtype('float32')}
+
+
 def test_batch_norm_gradient_is_that_of_the_definition():
   with jax.enable_x64(True):
     x = random((4, 3, 3, 2))
