@@ -1,7 +1,7 @@
 """`ppn evaluate`."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ppn_jax.cli.flags import (
@@ -97,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
                     calibration=calibration if args.calibration else None)
   patience = Patience(args.poll, args.timeout)
   wanted = follow.parse_steps('all' if args.steps is None else args.steps)
-  _check_fraction(args.overrides)
   if not args.follow:
     opened = open_workdir(args)  # Mistakes are told before other processes are waited for.
   join_processes(args, hear_sigterm=False)  # Nobody here asks whether it came.
@@ -121,14 +120,6 @@ def run(args: argparse.Namespace) -> int:
   if jax.process_index() == 0:
     _print(evaluation, args.report)
   return 0
-
-
-def _check_fraction(overrides: Sequence[str]) -> None:
-  """Raises InputError if images that were trained on would be evaluated on."""
-  for entry in overrides:
-    if entry.startswith('--config.data.eval_fraction='):
-      raise InputError(f'{entry}: which images are kept back is decided when training begins; give '
-                       'data to evaluate on, such as --config.data.eval.images=...')
 
 
 def _print(evaluation: 'Evaluation', report: bool) -> None:

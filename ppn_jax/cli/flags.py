@@ -165,8 +165,9 @@ class _Override:
     table = component_table(path)
     if table is not None:
       if not block.get('name') and key != 'name':
+        known = ', '.join(sorted(registry.load(path, table)))
         raise InputError(f'config.{path} names no component that could take {key!r}; give '
-                         f'--config.{path}.name=NAME too')
+                         f'--config.{path}.name=NAME too, one of {known}')
       if key == 'name' or (path == 'data.train' and key in _train_options()):
         return type(block.get(key, ''))
       component = registry.resolve(path, block['name'], registry.load(path, table))
@@ -240,7 +241,20 @@ def open_workdir(args: argparse.Namespace) -> 'Run':
   if run.unknown_keys:
     print(f'ppn: {run.workdir}/config.json has keys that this version does not know and leaves '
           f'aside: {", ".join(run.unknown_keys)}', file=sys.stderr)
-  return dataclasses.replace(run, config=override(run.config, args.overrides))
+  config = override(run.config, args.overrides)
+  _check_kept_back(run, config)
+  return dataclasses.replace(run, config=config)
+
+
+def _check_kept_back(run: 'Run', config: 'ConfigDict') -> None:
+  """Raises InputError if images that a run was trained on would be taken for those kept back."""
+  here, there = ({'data.eval_fraction': c.data.eval_fraction, 'seed': c.seed}
+                 for c in (config, run.config))
+  if config.data.eval_fraction and here != there:
+    key = next(key for key in here if here[key] != there[key])
+    raise InputError(f'--config.{key}={here[key]}: which images are kept back for evaluation was '
+                     f'decided when training began ({key}={there[key]}); leave it out, or give '
+                     'data to evaluate on, such as --config.data.eval.images=...')
 
 
 def allowed(args: argparse.Namespace) -> tuple[str, ...]:

@@ -44,7 +44,8 @@ class _Parser(argparse.ArgumentParser):
     for argument in arguments:
       if argument.startswith('-'):
         action = self._option_string_actions.get(argument)
-        value_of_flag = action is not None and action.nargs is None
+        value_of_flag = (action.nargs is None if action
+                         else argument.startswith('--config.') and '=' not in argument)
       elif value_of_flag:
         value_of_flag = False
       else:

@@ -47,13 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
-  from ppn_jax.data.splits import open_splits
+  from ppn_jax.data.splits import names_data, open_splits
   options = Options(args.name, args.version, args.max_side, args.quality, args.shards,
                     args.processes, args.on_bad_image, args.max_bad)
   names = args.splits.split(',') if args.splits else [
       s for s in _SPLITS if config.data[s].name or (s == 'eval' and config.data.eval_fraction)]
   if len(set(names)) < len(names) or not set(names) <= set(_SPLITS):
     raise InputError(f"--splits={args.splits}, legal: 'train', 'eval', 'train,eval'")
+  if 'eval' in names and not args.splits and not (
+      names_data(config.data.eval) or config.data.eval_fraction):
+    raise InputError('data.eval names no data; give it, --config.data.eval_fraction=0.1 to keep '
+                     'back a tenth of the training images for it, or --splits=train')
   opened = open_splits(config, names)
   sources = {name: opened[name] for name in names}
   for line in dict.fromkeys(str(bad) for source in sources.values()

@@ -77,8 +77,8 @@ def names_data(block: Mapping[str, Any]) -> bool:
   return bool(name) and (places is None or any(block.get(place) for place in places))
 
 
-def check_data(config: ConfigDict) -> None:
-  """Checks what can be checked of the data blocks before a file is opened.
+def check_data(config: ConfigDict, splits: Sequence[str] = SPLITS) -> None:
+  """Checks what can be checked of the data blocks of `splits` before a file is opened.
 
   Raises:
     InputError: If a known source is given an option that it does not have, or
@@ -87,14 +87,16 @@ def check_data(config: ConfigDict) -> None:
   check_number('data.eval_fraction', config.data.eval_fraction, 0, 1)
   if config.data.eval_fraction == 1:
     raise InputError('data.eval_fraction=1.0 leaves nothing to train on; it must be below 1')
-  for split in SPLITS:
+  for split in splits:
     block = plain(config.data[split])
     name = block.get('name')
     if name and isinstance(name, str) and ':' not in name:
       options = split_train_block(block)[0] if split == 'train' else block
-      source = registry.resolve(f'data.{split}: source', name, SOURCES)
-      registry.check_options(f'data.{split}: source {name!r}', source, options.keys() - {'name'},
-                             given=GIVEN)
+      try:
+        registry.check_options(f'source {name!r}', registry.resolve('source', name, SOURCES),
+                               options.keys() - {'name'}, given=GIVEN)
+      except InputError as e:
+        raise InputError(f'data.{split}: {e}') from e
 
 
 def open_split(config: ConfigDict, split: str, *, categories: Sequence[Category] | None = None
@@ -115,7 +117,7 @@ def open_splits(config: ConfigDict, splits: Sequence[str], *,
   Raises:
     InputError: If there is no data to evaluate on, or as `build_source`.
   """
-  check_data(config)
+  check_data(config, splits)
   data, sources, whole = config.data, {}, None
   if 'train' in splits and 'eval' in splits and data.eval_fraction and names_data(data.eval):
     raise InputError(f'data.eval names data to evaluate on, and data.eval_fraction='

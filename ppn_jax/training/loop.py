@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from ppn_jax import registry
 from ppn_jax.config import complete
 from ppn_jax.data.sources import Source
-from ppn_jax.data.splits import describe_fraction, open_splits
+from ppn_jax.data.splits import check_data, describe_fraction, open_splits
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation.coco import Scores
 from ppn_jax.evaluation.evaluator import build_evaluator
@@ -54,6 +54,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   keep_freed_memory()
   # 1. Everything that can be wrong with the user's input, before anything is written.
   config = complete(config)
+  check_data(config)
   _check_numbers(config)
   traced = profiling.parse_steps(profile, config.train.steps)
   mesh = partition.data_mesh()

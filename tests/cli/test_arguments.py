@@ -1,8 +1,16 @@
 """Mistakes on the command line, before anything is read."""
 
-import pytest
+import argparse
+import json
 
+import pytest
+from tiny import tiny_config
+
+from ppn_jax.cli.flags import open_workdir
 from ppn_jax.cli.main import main
+from ppn_jax.detection.structures import Category
+from ppn_jax.errors import InputError
+from ppn_jax.run import create_run
 
 
 @pytest.mark.parametrize('arguments, said', [
@@ -40,6 +48,25 @@ def test_version(capsys):
   assert all(name in line for name in ('ppn_jax', 'jax ', 'Python'))
 
 
-def test_which_images_are_kept_back_is_not_for_evaluation_to_decide(capsys):
-  assert main(['evaluate', '--workdir=w', '--output=o', '--config.data.eval_fraction=0.2']) == 2
-  assert 'decided when training begins' in capsys.readouterr().err
+@pytest.mark.parametrize('entry, said', [
+    ('data.eval_fraction=0.2', '--config.data.eval_fraction=0.2: which images'),
+    ('data.eval_fraction=0.3', '--config.data.eval_fraction=0.3: which images'),
+    ('seed=1', r'--config.seed=1: which .* training began \(seed=0\)'), ('data.threads=3', '')])
+def test_which_images_are_kept_back_is_decided_when_training_begins(tmp_path, entry, said):
+  config = tiny_config().copy_and_resolve_references().unlock()
+  config.data.eval_fraction = 0.0 if said.startswith('--config.data.eval_fraction=0.2') else 0.2
+  create_run(tmp_path, config, (Category(1, 'cat'),)).save()
+  args = argparse.Namespace(workdir=str(tmp_path), allow=[], overrides=[f'--config.{entry}'])
+  if said:
+    with pytest.raises(InputError, match=said):
+      open_workdir(args)
+  else:
+    assert open_workdir(args).config.data.threads == 3
+
+
+def test_keys_that_are_left_aside_are_said(tmp_path, capsys):
+  create_run(tmp_path, tiny_config(), (Category(1, 'cat'),)).save()
+  written = json.loads((tmp_path / 'config.json').read_text())
+  (tmp_path / 'config.json').write_text(json.dumps(written | {'optim_': 3}))
+  open_workdir(argparse.Namespace(workdir=str(tmp_path), allow=[], overrides=[]))
+  assert 'does not know and leaves aside: optim_' in capsys.readouterr().err
