@@ -43,7 +43,7 @@ CONFIG = pathlib.Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.p
 # Runs of more pixels and of the quickstart's own rate part within some steps.
 SMALLER = ('model.image_size=64', 'model.neck.num_levels=3', 'data.train.image_size=64',
            'train.batch_size=8', 'optim.rate_batch_size=8', 'optim.learning_rate=0.01',
-           'optim.warmup_learning_rate=0.001', 'optim.warmup_fraction=0.25')
+           'optim.warmup_factor=0.1', 'optim.warmup_fraction=0.25')
 FORMS = ('native', 'shifted', 'dense')
 NATIVE = 'model.layers.conv_form=native'
 SHOWN = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # Steps whose `worst` is reported.

@@ -78,7 +78,7 @@ def make_config(args: argparse.Namespace, annotations: str):
   config.data.transforms = ()
   config.model.layers.norm_decay = 0.9
   config.optim.learning_rate = args.learning_rate
-  config.optim.warmup_learning_rate = args.learning_rate / 10
+  config.optim.warmup_factor = 0.1
   config.optim.rate_batch_size = 0
   config.optim.clip_norm = 10.0
   config.optim.weight_decay = 0.0

@@ -40,7 +40,8 @@ def main() -> None:
   config, mesh = base_config(), partition.data_mesh()
   config.model.num_classes, config.model.layers.dtype = 90, args.dtype
   detector = build_detector(config)
-  optimizer = build_optimizer(steps=100, batch_size=args.batch, learning_rate=0.01)
+  optimizer = build_optimizer(steps=100, batch_size=args.batch, learning_rate=0.01,
+                              rate_batch_size=0)
   augmentation = build_augmentation(config.data.transforms, image_size=300,
                                     resize=config.data.resize)
   plan = resident.Plan(num_images=IMAGES, batch_size=args.batch, max_boxes=BOXES, stored_size=300,

@@ -124,7 +124,8 @@ def set_up(config, batch_size: int, max_boxes: int = 100) -> Setup:
   """Compiles the step for batches of noise whose truth is padded to `max_boxes`."""
   keep_freed_memory()  # As `train` does.
   detector = build_detector(config)
-  optimizer = build_optimizer(steps=1000, batch_size=batch_size, learning_rate=0.01)
+  optimizer = build_optimizer(steps=1000, batch_size=batch_size, learning_rate=0.01,
+                              rate_batch_size=0)
   mesh = data_mesh()
   state = jit_init(detector, optimizer, mesh)(0)
   variables = jax.tree.map(jnp.copy, state.variables)

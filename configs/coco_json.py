@@ -6,8 +6,9 @@
     --config.train.steps=N --config.train.batch_size=B --config.train.checkpoint_every=K
 
 Runs on a laptop, a GPU or a TPU. The number of classes is read from the json. The rate goes with
-the batch size, the warm-up with the number of steps, so both may be changed alone. Without data
-to evaluate on, add --config.train.evaluate_every=0.
+the batch size, the warm-up with the rate and the number of steps, so each may be changed alone.
+Without data to evaluate on, --config.data.eval_fraction=0.1 keeps back a tenth of the training
+images for it, and --config.train.evaluate_every=0 does without.
 """
 
 from ppn_jax.config import base_config
@@ -16,9 +17,10 @@ from ppn_jax.config import base_config
 def recipe():
   """What training on your own images has in common in all formats: everything but the data."""
   config = base_config()
+  config.model.neck.num_levels = 0  # As many as the image size allows.
   config.model.layers.norm_decay = 0.99
   config.optim.learning_rate = 0.1
-  config.optim.warmup_learning_rate = 0.01
+  config.optim.warmup_factor = 0.1
   config.optim.rate_batch_size = 32
   config.optim.clip_norm = 10.0
   config.train.steps = 10_000

@@ -33,7 +33,7 @@ def get_config():
                           duplicates='keep')
   config.model.layers.dtype = 'bfloat16'
   config.optim.learning_rate = 0.7
-  config.optim.warmup_learning_rate = 0.1333
+  config.optim.warmup_factor = 0.1333 / 0.7
   config.optim.warmup_fraction = 2_000 / 50_000
   config.optim.rate_batch_size = 512
   config.train.steps = 50_000

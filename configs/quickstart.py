@@ -23,7 +23,7 @@ def get_config():
   config.loss.alpha = 0.75
   config.data.transforms = (dict(name='horizontal_flip'),)
   config.optim.learning_rate = 0.15
-  config.optim.warmup_learning_rate = 0.01
+  config.optim.warmup_factor = 0.01 / 0.15
   config.optim.rate_batch_size = 16
   config.optim.clip_norm = 10.0
   config.optim.ema_decay = 0.99

@@ -21,5 +21,5 @@ def get_config():
   with config.unlocked():
     hard_negative_mining(config)
     config.optim.learning_rate = 0.07
-    config.optim.warmup_learning_rate = 0.01
+    config.optim.warmup_factor = 0.01 / 0.07
   return config

@@ -25,7 +25,7 @@ def get_config():
     config.model.layers.dtype = 'float32'
     config.model.layers.kernel_stddev = 0.03
     config.optim.learning_rate = 0.9
-    config.optim.warmup_learning_rate = 0.3
+    config.optim.warmup_factor = 0.3 / 0.9
     config.optim.warmup_fraction = 1_000 / 20_000
     config.optim.rate_batch_size = 1_024
     config.train.steps = 20_000

@@ -19,43 +19,18 @@ import docstring_parser
 from ml_collections import ConfigDict
 
 from ppn_jax import config as config_module
-from ppn_jax import detector, registry
-from ppn_jax.data.sources import SOURCES
-from ppn_jax.data.transforms import TRANSFORMS
-from ppn_jax.detection.anchors import ssd_anchors
+from ppn_jax import registry
 from ppn_jax.detection.columns import ClassColumns
-from ppn_jax.detection.losses import LOSSES
-from ppn_jax.detection.matching import assign
-from ppn_jax.detection.postprocess import postprocess
-from ppn_jax.models.layers import LayerPolicy
-from ppn_jax.models.network import BACKBONES, HEADS, NECKS
-from ppn_jax.training.optim import build_optimizer
-from ppn_jax.weights.initial import initial_weights
 
 PAGE = pathlib.Path(__file__).with_name('configs.md')
 
 ORDER = ('seed', 'model', 'matching', 'postprocess', 'init', 'data', 'optim', 'train', 'eval')
 
-# Where the keys of a block are explained.
-FUNCTIONS = {
-    'model': (detector.build, ClassColumns),
-    'model.anchors': (ssd_anchors,),
-    'model.layers': (LayerPolicy,),
-    'matching': (assign,),
-    'postprocess': (postprocess,),
-    'init': (initial_weights,),
-    'optim': (build_optimizer,),
-}
+# Blocks that share a table, as they are called together.
+NAMES = {'data.train': 'data.train` and `data.eval'}
 
-# Blocks that name a component, and what may be named.
-COMPONENTS = {
-    'model.backbone': BACKBONES, 'model.neck': NECKS, 'model.head': HEADS, 'loss': LOSSES,
-    'data.train` and `data.eval': SOURCES, 'data.transforms': TRANSFORMS,
-}
-
-# Supplied by the system, not the user.
-GIVEN = {'anchors_per_cell', 'num_classes', 'policy', 'categories', 'max_boxes', 'bad_boxes',
-         'outputs', 'targets', 'columns', 'source', 'parent', 'on_bad_example'}
+# Attributes of components that their docstrings explain, beside what the system supplies.
+GIVEN = config_module.GIVEN | {'max_boxes', 'bad_boxes', 'source', 'on_bad_example'}
 
 HEAD = """# Config keys
 
@@ -63,6 +38,36 @@ Made by `python docs/make_configs.py` from [`ppn_jax/config.py`](../ppn_jax/conf
 docstrings of the functions that the keys are arguments of; do not edit it. Any key is set in a
 file of [`configs/`](../configs) or on the command line: `--config.optim.learning_rate=0.1`. A key
 that does not exist is an error that names the nearest one.
+
+In a config file, what a block leaves out has the default given here, also where the block is
+written anew: `config.train = dict(steps=2, batch_size=2)` keeps `keep_last=3`.
+`optim.warmup_learning_rate`, the rate at step 0 itself, is taken in place of `optim.warmup_factor`.
+
+## On the command line
+
+Every option of a component below can be set, whether or not the config file spells it out:
+
+- Several values: `--config.data.train.images=train2014,val2014`, or a Python literal,
+  `"--config.data.train.images=('a, b', 'c')"`. A path with a comma that exists is one path.
+- A number or none: `--config.model.layers.kernel_stddev=0.01`, `=None`.
+- Transforms: `--config.data.transforms=horizontal_flip,photometric_distortion`, with options
+  `"--config.data.transforms=(dict(name='horizontal_flip', probability=0.2),)"`, none
+  `"--config.data.transforms=()"`, an option of the first of them
+  `--config.data.transforms.0.probability=0.2`.
+- Another component: `--config.model.neck.name=conv_pyramid --config.model.neck.depths=256,128`.
+  Options that are not given have the new component's defaults; those of the one before are dropped.
+- A whole block: `"--config.model.neck=dict(name='conv_pyramid', depths=(256, 128))"`.
+
+Literals are numbers, text, `True`, `False`, `None`, tuples, lists and dictionaries; nothing in them
+is computed.
+
+## Code of your own in a run
+
+A workdir is data that people send each other. Where its config.json names a component by a dotted
+path, `'my_package.module:Name'`, the commands that open it (`evaluate`, `detect`, `export`,
+`summary --workdir`) import that only if it is allowed: `--allow=my_package`, which may be repeated,
+or `--allow=my_package.module`. In Python it is `ppn_jax.load(workdir, allow=('my_package',))`.
+Training, also a resumed one, uses what `--config` names. See [extending.md](extending.md).
 """
 
 
@@ -75,16 +80,21 @@ def page() -> str:
       parts += _block(name, config[name], comments)
     else:
       parts.append(f'## `{name}`\n\nDefault `{config[name]!r}`. {comments.get(name, "")}\n')
-  parts += [_components(block, known) for block, known in COMPONENTS.items()]
+  tables = {table: block for block, table in reversed(config_module.COMPONENTS.items())}
+  parts += [_components(NAMES.get(block, block), registry.load(block, table))
+            for table, block in reversed(tables.items())]
   return '\n'.join(parts).rstrip() + '\n'
 
 
 def _block(name: str, block: ConfigDict, comments: Mapping[str, str]) -> Iterator[str]:
-  meanings = _meanings(FUNCTIONS.get(name, ()))
+  function = config_module.FUNCTIONS.get(name)
+  meanings = _meanings((registry.load(name, function),) if function else ())
+  if name == 'model':
+    meanings = _meanings((ClassColumns,)) | meanings
   rows, inner = [], []
   for key, value in block.items():
     path = f'{name}.{key}'
-    if path in COMPONENTS or (name == 'data' and key in ('train', 'eval')):
+    if path in config_module.COMPONENTS and key != 'transforms':
       continue
     if isinstance(value, ConfigDict):
       inner += _block(path, value, comments)

@@ -154,6 +154,22 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
   return detector
 
 
+def configured_grid_sizes(
+    *, image_size: int, backbone: Mapping[str, Any], neck: Mapping[str, Any],
+    head: Mapping[str, Any], layers: Mapping[str, Any]) -> list[tuple[int, int]]:
+  """Returns (rows, columns) of each pyramid level, finest first; nothing is compiled.
+
+  Args: As of `build`.
+
+  Raises:
+    InputError: As `build`.
+  """
+  policy = dataclasses.replace(_layer_policy(layers), conv_form='native')
+  network = build_network(backbone=backbone, neck=neck, head=head, num_classes=1,
+                          anchors_per_cell=(1,), policy=policy)
+  return grid_sizes(network, image_size)
+
+
 def _layer_policy(options: Mapping[str, Any]) -> LayerPolicy:
   options = dict(options)
   dtype = options.pop('dtype', 'float32')

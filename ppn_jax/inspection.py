@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ppn_jax import files
+from ppn_jax.config import complete, plain
 from ppn_jax.data import images as image_files
 from ppn_jax.data.sources import file_ids
 from ppn_jax.data.transforms import Resize
@@ -181,7 +182,8 @@ class Inspection:
 
 
 def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
-            data: Mapping[str, Any] | None = None, threshold: float = 0.3) -> Inspection:
+                data: Mapping[str, Any] | None = None, threshold: float = 0.3,
+                allow: Sequence[str] = ()) -> Inspection:
   """Opens a run, with its detections on the evaluation data.
 
   Those that `ppn evaluate` has written are taken; else they are made, which takes as long as it.
@@ -191,18 +193,20 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
     step: a saved step; the newest by default.
     data: entries of `data.eval` to change, such as folders that are elsewhere on this machine.
     threshold: least score of a detection that is drawn, 0 to 1.
+    allow: packages or modules of your own that the run may import, see `run.open_run`.
 
   Raises:
     InputError: no run or checkpoint there, or bad data.
   """
   if not 0 <= threshold <= 1:
     raise InputError(f'threshold={threshold} must lie between 0 and 1')
-  run = open_run(workdir)
+  data = data or {}
+  allow = [allow] if isinstance(allow, str) else list(allow)
+  run = open_run(workdir, allow=allow + ([data['name']] if 'name' in data else []))
   if data:
-    config = run.config.copy_and_resolve_references()
-    with config.unlocked():
-      config.data.eval.update(data)
-    run = dataclasses.replace(run, config=config)
+    config = plain(run.config)
+    config['data']['eval'] |= data
+    run = dataclasses.replace(run, config=complete(config))
   job = prepare(run, Options(), lambda line: print(line, file=sys.stderr))
   step, variables = job.load(step)
   rows = None if data else _written(job.root / str(step) / 'results.json')

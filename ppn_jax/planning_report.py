@@ -72,6 +72,15 @@ def _rates(e: Estimate, prediction: Prediction) -> list[str]:
     lines.append(f'  left out of the cycles: {e.unestimated_sorts} sorts; counted once: '
                  f'{e.unknown_loops} loops of unknown length')
   if p.hours:
-    lines.append('  the configured run takes {1:,.1f} to {0:,.1f} hours, without evaluations'
-                 .format(*p.hours))
+    shortest, longest = (_duration(3600 * hours) for hours in reversed(p.hours))
+    lines.append(f'  the configured run takes {shortest} to {longest}, without evaluations')
   return lines
+
+
+def _duration(seconds: float) -> str:
+  """Hours where there are some, else minutes or seconds: '3.4 hours', '5.0 minutes', '0.3 seconds'.
+  """
+  for name, length in (('hours', 3600), ('minutes', 60)):
+    if seconds >= length:
+      return f'{seconds / length:,.1f} {name}'
+  return f'{seconds:,.1f} seconds'

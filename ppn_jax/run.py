@@ -23,12 +23,13 @@ from ml_collections import ConfigDict
 
 from ppn_jax import detector as detector_lib
 from ppn_jax import files, registry
-from ppn_jax.config import base_config
+from ppn_jax.config import GIVEN, complete, plain
 from ppn_jax.data.sources import check_categories
 from ppn_jax.detection.structures import Category
 from ppn_jax.detector import Detector
 from ppn_jax.errors import InputError, StoreError
 from ppn_jax.groups import check_group_size
+from ppn_jax.models.network import BACKBONES, HEADS, NECKS
 from ppn_jax.training import metrics, partition
 from ppn_jax.training.checkpoint import Checkpoints, read_stamp
 from ppn_jax.training.optim import Optimizer, build_optimizer
@@ -43,10 +44,12 @@ class Run:
     workdir: the folder, local or in a bucket.
     config: locked, `config.model.num_classes` set.
     categories: of the training data, in order of label.
+    unknown_keys: of config.json, which this version does not have and leaves aside.
   """
   workdir: files.Path
   config: ConfigDict
   categories: tuple[Category, ...]
+  unknown_keys: tuple[str, ...] = ()
 
   def save(self) -> None:
     """Writes config and categories to the workdir, which is made if need be."""
@@ -160,12 +163,14 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
                categories: Sequence[Category]) -> Run:
   """The run that `workdir` is to hold, or holds already; writes nothing (`Run.save` does).
 
-  The config may differ from an earlier one in how to go on (steps, rates, data folders), not in
+  Nothing is built from an earlier run's config, so that its components need not be allowed. This
+  one may differ from an earlier one in how to go on (steps, rates, data folders), not in
   the model or its classes, which the checkpoints belong to.
 
   Args:
     workdir: new, or of an earlier run; local, or gs://BUCKET/FOLDER.
-    config: `model.num_classes` 0 means as many as there are categories.
+    config: `model.num_classes` 0 means as many as there are categories, `model.neck.num_levels` 0
+      as many as the image size allows.
     categories: of the training data.
 
   Raises:
@@ -173,7 +178,7 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
       difference is named.
   """
   workdir = files.folder_path(workdir)
-  config = resolve_classes(config, categories)
+  config = _with_num_levels(resolve_classes(config, categories))
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f'workdir {workdir} is a file; give a folder, new or of an earlier run')
   if _config_path(workdir).exists():
@@ -189,8 +194,15 @@ def is_run(workdir: str | pathlib.Path) -> bool:
   return _config_path(files.folder_path(workdir)).is_file()
 
 
-def open_run(workdir: str | pathlib.Path) -> Run:
+def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
   """The run in `workdir`.
+
+  Components of its config that are given by a dotted path are code of others: they cannot be
+  built, only looked at, unless `allow` names them.
+
+  Args:
+    workdir: of `ppn train` or `ppn import-tf`.
+    allow: packages, modules or components that may be imported, see `registry.bar`.
 
   Raises:
     InputError: there is none, or its files cannot be read.
@@ -199,16 +211,23 @@ def open_run(workdir: str | pathlib.Path) -> Run:
   if not _config_path(workdir).is_file():
     raise InputError(f'workdir {workdir} is not a run: it has no config.json; '
                      'give the --workdir of a `ppn train`')
+  unknown: list[str] = []
   try:
-    config = ConfigDict(_tuples(_filled_in(json.loads(files.read_text(_config_path(workdir))),
-                                           base_config().to_dict())))
+    written = json.loads(files.read_text(_config_path(workdir)))
+    config = complete(written, unknown=unknown)
+    config = registry.bar(plain(config), _listed(allow), str(_config_path(workdir)))
     categories = json.loads(files.read_text(workdir / 'categories.json'))
-    return Run(workdir, config.lock(), tuple(Category(**c) for c in categories))
+    return Run(workdir, ConfigDict(config).lock(), tuple(Category(**c) for c in categories),
+               tuple(unknown))
   except StoreError:
     raise
   # Whatever a file of another shape leads to.
-  except (OSError, ValueError, TypeError, AttributeError) as e:
+  except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
     raise InputError(f'workdir {workdir} cannot be read as a run: {e}') from e
+
+
+def _listed(allow: Sequence[str]) -> Sequence[str]:
+  return (allow,) if isinstance(allow, str) else allow
 
 
 def resolve_classes(config: ConfigDict, categories: Sequence[Category]) -> ConfigDict:
@@ -221,13 +240,33 @@ def resolve_classes(config: ConfigDict, categories: Sequence[Category]) -> Confi
   if asked not in (0, len(categories)):
     raise InputError(f'model.num_classes={asked}, but the training data has {len(categories)} '
                      'categories; set it to 0 to take theirs')
+  config = plain(config)
+  config['model']['num_classes'] = len(categories)
+  return complete(config)
+
+
+def _with_num_levels(config: ConfigDict) -> ConfigDict:
+  """`config` with the number of pyramid levels that `num_levels=0` leads to, for the record."""
+  model = plain(config.model)
+  if model['neck'].get('name') not in NECKS or model['neck'].get('num_levels') != 0:
+    return config
   config = config.copy_and_resolve_references()
-  config.model.num_classes = len(categories)
-  return config.lock()
+  with config.unlocked():
+    config.model.neck.num_levels = len(detector_lib.configured_grid_sizes(**{
+        key: model[key] for key in ('image_size', 'backbone', 'neck', 'head', 'layers')}))
+  return config
 
 
 def _check_same_model(run: Run, config: ConfigDict, categories: Sequence[Category]) -> None:
-  for key, there, here in _differences(run.config.model.to_dict(), config.model.to_dict()):
+  here_model, there_model = plain(config.model), plain(run.config.model)
+  for block, known in [('backbone', BACKBONES), ('neck', NECKS), ('head', HEADS)]:
+    here, there = here_model[block], there_model[block]
+    if here.get('name') == there.get('name'):
+      # An option that one of them leaves out has its default there.
+      defaults = registry.options_of(registry.resolve(block, here['name'], known),
+                                     given=GIVEN).defaults
+      here_model[block], there_model[block] = defaults | here, defaults | there
+  for key, there, here in _differences(there_model, here_model):
     raise InputError(f'workdir {run.workdir} holds a run of another model: model.{key} is {there} '
                      f'there and {here} in this config; use another workdir')
   check_categories('training data', categories, run.categories)
@@ -239,27 +278,8 @@ def _differences(there: Any, here: Any, key: str = '') -> Iterator[tuple[str, An
     for name in sorted(there.keys() | here.keys()):
       dotted = f'{key}.{name}' if key else name
       yield from _differences(there.get(name, 'absent'), here.get(name, 'absent'), dotted)
-  elif _tuples(there) != _tuples(here):
+  elif plain(there) != plain(here):
     yield key, there, here
-
-
-def _filled_in(there: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-  """`there` with the keys that have come into the base config since the run was made.
-
-  A block that names another component than the base's has options of its own and stays.
-  """
-  if there.get('name', base.get('name')) != base.get('name'):
-    return there
-  blocks = {key: _filled_in(there[key], value) for key, value in base.items()
-            if isinstance(value, dict) and isinstance(there.get(key), dict)}
-  return {**base, **there, **blocks}
-
-
-def _tuples(value: Any) -> Any:
-  """JSON has lists only; configs have tuples."""
-  if isinstance(value, dict):
-    return {k: _tuples(v) for k, v in value.items()}
-  return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _config_path(workdir: files.Path) -> files.Path:

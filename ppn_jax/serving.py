@@ -4,7 +4,7 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
@@ -101,7 +101,7 @@ class ImageDetector:
 
 
 def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | None = None,
-         batch_size: int | None = None) -> ImageDetector:
+         batch_size: int | None = None, allow: Sequence[str] = ()) -> ImageDetector:
   """A trained detector, ready to be called: of a run, or of a file that `ppn export` wrote.
 
   A run's is compiled on the first call, once, for `batch_size` images; fewer are padded. 1 answers
@@ -115,6 +115,9 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
     ema: of a run: True for the moving average of the weights, False for the weights themselves;
       None for the average where the run keeps one.
     batch_size: images at a time; by default 1, or what a file takes that takes no other number.
+    allow: packages or modules of your own that a run may import, such as 'my_nets', where its
+      backbone, neck, head or loss is given by a dotted path. A workdir may come from anybody, so
+      none are imported by default.
 
   Raises:
     InputError: neither there, no such checkpoint or average, a batch size below 1 or another than
@@ -125,7 +128,7 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
     if '://' not in str(path) and not os.path.exists(path):
       raise InputError(f'{os.fspath(path)}: there is neither a workdir nor an exported file')
     from ppn_jax.run import open_run  # Heavy, and not for a file.
-    return ImageDetector(load_predictor(open_run(path), step=step, ema=ema,
+    return ImageDetector(load_predictor(open_run(path, allow=allow), step=step, ema=ema,
                                         batch_size=1 if batch_size is None else batch_size))
   if step is not None or ema is not None:
     raise InputError(f'step and ema choose among what a run has saved; {os.fspath(path)} is an '

@@ -14,7 +14,8 @@ import jax
 from jax.extend import core
 from ml_collections import ConfigDict
 
-from ppn_jax.data.sources import build_source, split_train_block
+from ppn_jax.config import complete
+from ppn_jax.data.splits import open_split
 from ppn_jax.detector import Detector
 from ppn_jax.errors import InputError
 from ppn_jax.models.flops import Operation, operations, used_arguments
@@ -123,8 +124,7 @@ def fill_in_classes(config: ConfigDict) -> ConfigDict:
   if config.model.num_classes:
     return config
   try:
-    block, _ = split_train_block(config.data.train.to_dict())
-    categories = build_source(block, on_bad_example=config.data.on_bad_example).categories
+    categories = open_split(complete(config), 'train').categories
   except InputError as e:
     raise InputError('model.num_classes is 0, which asks the training data; give '
                      f'--config.model.num_classes=N, or mend this: {e}') from e

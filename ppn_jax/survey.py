@@ -5,6 +5,7 @@ the first of a run with the same config. (With `data.train.resident` the devices
 from the same distributions.)
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ppn_jax.config import complete
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import eval_batches, required_boxes, train_batches
 from ppn_jax.data.report import Report, report
-from ppn_jax.data.sources import Source, build_source, split_train_block
+from ppn_jax.data.sources import Source
+from ppn_jax.data.splits import open_split
 from ppn_jax.data.transforms import build_transforms
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.anchor_search import Change, search
@@ -91,6 +94,7 @@ def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
   if split not in SPLITS:
     raise InputError(f'split={split}: {did_you_mean(split, SPLITS)}')
   check_integer('samples', samples, 1)
+  config = complete(config)
   source = _open(config, split)
   config = resolve_classes(config, source.categories)
   detector, data = build_detector(config), config.data
@@ -134,16 +138,11 @@ def _changes(config: ConfigDict, detector: Detector, boxes: Boxes) -> tuple[Chan
 
 def _open(config: ConfigDict, split: str) -> Source:
   """The source of a split. That of evaluation has the classes of training, where they are known."""
-  train, _ = split_train_block(config.data.train.to_dict())
-  skipping = {'on_bad_example': config.data.on_bad_example}
-  if split == 'train':
-    return build_source(train, key='data.train', **skipping)
-  try:
-    categories = build_source(train, **skipping).categories
-  except InputError:
-    categories = None
-  return build_source(config.data.eval.to_dict(), categories=categories, key='data.eval',
-                      **skipping)
+  categories = None
+  if split == 'eval':
+    with contextlib.suppress(InputError):
+      categories = open_split(config, 'train').categories
+  return open_split(config, split, categories=categories)
 
 
 def _batches(config: ConfigDict, split: str, source: Source, batch_size: int, bad: BadExamples

@@ -61,13 +61,13 @@ DIFFERENCES = [
     ('ssd_mobilenet_v1_coco_reference', 'ssd_mobilenet_v1_coco', REFERENCE | {
         'model.layers.kernel_stddev': 0.03, 'optim.learning_rate': 0.9,
         'optim.rate_batch_size': 1024, 'optim.warmup_fraction': 0.05,
-        'optim.warmup_learning_rate': 0.3, 'train.batch_size': 1024, 'train.steps': 20_000}),
+        'optim.warmup_factor': 0.3 / 0.9, 'train.batch_size': 1024, 'train.steps': 20_000}),
     ('ssd_mobilenet_v1_coco_mined', 'ssd_mobilenet_v1_coco', {
         'loss': {'name': 'hard_negative_mining', 'negatives_per_positive': 3.0, 'group_size': 0,
                  'localization_weight': 1.0},
         'model.background_column': True, 'model.head.prior': 0.5,
         'model.score_activation': 'softmax', 'optim.learning_rate': 0.07,
-        'optim.warmup_learning_rate': 0.01}),
+        'optim.warmup_factor': 0.01 / 0.07}),
     ('quickstart_ssd', 'quickstart', {
         **{key: value for key, value in SSD.items() if key != 'model.backbone.last_block'},
         'model.neck': {'name': 'conv_pyramid', 'strides': (16,), 'depths': (256, 128, 128)}})]

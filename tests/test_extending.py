@@ -12,7 +12,9 @@ import sys
 import pytest
 from PIL import Image
 
+import ppn_jax
 from ppn_jax import registry
+from ppn_jax.cli.main import main
 from ppn_jax.data.sources import build_source
 from ppn_jax.errors import InputError
 
@@ -54,9 +56,9 @@ def importable(folder, monkeypatch):
 
 
 def test_the_page_has_what_is_run():
-  assert set(FILES) == {'my_nets.py', 'my_data.py', 'my_config.py'} and len(COMMANDS) == 1
+  assert set(FILES) == {'my_nets.py', 'my_data.py', 'my_config.py'} and len(COMMANDS) == 2
   # Every block of code is one of those.
-  assert len(re.findall(r'^```', PAGE, re.M)) == 2 * (len(FILES) + 2)
+  assert len(re.findall(r'^```', PAGE, re.M)) == 2 * (len(FILES) + 3)
 
 
 def test_source_is_a_source(importable):
@@ -86,8 +88,8 @@ def test_backbone_options_are_checked(importable):
       registry.build('backbone', {'name': 'my_nets:SmallResNet', **options}, {})
 
 
-def test_the_commands_train_evaluate_and_detect(importable):
-  command, = COMMANDS
+def test_the_commands_train_evaluate_and_detect(importable, capsys):
+  command, evaluation = COMMANDS
   assignment, program, *arguments = shlex.split(command)
   name, _, value = assignment.partition('=')
   assert program == 'ppn'
@@ -99,6 +101,16 @@ def test_the_commands_train_evaluate_and_detect(importable):
   assert 'evaluated step 4' in result.stderr and 'SmallResNet' in result.stderr
   config = json.loads((importable / 'run' / 'config.json').read_text())
   assert config['model']['backbone'] == {'name': 'my_nets:SmallResNet', 'width': 4, 'blocks': 2}
+  _, program, *arguments = shlex.split(evaluation)
+  assert program == 'ppn' and main([*arguments, '--output=scores']) == 0
+  # Nobody's code is run by opening a workdir.
+  for name in list(FILES):
+    sys.modules.pop(name.removesuffix('.py'), None)
+  assert main(['evaluate', '--workdir=run', '--output=scores', '--allow=my_data']) == 2
+  assert "backbone 'my_nets:SmallResNet' in run/config.json is code" in capsys.readouterr().err
+  assert 'my_nets' not in sys.modules
+  with pytest.raises(InputError, match=r"in Python allow=\('my_nets',\)"):
+    ppn_jax.load('run')
   namespace = {}
   exec(SNIPPET, namespace)
   found, names = namespace['found'], {c.name for c in namespace['detector'].categories}

@@ -52,7 +52,7 @@ LAYERS = (
 # Neighbours that may be imported all the same. Short on purpose.
 BESIDE = {
     ('data.bad_examples', 'data.sources'), ('data.cache', 'data.sources'),
-    ('data.coco', 'data.sources'),
+    ('data.coco', 'data.sources'), ('data.splits', 'data.sources'),
     ('data.tfds', 'data.coco'),
     ('data.prepare', 'data.sources'), ('data.prepare', 'data.shards'),
     ('data.prepare', 'data.prepare_plan'), ('data.prepare_plan', 'data.sources'),
@@ -62,8 +62,10 @@ BESIDE = {
     ('export.job', 'evaluation.job'),
     ('inference', 'evaluation.job'), ('planning_report', 'planning'),
     ('planning_search', 'planning'),
+    ('cli.flags', 'cli.values'),
     *((f'cli.{command}', 'cli.flags') for command in ('train', 'evaluate', 'detect', 'data',
-                                                  'summary', 'import_tf', 'prepare', 'plan')),
+                                                  'summary', 'import_tf', 'prepare', 'plan',
+                                                  'export')),
 }
 
 

@@ -88,11 +88,14 @@ def test_text_gives_rates_hours_and_input():
   assert '2,000 images/s a chip by cycles (1.5 GHz), 4,000 by the roofline, which is memory' in text
   assert '32.0 to 64.0 ms a step; 32,000 to 64,000 images/s in all, 16,000 to 32,000 for' in text
   assert '49 all-reduce, 10.50 MB' in text
-  assert 'takes 1.0 to 2.0 hours' in text
+  assert 'takes 1.0 hours to 2.0 hours' in text
+  assert 'takes 45.0 minutes to 1.5 hours' in planning_report.format_estimate(
+      e, images=16 * 2000 * 60 * 90)
+  assert 'takes 0.6 seconds to 1.2 seconds' in planning_report.format_estimate(e, images=38_400)
   assert 'largest' not in text
   text = planning_report.format_estimate(e._replace(largest_batch=640, hbm_bytes=1))
   assert 'which is arithmetic' in text and 'largest batch that was found to fit: 640' in text
-  assert 'hours' not in text
+  assert 'the configured run' not in text
 
 
 def test_json_has_what_the_text_has():

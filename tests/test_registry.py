@@ -1,8 +1,14 @@
 """Components by name and by dotted path."""
 
+import copy
+import json
+import pickle
+
 import pytest
+from ml_collections import ConfigDict
 
 from ppn_jax import registry
+from ppn_jax.config import plain
 from ppn_jax.errors import InputError, did_you_mean
 
 KNOWN = {'counter': 'collections:Counter', 'lost': 'collections:Nothing'}
@@ -41,3 +47,37 @@ def test_an_unknown_option_is_named_with_the_nearest():
 
 def test_did_you_mean_without_anything_near_lists_all():
   assert did_you_mean('zzz', ['b', 'a']) == "legal: 'a', 'b'"
+
+
+def test_a_barred_name_is_not_imported(tmp_path, monkeypatch):
+  (tmp_path / 'planted.py').write_text('raise RuntimeError("imported")')
+  monkeypatch.syspath_prepend(tmp_path)
+  config = registry.bar({'name': 'counter', 'inner': [{'name': 'planted:X', 'depth': 3}]}, (), 'W')
+  assert config == {'name': 'counter', 'inner': ({'name': 'planted:X', 'depth': 3},)}
+  with pytest.raises(InputError, match=r"thing 'planted:X' in W is code.*--allow=planted, in Py"):
+    registry.build('thing', config['inner'][0], KNOWN)
+  # Neither copies nor what is made of the config let it through.
+  block = ConfigDict(config).copy_and_resolve_references().inner[0]
+  for copied in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block)), plain(block)):
+    with pytest.raises(InputError, match='planted'):
+      registry.select('thing', copied, KNOWN)
+  assert json.loads(json.dumps(config))['inner'][0]['name'] == 'planted:X'
+
+
+@pytest.mark.parametrize('allow, allowed', [
+    (('my_pkg',), True), (('other', 'my_pkg.nets'), True), (('my_pkg.nets:Net',), True),
+    (('my_pkg.net',), False), (('my',), False), (('my_pkg.nets:Other',), False), (('',), False),
+    ((), False)])
+def test_what_allows_a_component(allow, allowed):
+  barred = registry.bar({'name': 'my_pkg.nets:Net'}, allow, 'W')['name']
+  assert isinstance(barred, registry.Barred) is not allowed
+
+
+def options(a, b: int = 3, *, c: 'float | None' = None, d=(1, 2), **others):
+  pass
+
+
+def test_options_of_a_component():
+  found = registry.options_of(options, given=['a'])
+  assert found.types == {'b': int, 'c': float | None, 'd': tuple}
+  assert found.defaults == {'b': 3, 'c': None, 'd': (1, 2)} and found.open

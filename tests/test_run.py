@@ -2,12 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 from tiny import tiny_config
 
+from ppn_jax.cli.flags import override
+from ppn_jax.data.splits import open_splits
+from ppn_jax.data.transforms import build_transforms
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
-from ppn_jax.run import create_run, open_run
+from ppn_jax.run import Run, create_run, open_run
 
 CATEGORIES = (Category(3, 'cat'), Category(7, 'dog'))
 
@@ -76,3 +80,79 @@ def test_a_run_of_before_a_key_existed_opens(tmp_path):
   assert opened.loss.name == 'focal' and opened.init.backbone == ''
   assert opened.model.background_column is False
   assert opened.model.neck.to_dict() == {'name': 'my.code:Neck', 'width': 3}
+
+
+def written_by(tmp_path, change):
+  """A run whose config.json was changed, as by an earlier version or by somebody else."""
+  create_run(tmp_path, tiny_config(), CATEGORIES).save()
+  written = json.loads((tmp_path / 'config.json').read_text())
+  change(written)
+  (tmp_path / 'config.json').write_text(json.dumps(written))
+  return tmp_path
+
+
+def test_a_run_with_an_absolute_warm_up_rate_opens(tmp_path):
+  def change(written):
+    del written['optim']['warmup_factor']
+    written['optim'].update(learning_rate=.01, warmup_learning_rate=.1333, warmup_fraction=.5)
+
+  optim = open_run(written_by(tmp_path, change)).optimizer()
+  assert float(optim.schedule(0)) == np.float32(.1333)
+
+
+def test_keys_of_another_version_are_left_aside_and_named(tmp_path):
+  def change(written):
+    written['train']['checkpont_every'] = 1
+    written['optim_'] = {}
+
+  run = open_run(written_by(tmp_path, change))
+  assert set(run.unknown_keys) == {'train.checkpont_every', 'optim_'}
+  assert 'optim_' not in run.config and run.config.train.checkpoint_every == 3
+
+
+USES = {
+    **dict.fromkeys(('model.backbone', 'model.neck', 'model.head', 'loss'), Run.detector),
+    'data.transforms.0': lambda run: build_transforms(run.config.data.transforms),
+    'data.train': lambda run: open_splits(run.config, ['train']),
+    'data.eval': lambda run: open_splits(run.config, ['eval'])}
+
+
+@pytest.mark.parametrize('place', USES)
+def test_opening_a_run_imports_nothing_that_its_files_name(tmp_path, place, monkeypatch):
+  package = tmp_path / 'planted'
+  package.mkdir()
+  (package / '__init__.py').write_text('raise RuntimeError("imported")')
+  monkeypatch.syspath_prepend(tmp_path)
+
+  def change(written):
+    *blocks, last = [int(key) if key.isdecimal() else key for key in place.split('.')]
+    block = written
+    for key in blocks:
+      block = block[key]
+    block[last] = {'name': 'planted.deep:run', 'command': 'x'}
+
+  run = open_run(written_by(tmp_path / 'w', change))
+  with pytest.raises(InputError, match=r"'planted.deep:run' in .*config.json is code from"):
+    USES[place](run)
+  with pytest.raises(InputError, match=r'planted.deep:run'):  # Nor do entries of a command line.
+    override(run.config, [f'--config.{place}.depth=3'])
+  with pytest.raises(RuntimeError, match='imported'):  # Once allowed it is looked for.
+    USES[place](open_run(tmp_path / 'w', allow='planted'))
+
+
+@pytest.mark.parametrize('image_size, levels', [(64, 4), (40, 4), (8, 1)])
+def test_as_many_levels_as_there_are_are_recorded(tmp_path, image_size, levels):
+  config = tiny_config().copy_and_resolve_references().unlock()
+  config.model.image_size, config.model.neck.num_levels = image_size, 0
+  run = create_run(tmp_path, config, CATEGORIES)
+  assert run.config.model.neck.num_levels == levels
+  run.save()
+  create_run(tmp_path, config, CATEGORIES)  # The same model.
+
+
+def test_leaving_out_a_default_is_the_same_model(tmp_path):
+  create_run(tmp_path, tiny_config(), CATEGORIES).save()
+  config = tiny_config().copy_and_resolve_references().unlock()
+  config.model.neck = dict(name='pooling_pyramid', stride=8, num_levels=3)
+  config.model.head.norm_per_level = True
+  create_run(tmp_path, config, CATEGORIES)

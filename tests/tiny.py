@@ -12,7 +12,7 @@ def tiny_config(**train):
   config.model.head.depth = 16
   config.data.train.update(name='synthetic_shapes', num_images=10, image_size=64, split='train')
   config.data.eval = dict(name='synthetic_shapes', num_images=6, image_size=64, split='eval')
-  config.optim.learning_rate, config.optim.warmup_learning_rate = 0.05, 0.01
+  config.optim.learning_rate, config.optim.warmup_factor = 0.05, 0.01 / 0.05
   config.optim.rate_batch_size = 0
   config.train.update(dict(steps=6, batch_size=4, log_every=2, checkpoint_every=3,
                            evaluate_every=0), **train)

@@ -48,8 +48,8 @@ def prepare(task: Task):
 
 def _train(task, config, detector, mesh, variables, images):
   optimizer = build_optimizer(
-      steps=1_000_000, batch_size=task.batch, learning_rate=LEARNING_RATE, warmup_fraction=0,
-      momentum=config.optim.momentum, weight_decay=config.optim.weight_decay)
+      steps=1_000_000, batch_size=task.batch, learning_rate=LEARNING_RATE, rate_batch_size=0,
+      warmup_fraction=0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay)
   truth = jax.device_put(GroundTruth(task.truth['boxes'], task.truth['labels'],
                                      np.zeros_like(task.truth['valid']), task.truth['valid']))
   state, metrics = first_state(variables, optimizer), None

@@ -111,7 +111,7 @@ RECIPES = {
     # one, twice the calibration error.
     'eager': Recipe('the same with alpha 0.75, twice the rate and a moving average', None,
                     {'loss.alpha': 0.75, 'optim.learning_rate': 0.2,
-                     'optim.warmup_learning_rate': 0.02}, _AVERAGE),
+                     'optim.warmup_factor': 0.1}, _AVERAGE),
     'zoom': Recipe("moving average; zooming out, SSD's crop, flip, colours", _ZOOM, {}, _AVERAGE),
     'decay': Recipe('zoom with ten times the weight decay', _ZOOM, _DECAY, _AVERAGE),
     'jitter': Recipe('decay, with large-scale jittering in place of zoom and crop',

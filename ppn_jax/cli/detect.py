@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ppn_jax.cli.flags import keep_programs
+from ppn_jax.cli.flags import add_allow_flag, allowed, keep_programs
 from ppn_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   of = parser.add_mutually_exclusive_group(required=True)
   of.add_argument('--workdir', metavar='DIR', help='folder of a run')
   of.add_argument('--model', metavar='FILE', help='instead: what `ppn export` wrote')
+  add_allow_flag(parser)
   parser.add_argument('--output', required=True, metavar='DIR', help='folder to write to')
   parser.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
@@ -80,7 +81,8 @@ def _load(args: argparse.Namespace) -> 'ImageDetector':
       raise InputError(f'--workdir={args.workdir} is not the folder of a run; an exported file is '
                        f'given by --model={args.workdir}')
     batch_size = 4 if args.batch_size is None else args.batch_size
-    return load(args.workdir, step=args.step, ema=args.ema, batch_size=batch_size)
+    return load(args.workdir, step=args.step, ema=args.ema, batch_size=batch_size,
+                allow=allowed(args))
   if not is_export(args.model):
     raise InputError(f'--model={args.model}: no exported file there; the folder of a run is given '
                      'by --workdir')

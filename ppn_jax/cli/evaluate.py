@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from ppn_jax.cli.flags import (
   CONFIG_HELP,
+  add_allow_flag,
   add_process_flags,
   join_processes,
   keep_programs,
-  override,
+  open_workdir,
 )
 from ppn_jax.errors import InputError
 
@@ -36,6 +37,7 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
+  add_allow_flag(parser)
   which = parser.add_mutually_exclusive_group()
   which.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   which.add_argument('--steps', metavar='A:B:C',
@@ -76,7 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  import dataclasses
   import sys
 
   import jax
@@ -85,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.evaluation.job import Options, prepare
   from ppn_jax.evaluation.waiting import Patience, wait_for_run
   from ppn_jax.files import folder_path
-  from ppn_jax.run import open_run
   if args.pictures < 0:
     raise InputError(f'--pictures={args.pictures} must be at least 0')
   if args.overrides and not args.output:
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
   patience = Patience(args.poll, args.timeout)
   wanted = follow.parse_steps('all' if args.steps is None else args.steps)
   if not args.follow:
-    open_run(args.workdir)  # Mistakes are told before other processes are waited for.
+    opened = open_workdir(args)  # Mistakes are told before other processes are waited for.
   join_processes(args, hear_sigterm=False)  # Nobody here asks whether it came.
   keep_programs()
 
@@ -107,8 +107,9 @@ def run(args: argparse.Namespace) -> int:
     if jax.process_index() == 0:
       print(line, file=sys.stderr, flush=True)
 
-  opened = wait_for_run(args.workdir, patience, say) if args.follow else open_run(args.workdir)
-  opened = dataclasses.replace(opened, config=override(opened.config, args.overrides))
+  if args.follow:
+    wait_for_run(args.workdir, patience, say)
+    opened = open_workdir(args)
   job = prepare(opened, options, say)
   output = folder_path(args.output, '--output') if args.output else None
   if args.follow or args.steps is not None:

@@ -4,6 +4,7 @@ import argparse
 import pathlib
 import sys
 
+from ppn_jax.cli.flags import add_allow_flag, open_workdir
 from ppn_jax.errors import InputError
 
 HELP = """Write a run's detector as a file that runs without this package.
@@ -21,6 +22,7 @@ TAKES_CONFIG = False
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
+  add_allow_flag(parser)
   parser.add_argument('--format', required=True, metavar='FORMAT',
                       help='stablehlo, saved_model, tflite or onnx')
   parser.add_argument('--output', required=True, metavar='FILE',
@@ -47,10 +49,9 @@ def run(args: argparse.Namespace) -> int:
   if folder is not None and not folder.is_dir():
     raise InputError(f'--images: no folder {folder}')
   from ppn_jax.export.job import check_new, export
-  from ppn_jax.run import open_run
   check_new(args.output, options)
   output = pathlib.Path(args.output)
-  made = export(open_run(args.workdir), output, options, step=args.step, ema=args.ema,
+  made = export(open_workdir(args), output, options, step=args.step, ema=args.ema,
                 folder=folder, say=lambda text: print(text, file=sys.stderr))
   difference = made.difference
   print(f'{output}: {made.size / 1e6:.1f} MB, step {made.step:,}')

@@ -13,7 +13,7 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ppn_jax import interrupts
 from ppn_jax.errors import InputError, did_you_mean, verdict
@@ -41,6 +41,22 @@ class _Parser(argparse.ArgumentParser):
   def error(self, message: str):
     raise InputError(f'{self.prog}: {message}; see `{self.prog} --help`')
 
+  def check_positions(self, arguments: Sequence[str]) -> None:
+    """Raises InputError on an argument without a flag, for a command whose arguments have one."""
+    if any(not action.option_strings for action in self._actions):
+      return
+    value_of_flag = False
+    for argument in arguments:
+      if argument.startswith('-'):
+        action = self._option_string_actions.get(argument)
+        value_of_flag = (action.nargs is None if action
+                         else argument.startswith('--config.') and '=' not in argument)
+      elif value_of_flag:
+        value_of_flag = False
+      else:
+        raise InputError(f'{self.prog}: unexpected argument {argument!r}'
+                         f'{_meant(argument, self._option_string_actions, arguments)}')
+
   def check_flags(self, arguments: Sequence[str]) -> None:
     """Raises InputError on a flag that this parser does not have."""
     legal = list(self._option_string_actions)
@@ -48,6 +64,24 @@ class _Parser(argparse.ArgumentParser):
       flag = argument.partition('=')[0]
       if flag.startswith('--') and flag not in legal and not flag.startswith('--config.'):
         raise InputError(f'{self.prog}: unknown flag {flag}; {did_you_mean(flag, legal)}')
+
+
+def _meant(argument: str, flags: Iterable[str], arguments: Sequence[str]) -> str:
+  """The hint that ends an error about an argument without a flag, one of `arguments`."""
+  missing = [flag for flag in ('--checkpoint', '--workdir', '--output')
+             if flag in flags and not any(a.partition('=')[0] == flag for a in arguments)]
+  key, equals, value = argument.partition('=')
+  if argument.partition(':')[0].endswith('.py') and '--config' in flags:
+    meant = f'--config={argument}'
+  elif equals and '--config' in flags:
+    meant = f'--config.{key.removeprefix("config.")}={value}'
+  elif equals and f'--{key}' in flags:
+    meant = f'--{argument}'
+  elif missing:
+    meant = f'{missing[0]}={argument}'
+  else:
+    return ''
+  return f'; did you mean {meant}?'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,6 +141,8 @@ def _notes_on_stderr() -> Iterator[None]:
 def _run(argv: list[str]) -> int:
   parser = _Parser(prog='ppn', description=DESCRIPTION, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--version', action='store_true',
+                      help='print the versions of this package, JAX and Python')
   subparsers = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
   modules, parsers = {}, {}
   for name in COMMANDS:
@@ -116,16 +152,34 @@ def _run(argv: list[str]) -> int:
         name, help=summary, description=f'{summary}\n{details}', allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     modules[name].add_arguments(parsers[name])
+  if argv == ['--version']:
+    print(_version())
+    return 0
   if argv and not argv[0].startswith('-') and argv[0] not in COMMANDS:
     raise InputError(f'unknown command {argv[0]!r}; {did_you_mean(argv[0], COMMANDS)}')
   if argv and argv[0] in parsers:
-    parsers[argv[0]].check_flags(argv[1:])
+    if not {'-h', '--help'} & set(argv[1:]):
+      parsers[argv[0]].check_flags(argv[1:])
+      parsers[argv[0]].check_positions(argv[1:])
   args, rest = parser.parse_known_args(argv)
   _check_rest(args.command, rest, modules[args.command].TAKES_CONFIG)
   # Shells leave `--output=~/x` as it is.
   args = argparse.Namespace(**{name: expand_home(value) for name, value in vars(args).items()})
   args.overrides = rest
   return modules[args.command].run(args)
+
+
+def _version() -> str:
+  """Versions that a report of a fault should name."""
+  import platform
+  from importlib import metadata
+  versions = []
+  for name in ('ppn_jax', 'jax', 'jaxlib', 'flax', 'libtpu'):
+    try:
+      versions.append(f'{name} {metadata.version(name)}')
+    except metadata.PackageNotFoundError:
+      versions += [f'{name} (not installed)'] if name == 'ppn_jax' else []
+  return ', '.join([*versions, f'Python {platform.python_version()}', platform.platform()])
 
 
 def _check_rest(command: str, rest: Sequence[str], takes_config: bool) -> None:

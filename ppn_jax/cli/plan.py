@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  config = load_config(args.config, args.overrides)
   # Where libtpu is installed, JAX would look for a TPU, and say so.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  config = load_config(args.config, args.overrides)
   from ppn_jax import planning, planning_report, planning_search
   from ppn_jax.errors import InputError
   from ppn_jax.summary import fill_in_classes

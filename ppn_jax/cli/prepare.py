@@ -49,27 +49,28 @@ def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
   from ppn_jax.data.report import report
-  from ppn_jax.data.sources import build_source, split_train_block
+  from ppn_jax.data.splits import names_data, open_splits
   from ppn_jax.data.tfds_records import count_records
   on_bad_image = args.on_bad_image or config.data.on_bad_example
   max_bad = config.data.max_bad_share if args.max_bad is None else args.max_bad
   options = Options(args.name, args.version, args.max_side, args.quality, args.shards,
                     args.processes, on_bad_image, max_bad)
-  names = args.splits.split(',') if args.splits else [s for s in _SPLITS if config.data[s].name]
+  names = args.splits.split(',') if args.splits else [
+      s for s in _SPLITS if config.data[s].name or (s == 'eval' and config.data.eval_fraction)]
   if len(set(names)) < len(names) or not set(names) <= set(_SPLITS):
     raise InputError(f"--splits={args.splits}, legal: 'train', 'eval', 'train,eval'")
-  sources, classes = {}, None
-  for name in names:
-    block = config.data[name].to_dict()
-    try:
-      sources[name] = build_source(split_train_block(block)[0] if name == 'train' else block,
-                                   categories=classes, key=f'data.{name}',
-                                   on_bad_example=args.on_bad_image)
-    except InputError as e:  # Whose advice is for training.
-      raise InputError(str(e).replace('--config.data.on_bad_example', '--on_bad_image')) from e
-    classes = sources[name].categories
-    for line in report(sources[name], f'data.{name}').warnings:
-      _say(line)
+  if 'eval' in names and not args.splits and not (
+      names_data(config.data.eval) or config.data.eval_fraction):
+    raise InputError('data.eval names no data; give it, --config.data.eval_fraction=0.1 to keep '
+                     'back a tenth of the training images for it, or --splits=train')
+  try:
+    opened = open_splits(config, names, on_bad_example=on_bad_image)
+  except InputError as e:  # Whose advice is for training.
+    raise InputError(str(e).replace('--config.data.on_bad_example', '--on_bad_image')) from e
+  sources = {name: opened[name] for name in names}
+  for line in dict.fromkeys(line for name, source in sources.items()
+                            for line in report(source, f'data.{name}').warnings):
+    _say(line)
   with _progress_bar() as progress:
     folder = prepare(sources, args.output, options, say=_say, progress=progress)
   stored, counts = count_records(folder), []

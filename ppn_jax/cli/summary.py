@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from ppn_jax.cli.flags import CONFIG_HELP, load_config, override
+from ppn_jax.cli.flags import CONFIG_HELP, add_allow_flag, load_config, open_workdir
 
 HELP = f"""Count a model's parameters and FLOPs, by layer and in total.
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   model.add_argument('--config', metavar='FILE',
                      help='a config file, such as configs/ppn_mobilenet_v1_coco.py')
   model.add_argument('--workdir', metavar='DIR', help='folder of a run, in place of a config')
+  add_allow_flag(parser)
   parser.add_argument('--json', action='store_true', help='print one JSON object')
 
 
@@ -26,8 +27,7 @@ def run(args: argparse.Namespace) -> int:
   if args.config is not None:
     config = load_config(args.config, args.overrides)
   else:
-    from ppn_jax.run import open_run
-    config = override(open_run(args.workdir).config, args.overrides)
+    config = open_workdir(args).config
   from ppn_jax.summary import fill_in_classes, format_summary, paper_readings, summarize
   summary = summarize(fill_in_classes(config))
   if args.json:

@@ -108,7 +108,7 @@ class AnnotatedImages:
     self.contents = Contents(
         np.where(findings.emptied, ALL_LEFT_OUT, without).astype(np.int8), owners, columns.labels,
         columns.crowd, shares, shares * columns.images.sizes[owners], findings.bad,
-        findings.clipped, merged, tuple(self._unreadable.values()),
+        findings.clipped, merged, tuple(self._unreadable.items()),
         (*_note_tiny(findings.tiny, len(owners)), *findings.notes, *notes))
 
   def __len__(self) -> int:

@@ -62,7 +62,7 @@ class BadExamples:
       InputError: see `note`.
     """
     contents = getattr(source, 'contents', None)
-    for reason in contents.unreadable if contents is not None else ():
+    for _, reason in contents.unreadable if contents is not None else ():
       self.note(InputError(reason))
 
   def news(self) -> list[str]:

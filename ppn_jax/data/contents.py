@@ -53,7 +53,7 @@ class Contents(NamedTuple):
     left_out: boxes that were dropped.
     clipped: boxes that were cut at the edge of their image.
     merged: repetitions of a box that were removed.
-    unreadable: images that are known to be unreadable and were let pass.
+    unreadable: (image, why) of those that are known to be unreadable and were let pass.
     notes: what else is wrong or was assumed, a line each.
   """
   without: np.ndarray
@@ -65,7 +65,7 @@ class Contents(NamedTuple):
   left_out: BadBoxes = BadBoxes(0, {}, ())
   clipped: Tally = Tally()
   merged: Tally = Tally()
-  unreadable: tuple[str, ...] = ()
+  unreadable: tuple[tuple[int, str], ...] = ()
   notes: tuple[str, ...] = ()
 
   def take(self, indices: Sequence[int]) -> 'Contents':
@@ -76,4 +76,5 @@ class Contents(NamedTuple):
     kept = kept[np.argsort(place[self.owners[kept]], kind='stable')]
     return self._replace(
         without=self.without[indices], owners=place[self.owners[kept]], labels=self.labels[kept],
-        crowd=self.crowd[kept], shares=self.shares[kept], sides=self.sides[kept])
+        crowd=self.crowd[kept], shares=self.shares[kept], sides=self.sides[kept],
+        unreadable=tuple((int(place[i]), why) for i, why in self.unreadable if place[i] >= 0))

@@ -143,7 +143,7 @@ def _warnings(contents: Contents) -> list[str]:
   for tally, what in (
       (contents.clipped, '{} over the edge cut there'),
       (contents.merged, '{} listed again and counted once'),
-      (Tally(len(contents.unreadable), contents.unreadable[:SHOWN]), '')):
+      (Tally(len(contents.unreadable), tuple(why for _, why in contents.unreadable[:SHOWN])), '')):
     if tally:
       what = (what.format(_count(tally.count, 'box')) if what else
               f'{_count(tally.count, "image")} cannot be read and skipped')

@@ -219,9 +219,12 @@ def _find_builder(dataset: str, data_dir: str) -> Any:
   from tensorflow_datasets.core import read_only_builder
   _check_remote(data_dir)
   try:
-    if not dataset:
-      return tfds.builder_from_directory(data_dir)
-    return read_only_builder.builder_from_files(dataset, data_dir=data_dir or None)
+    with tfds_records.without_foreign_imports():
+      if not dataset:
+        return tfds.builder_from_directory(data_dir)
+      return read_only_builder.builder_from_files(dataset, data_dir=data_dir or None)
+  except InputError as e:
+    raise InputError(f'tfds {dataset or data_dir!r}: {e}') from e
   # Whatever a wrong name or a folder of another shape leads to.
   except Exception as e:
     if not dataset:

@@ -14,7 +14,7 @@ from ppn_jax import files
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import required_boxes, train_batches
-from ppn_jax.data.sources import build_source, split_train_block
+from ppn_jax.data.splits import open_split
 from ppn_jax.data.transforms import build_transforms
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.structures import Batch, Category
@@ -101,8 +101,7 @@ def positives_in_training(config: ConfigDict, detector: Detector, num_images: in
   if not num_images:
     return {'absent': 'not asked for'}
   try:
-    block, _ = split_train_block(config.data.train.to_dict())
-    source = build_source(block, on_bad_example=config.data.on_bad_example)
+    source = open_split(config, 'train')
     count = min(num_images, len(source))
     transforms, data = build_transforms(config.data.transforms), config.data
     bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.loader import eval_batches, required_boxes
-from ppn_jax.data.sources import Source, build_source
+from ppn_jax.data.sources import Source
+from ppn_jax.data.splits import open_split
 from ppn_jax.detection.structures import Array, Batch, Category, Detections
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.evaluation import coco
@@ -116,8 +117,7 @@ def build_evaluator(run: Run, detector: Detector, mesh: Mesh, *, scorer: str = '
   data, batch_size = run.config.data, run.config.eval.batch_size
   partition.check_batch_size('eval.batch_size', batch_size, mesh)
   if source is None:
-    source = build_source(data.eval.to_dict(), categories=run.categories, key='data.eval',
-                          on_bad_example=data.on_bad_example)
+    source = open_split(run.config, 'eval', categories=run.categories)
   bad = BadExamples('data.eval', len(source), data.on_bad_example, data.max_bad_share)
   bad.note_known(source)
   return Evaluator(

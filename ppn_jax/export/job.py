@@ -13,7 +13,8 @@ from ppn_jax import files
 from ppn_jax.data import folders
 from ppn_jax.data import images as images_lib
 from ppn_jax.data.bad_examples import BadExamples, spread_examples
-from ppn_jax.data.sources import Source, build_source, split_train_block
+from ppn_jax.data.sources import Source
+from ppn_jax.data.splits import open_split
 from ppn_jax.data.transforms import Resize
 from ppn_jax.detection.structures import Detections, Example, without_truth
 from ppn_jax.detector import Detector
@@ -210,10 +211,8 @@ class _Pictures:
       self.say(f'skipped: {reason}')
 
   def _source(self, split: str) -> Source:
-    block = self.run.config.data[split]
-    block = split_train_block(block)[0] if split == 'train' else block.to_dict()
     try:
-      return build_source(block, on_bad_example=self.run.config.data.on_bad_example)
+      return open_split(self.run.config, split)
     except InputError as e:
       raise InputError(f'images of data.{split} are needed and cannot be had: {e}; give '
                        '--images=FOLDER of any pictures like them') from e

@@ -420,7 +420,9 @@ class BatchNorm(nn.Module):
 
   def _follow(self, average: nn.Variable, batch: Array):
     decay = self.policy.norm_decay
-    average.value = decay * average.value + (1 - decay) * lax.stop_gradient(batch)
+    # Float32 also where the layers compute in float64: a step returns the types that it takes.
+    followed = decay * average.value + (1 - decay) * lax.stop_gradient(batch)
+    average.value = followed.astype(average.value.dtype)
 
 
 def _moments(x: Array) -> tuple[Array, Array]:

@@ -20,7 +20,8 @@ class PoolingPyramid(nn.Module):
 
   Attributes:
     stride: which of the backbone's maps to start from, in input pixels per cell.
-    num_levels: how many levels to return, the first being the map itself.
+    num_levels: how many levels to return, the first being the map itself. 0 returns as many as
+      there are down to 1x1.
     projection: depth of a 1x1 ConvNorm before the first level; 0 for none.
     policy: see LayerPolicy.
   """
@@ -30,8 +31,7 @@ class PoolingPyramid(nn.Module):
   policy: LayerPolicy = LayerPolicy()
 
   def __post_init__(self):
-    if self.num_levels < 1:
-      raise InputError(f'neck: num_levels {self.num_levels} is not at least 1')
+    _check_num_levels(self.num_levels)
     if self.projection < 0:
       raise InputError(f'neck: projection {self.projection} is not a depth; 0 is for none')
     super().__post_init__()
@@ -47,8 +47,7 @@ class PoolingPyramid(nn.Module):
     if self.projection:
       x = ConvNorm(self.projection, policy=self.policy, name='projection')(x, train=train)
     levels = [x]
-    while len(levels) < self.num_levels:
-      _check_shrinkable(levels, f'num_levels {self.num_levels}')
+    while _has_further(levels, self.num_levels):
       levels.append(max_pool(levels[-1], form=self.policy.conv_form))
     return tuple(levels)
 
@@ -85,7 +84,8 @@ class ConvPyramid(nn.Module):
     levels = [_map_of(features, stride) for stride in self.strides]
     # Numbered as in the zoo's names, where Conv2d_13_pointwise_2_Conv2d_2 is the first.
     for i, depth in enumerate(self.depths, start=2):
-      _check_shrinkable(levels, f'depths {tuple(self.depths)}')
+      _check_shrinkable(levels, f'depths {tuple(self.depths)}',
+                        f'give the first {len(levels) - len(self.strides)} of model.neck.depths')
       levels.append(_Shrink(depth, self.policy, name=f'extra_{i}')(levels[-1], train=train))
     return tuple(levels)
 
@@ -113,7 +113,8 @@ class FeaturePyramid(nn.Module):
 
   Attributes:
     strides: which of the backbone's maps to take, in input pixels per cell, finest first.
-    num_levels: how many levels to return, at least one for each stride.
+    num_levels: how many levels to return, at least one for each stride. 0 returns as many as
+      there are down to 1x1.
     depth: of every level.
     policy: see LayerPolicy.
   """
@@ -124,7 +125,8 @@ class FeaturePyramid(nn.Module):
 
   def __post_init__(self):
     _check_strides(self.strides)
-    if self.num_levels < len(self.strides):
+    _check_num_levels(self.num_levels)
+    if 0 < self.num_levels < len(self.strides):
       raise InputError(f'neck: num_levels {self.num_levels} is below the number of strides '
                        f'{tuple(self.strides)}')
     if self.depth < 1:
@@ -146,8 +148,7 @@ class FeaturePyramid(nn.Module):
       sums.append(x + _enlarge(sums[-1], x.shape[1:3]) if sums else x)
     levels = [ConvNorm(self.depth, side=3, policy=self.policy, name=f'smooth_{i}')(x, train=train)
               for i, x in enumerate(reversed(sums))]
-    while len(levels) < self.num_levels:
-      _check_shrinkable(levels, f'num_levels {self.num_levels}')
+    while _has_further(levels, self.num_levels):
       levels.append(ConvNorm(self.depth, side=3, stride=2, policy=self.policy,
                              name=f'coarse_{len(levels)}')(levels[-1], train=train))
     return tuple(levels)
@@ -170,8 +171,24 @@ def _check_strides(strides: tuple[int, ...]) -> None:
     raise InputError(f'neck: strides {tuple(strides)} do not double from one to the next')
 
 
-def _check_shrinkable(levels: list[Array], option: str) -> None:
+def _check_num_levels(num_levels: int) -> None:
+  if not isinstance(num_levels, int) or num_levels < 0:
+    raise InputError(f'neck: num_levels {num_levels} must be a whole number of at least 1, or 0 '
+                     'for as many as the image size allows')
+
+
+def _has_further(levels: list[Array], num_levels: int) -> bool:
+  """Whether a pyramid has another level after these; raises InputError if it cannot have it."""
+  if num_levels == 0:
+    return levels[-1].shape[1:3] != (1, 1)
+  if len(levels) < num_levels:
+    _check_shrinkable(levels, f'num_levels={num_levels}',
+                      f'set model.neck.num_levels={len(levels)}, or 0 for as many as there are')
+  return len(levels) < num_levels
+
+
+def _check_shrinkable(levels: list[Array], option: str, fix: str) -> None:
   if levels[-1].shape[1:3] == (1, 1):
     _, rows, columns, _ = levels[0].shape
     raise InputError(f'neck: {option} asks for too much: a {rows}x{columns} map is 1x1 after '
-                     f'{len(levels)} levels; take fewer, or a larger image_size')
+                     f'{len(levels)} levels; {fix}; or take a larger model.image_size')

@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax import files, registry
+from ppn_jax.config import complete
 from ppn_jax.data.report import check_learnable, report
-from ppn_jax.data.sources import Source, build_source, split_train_block
+from ppn_jax.data.sources import Source
+from ppn_jax.data.splits import check_data, describe_fraction, open_splits
 from ppn_jax.errors import InputError
 from ppn_jax.evaluation.coco import Scores
 from ppn_jax.evaluation.evaluator import build_evaluator
@@ -60,18 +62,18 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   """
   keep_freed_memory()
   # 1. Everything that can be wrong with the user's input, before anything is written.
+  config = complete(config)
+  check_data(config)
   _check_numbers(config)
   traced = profiling.parse_steps(profile, config.train.steps)
   mesh = partition.data_mesh()
   saved_step = read_step(compiled_step, mesh) if compiled_step else None
   earlier = _earlier_run(workdir)
-  train_block, _ = split_train_block(config.data.train.to_dict())
-  skipping = {'on_bad_example': config.data.on_bad_example}
-  source, eval_source = build_source(train_block, key='data.train', **skipping,
-                                     categories=earlier.categories if earlier else None), None
-  if config.train.evaluate_every:
-    eval_source = build_source(config.data.eval.to_dict(), categories=source.categories,
-                               key='data.eval', **skipping)
+  if earlier:
+    _check_fraction(earlier, config)
+  splits = ('train', 'eval') if config.train.evaluate_every else ('train',)
+  sources = open_splits(config, splits, categories=earlier.categories if earlier else None)
+  source, eval_source = sources['train'], sources.get('eval')
   found = report(source, 'data.train', image_size=config.model.image_size,
                  ignore_crowd=config.matching.ignore_crowd)
   check_learnable(found)
@@ -101,7 +103,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       progress.say(f'nothing to do: {run.workdir} is trained to step {start:,} already')
       return None
     progress.say(_describe(run, abstract, source, mesh))
-    for line in (*found.lines, *(report(eval_source, 'data.eval').lines if eval_source else ())):
+    if kept_back := describe_fraction(config, source):
+      progress.say(kept_back)
+    for line in dict.fromkeys([*found.lines, *(
+        report(eval_source, 'data.eval').lines if eval_source else ())]):
       progress.say(line)
     # 2. The state: the newest whole checkpoint, or a fresh one.
     if state is not None:
@@ -176,6 +181,18 @@ def _with_init(run: Run, init: ConfigDict, **changes: Any) -> Run:
   config = run.config.copy_and_resolve_references().unlock()
   config.init = {**init.to_dict(), **changes}
   return dataclasses.replace(run, config=config.lock())
+
+
+def _check_fraction(earlier: Run, config: ConfigDict) -> None:
+  """Raises InputError if images that a run was trained on would be kept back from now on."""
+  then, now = earlier.config, config
+  if now.data.eval_fraction and (then.data.eval_fraction, then.seed) != (
+      now.data.eval_fraction, now.seed):
+    raise InputError(
+        f'workdir {earlier.workdir} was begun with data.eval_fraction={then.data.eval_fraction} '
+        f'and seed={then.seed}; with data.eval_fraction={now.data.eval_fraction} and '
+        f'seed={now.seed} it would be evaluated on images that it was trained on; use another '
+        'workdir, or --config.train.evaluate_every=0 --config.data.eval_fraction=0')
 
 
 def _describe(run: Run, state: TrainState, source: Source, mesh: Mesh) -> str:

@@ -32,9 +32,9 @@ class Optimizer:
   shard_state: bool = False
 
 
-def build_optimizer(*, steps: int, batch_size: int, learning_rate: float,
-                    rate_batch_size: int = 0, warmup_fraction: float = 0.04,
-                    warmup_learning_rate: float | None = None, momentum: float = 0.9,
+def build_optimizer(*, steps: int, batch_size: int, learning_rate: float = 0.7,
+                    rate_batch_size: int = 512, warmup_fraction: float = 0.04,
+                    warmup_factor: float = 0.1333 / 0.7, momentum: float = 0.9,
                     weight_decay: float = 4e-5, clip_norm: float = 0.0,
                     ema_decay: float = 0.0, micro_batches: int = 1, shard_state: bool = False
                     ) -> Optimizer:
@@ -48,7 +48,8 @@ def build_optimizer(*, steps: int, batch_size: int, learning_rate: float,
     rate_batch_size: the batch size that `learning_rate` is meant for; the rates scale with
       batch_size / rate_batch_size. 0 takes them as they are.
     warmup_fraction: share of the steps that warms up, 0 to below 1.
-    warmup_learning_rate: rate at step 0; by default a tenth of `learning_rate`.
+    warmup_factor: the rate at step 0 as a share of `learning_rate`, which it follows. A config
+      may have `warmup_learning_rate`, the rate itself, instead.
     momentum: 0 to below 1, without Nesterov's correction.
     weight_decay: see `weight_penalty`.
     clip_norm: gradients longer than this (Euclidean norm over all parameters) are shortened to
@@ -63,11 +64,9 @@ def build_optimizer(*, steps: int, batch_size: int, learning_rate: float,
   Raises:
     InputError: a value outside its range.
   """
-  if warmup_learning_rate is None:
-    warmup_learning_rate = learning_rate / 10
   for name, value, below in [
       ('learning_rate', learning_rate, None), ('rate_batch_size', rate_batch_size, None),
-      ('warmup_learning_rate', warmup_learning_rate, None), ('warmup_fraction', warmup_fraction, 1),
+      ('warmup_factor', warmup_factor, None), ('warmup_fraction', warmup_fraction, 1),
       ('momentum', momentum, 1), ('weight_decay', weight_decay, None),
       ('clip_norm', clip_norm, None), ('ema_decay', ema_decay, 1)]:
     if not (0 <= value and (below is None or value < below)):
@@ -80,7 +79,7 @@ def build_optimizer(*, steps: int, batch_size: int, learning_rate: float,
   scale = batch_size / rate_batch_size if rate_batch_size else 1.0
   schedule = warmup_cosine(scale * learning_rate, steps=steps,
                            warmup_steps=round(warmup_fraction * steps),
-                           warmup_rate=scale * warmup_learning_rate)
+                           warmup_rate=scale * (learning_rate * warmup_factor))
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
   return Optimizer(optax.chain(clip, optax.sgd(schedule, momentum=momentum)), schedule,
                    weight_decay, ema_decay, micro_batches, bool(shard_state))

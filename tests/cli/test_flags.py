@@ -1,53 +1,143 @@
 """Config files and overrides from the command line."""
 
+import pathlib
+
+import numpy as np
 import pytest
 
+from ppn_jax import registry
+from ppn_jax.cli import values
 from ppn_jax.cli.flags import load_config, override
+from ppn_jax.config import COMPONENTS, FUNCTIONS, GIVEN, base_config, complete, component_table
 from ppn_jax.errors import InputError
 
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 CONFIG = """
-import ml_collections
+from ppn_jax.config import base_config
 def get_config():
-  config = ml_collections.ConfigDict()
-  config.train = dict(steps=3, rate=.1, name='x', flag=True, ops=(dict(name='flip'),))
+  config = base_config()
+  config.seed = 3
+  {line}
   return config
 """
 
 
-@pytest.fixture
-def config_file(tmp_path):
+def from_file(tmp_path, line='pass', overrides=()):
   path = tmp_path / 'config.py'
-  path.write_text(CONFIG)
-  return str(path)
+  path.write_text(CONFIG.format(line=line))
+  return load_config(str(path), [f'--config.{entry}' for entry in overrides])
 
 
-def test_overrides_by_type(config_file):
-  config = load_config(config_file, [
-      '--config.train.steps=5', '--config.train.rate=1', '--config.train.flag=false',
-      '--config.train.name=a=b', '--config.train.ops=({"name":"crop"},)'])
-  assert config.train.to_dict() == {'steps': 5, 'rate': 1.0, 'flag': False, 'name': 'a=b',
-                                    'ops': ({'name': 'crop'},)}
+def entry(config, key):
+  for part in key.split('.'):
+    config = config[int(part)] if part.isdecimal() else config[part]
+  return config
+
+
+@pytest.mark.parametrize('entries, key, value', [
+    (['train.steps=5'], 'train.steps', 5),
+    (['train.steps=5', 'train.steps=6'], 'train.steps', 6),
+    (['optim.learning_rate=1'], 'optim.learning_rate', 1.0),
+    (['model.layers.dtype=a=b'], 'model.layers.dtype', 'a=b'),
+    (['matching.force_match=false'], 'matching.force_match', False),
+    # A default of None does not hide the type.
+    (['model.layers.kernel_stddev=0.01'], 'model.layers.kernel_stddev', 0.01),
+    (['model.layers.kernel_stddev=None'], 'model.layers.kernel_stddev', None),
+    # Several values.
+    (['model.anchors.aspect_ratios=1,2'], 'model.anchors.aspect_ratios', (1.0, 2.0)),
+    (['model.anchors.aspect_ratios=(1, .5)'], 'model.anchors.aspect_ratios', (1.0, .5)),
+    (['data.train.name=coco_json', 'data.train.images=a,b'], 'data.train.images', ('a', 'b')),
+    (['data.train.name=coco_json', "data.train.images=['a, b']"], 'data.train.images', ('a, b',)),
+    (['data.train.name=coco_json', 'data.train.images=a'], 'data.train.images', 'a'),
+    # Options that the config does not spell out.
+    (['data.train.name=yolo_txt', 'data.train.images=a'], 'data.train.images', 'a'),
+    (['data.train.name=yolo_txt', "data.train.names={0: 'cat', 2: 'dog'}"], 'data.train.names',
+     {0: 'cat', 2: 'dog'}),
+    (['data.eval.name=pascal_voc', 'data.eval.check_size=false'], 'data.eval.check_size', False),
+    (['data.eval.check_size=0', 'data.eval.name=pascal_voc'], 'data.eval.check_size', False),
+    (['data.train.name=synthetic_shapes', 'data.train.image_size=48,64'], 'data.train.image_size',
+     (48, 64)),
+    (['data.train.name=synthetic_shapes', 'data.train.image_size=48'], 'data.train.image_size', 48),
+    (['data.train.name=tfds', 'data.train.cache=memory'], 'data.train.cache', 'memory'),
+    # Blocks.
+    (['data.transforms=horizontal_flip,photometric_distortion'], 'data.transforms',
+     ({'name': 'horizontal_flip'}, {'name': 'photometric_distortion'})),
+    (['data.transforms=()'], 'data.transforms', ()),
+    (["data.transforms=(dict(name='horizontal_flip', probability=.2),)"], 'data.transforms',
+     ({'name': 'horizontal_flip', 'probability': .2},)),
+    (['data.transforms.1.probability=0.25'], 'data.transforms.1',
+     {'name': 'horizontal_flip', 'probability': .25}),
+    (['data.transforms.0.keep_probability=1'], 'data.transforms.0',
+     {'name': 'ssd_random_crop', 'keep_probability': 1.0}),
+    (["model.neck={'name': 'conv_pyramid', 'depths': (64,)}"], 'model.neck',
+     {'name': 'conv_pyramid', 'depths': (64,)}),
+    # Another component takes none of the options of that before it.
+    (['model.neck.depths=64,32', 'model.neck.name=conv_pyramid'], 'model.neck',
+     {'name': 'conv_pyramid', 'depths': (64, 32)}),
+    (['model.neck.name=pooling_pyramid', 'model.neck.stride=8'], 'model.neck',
+     {'name': 'pooling_pyramid', 'stride': 8, 'num_levels': 6, 'projection': 0}),
+    (['data.train.cache=memory', 'data.train.name=coco_json'], 'data.train',
+     {'name': 'coco_json', 'cache': 'memory', 'cache_size': 0, 'resident': False,
+      'resident_size': 0}),
+])
+def test_overrides(entries, key, value):
+  config = override(base_config(), [f'--config.{e}' for e in entries])
+  found = entry(config, key)
+  found = found.to_dict() if hasattr(found, 'to_dict') else found
+  assert found == value and type(found) is type(value)
   assert config.is_locked
 
 
 @pytest.mark.parametrize('argument, said', [
-    ('--config.train.stps=5', "unknown config key config.train.stps; did you mean 'steps'"),
-    ('--config.trian.steps=5', "unknown config key config.trian; did you mean 'train'"),
-    ('--config.train.steps.more=5', 'unknown config key config.train.steps.more'),
-    ('--config.train.steps=five', 'config.train.steps=five'),
-    ('--config.train.steps=5.5', 'config.train.steps=5.5'),
-    ('--config.train.flag=perhaps', 'config.train.flag=perhaps'),
-    ('--config.train=3', 'config.train=3')])
-def test_a_wrong_override_is_named(config_file, argument, said):
-  with pytest.raises(InputError) as error:
-    load_config(config_file, [argument])
-  assert said in str(error.value)
+    ('train.stps=5', "unknown config key config.train.stps; did you mean 'steps'"),
+    ('trian.steps=5', "unknown config key config.trian; did you mean 'train'"),
+    ('train.steps.more=5', 'unknown config key config.train.steps.more'),
+    ('train.steps=five', '--config.train.steps=five: it must be a whole number'),
+    ('train.steps=5.5', '--config.train.steps=5.5: it must be a whole number'),
+    ('matching.force_match=perhaps', 'force_match=perhaps: it must be true or false'),
+    ('train=3', '--config.train=3: it is a block'),
+    ('model.layers.kernel_stddev=x', 'kernel_stddev=x: it must be a number or None'),
+    ('model.anchors.aspect_ratios=1,x', 'each a number'),
+    ('model.neck.num_level=3', "did you mean 'num_levels'"),
+    ('model.neck.policy=3', 'unknown config key config.model.neck.policy'),
+    ('model.neck.name=conv_pyramyd', "unknown config key|did you mean 'conv_pyramid'"),
+    ('data.train.images=a', 'config.data.train names no component that could take .images.'),
+    ('data.transforms.2.name=horizontal_flip', 'has 2 entries, numbered from 0'),
+    ('data.transforms.1.probabilty=1', "did you mean 'probability'"),
+    ("data.transforms=(dict(name=open('x')),)", 'it must be'),
+    ('data.eval_fraction=1.5', 'data.eval_fraction is 1.5, legal: 0 to 1')])
+def test_a_wrong_override_is_named(argument, said):
+  with pytest.raises(InputError, match=said):
+    config = override(base_config(), [f'--config.{argument}'])
+    # Names of model components are looked up with their options, or when the model is built.
+    registry.resolve('neck', config.model.neck.name, registry.load('', COMPONENTS['model.neck']))
 
 
-def test_an_override_leaves_the_original_alone(config_file):
-  config = load_config(config_file, [])
+def test_a_path_with_a_comma_that_exists_is_one(tmp_path):
+  folder = tmp_path / 'Oslo, 2020'
+  folder.mkdir()
+  assert values.parse(str(folder), str | tuple[str, ...]) == str(folder)
+
+
+@pytest.mark.parametrize('text, kind, value', [
+    ('3', int | None, 3), ('none', int | None, None), ('1e-3', float, 1e-3), ('-2', int, -2),
+    ('', tuple[str, ...], ()), ('a,', tuple[str, ...], ('a',)), ('None', str, 'None'),
+    ("('a')", tuple[str, ...], ('a',)), ('(a', str | tuple[str, ...], '(a')])
+def test_values(text, kind, value):
+  assert values.parse(text, kind) == value
+
+
+@pytest.mark.parametrize('text', ["__import__('os')", '[x for x in ()]', 'dict(**{})', '1 + 1', '(',
+                                  'lambda: 0', "f'{1}'"])
+def test_literals_compute_nothing(text):
+  with pytest.raises(ValueError, match='literal'):
+    values.literal(text)
+
+
+def test_an_override_leaves_the_original_alone():
+  config = complete(base_config())
   assert override(config, ['--config.train.steps=9']).train.steps == 9
-  assert config.train.steps == 3
+  assert config.train.steps == 0
 
 
 @pytest.mark.parametrize('content, said', [
@@ -62,10 +152,108 @@ def test_files_that_are_no_configs(tmp_path, content, said):
 
 
 def test_a_config_imports_its_neighbours_and_no_other_folders(tmp_path):
-  for name in ('a', 'b'):
+  for seed, name in enumerate(('a', 'b')):
     folder = tmp_path / name
     folder.mkdir()
-    (folder / 'common.py').write_text(CONFIG.replace("name='x'", f"name={name!r}"))
+    (folder / 'common.py').write_text(CONFIG.format(line=f'config.seed = {seed}'))
     (folder / 'config.py').write_text('from common import get_config\n')
-  names = [load_config(str(tmp_path / name / 'config.py'), []).train.name for name in 'ab']
-  assert names == ['a', 'b']
+  assert [load_config(str(tmp_path / name / 'config.py'), []).seed for name in 'ab'] == [0, 1]
+
+
+# What a config file may leave out, and what it may not contain.
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('config.train = dict(steps=2, batch_size=4)',
+     {'train.steps': 2, 'train.keep_last': 3, 'train.on_save_error': 'continue'}),
+    ('config.optim = dict(learning_rate=.7)',
+     {'optim.rate_batch_size': 512, 'optim.warmup_factor': .1333 / .7}),
+    ('config.model.layers = dict(dtype="bfloat16")', {'model.layers.norm_decay': .97}),
+    ('config.loss = dict(alpha=.5)', {'loss.name': 'focal', 'loss.gamma': 2.0}),
+    ('config.model.head = dict(depth=64)', {'model.head.name': 'shared_box_predictor'}),
+    ('config.data = dict(train=dict(name="tfds", dataset="a"))',
+     {'data.train.cache': '', 'data.train.dataset': 'a', 'data.resize': 'supersample'}),
+    ('config = dict(seed=3)', {'seed': 3, 'train.keep_best': 1})])
+def test_what_a_file_leaves_out_has_its_default(tmp_path, line, expected):
+  if line.startswith('config = '):
+    line = f'from ml_collections import ConfigDict; config = ConfigDict({line[9:]})'
+  config = from_file(tmp_path, line)
+  assert {key: entry(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize('line, said', [
+    ('config.train.checkpont_every = 1', "config.train.checkpont_every; did you mean 'checkpoint"),
+    ('config.optim_ = dict(learning_rate=1)', "config.optim_; did you mean 'optim'"),
+    ('config.data.transform = ()', "config.data.transform; did you mean 'transforms'"),
+    ('config.eval.batchsize = 1', "config.eval.batchsize; did you mean 'batch_size'"),
+    ('config.model.layers.dtyp = "float32"', "config.model.layers.dtyp; did you mean 'dtype'"),
+    ('config.train = dict(step=1)', "config.train.step; did you mean 'steps'"),
+    ('config.data.train = dict(name="tfds", datset="a")', "no option 'datset'; did you mean"),
+    ('config.data.eval = dict(name="coco_json", image="a")', "no option 'image'; did you mean"),
+    ('config.data.eval = dict(name="cocojson")', "did you mean 'coco_json'"),
+    ('config.train = dict(steps="2")', "config.train.steps='2' must be a whole number"),
+    ('config.train = dict(steps=2.5)', 'config.train.steps=2.5 must be a whole number'),
+    ('config.data = 3', 'cannot be loaded|config.data=3 must be a block')])
+def test_what_does_not_belong_in_a_file_is_named(tmp_path, line, said):
+  with pytest.raises(InputError, match=said):
+    from_file(tmp_path, line)
+
+
+def test_completing_twice_changes_nothing():
+  once = complete(base_config())
+  assert complete(once).to_dict() == once.to_dict()
+
+
+@pytest.mark.parametrize('path', [
+    *FUNCTIONS, *(path for path in COMPONENTS if not path.startswith('data.'))])
+def test_the_base_config_has_the_defaults_of_the_signatures(path):
+  block = entry(complete(base_config()), path).to_dict()
+  table = component_table(path)
+  function = (registry.resolve(path, block.pop('name'), registry.load(path, table)) if table
+              else registry.load(path, FUNCTIONS[path]))
+  options = registry.options_of(function, given=GIVEN if table else ())
+  if path == 'model.layers':
+    block['dtype'] = getattr(__import__('jax').numpy, block['dtype'])
+  assert {key: block[key] for key in options.defaults if key in block} == {
+      key: value for key, value in options.defaults.items() if key in block}
+  values_here = {key for key, value in block.items() if not isinstance(value, dict)}
+  assert values_here <= set(options.types)
+
+
+def test_the_training_block_has_the_defaults_of_how_images_are_held():
+  from ppn_jax.data.sources import split_train_block
+  assert split_train_block({})[1] == {
+      key: value for key, value in base_config().data.train.items() if key != 'name'}
+
+
+# The rate at step 0.
+
+
+@pytest.mark.parametrize('rate, first', [(.7, .1333), (.1, .01), (.15, .01), (.9, .3), (.07, .01)])
+def test_an_absolute_warm_up_rate_becomes_a_factor_and_stays_the_same(tmp_path, rate, first):
+  optim = from_file(tmp_path, f'config.optim.update(learning_rate={rate}, '
+                              f'warmup_learning_rate={first})').optim
+  assert 'warmup_learning_rate' not in optim
+  assert optim.learning_rate * optim.warmup_factor == first
+
+
+@pytest.mark.parametrize('file, rates', [
+    ('ppn_mobilenet_v1_coco', (.7, .1333)), ('ssd_mobilenet_v1_coco_reference', (.9, .3)),
+    ('ssd_mobilenet_v1_coco_mined', (.07, .01)), ('quickstart', (.15, .01)),
+    ('coco_json', (.1, .01))])
+def test_the_warm_up_follows_the_rate(file, rates):
+  path = str(CONFIGS / f'{file}.py')
+  optim = load_config(path, []).optim
+  assert (optim.learning_rate, np.float32(optim.learning_rate * optim.warmup_factor)) == (
+      rates[0], np.float32(rates[1]))
+  lower = load_config(path, ['--config.optim.learning_rate=0.01']).optim
+  assert lower.warmup_factor == optim.warmup_factor < 1
+
+
+def test_an_absolute_warm_up_rate_on_the_command_line():
+  optim = override(base_config(), ['--config.optim.warmup_learning_rate=0.02',
+                                   '--config.optim.learning_rate=0.1']).optim
+  assert optim.learning_rate * optim.warmup_factor == pytest.approx(.02)
+  with pytest.raises(InputError, match='give one of the two'):
+    override(base_config(), ['--config.optim.warmup_learning_rate=0.02',
+                             '--config.optim.warmup_factor=0.1'])

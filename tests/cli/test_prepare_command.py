@@ -84,6 +84,17 @@ def test_one_split(argv, tmp_path):
   assert {p.name.split('.')[0] for p in folder.glob('*record*')} == {'noise-eval'}
 
 
+def test_a_fraction_of_the_training_images_becomes_the_other_split(argv, tmp_path, capsys):
+  train = [a for a in argv if not a.startswith('--config.data.eval.')]
+  assert main(train) == 2
+  assert 'or --splits=train' in capsys.readouterr().err
+  assert main([*train, '--config.data.eval_fraction=0.3']) == 0
+  assert "4 images in 'train', 2 images in 'eval': " in capsys.readouterr().out
+  ids = [{image['id'] for image in Tfds('noise', split, str(tmp_path / 'out')).ground_truth()[
+      'images']} for split in ('train', 'eval')]
+  assert ids[0] | ids[1] == set(range(6)) and not ids[0] & ids[1]
+
+
 def test_evaluation_data_with_some_of_the_classes(argv, tmp_path):
   truth = json.loads((tmp_path / 'in' / 'truth.json').read_text())
   truth['categories'].insert(0, {'id': 3, 'name': 'signal'})
@@ -102,7 +113,7 @@ def test_evaluation_data_with_some_of_the_classes(argv, tmp_path):
     ('--max_sid=3', "unknown flag --max_sid; did you mean '--max_side'"),
     ('--on_bad_image=hide', "legal: 'raise', 'skip'"),
     ('--config.data.train.images=/nowhere', "no folder of images at '/nowhere'"),
-    ('--config.data.train.name=', 'source: name'),
+    ('--config.data.train.name=', 'config.data.train names no component'),
 ])
 def test_mistakes_are_one_line(argv, flag, message, tmp_path, capsys):
   argv = [a for a in argv if a.partition('=')[0] != flag.partition('=')[0]]

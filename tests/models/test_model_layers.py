@@ -59,6 +59,13 @@ def test_batch_norm_keeps_float32_statistics_of_bfloat16():
 
 
 @pytest.mark.usefixtures('float64')
+def test_statistics_stay_float32_in_float64():
+  """A step must return the types that it takes."""
+  _, _, _, updates = batch_norm(random((4, 3, 3, 2)))
+  assert {leaf.dtype for leaf in jax.tree.leaves(updates['batch_stats'])} == {jnp.dtype('float32')}
+
+
+@pytest.mark.usefixtures('float64')
 def test_batch_norm_gradient_is_that_of_the_definition():
   x = random((4, 3, 3, 2))
   norm, variables, _, _ = batch_norm(x)

@@ -170,6 +170,18 @@ def test_pixels_are_scaled_to_minus_one_to_one():
   np.testing.assert_allclose(level.ravel(), [-1, -0.6, 1], atol=1e-6)
 
 
+@pytest.mark.parametrize('neck, features, sides', [
+    (PoolingPyramid(num_levels=0), {16: 5}, [5, 3, 2, 1]),
+    (PoolingPyramid(num_levels=0), {16: 1}, [1]),
+    (FeaturePyramid(num_levels=0, depth=4), {16: 6, 32: 3}, [6, 3, 2, 1])])
+def test_no_number_of_levels_takes_all_there_are(neck, features, sides):
+  maps = {stride: jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32)
+          for stride, side in features.items()}
+  levels, _ = jax.eval_shape(functools.partial(neck.init_with_output, train=False),
+                             jax.random.key(0), maps)
+  assert [level.shape[1] for level in levels] == sides
+
+
 def test_neck_pools_and_projects():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 5, 8)), jnp.float32)
   levels = PoolingPyramid(num_levels=4).apply({}, {16: x}, train=False)
@@ -264,7 +276,7 @@ def test_per_level_head_equals_plain_convolutions_of_each_level():
     ({'backbone': {'depth_multiplier': 0.0}}, 'depth_multiplier 0.0'),
     ({'backbone': {'last_block': 14}}, 'last_block 14'),
     ({'neck': {'num_level': 3}}, "did you mean 'num_levels'"),
-    ({'neck': {'num_levels': 0}}, 'num_levels 0'),
+    ({'neck': {'num_levels': -1}}, 'num_levels -1'),
     ({'neck': {'projection': -1}}, 'projection -1'),
     ({'head': {'norm_per_levels': True}}, "did you mean 'norm_per_level'"),
     ({'head': {'depth': 0}}, 'depth 0'),
@@ -291,7 +303,7 @@ def test_dotted_path_names_a_component():
 
 @pytest.mark.parametrize(('neck', 'words'), [
     ({'stride': 32}, 'no map of stride 32; it has 2, 4, 8, 16'),
-    ({'num_levels': 5}, '4x4 map is 1x1 after 3 levels; take fewer'),
+    ({'num_levels': 5}, '4x4 map is 1x1 after 3 levels; set model.neck.num_levels=3, or 0'),
     ({'name': 'conv_pyramid'}, 'no map of stride 32; it has 2, 4, 8, 16'),
     ({'name': 'conv_pyramid', 'strides': (16,), 'depths': (8,) * 4},
      '4x4 map is 1x1 after 3 levels'),

@@ -178,6 +178,27 @@ def test_more_steps_go_on_with_the_run(undisturbed, tmp_path):
   assert int(final_state(tmp_path).step) == 8
 
 
+def test_other_images_cannot_be_kept_back_later(undisturbed):
+  """They would be evaluated on although they were trained on."""
+  workdir, config, _ = undisturbed
+  config = config.copy_and_resolve_references().unlock()
+  config.data.eval, config.data.eval_fraction = dict(name=''), 0.2
+  with pytest.raises(InputError, match=r'begun with data.eval_fraction=0.0 and seed=0; with'):
+    loop.train(config, workdir)
+
+
+def test_the_python_call_completes_and_checks_its_config(tmp_path):
+  config = tiny_config().copy_and_resolve_references().unlock()
+  config.train = dict(steps=2, batch_size=3, evaluate_every=1)
+  config.data.eval = dict(name='')
+  with pytest.raises(InputError, match=r'data.eval names no data to evaluate on'):
+    loop.train(config, tmp_path)
+  config.train.chekpoint_every = 1
+  with pytest.raises(InputError, match=r"train.chekpoint_every; did you mean 'checkpoint_every'"):
+    loop.train(config, tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('entry, value', [
     ('steps', 0), ('batch_size', 0), ('log_every', 0), ('checkpoint_every', -1)])
 def test_intervals_out_of_range(tmp_path, entry, value):

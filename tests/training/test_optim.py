@@ -25,8 +25,18 @@ def test_rates_scale_with_the_batch():
                                        rate_batch_size=32)
   assert make(32).schedule(4) == pytest.approx(.4)
   assert make(8).schedule(4) == pytest.approx(.1)
-  assert build_optimizer(steps=100, batch_size=8, learning_rate=.4).schedule(4) == (
-      pytest.approx(.4))
+  assert build_optimizer(steps=100, batch_size=8, learning_rate=.4, rate_batch_size=0).schedule(
+      4) == pytest.approx(.4)
+
+
+@pytest.mark.parametrize('batch', [8, 32, 512, 1000])
+def test_the_warm_up_is_a_factor_of_the_rate(batch):
+  make = lambda rate: build_optimizer(steps=100, batch_size=batch, learning_rate=rate,
+                                      rate_batch_size=512, warmup_factor=.1333 / .7).schedule
+  old = warmup_cosine(batch / 512 * .7, steps=100, warmup_steps=4, warmup_rate=batch / 512 * .1333)
+  assert [float(make(.7)(step)) for step in range(100)] == [
+      float(old(step)) for step in range(100)]
+  assert make(.01)(0) == pytest.approx(batch / 512 * .01 * .1333 / .7)
 
 
 def test_momentum_is_not_nesterovs_and_follows_the_schedule():
@@ -50,7 +60,7 @@ def test_weight_decay_counts_kernels_only():
 
 def test_clipping_shortens_long_gradients_only():
   optimizer = build_optimizer(steps=10, batch_size=1, learning_rate=1.0, warmup_fraction=0,
-                              clip_norm=1.0)
+                              rate_batch_size=0, clip_norm=1.0)
   state = optimizer.transform.init(jnp.zeros(2))
   long, _ = optimizer.transform.update(jnp.float32([30, 40]), state)
   np.testing.assert_allclose(long, [-.6, -.8], rtol=1e-6)
