@@ -1,7 +1,6 @@
 """Data of several formats -> TFDS's format: the same truth and pixels, whatever comes between."""
 
 import json
-import pathlib
 import re
 import shutil
 
@@ -354,9 +353,10 @@ def test_wrong_sources_and_outputs(coco, tmp_path):
 
 
 def test_a_disk_that_is_full(coco, monkeypatch):
-  def full(self, *arguments):
+  def full(*arguments, **options):
     raise OSError(28, 'No space left on device')
-  monkeypatch.setattr(pathlib.Path, 'open', full)
+
+  monkeypatch.setattr(shard_files.files, 'write_text', full)
   with pytest.raises(InputError, match='cannot be written: No space left on device'):
     shard_files._Worker({'train': load(coco)}, ['cat', 'dog'], shard_files.Storage(0, 90),
                         lambda: None).write(
