@@ -19,7 +19,13 @@ def test_there_are_configs():
   assert {'quickstart.py', 'coco_json.py', 'ppn_mobilenet_v1_coco.py'} <= {f.name for f in FILES}
 
 
-@pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)
+# Those that always run: each neck, head and loss once.
+ALWAYS = ('fpn_mobilenet_v1_coco', 'ppn_mobilenet_v1_coco', 'quickstart',
+          'ssd_mobilenet_v1_coco_mined')
+
+
+@pytest.mark.parametrize('file', [
+    pytest.param(f, id=f.stem, marks=() if f.stem in ALWAYS else pytest.mark.slow) for f in FILES])
 def test_builds_and_shape_evaluates_a_step(file, tmp_path):
   config = load_config(str(file), [])
   assert config.is_locked

@@ -1,6 +1,7 @@
 """Against the TF Object Detection API: its checkpoints through our network, and one of its steps.
 
-`../shared/golden/README.md` says how the arrays were made.
+`../shared/golden/README.md` says how the arrays were made. Outputs are promised to 1e-4 on any
+processor: rounding alone moves them by up to 2e-5, another way with other vector units.
 """
 
 import pathlib
@@ -23,6 +24,10 @@ from ppn_jax.training.step import StepMetrics, train_step
 from ppn_jax.weights import names
 from ppn_jax.weights.files import read_weights
 from ppn_jax.weights.importer import import_detector
+
+TOLERANCE = 1e-4
+# The logistic function and the softmax are nowhere steeper than a quarter.
+SCORE_TOLERANCE = TOLERANCE / 4
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
@@ -54,33 +59,34 @@ def test_feature_maps_of_all_levels(forward):
   levels = pyramid(variables, golden['images_uint8'])
   assert len(levels) == 6
   for i, level in enumerate(levels):
-    np.testing.assert_allclose(level, golden[f'feature_map_{i}'], atol=1e-4, err_msg=f'level {i}')
+    np.testing.assert_allclose(level, golden[f'feature_map_{i}'], atol=TOLERANCE,
+                               err_msg=f'level {i}')
 
 
 def test_box_encodings_and_logits(forward):
   detector, variables, golden = forward
   outputs = jax.jit(detector.forward)(variables, golden['images_uint8'])
-  np.testing.assert_allclose(outputs.box_codes, golden['box_encodings'], atol=1e-5)
+  np.testing.assert_allclose(outputs.box_codes, golden['box_encodings'], atol=TOLERANCE)
   np.testing.assert_allclose(outputs.class_logits, golden['class_predictions_with_background'],
-                             atol=3e-5)
+                             atol=TOLERANCE)
 
 
 def test_detections(forward):
   detector, variables, golden = forward
   found = jax.device_get(jax.jit(detector.detect)(variables, golden['images_uint8']))
   np.testing.assert_array_equal(found.valid.sum(axis=1), golden['num_detections'])
-  np.testing.assert_allclose(found.scores, golden['detection_scores'], atol=1e-5)
+  np.testing.assert_allclose(found.scores, golden['detection_scores'], atol=SCORE_TOLERANCE)
   for b, scores in enumerate(found.scores):
     match_up_to_ties(found.labels[b], found.boxes[b], golden['detection_classes'][b],
                      golden['detection_boxes'][b], scores)
 
 
 def match_up_to_ties(labels, boxes, expected_labels, expected_boxes, scores):
-  """Equal in order, but those whose scores are 1e-5 apart may have changed places."""
+  """Equal in order, but those whose scores are as close as rounding may have changed places."""
   for k in range(len(labels)):
-    tied = np.abs(scores - scores[k]) <= 1e-5
+    tied = np.abs(scores - scores[k]) <= 2 * SCORE_TOLERANCE
     same = expected_labels[tied] == labels[k]
-    near = np.abs(expected_boxes[tied] - boxes[k]).max(axis=-1) <= 1e-4
+    near = np.abs(expected_boxes[tied] - boxes[k]).max(axis=-1) <= TOLERANCE
     assert np.any(same & near), f'detection {k}'
 
 
@@ -191,6 +197,7 @@ def largest_error(ours, theirs):
              for name, value in theirs.items())
 
 
+@pytest.mark.slow
 def test_step_losses(step, rounded_step):
   for taken, rtol in ((step, 2e-4), (rounded_step, 5e-6)):
     golden, metrics = taken.golden, taken.metrics
@@ -201,6 +208,7 @@ def test_step_losses(step, rounded_step):
     np.testing.assert_allclose(metrics.learning_rate, golden['lr'], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_step_gradients(step, rounded_step):
   norms = golden_of(step.golden, 'norm/grad/')
   assert norms.keys() <= step.gradient.keys() and len(norms) == 90
@@ -215,6 +223,7 @@ def test_step_gradients(step, rounded_step):
   assert errors.max() < 0.1 and np.median(errors) < 3e-3
 
 
+@pytest.mark.slow
 def test_step_moves_the_averages_of_batch_norm(step, rounded_step):
   names = [k for k in golden_of(step.golden, 'after/') if 'moving_' in k]
   assert len(names) == 2 * 33
@@ -223,6 +232,7 @@ def test_step_moves_the_averages_of_batch_norm(step, rounded_step):
   assert largest_error(step.batch_stats, theirs) < 1e-3
 
 
+@pytest.mark.slow
 def test_step_leaves_the_same_weights(step, rounded_step):
   norms = {k: v for k, v in golden_of(step.golden, 'norm/after/').items() if 'moving_' not in k}
   assert norms.keys() == step.params.keys()

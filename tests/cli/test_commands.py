@@ -78,6 +78,7 @@ def test_help_answers_without_the_heavy_libraries():
 
 def test_own_images_exactly_as_the_config_says(coco_folder, tmp_path, capsys):
   small = ['--config.model.image_size=64', '--config.model.neck.num_levels=3',
+           '--config.model.neck.stride=8', '--config.model.backbone.last_block=5',
            '--config.model.backbone.depth_multiplier=0.25', '--config.model.head.depth=16']
   argv = ['train', f'--config={REPOSITORY}/configs/coco_json.py', f'--workdir={tmp_path / "w"}',
           *data_flags(coco_folder), '--config.train.steps=4', '--config.train.batch_size=4',

@@ -53,6 +53,7 @@ def test_a_sweep_of_the_raw_weights_and_one_step_again(run, tmp_path, capsys):
   assert alone == pytest.approx(figures(raw, 4), nan_ok=True)
 
 
+@pytest.mark.slow
 def test_a_killed_follower_goes_on_where_it_was(run):
   folder = run / 'evaluation'
   first = start(f'--workdir={run}', '--follow', '--poll=0.2')

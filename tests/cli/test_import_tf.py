@@ -92,6 +92,7 @@ def imported(foreign, config, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_imported_run_evaluates_and_trains_on(foreign, config, imported, tmp_path, capsys):
   same(variables_of(imported, 0), foreign[1])
   assert open_run(imported).categories == build_source(

@@ -114,8 +114,9 @@ def test_an_evaluation_writes_the_ids_of_the_data_s_own_file(sources, tmp_path):
   evaluator = types.SimpleNamespace(
       source=found, bad=BadExamples('data.eval', len(found)), rows=lambda *_, **__: rows,
       score=lambda rows: coco.score(found.ground_truth(), rows))
-  of_run = types.SimpleNamespace(
-      stamp=lambda step: None, config=types.SimpleNamespace(optim=types.SimpleNamespace(ema_decay=0)))
+  optim = types.SimpleNamespace(ema_decay=0)
+  of_run = types.SimpleNamespace(stamp=lambda step: None,
+                                 config=types.SimpleNamespace(optim=optim))
   made = job.Job(of_run, None, evaluator, job.Options(pictures=0), print).evaluate(1, {}, tmp_path)
   assert made.scores.figures['AP'] == pytest.approx(1)
   assert [c.name for c in made.scores.per_class] == [c.name for c in run]

@@ -275,6 +275,7 @@ def test_reading_from_google_cloud_storage(folder, tmp_path):
       int(local[i].image.sum()) for i in range(3)] * 2
 
 
+@pytest.mark.slow
 def test_training(tmp_path):
   from ppn_jax.training.loop import train
   three = COCO | {'objects': objects(area=np.int64, id=np.int64, label=F.ClassLabel(

@@ -114,7 +114,9 @@ CASES = {
 
 @pytest.mark.parametrize('case, candidates', [
     *((case, 7) for case in CASES),
-    *((case, 256) for case, options in CASES.items() if not any('_' in o for o in options))])
+    # Fewer rounds of more candidates: the same code in other shapes.
+    *(pytest.param(case, 256, marks=() if case == 'clusters' else pytest.mark.slow)
+      for case, options in CASES.items() if not any('_' in o for o in options))])
 def test_equals_the_plain_algorithm(case, candidates):
   options = dict(CASES[case], candidates=candidates)
   shape = SimpleNamespace(n=options.pop('n', 120), classes=options.pop('classes', 4),

@@ -43,6 +43,7 @@ def workdir(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_every_picture_is_there(workdir, monkeypatch):
   notebook = nbformat.read(NOTEBOOK, 4)
   nbformat.validate(notebook)

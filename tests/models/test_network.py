@@ -76,6 +76,7 @@ def test_backbone_returns_the_last_map_of_each_stride():
   assert [f.shape[-1] for f in narrow.values()] == [8, 12, 25, 51]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 def test_forms_of_the_whole_network_agree_in_float64():
   images = pixels(4, 72)

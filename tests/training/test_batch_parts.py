@@ -98,20 +98,24 @@ def found():
   return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_groups_mean_the_same_on_any_number_of_devices(found):
   assert found['groups_change_it'] > 1e-3
   assert found['groups_over_devices'] < 1e-8
 
 
+@pytest.mark.slow
 def test_groups_within_devices_exchange_no_statistics(found):
   whole, grouped = found['all_reduces']
   assert grouped < whole
 
 
+@pytest.mark.slow
 def test_a_step_of_micro_batches_is_one_of_groups(found):
   assert found['accumulated_is_grouped'] < 1e-8
 
 
+@pytest.mark.slow
 def test_a_split_state_is_the_whole_one_in_parts(found):
   assert found['sharded_is_whole'] < 1e-8
   whole, sharded = found['held']

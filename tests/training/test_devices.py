@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 # In float64, since float32 sums in another order differ by up to a percent in single gradients.
@@ -62,6 +64,7 @@ print('equal')
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
                  'JAX_NUM_CPU_DEVICES': '8'}

@@ -24,6 +24,7 @@ def trained(workdir, **options):
     return jax.tree.leaves(checkpoints.restore(like, checkpoints.latest()).variables)
 
 
+@pytest.mark.slow
 def test_cached_images_train_to_the_same_bits(tmp_path):
   plain = trained(tmp_path / 'plain')
   for name, where in (('memory', 'memory'), ('folder', str(tmp_path / 'cache')),

@@ -99,6 +99,7 @@ def check_said(capfd, caplog, *lines):
     assert sum(line in told for told in said.splitlines()) == 1, (line, said)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while(disk, monkeypatch, capfd, caplog):
   at_save(monkeypatch, step_8=lambda: fill(disk), step_24=(disk / 'filling').unlink)
   assert train(disk) == 0
@@ -110,6 +111,7 @@ def test_a_disk_that_is_full_for_a_while(disk, monkeypatch, capfd, caplog):
   assert logged(disk) == [*range(1, 41)] and charted(disk / 'run') == {*range(1, 41)}
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_if_asked_and_a_start_with_room_goes_on(
     disk, monkeypatch, capfd, caplog):
   at_save(monkeypatch, step_8=lambda: fill(disk))

@@ -89,6 +89,7 @@ def losses(workdir):
   return [(line['step'], line['train/loss']) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_the_local_one_to_the_bit(runs):
   states = [jax.tree.leaves(final_state(workdir)) for workdir in runs]
   assert all(map(np.array_equal, *states))

@@ -101,6 +101,7 @@ def test_a_run_that_broke_off_ends_with_the_same_bits(undisturbed, tmp_path, mon
   assert strip(metrics(tmp_path)) == strip(metrics(workdir))
 
 
+@pytest.mark.slow
 def test_sigkill_and_restart_end_with_the_same_bits(tmp_path):
   config = tmp_path / 'config.py'
   config.write_text(CONFIG_FILE.format(folder=str(TESTS)))
