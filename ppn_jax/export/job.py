@@ -14,7 +14,7 @@ from ppn_jax.data import folders
 from ppn_jax.data import images as images_lib
 from ppn_jax.data.bad_examples import BadExamples, spread_examples
 from ppn_jax.data.sources import Source
-from ppn_jax.data.splits import open_split
+from ppn_jax.data.splits import names_data, open_split
 from ppn_jax.data.transforms import Resize
 from ppn_jax.detection.structures import Detections, Example, without_truth
 from ppn_jax.detector import Detector
@@ -211,8 +211,11 @@ class _Pictures:
       self.say(f'skipped: {reason}')
 
   def _source(self, split: str) -> Source:
+    config = self.run.config
+    if split == 'eval' and not (names_data(config.data.eval) or config.data.eval_fraction):
+      split = 'train'  # A run that is not evaluated has no other images.
     try:
-      return open_split(self.run.config, split)
+      return open_split(config, split)
     except InputError as e:
       raise InputError(f'images of data.{split} are needed and cannot be had: {e}; give '
                        '--images=FOLDER of any pictures like them') from e

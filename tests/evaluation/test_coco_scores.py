@@ -205,7 +205,7 @@ def test_what_does_not_exist_is_a_dash_and_null(tmp_path):
   """Never COCO's -1, which looks like a metric."""
   truth, rows = random_problem(1)
   scores = coco.score({**truth, 'annotations': []}, rows)
-  coco.write_scores(tmp_path / 'scores.json', scores)
+  coco.write_scores(tmp_path / 'scores.json', scores, {})
   written = json.loads((tmp_path / 'scores.json').read_text())
   assert set(written['figures'].values()) == {None}
   assert all(c[1:3] == [None, None] for c in written['per_class'])

@@ -44,8 +44,9 @@ def test_scores_are_written_before_anything_is_drawn(tmp_path, monkeypatch):
     raise MemoryError
 
   monkeypatch.setattr(job, 'picture', fail)
-  evaluation = job.Job(SimpleNamespace(categories=source.categories), None, evaluator,
-                       job.Options(pictures=2), print)
+  run = SimpleNamespace(categories=source.categories, stamp=lambda step: None,
+                        config=SimpleNamespace(optim=SimpleNamespace(ema_decay=0)))
+  evaluation = job.Job(run, None, evaluator, job.Options(pictures=2), print)
   with pytest.raises(MemoryError):
     evaluation.evaluate(3, None, tmp_path / '3')
   assert json.loads((tmp_path / '3' / 'scores.json').read_text())['figures']['AP'] == 0

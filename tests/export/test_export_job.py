@@ -74,10 +74,17 @@ def test_pictures_of_a_folder(tmp_path, pictures):
     job._Pictures(run, 64, tmp_path, said.append).take('eval', 20)
 
 
+def test_a_run_without_data_to_evaluate_on_gives_images_of_its_training():
+  config = tiny_config().copy_and_resolve_references().unlock()
+  config.data.eval = {'name': 'coco_json'}
+  pictures = job._Pictures(SimpleNamespace(config=config), 64, None, print)
+  assert pictures.take('eval', 3).shape == (3, 64, 64, 3)
+
+
 @pytest.mark.parametrize('policy', ['raise', 'skip'])
 def test_bad_images_of_the_run_s_data(monkeypatch, policy):
   source = Damaged(num_images=6, image_size=64)
-  monkeypatch.setattr(job, 'build_source', lambda *_, **__: source)
+  monkeypatch.setattr(job, 'open_split', lambda *_, **__: source)
   config = tiny_config().copy_and_resolve_references().unlock()
   config.data.on_bad_example, config.data.max_bad_share = policy, 0.2
   said = []

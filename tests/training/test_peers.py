@@ -119,6 +119,8 @@ def train_on_damaged_shapes(tmp_path, block, *arguments):
   return ends(start(
       [sys.executable, '-m', 'ppn_jax.cli.main', 'train', f'--config={tmp_path}/config.py',
        f'--workdir={tmp_path}/run', f'--config.data.{block}.name=damaged_shapes:Shapes',
+       f'--config.data.{block}.num_images={6 if block == "eval" else 10}',
+       f'--config.data.{block}.image_size=64', f'--config.data.{block}.split={block}',
        '--config.train.evaluate_every=3', '--config.train.checkpoint_every=1',
        '--config.model.backbone.last_block=3', '--config.model.neck.stride=4',
        '--config.model.neck.num_levels=2', *arguments], **environment))
