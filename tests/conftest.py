@@ -8,7 +8,7 @@ import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Programs here compile for seconds and run for milliseconds. `make test-all` keeps XLA's own level.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
 os.environ.setdefault('NO_GCE_CHECK', 'true')  # Whatever machine this is, nobody takes it away.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # For tiny.py.
 

@@ -42,6 +42,7 @@ def test_parameters_are_those_of_the_reference():
   assert count(variables) == 2_194_682
 
 
+@pytest.mark.slow
 def test_oracle_outputs_score_one():
   """Outputs made from the targets must come out of detect and scoring as perfect."""
   config = tiny_config()

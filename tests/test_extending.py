@@ -88,6 +88,7 @@ def test_backbone_options_are_checked(importable):
       registry.build('backbone', {'name': 'my_nets:SmallResNet', **options}, {})
 
 
+@pytest.mark.slow
 def test_the_commands_train_evaluate_and_detect(importable, capsys):
   command, evaluation = COMMANDS
   assignment, program, *arguments = shlex.split(command)

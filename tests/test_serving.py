@@ -200,6 +200,7 @@ def exported(run, tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_export_detects_what_its_run_does(detector, exported, tmp_path):
   loaded = ppn_jax.load(exported)
   assert (loaded.categories, loaded.step) == (detector.categories, detector.step)

@@ -32,6 +32,7 @@ def has(image, label, apart=4):
   return (np.abs(image.astype(int) - class_colour(label)).max(axis=-1) <= apart).sum() > 20
 
 
+@pytest.mark.slow
 def test_the_inside_is_that_of_the_detector(detector, source):
   variables, image = jax.jit(detector.init)(jax.random.key(0)), source[0].image
   inside = pyramid.looker(detector)(variables, image)

@@ -173,6 +173,7 @@ def test_another_model_in_the_workdir_is_refused(undisturbed):
   assert (workdir / 'config.json').read_text() == before
 
 
+@pytest.mark.slow
 def test_more_steps_go_on_with_the_run(undisturbed, tmp_path):
   loop.train(tiny_config(), tmp_path)
   loop.train(tiny_config(steps=8), tmp_path)

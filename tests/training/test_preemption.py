@@ -66,8 +66,8 @@ def terminate_when(monkeypatch, name, step):
 
 
 @pytest.mark.parametrize('where, step, saved, scored', [
-    ('_report', 2, [3], []), ('_report', 4, [3, 5], [3]), ('evaluate', 3, [3], []),
-    ('evaluate', 6, [3, 6], [3])])
+    pytest.param('_report', 2, [3], [], marks=pytest.mark.slow), ('_report', 4, [3, 5], [3]),
+    ('evaluate', 3, [3], []), pytest.param('evaluate', 6, [3, 6], [3], marks=pytest.mark.slow)])
 def test_a_run_that_is_told_to_end_goes_on_with_the_same_bits(
     whole, tmp_path, monkeypatch, where, step, saved, scored):
   terminate_when(monkeypatch, where, step)
@@ -82,6 +82,7 @@ def test_a_run_that_is_told_to_end_goes_on_with_the_same_bits(
   assert evaluated_steps(tmp_path) == [3, 6]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_scored_after_a_restart_is_kept_if_it_is_the_best(tmp_path, monkeypatch):
   config = tiny_config(steps=9, evaluate_every=3, keep_last=1, keep_best=1)
   terminate_when(monkeypatch, 'evaluate', 3)
@@ -138,7 +139,7 @@ def test_saves_that_fail_end_the_run(tmp_path, monkeypatch, options, failing, ke
 def test_a_run_that_is_told_to_end_and_cannot_save_says_so(tmp_path, monkeypatch, where, step):
   fail_saves(monkeypatch, [3])
   terminate_when(monkeypatch, where, step)
-  with pytest.raises(Preempted, match=r'step 3 could not be saved; .* go on from step 0'):
+  with pytest.raises(Preempted, match=r'step 3 could not be saved; .* resume from step 0'):
     loop.train(tiny_config(evaluate_every=3), tmp_path)
   assert steps_of(tmp_path) == []
 
@@ -185,7 +186,8 @@ def metadata(monkeypatch):
 
 
 @pytest.mark.parametrize('key, value', [
-    ('maintenance-event', 'TERMINATE_ON_HOST_MAINTENANCE'), ('preempted', 'TRUE')])
+    pytest.param('maintenance-event', 'TERMINATE_ON_HOST_MAINTENANCE', marks=pytest.mark.slow),
+    ('preempted', 'TRUE')])
 def test_a_machine_that_will_be_taken_away_is_as_sigterm(
     whole, tmp_path, monkeypatch, metadata, key, value):
   original = stepping.Steps._report

@@ -71,6 +71,7 @@ def pod(tmp_path_factory):
   return folder / 'run', result, launch
 
 
+@pytest.mark.slow
 def test_a_run_is_written_once(pod):
   workdir, result, _ = pod
   assert 'exit codes 0 0' in result.stderr and 'on 4 x cpu' in result.stderr
@@ -81,6 +82,7 @@ def test_a_run_is_written_once(pod):
   assert sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir()) == [3, 6]
 
 
+@pytest.mark.slow
 def test_evaluation_gives_the_figures_of_one_process(pod):
   workdir, _, launch = pod
   last = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])

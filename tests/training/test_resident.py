@@ -121,6 +121,7 @@ def digests_of(processes):
           if line.startswith('{')]
 
 
+@pytest.mark.slow
 def test_any_number_of_devices_and_processes_draws_the_same():
   one, eight = digests_of(1)
   assert len(one['digests']) == 48
@@ -161,6 +162,7 @@ def undisturbed(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_off_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
   report = stepping.Steps._report
 

@@ -17,6 +17,8 @@ from ppn_jax.run import open_run
 from ppn_jax.training import loop, partition, saved_step
 from ppn_jax.training.step import abstract_state
 
+pytestmark = pytest.mark.slow
+
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 # As `ppn plan` does, but for the devices of the process.
