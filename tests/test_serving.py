@@ -183,6 +183,7 @@ def test_mistakes(run, detector, tmp_path):
       ppn_jax.load(tmp_path / 'new', **options)
 
 
+@pytest.mark.slow
 def test_step_and_average(run):
   image, = pictures((64, 64))
   scores = {options: ppn_jax.load(run, batch_size=3, **dict(options))(image).scores[:5].tolist()

@@ -148,6 +148,7 @@ def test_a_network_counted_by_hand():
   assert other['backbone/conv2d_0'] == 3 * pixels * 8 + (1 + 2 + 1 + 1 + 1) * 8
 
 
+@pytest.mark.slow
 def test_only_the_model_counts():
   """Not the form of its convolutions, its dtype, or whether Flax is told to name its scopes."""
   config = tiny()
@@ -169,6 +170,7 @@ def test_a_softmax_keeps_its_background():
   assert list(summary.by_columns) == [2, 3] and summary.columns == 2
 
 
+@pytest.mark.slow
 def test_command(capsys):
   config = f'--config={CONFIGS}/ppn_mobilenet_v1_coco.py'
   assert main(['summary', config, '--config.model.num_classes=90']) == 0
@@ -181,6 +183,7 @@ def test_command(capsys):
   assert {r['row'] for r in told['paper']} == {'PPN'}
 
 
+@pytest.mark.slow
 def test_command_takes_classes_from_the_data_and_models_from_runs(tmp_path, capsys):
   assert main(['summary', f'--config={CONFIGS}/quickstart.py', '--json']) == 0
   quickstart = json.loads(capsys.readouterr().out)

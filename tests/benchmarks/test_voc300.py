@@ -469,6 +469,7 @@ def _scored_run(model, seed, recipe='decay'):
                    'commit': 'abc', 'load_average': float(seed)}}
 
 
+@pytest.mark.slow
 def test_a_report_of_three_seeds(tmp_path):
   folder = Folder(tmp_path)
   keys = [RunKey(model, 'decay', seed) for seed in range(3) for model in ('ppn', 'ssd')]

@@ -40,6 +40,7 @@ def start(*arguments):
                           stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_the_raw_weights_and_one_step_again(run, tmp_path, capsys):
   assert main(['evaluate', f'--workdir={run}', '--steps=2::2', '--no-ema']) == 0
   table = capsys.readouterr().out.splitlines()

@@ -187,6 +187,7 @@ def test_backbone_without_classes(foreign, config, tmp_path, capsys):
           '--label_map', '--config.init.backbone=')
 
 
+@pytest.mark.slow
 def test_training_from_a_backbone(foreign, config, tmp_path, capsys):
   copy, workdir = tmp_path / 'weights', tmp_path / 'run'
   shutil.copytree(foreign[0], copy)

@@ -141,6 +141,7 @@ def processes_of(group):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path('/proc').is_dir(), reason='looks for processes in /proc')
 def test_killed_without_warning_it_leaves_no_process_and_can_go_on(tmp_path):
   write_coco(tmp_path / 'in', 800)

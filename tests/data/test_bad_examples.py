@@ -146,6 +146,7 @@ def test_options_out_of_range(options, words):
     BadExamples('data.train', 10, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('resident', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_goes_on_and_says_which(tmp_path, capsys, resident):
   config = tiny_config(evaluate_every=6)

@@ -61,6 +61,7 @@ def test_all_that_is_seen_of_a_crowd_stays_labelled(name):
   assert seen > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['crop', 'jitter'])
 def test_also_where_the_devices_augment(name):
   example = Crowded()[0]

@@ -134,6 +134,7 @@ def test_equals_the_plain_algorithm(case, candidates):
   assert_equals_oracle(detections, outputs, anchors, **options)
 
 
+@pytest.mark.slow
 def test_images_of_a_batch_do_not_touch_each_other():
   rng = np.random.default_rng(0)
   anchors = Anchors(random_boxes(rng, 100), np.arange(100, dtype=np.int32))
@@ -179,7 +180,8 @@ def test_boxes_outside_the_image_suppress_and_count_but_are_not_reported():
   assert detect(outputs, anchors, max_per_class=1).valid.sum() == 0
 
 
-@pytest.mark.parametrize('candidates', [1, 2, 4, 256])
+@pytest.mark.parametrize('candidates', [
+    1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 256))])
 def test_equal_scores_go_to_the_lower_anchor_then_the_lower_label(candidates):
   # The anchor with the best score of all is the last one, so its row is found first.
   outputs, anchors = problem([[0, x, 0.1, x + 0.1] for x in (0.1, 0.4, 0.7)],

@@ -140,6 +140,7 @@ def test_intervals_hold_what_they_promise():
   assert 0.88 < np.mean(held) < 1 and np.mean(excluded) < 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shift', [2.0, -2.0])
 def test_a_level_of_other_scores_is_found_and_its_cost_regained(shift):
   straight, (truth, rows) = draw(), draw(shift={1: shift})
@@ -256,6 +257,7 @@ def run_report(truth, rows, train_images=0, **train):
                                 calibration_job.CalibrationOptions(train_images=train_images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('problem', ['nothing', 'no rows', 'no truth', 'one image', 'one row',
                                      'low scores', 'two images'])
 def test_reports_on_little_or_nothing(problem, tmp_path):
@@ -289,6 +291,7 @@ def test_names_that_a_plotting_library_may_choke_on(tmp_path, recwarn):
   assert not [str(w.message) for w in recwarn.list]
 
 
+@pytest.mark.slow
 def test_positives_are_those_of_the_batches_that_training_draws():
   config = tiny_config()
   source = build_source(split_train_block(config.data.train.to_dict())[0])

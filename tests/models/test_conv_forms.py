@@ -9,7 +9,7 @@ import pytest
 
 from ppn_jax.models import layers
 
-SIZES = ((7, 8), (8, 8), (9, 6), (1, 2))
+SIZES = ((7, 8), *(pytest.param(size, marks=pytest.mark.slow) for size in ((8, 8), (9, 6), (1, 2))))
 
 
 def random(shape, seed=0, dtype=np.float64):
@@ -53,7 +53,7 @@ def test_conv_forms_agree(size, side, stride):
   assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)
 
 
-@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('stride', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_shifted_bfloat16_sums_in_float32_and_rounds_once(stride):
   x = random((2, 19, 19, 8), dtype=np.float32).astype(jnp.bfloat16)
   for op, shape in ((layers.depthwise_conv, (3, 3, 1, 8)), (layers.conv, (3, 3, 8, 8))):

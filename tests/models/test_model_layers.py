@@ -135,6 +135,7 @@ for a, b in zip(jax.tree.leaves(step(variables, x)), jax.tree.leaves(step(variab
 '''
 
 
+@pytest.mark.slow
 def test_batch_over_eight_devices_equals_one_and_gathers_nothing():
   environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '8',
                  'JAX_PLATFORMS': 'cpu'}

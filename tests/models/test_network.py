@@ -148,6 +148,7 @@ def test_class_probability_starts_at_the_prior():
   np.testing.assert_array_equal(outputs.box_codes, 0)
 
 
+@pytest.mark.slow
 def test_bfloat16_network_has_float32_parameters_and_outputs():
   images = pixels(2, 64)
   wide, narrow = (small(policy=LayerPolicy(dtype=dtype)) for dtype in (jnp.float32, jnp.bfloat16))

@@ -93,6 +93,7 @@ def test_distributed_as_on_the_host(case):
   assert np.sum(table, axis=0).min() == 0 or stats.fisher_exact(table).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('boxes', [BOXES[:0], np.float32([[0.5, 0.5, 0.501, 0.501]])],
                          ids=['no boxes', 'a box below a pixel'])
 def test_images_without_boxes_to_cover(boxes):
@@ -247,6 +248,7 @@ def test_two_that_fill_are_refused():
     build_augmentation(blocks, image_size=32, resize='area')
 
 
+@pytest.mark.slow
 def test_colours_change_a_canvas_only_after_it():
   colours = {'name': 'photometric_distortion'}
   canvas = {'name': 'expand', 'probability': 1.0, 'ratio': (3.0, 3.0), 'fill': (9, 99, 199)}

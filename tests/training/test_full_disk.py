@@ -126,6 +126,7 @@ def test_a_full_disk_stops_the_run_if_asked_and_a_start_with_room_goes_on(
   assert saved(disk) == [36, 40] and logged(disk) == [*range(1, 41)]
 
 
+@pytest.mark.slow
 def test_a_store_that_becomes_read_only(disk, monkeypatch, capfd, caplog):
   at_save(monkeypatch, step_8=lambda: set_writable(disk, False),
           step_16=lambda: set_writable(disk, True))

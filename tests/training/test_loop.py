@@ -71,6 +71,7 @@ def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
   assert_same_bits(final_state(workdir), final_state(tmp_path))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_run(undisturbed, tmp_path):
   workdir, config, _ = undisturbed
   config = config.copy_and_resolve_references()
@@ -135,6 +136,7 @@ def test_a_finished_run_is_left_alone(undisturbed, capsys):
   assert files() == before
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_does_not_lose_the_step(tmp_path, monkeypatch):
   def fail(*_, **__):
     raise InputError('bad image')
@@ -146,6 +148,7 @@ def test_an_evaluation_that_fails_does_not_lose_the_step(tmp_path, monkeypatch):
     assert checkpoints.latest() == 6
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   config = tiny_config()
   loop.train(config, tmp_path)

@@ -135,6 +135,7 @@ def test_a_damaged_image_on_one_host_ends_training_on_all(tmp_path, block):
   assert 'ppn: error: ' in said[1] and 'image 3 is damaged' in said[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('block', [pytest.param('train', marks=pytest.mark.slow), 'eval'])
 def test_a_damaged_image_that_one_host_skips_is_named_by_the_first(tmp_path, block):
   codes, said = train_on_damaged_shapes(
@@ -145,6 +146,7 @@ def test_a_damaged_image_that_one_host_skips_is_named_by_the_first(tmp_path, blo
   assert 'image 3 is damaged' in (tmp_path / 'run' / 'bad_examples.txt').read_text()
 
 
+@pytest.mark.slow
 def test_evaluation_in_several_processes_ends_on_sigterm(tmp_path):
   processes = start([sys.executable, '-m', 'ppn_jax.cli.main', 'evaluate', '--follow',
                      f'--workdir={tmp_path}/none'])

@@ -126,6 +126,7 @@ def test_a_save_that_fails_is_said_and_tried_again_at_the_next(tmp_path, monkeyp
   assert steps_of(tmp_path) == [4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options, failing, kept', [
     ({'on_save_error': 'stop'}, [2], [1]), ({}, [2, 3, 4, 5, 6], [1])])
 def test_saves_that_fail_end_the_run(tmp_path, monkeypatch, options, failing, kept):
@@ -135,6 +136,7 @@ def test_saves_that_fail_end_the_run(tmp_path, monkeypatch, options, failing, ke
   assert steps_of(tmp_path) == kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where, step', [('_report', 2), ('evaluate', 3)])
 def test_a_run_that_is_told_to_end_and_cannot_save_says_so(tmp_path, monkeypatch, where, step):
   fail_saves(monkeypatch, [3])
@@ -185,6 +187,7 @@ def metadata(monkeypatch):
     server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('key, value', [
     pytest.param('maintenance-event', 'TERMINATE_ON_HOST_MAINTENANCE', marks=pytest.mark.slow),
     ('preempted', 'TRUE')])

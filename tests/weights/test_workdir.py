@@ -85,6 +85,7 @@ def test_a_damaged_newest_step_is_passed_over(earlier, tmp_path):
   assert (tmp_path / 'run/checkpoints/6').is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('image_size, levels', [(64, 3), (96, 4), (64, 2)])
 def test_other_image_sizes_and_levels(earlier, image_size, levels):
   config = tiny_config().copy_and_resolve_references().unlock()
