@@ -187,9 +187,11 @@ def _part(whole: Source, split: str, config: ConfigDict) -> Subset:
 def _check_names_data(config: ConfigDict) -> None:
   if names_data(config.data.eval):
     return
-  places = _PLACES.get(config.data.eval.name, ('name',))
+  name = config.data.eval.name
+  places = _PLACES.get(name, ('name',))
+  every = name == 'coco_json'  # Elsewhere one of them says where the images are.
   raise InputError(
       'data.eval names no data to evaluate on: give '
-      + ' and '.join(f'--config.data.eval.{place}=...' for place in places)
+      + (' and ' if every else ' or ').join(f'--config.data.eval.{place}=...' for place in places)
       + '; or, in training, --config.data.eval_fraction=0.1 to keep back a tenth of the training '
       'images for it, or --config.train.evaluate_every=0 to do without')
