@@ -16,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
-from typing import Any, NamedTuple, TypeVar
-
-from etils import epath
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union
 
 from ppn_jax.errors import InputError, StoreError, is_outage
 
-Path = pathlib.Path | epath.Path  # The latter for gs://.
+if TYPE_CHECKING:
+  from etils import epath
+
+Path = Union[pathlib.Path, 'epath.Path']  # The latter for gs://.
 
 SEND_EVERY = 30.0  # Seconds between copies of a growing file to a bucket.
 
@@ -56,6 +57,7 @@ def folder_path(text: str | os.PathLike, what: str = 'workdir') -> Path:
   if scheme != 'gs' or not bucket:
     raise InputError(f'{what} {text}: legal: a local folder, or gs://BUCKET/FOLDER')
   _check_bucket(bucket)
+  from etils import epath  # Not above: what serves an exported file needs no bucket.
   return epath.Path(text)
 
 

@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import PIL.Image
-import simplejpeg
 
 from ppn_jax import files
 from ppn_jax.data import jpeg_segments
@@ -110,7 +109,7 @@ def header_sizes(file: BinaryIO, name: str) -> tuple[tuple[int, int], tuple[int,
 def stored_size(data: bytes, name: str) -> tuple[int, int]:
   """(height, width) of an image file's bytes as it is stored, by its header."""
   try:
-    return simplejpeg.decode_jpeg_header(data)[:2]
+    return _simplejpeg().decode_jpeg_header(data)[:2]
   except ValueError:
     return header_sizes(io.BytesIO(data), name)[0]
 
@@ -207,22 +206,27 @@ def open_image(data: bytes, *, name: str, size: tuple[int, int] | None = None,
   return _upright(stored, orientation, name, size)
 
 
+def _simplejpeg() -> Any:
+  import simplejpeg  # Not above: an exported detector that is given arrays needs no decoder.
+  return simplejpeg
+
+
 def encode_jpeg(image: np.ndarray, quality: int = 92) -> bytes:
   """u8 [H, W, 3] RGB -> a JPEG file without EXIF."""
-  return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality)
+  return _simplejpeg().encode_jpeg(np.ascontiguousarray(image), quality=quality)
 
 
 def _open_jpeg(data: bytes, name: str, max_pixels: int) -> tuple[StoredImage, int]:
   """The image as stored, and the EXIF orientation 1..8."""
   try:
-    height, width, color, _ = simplejpeg.decode_jpeg_header(data)
+    height, width, color, _ = _simplejpeg().decode_jpeg_header(data)
   except ValueError:  # Also a legal file of a kind that libjpeg's short interface does not know.
     return _stored(*_decode_other(data, name, max_pixels))
   _check_pixels(height, width, name, max_pixels)
   cmyk = color in ('CMYK', 'YCCK')
 
   def load_from(data: bytes, factor: int) -> np.ndarray:
-    return _load_cmyk(data) if cmyk else simplejpeg.decode_jpeg(
+    return _load_cmyk(data) if cmyk else _simplejpeg().decode_jpeg(
         data, colorspace='RGB', min_height=-(-height // factor), min_width=-(-width // factor),
         min_factor=factor)
 
@@ -249,7 +253,7 @@ def _open_jpeg(data: bytes, name: str, max_pixels: int) -> tuple[StoredImage, in
 
 def _load_cmyk(data: bytes) -> np.ndarray:
   # Every writer of such files follows Adobe and stores 255 minus the ink.
-  cmyk = simplejpeg.decode_jpeg(data, colorspace='CMYK').astype(np.uint16)
+  cmyk = _simplejpeg().decode_jpeg(data, colorspace='CMYK').astype(np.uint16)
   return ((cmyk[..., :3] * cmyk[..., 3:] + 127) // 255).astype(np.uint8)
 
 
