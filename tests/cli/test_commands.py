@@ -281,5 +281,5 @@ def test_a_batch_that_the_devices_cannot_share(config, tmp_path):
       capture_output=True, env={**os.environ, 'JAX_PLATFORMS': 'cpu',
                                 'JAX_NUM_CPU_DEVICES': '8'})
   assert result.returncode == 2
-  assert result.stderr.strip() == ('ppn: error: train.batch_size=12 cannot be split over 8 devices;'
-                                   ' use a multiple, such as 16')
+  assert result.stderr.splitlines()[-1] == (
+      'ppn: error: train.batch_size=12 cannot be split over 8 devices; use a multiple, such as 16')
