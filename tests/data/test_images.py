@@ -76,7 +76,7 @@ def test_palette(photo):
 
 
 def test_palette_with_transparency_lies_over_white():
-  image = PIL.Image.fromarray(np.array([[0, 1, 2]], np.uint8), 'P')
+  image = PIL.Image.frombytes('P', (3, 1), bytes([0, 1, 2]))
   image.putpalette([200, 0, 0, 0, 100, 0, 0, 0, 50])
   pixels = decode(save(image, 'PNG', transparency=bytes([255, 0, 128])), name='x')
   np.testing.assert_array_equal(pixels, [[[200, 0, 0], [255, 255, 255], [127, 127, 152]]])
@@ -243,7 +243,7 @@ def save(image, kind, **options):
   buffer = io.BytesIO()
   image.save(buffer, kind, **options)
   return buffer.getvalue()
-palette = PIL.Image.fromarray(np.zeros((4, 4), np.uint8), 'P')
+palette = PIL.Image.frombytes('P', (4, 4), bytes(16))
 palette.putpalette([1, 2, 3])
 decode(save(palette, 'PNG', transparency=bytes([128])), name='x')
 decode(save(PIL.Image.new('1', (10000, 9000)), 'PNG'), name='x')
