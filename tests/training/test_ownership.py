@@ -200,7 +200,8 @@ def test_a_lease_that_stands_still_is_taken_over_after_its_time(bucket, tmp_path
 @pytest.mark.parametrize('dead', [
   process(pid=2**22 + 1).as_json(beat=time.time()),
   process(started=1).as_json(beat=time.time()),  # The number is another process's now.
-  process(host='pod-1').as_json(beat=time.time() - 3600), 'no JSON'])
+  process(host='pod-1').as_json(beat=time.time() - 3600), 'no JSON'],
+                         ids=['no such process', 'another process', 'an hour ago', 'no JSON'])
 def test_a_lease_of_one_that_is_known_to_be_dead_is_taken_at_once(bucket, tmp_path, dead):
   there, clock = bucket
   there.replace(None, dead, 0)
