@@ -80,8 +80,9 @@ class Tfds(AnnotatedImages):
     self._where = f'{builder.data_dir}: {split}'
     self._schema = tfds_records.find_schema(builder.info.features, self._where, objects)
     self._records = _open_split(builder, split)
-    self._shards = _list_shards(builder, split)
     self._parts = _read_parts(builder, split)
+    self._shards = [os.fspath(path) for name, _, _ in self._parts
+                    for path in builder.info.splits[name].filepaths]
     if not self._read_beside(builder, on_bad_box, duplicates):
       self._scan(on_bad_box, duplicates, on_bad_example)
 
@@ -260,13 +261,6 @@ def _open_split(builder: Any, split: str) -> Any:
   except Exception as e:  # Of the split's name, or of a shard that is missing or damaged.
     raise InputError(f'{builder.data_dir}: split {split!r} cannot be read: {_line(e)} (splits: '
                      f'{some(list(builder.info.splits))})') from e
-
-
-def _list_shards(builder: Any, split: str) -> list[str]:
-  """The files that hold a split's records."""
-  splits = builder.info.splits
-  parts = tfds_records.load_tfds().core.ReadInstruction.from_spec(split).to_absolute(splits)
-  return [os.fspath(path) for part in parts for path in splits[part.splitname].filepaths]
 
 
 def _stamp(path: str) -> bytes:
