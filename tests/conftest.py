@@ -7,8 +7,9 @@ import sys
 import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Programs here compile for seconds and run for milliseconds. `make test-all` keeps XLA's own level.
-os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')
+# Programs here compile for seconds and run for milliseconds. `make test-all` keeps XLA's own choices.
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 '
+                      '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
 os.environ.setdefault('NO_GCE_CHECK', 'true')  # Whatever machine this is, nobody takes it away.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # For tiny.py.
 

@@ -90,10 +90,9 @@ def test_own_images_exactly_as_the_config_says(coco_folder, tmp_path, capsys):
   for line in ('data.train: 9 images, 1 without annotations, ', 'data.eval: 9 images, ',
                "data.train: no box of 1 class, which cannot be learned: 'nothing'"):
     assert said.index(line) < said.index('compiling')
-  for scorer in ('hotcoco', 'pycocotools'):
-    assert main(['evaluate', f'--workdir={tmp_path / "w"}', f'--scorer={scorer}']) == 0
+  assert main(['evaluate', f'--workdir={tmp_path / "w"}', '--scorer=pycocotools']) == 0
   out = capsys.readouterr().out
-  assert out.count('AP50') >= 2 and 'triangle' in out and '9 images' in out
+  assert 'AP50' in out and 'triangle' in out and '9 images' in out
   rows = json.loads((tmp_path / 'w' / 'evaluation' / '4' / 'results.json').read_text())
   assert {r['image_id'] for r in rows} <= {*range(1, 9), 900}
   assert {r['category_id'] for r in rows} <= {10, 20, 30, 40, 50, 77}

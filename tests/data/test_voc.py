@@ -271,6 +271,7 @@ def test_real_blood_cells(shared, split, images, boxes, dropped):
       build_source(block)
 
 
+@pytest.mark.slow
 def test_training_on_blood_cells(shared, tmp_path):
   from ppn_jax.training.loop import train
   config = tiny_config(steps=2, checkpoint_every=2).copy_and_resolve_references()

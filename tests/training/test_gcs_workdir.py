@@ -95,6 +95,7 @@ def test_a_killed_run_is_the_local_one_to_the_bit(runs):
   assert all(map(np.array_equal, *states))
 
 
+@pytest.mark.slow
 def test_no_line_is_lost_or_doubled(runs):
   bucket, local = runs
   assert [step for step, _ in losses(bucket)] == list(range(1, STEPS + 1))
@@ -102,11 +103,13 @@ def test_no_line_is_lost_or_doubled(runs):
   assert len([p for p in (bucket / 'tensorboard').iterdir() if p.is_file()]) == 2  # Of two starts.
 
 
+@pytest.mark.slow
 def test_old_checkpoints_are_deleted_and_nothing_is_left_behind(runs):
   for workdir in runs:
     assert sorted(p.name for p in (workdir / 'checkpoints').iterdir()) == ['15', '20']
 
 
+@pytest.mark.slow
 def test_evaluated_in_the_bucket(runs):
   bucket, local = runs
   expected = evaluate(open_run(local), say=lambda line: None).scores

@@ -126,7 +126,8 @@ def train_on_damaged_shapes(tmp_path, block, *arguments):
        '--config.model.neck.num_levels=2', *arguments], **environment))
 
 
-@pytest.mark.parametrize('block', [pytest.param('train', marks=pytest.mark.slow), 'eval'])
+@pytest.mark.slow
+@pytest.mark.parametrize('block', ['train', 'eval'])
 def test_a_damaged_image_on_one_host_ends_training_on_all(tmp_path, block):
   codes, said = train_on_damaged_shapes(tmp_path, block, '--config.train.steps=30')
   assert codes == [2, 2], said
@@ -136,7 +137,7 @@ def test_a_damaged_image_on_one_host_ends_training_on_all(tmp_path, block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('block', [pytest.param('train', marks=pytest.mark.slow), 'eval'])
+@pytest.mark.parametrize('block', ['train', 'eval'])
 def test_a_damaged_image_that_one_host_skips_is_named_by_the_first(tmp_path, block):
   codes, said = train_on_damaged_shapes(
       tmp_path, block, '--config.data.on_bad_example=skip', '--config.data.max_bad_share=0.5',
