@@ -1,7 +1,10 @@
 """What all tests share."""
 
+import functools
+import json
 import os
 import pathlib
+import re
 import sys
 
 import pytest
@@ -27,6 +30,46 @@ def compilation_cache(tmp_path_factory, worker_id):
       ('jax_compilation_cache_max_size', 4 << 30)]:  # With a bound JAX locks the folder.
     os.environ[name.upper()] = str(value)
     jax.config.update(name, value)
+
+
+def pytest_sessionstart():
+  """Lets equal configs of one process share their detector, optimizer and jitted functions: tests
+  train the same tiny models again and again, and tracing takes longer than running."""
+  import jax
+
+  from ppn_jax import run
+  from ppn_jax.training import step
+
+  def shared(function, key_of):
+    made = {}
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+      key = key_of(*args, **kwargs)
+      if key is None:
+        return function(*args, **kwargs)
+      key = key, jax.config.jax_enable_x64
+      if key not in made:
+        made[key] = function(*args, **kwargs), args  # Arguments stay, so that no id is used twice.
+      return made[key][0]
+
+    return wrapped
+
+  def of_config(*blocks):
+    def key(config, **kwargs):
+      text = json.dumps([config[block].to_dict() for block in blocks], default=repr)
+      # Components of a test's own modules may have the name of another test's.
+      return None if re.search(r'"name": "[^"]*:', text) else (text, *kwargs.items())
+    return key
+
+  def of_objects(*args):
+    return tuple(a if isinstance(a, jax.sharding.Mesh) else id(a) for a in args)
+
+  run.build_detector = shared(run.build_detector,
+                              of_config('model', 'matching', 'loss', 'postprocess'))
+  run.optimizer_of = shared(run.optimizer_of, of_config('optim'))
+  for name in ('jit_init', 'jit_train_step', 'jit_detect'):
+    setattr(step, name, shared(getattr(step, name), of_objects))
 
 
 @pytest.fixture
