@@ -10,9 +10,10 @@ import sys
 import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Programs here compile for seconds and run for milliseconds. `make test-all` keeps XLA's own choices.
+# Programs here compile for seconds and run for milliseconds; `make test-all` keeps XLA's choices.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 '
-                      '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1')
+                                   '--xla_cpu_use_fusion_emitters=false '
+                                   '--xla_cpu_parallel_codegen_split_count=1')
 os.environ.setdefault('NO_GCE_CHECK', 'true')  # Whatever machine this is, nobody takes it away.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # For tiny.py.
 
