@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 LOWEST := .venv-lowest
 QUICKSTART := $(RUNS)/quickstart
 
-.PHONY: help setup quickstart test test-all test-lowest lint clean
+.PHONY: help setup quickstart test test-all test-lowest lint docs clean
 
 help:
 	@echo 'make quickstart  train, evaluate and draw on the embedded data set (a few minutes)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-all    run those too that take minutes each'
 	@echo 'make test-lowest run the tests with the lowest versions that requirements.txt allows'
 	@echo 'make lint        check the style'
+	@echo 'make docs        build the documentation site into site/'
 	@echo 'make clean       remove the environments'
 
 setup: $(VENV)/base
@@ -36,6 +37,10 @@ test-lowest: $(LOWEST)/dev
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/shellcheck launch/*.sh launch/notebooks/*.sh .ci/*
+
+docs: $(VENV)/dev
+	$(VENV)/bin/python docs/make_configs.py
+	$(VENV)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(LOWEST)
