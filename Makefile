@@ -40,7 +40,7 @@ lint: $(VENV)/dev
 
 docs: $(VENV)/dev
 	$(VENV)/bin/python docs/make_configs.py
-	$(VENV)/bin/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(LOWEST)
