@@ -17,7 +17,7 @@ help:
 	@echo 'make test-lowest run the tests with the lowest versions that requirements.txt allows'
 	@echo 'make lint        check the style'
 	@echo 'make docs        build the documentation site into site/'
-	@echo 'make clean       remove the environments'
+	@echo 'make clean       remove the environments and the site'
 
 setup: $(VENV)/base
 
@@ -43,7 +43,7 @@ docs: $(VENV)/dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(LOWEST)
+	rm -rf $(VENV) $(LOWEST) site
 
 $(VENV)/base: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ppn_jax needs Python 3.11 or newer; name one with make PYTHON=...")'
