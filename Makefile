@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 LOWEST := .venv-lowest
 QUICKSTART := $(RUNS)/quickstart
 
-.PHONY: help setup quickstart test test-all test-lowest lint clean
+.PHONY: help setup quickstart test test-all test-lowest lint docs clean
 
 help:
 	@echo 'make quickstart  train, evaluate and draw on the embedded data set (a few minutes)'
@@ -16,7 +16,8 @@ help:
 	@echo 'make test-all    run those too that take minutes each'
 	@echo 'make test-lowest run the tests with the lowest versions that requirements.txt allows'
 	@echo 'make lint        check the style'
-	@echo 'make clean       remove the environments'
+	@echo 'make docs        build the documentation site into site/'
+	@echo 'make clean       remove the environments and the site'
 
 setup: $(VENV)/base
 
@@ -37,8 +38,12 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/shellcheck launch/*.sh launch/notebooks/*.sh .ci/*
 
+docs: $(VENV)/dev
+	$(VENV)/bin/python docs/make_configs.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(LOWEST)
+	rm -rf $(VENV) $(LOWEST) site
 
 $(VENV)/base: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ppn_jax needs Python 3.11 or newer; name one with make PYTHON=...")'

@@ -1,10 +1,10 @@
-"""Writes docs/configs.md, the reference of every config key, from the code.
+"""Writes docs/configs.md, the reference of all config keys, from the code.
 
   python docs/make_configs.py
 
-Keys and defaults come from ppn_jax/config.py, what a key means from the docstring of the function
-that it is an argument of; keys that are no function's from the comment beside them. A test holds
-the page to the code.
+Keys and defaults come from ppn_jax/config.py. The meaning of a key comes from the docstring of the
+function that it is an argument of, or from the comment beside the key. A test checks that the page
+is up to date.
 """
 
 import ast
@@ -26,53 +26,57 @@ PAGE = pathlib.Path(__file__).with_name('configs.md')
 
 ORDER = ('seed', 'model', 'matching', 'postprocess', 'init', 'data', 'optim', 'train', 'eval')
 
-# Blocks that share a table, as they are called together.
+# Blocks that share a table, and its title.
 NAMES = {'data.train': 'data.train` and `data.eval'}
 
-# Attributes of components that their docstrings explain, beside what the system supplies.
+# Arguments that the system supplies, and attributes that are no options.
 GIVEN = config_module.GIVEN | {'max_boxes', 'bad_boxes', 'source', 'on_bad_example'}
 
 HEAD = """# Config keys
 
-Made by `python docs/make_configs.py` from [`ppn_jax/config.py`](../ppn_jax/config.py) and the
-docstrings of the functions that the keys are arguments of; do not edit it. Any key is set in a
-file of [`configs/`](../configs) or on the command line: `--config.optim.learning_rate=0.1`. A key
-that does not exist is an error that names the nearest one.
+This page is written by `python docs/make_configs.py` from
+[`ppn_jax/config.py`](../ppn_jax/config.py) and the docstrings of the functions that the keys are
+arguments of; do not edit it. A key is set in a config file ([`configs/`](../configs)) or on the
+command line: `--config.optim.learning_rate=0.1`. An unknown key is an error that suggests the
+nearest one.
 
-In a config file, what a block leaves out has the default given here, also where the block is
-written anew: `config.train = dict(steps=2, batch_size=2)` keeps `keep_last=3`.
-`optim.warmup_learning_rate`, the rate at step 0 itself, is taken in place of `optim.warmup_factor`.
+Whatever a config file leaves out has the default listed here, even if the file replaces a whole
+block: `config.train = dict(steps=2, batch_size=2)` keeps `keep_last=3`.
+`optim.warmup_learning_rate`, the learning rate at step 0, may be given instead of
+`optim.warmup_factor`.
 
 ## On the command line
 
-Every option of a component below can be set, whether or not the config file spells it out:
+Every option of a component below can be set, even if the config file does not list it:
 
 - Several values: `--config.data.train.images=train2014,val2014`, or a Python literal,
-  `"--config.data.train.images=('a, b', 'c')"`. A path with a comma that exists is one path.
+  `"--config.data.train.images=('a, b', 'c')"`. An existing path that contains a comma is one path.
 - A number or none: `--config.model.layers.kernel_stddev=0.01`, `=None`.
-- Transforms: `--config.data.transforms=horizontal_flip,photometric_distortion`, with options
-  `"--config.data.transforms=(dict(name='horizontal_flip', probability=0.2),)"`, none
-  `"--config.data.transforms=()"`, an option of the first of them
+- Transforms: `--config.data.transforms=horizontal_flip,photometric_distortion`; with options,
+  `"--config.data.transforms=(dict(name='horizontal_flip', probability=0.2),)"`; none,
+  `"--config.data.transforms=()"`; an option of the first one,
   `--config.data.transforms.0.probability=0.2`.
 - Another component: `--config.model.neck.name=conv_pyramid --config.model.neck.depths=256,128`.
-  Options that are not given have the new component's defaults; those of the one before are dropped.
+  Options that are not given take the defaults of the new component; those of the previous one are
+  dropped.
 - A whole block: `"--config.model.neck=dict(name='conv_pyramid', depths=(256, 128))"`.
 
-Literals are numbers, text, `True`, `False`, `None`, tuples, lists and dictionaries; nothing in them
-is computed.
+Literals are numbers, strings, `True`, `False`, `None`, tuples, lists and dictionaries. No
+expression is evaluated.
 
 ## Code of your own in a run
 
-A workdir is data that people send each other. Where its config.json names a component by a dotted
+Workdirs are data that people exchange. If the config.json of one names a component by a dotted
 path, `'my_package.module:Name'`, the commands that open it (`evaluate`, `detect`, `export`,
-`summary --workdir`) import that only if it is allowed: `--allow=my_package`, which may be repeated,
-or `--allow=my_package.module`. In Python it is `ppn_jax.load(workdir, allow=('my_package',))`.
-Training, also a resumed one, uses what `--config` names. See [extending.md](extending.md).
+`summary --workdir`) import that module only if it is allowed: `--allow=my_package` or
+`--allow=my_package.module`, once for each. In Python it is
+`ppn_jax.load(workdir, allow=('my_package',))`. Training, including a resumed one, may import
+whatever `--config` names. See [Extending](extending.md).
 """
 
 
 def page() -> str:
-  """The text of docs/configs.md."""
+  """Returns the text of docs/configs.md."""
   config, comments = config_module.base_config(), _comments()
   parts = [HEAD]
   for name in ORDER:
@@ -109,7 +113,7 @@ def _block(name: str, block: ConfigDict, comments: Mapping[str, str]) -> Iterato
 
 def _components(block: str, known: Mapping[str, str]) -> str:
   lines = [f'## Components of `{block}`\n',
-           "By `name`; or by a dotted path to your own, `'my_package.module:Name'`.\n"]
+           "Chosen by `name`, or by a dotted path to your own, `'my_package.module:Name'`.\n"]
   for name in known:
     component = registry.resolve(block, name, known)
     about = docstring_parser.parse(inspect.getdoc(component) or '').short_description
@@ -124,11 +128,11 @@ def _components(block: str, known: Mapping[str, str]) -> str:
 
 
 def _default(parameter: inspect.Parameter) -> str:
-  return 'needed' if parameter.default is parameter.empty else f'`{parameter.default!r}`'
+  return 'required' if parameter.default is parameter.empty else f'`{parameter.default!r}`'
 
 
 def _meanings(functions: tuple[Callable[..., Any], ...]) -> dict[str, str]:
-  """Argument -> its text in the docstrings, on one line."""
+  """Returns {argument: its text in the docstrings, on one line}."""
   found = {}
   for function in functions:
     for entry in docstring_parser.parse(inspect.getdoc(function) or '').params:
@@ -138,7 +142,7 @@ def _meanings(functions: tuple[Callable[..., Any], ...]) -> dict[str, str]:
 
 
 def _comments() -> dict[str, str]:
-  """'train.batch_size' -> the comment beside the key in ppn_jax/config.py."""
+  """Returns {'train.batch_size': the comment beside the key in ppn_jax/config.py}."""
   source = inspect.getsource(config_module)
   beside = {token.start[0]: token.string.lstrip('# ')
             for token in tokenize.generate_tokens(io.StringIO(source).readline)
