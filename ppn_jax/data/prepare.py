@@ -121,8 +121,9 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
   target = files.local_path(output) / options.name / options.version
   truths = {split: source.ground_truth() for split, source in sources.items()}
   target.parent.mkdir(parents=True, exist_ok=True)
-  with (_lock(target.parent) as locked,
-        concurrent.futures.ThreadPoolExecutor(options.threads or None) as pool):
+  pool = concurrent.futures.ThreadPoolExecutor(options.threads or None)
+  with _lock(target.parent) as locked, contextlib.ExitStack() as closing:
+    closing.callback(pool.shutdown, cancel_futures=True)
     for left in target.parent.glob(f'incomplete.*_{target.name}') if locked else ():
       shutil.rmtree(left)
       say(f'removed {left}, which a call that was stopped had left')
@@ -154,7 +155,11 @@ def _check_sources(sources: Mapping[str, Source], name: str) -> None:
 
 @contextlib.contextmanager
 def _lock(folder: pathlib.Path) -> Iterator[bool]:
-  """Keeps a second call off a folder; yields False on file systems without locks."""
+  """Locks a folder against other calls; yields False on file systems without locks.
+
+  Raises:
+    InputError: If another call has the lock.
+  """
   handle, locked = os.open(folder, os.O_RDONLY), True
   try:
     try:
@@ -211,11 +216,14 @@ def _make_shards(plan: Mapping[str, Any]) -> list[_Shard]:
 def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, Source],
            truths: Mapping[str, dict], shards: Sequence[_Shard], options: Options,
            pool: concurrent.futures.Executor, progress: Callable[[int, int], None]) -> None:
-  """Has TFDS write the data set, and fills in what is skipped and the digests of the shards."""
+  """Writes the data set with TFDS, and fills in `skipped` and `digests` of the shards."""
   tfds = tfds_records.load_tfds()
   from tensorflow_datasets.core import writer
   done, total = 0, sum(len(shard.indices) for shard in shards)
-  areas = {split: _group_areas(truth) for split, truth in truths.items()}
+  areas = collections.defaultdict(list)
+  for split, truth in truths.items():
+    for annotation in truth['annotations']:
+      areas[split, annotation['image_id']].append(annotation['area'])
 
   def generate(shard: _Shard) -> Iterator[tuple[int, dict]]:
     nonlocal done
@@ -224,8 +232,8 @@ def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, 
     def read(index: int) -> tuple[bytes, dict | InputError]:
       # The digest first, so that a change in between shows.
       return _digest(source, index), _read_example(
-          source, index, images[index], areas[shard.split][images[index]['id']], shard.split,
-          options)
+          source, index, images[index], areas.get((shard.split, images[index]['id']), ()),
+          shard.split, options)
 
     for index, (digest, example) in zip(shard.indices, _map_ahead(pool, read, shard.indices),
                                         strict=True):
@@ -273,8 +281,8 @@ def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, 
     def _download_and_prepare(self, dl_manager, download_config=None):
       super()._download_and_prepare(dl_manager, download_config)
       _check_skipped(shards, total, options)
-      self.info.write_to_directory(self.data_dir)
-      _finish(pathlib.Path(self.data_dir), plan, truths, shards)
+      self.info.write_to_directory(self.data_dir)  # TFDS would, but after the checksums.
+      _finish(pathlib.Path(self.data_dir), plan, truths, shards, pool)
 
     def _log_download_bytes(self):
       """Prints nothing; TFDS would, on stdout."""
@@ -301,14 +309,6 @@ def _detection_features(classes: Sequence[str]) -> Any:
           'bbox': features.BBoxFeature(),
           'is_crowd': np.bool_,
           'label': features.ClassLabel(names=list(classes))})})
-
-
-def _group_areas(truth: Mapping[str, Any]) -> dict[int, list[float]]:
-  """Returns the areas in pixels of the boxes of each image id."""
-  areas = {image['id']: [] for image in truth['images']}
-  for annotation in truth['annotations']:
-    areas[annotation['image_id']].append(annotation['area'])
-  return areas
 
 
 def _map_ahead(pool: concurrent.futures.Executor, function: Callable[[int], Any],
@@ -365,7 +365,7 @@ def _encode(source: Source, index: int, image: np.ndarray, options: Options) -> 
 
 
 def _check_skipped(shards: Sequence[_Shard], total: int, options: Options) -> None:
-  """Raises InputError if images that cannot be read are not to be left out."""
+  """Raises InputError if there are images that cannot be read and must not be left out."""
   reasons = [reason for shard in shards for _, reason in shard.skipped]
   if not reasons:
     return
@@ -378,20 +378,25 @@ def _check_skipped(shards: Sequence[_Shard], total: int, options: Options) -> No
 
 
 def _finish(folder: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, dict],
-            shards: Sequence[_Shard]) -> None:
+            shards: Sequence[_Shard], pool: concurrent.futures.Executor) -> None:
   """Writes the ground truth and prepared.json beside the records, and counts these."""
-  tfds, left_out = tfds_records.load_tfds(), {}
-  builder = tfds.builder_from_directory(os.fspath(folder))
+  from array_record.python.array_record_module import ArrayRecordReader
+  left_out = {}
+  builder = tfds_records.load_tfds().builder_from_directory(os.fspath(folder))
   for split, truth in truths.items():
-    gone = left_out[split] = [image for shard in shards if shard.split == split
-                              for image, _ in shard.skipped]
-    if len(builder.as_data_source(split)) != len(truth['images']) - len(gone):
+    of_split = [shard for shard in shards if shard.split == split]
+    info = builder.info.splits[split]
+    counts = [ArrayRecordReader(os.fspath(path)).num_records() for path in info.filepaths]
+    if not counts == info.shard_lengths == [len(shard.digests) for shard in of_split]:
       raise RuntimeError(f'{split}: TFDS counts other records than were written')
+    gone = left_out[split] = [image for shard in of_split for image, _ in shard.skipped]
     files.write_text(folder / tfds_records.truth_name(split),
                      json.dumps(_without(truth, set(gone))))
+  paths = sorted(folder.iterdir())
+  checksums = dict(zip([path.name for path in paths], pool.map(_checksum, paths), strict=True))
   files.write_text(folder / 'prepared.json', json.dumps({
       'plan': plan, 'skipped': [entry for shard in shards for entry in shard.skipped],
-      'left_out': left_out, 'sha256': {p.name: _checksum(p) for p in sorted(folder.iterdir())},
+      'left_out': left_out, 'sha256': checksums,
       'images': [[shard.contents, shard.skipped] for shard in shards]}, indent=1) + '\n')
 
 
@@ -423,9 +428,9 @@ def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
       other = (f'other data ({key} differ)' if key in ('splits', 'categories') else
                f'data made with {key}={there.get(key)}, not {value}')
       raise InputError(f'{folder} holds {other}; give another name or version, or remove it')
-  for name, expected in checksums.items():
-    path = folder / name
-    if not path.is_file() or _checksum(path) != expected:
+  paths = [folder / name for name in checksums]
+  for path, found in zip(paths, pool.map(_checksum, paths), strict=True):
+    if found != checksums[path.name]:
       raise InputError(f'{path} is missing or not as it was made; remove {folder} and prepare '
                        'again')
   made_of = prepared.get('images') or []
@@ -467,5 +472,9 @@ def _is_readable(source: Source, index: int) -> bool:
 
 
 def _checksum(path: pathlib.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+  """Returns the SHA-256 of a file, '' if it is not there."""
+  try:
+    with path.open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except FileNotFoundError:
+    return ''
