@@ -12,8 +12,8 @@ HELP = f"""Store a data set in sharded ArrayRecord files, in TFDS's format.
 Reads data.train and data.eval of a config, of any format, and writes them as the
 splits 'train' and 'eval' of OUTPUT/NAME/VERSION. To train on them, put
   dict(name='tfds', dataset=NAME, data_dir=OUTPUT, split='train')
-into a config as data.train, or see configs/tfds.py. A call that is stopped leaves
-nothing and begins again when it is repeated; on what is finished it checks every
+into a config as data.train, or see configs/tfds.py. A call that is stopped leaves no
+data set and begins again when it is repeated; on what is finished it checks every
 file and that it is of the same data.
 {CONFIG_HELP}"""
 
