@@ -1,6 +1,7 @@
 """`ppn prepare`."""
 
 import argparse
+import os
 import sys
 
 from ppn_jax.cli.flags import CONFIG_HELP, load_config
@@ -11,8 +12,9 @@ HELP = f"""Store a data set in sharded ArrayRecord files, in TFDS's format.
 Reads data.train and data.eval of a config, of any format, and writes them as the
 splits 'train' and 'eval' of OUTPUT/NAME/VERSION. To train on them, put
   dict(name='tfds', dataset=NAME, data_dir=OUTPUT, split='train')
-into a config as data.train, or see configs/tfds.py. A call that was stopped goes
-on when it is repeated; on what is finished it checks every file.
+into a config as data.train, or see configs/tfds.py. A call that is stopped leaves no
+data set and begins again when it is repeated; on what is finished it checks every
+file and that it is of the same data.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True
@@ -35,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='of JPEG files made then, 1 to 100 (default: %(default)s)')
   parser.add_argument('--shards', type=int, default=0, metavar='N',
                       help='files for each split (default: 0, up to about 128 MB each)')
-  parser.add_argument('--processes', type=int, default=0, metavar='N',
-                      help='that work (default: 0, one for each processor core)')
+  parser.add_argument('--threads', '--processes', type=int, default=0, metavar='N',
+                      help='that read, check and encode images (default: 0, a few more than there '
+                           'are processor cores)')
   parser.add_argument('--on_bad_image', metavar='POLICY',
                       help="'raise', or 'skip' to leave out images that cannot be read "
                            "(default: the config's data.on_bad_example)")
@@ -50,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.data.prepare import Options, prepare
   from ppn_jax.data.report import report
   from ppn_jax.data.splits import names_data, open_splits
-  from ppn_jax.data.tfds_records import count_records
+  from ppn_jax.data.tfds_records import load_tfds
   on_bad_image = args.on_bad_image or config.data.on_bad_example
   max_bad = config.data.max_bad_share if args.max_bad is None else args.max_bad
   options = Options(args.name, args.version, args.max_side, args.quality, args.shards,
-                    args.processes, on_bad_image, max_bad)
+                    args.threads, on_bad_image, max_bad)
   names = args.splits.split(',') if args.splits else [
       s for s in _SPLITS if config.data[s].name or (s == 'eval' and config.data.eval_fraction)]
   if len(set(names)) < len(names) or not set(names) <= set(_SPLITS):
@@ -73,10 +76,11 @@ def run(args: argparse.Namespace) -> int:
     _say(line)
   with _progress_bar() as progress:
     folder = prepare(sources, args.output, options, say=_say, progress=progress)
-  stored, counts = count_records(folder), []
+  splits, counts = load_tfds().builder_from_directory(os.fspath(folder)).info.splits, []
   for name, source in sources.items():
-    without = f' ({len(source) - stored[name]:,} left out)' * (len(source) > stored[name])
-    counts.append(f'{stored[name]:,} images in {name!r}{without}')
+    stored = splits[name].num_examples
+    without = f' ({len(source) - stored:,} left out)' * (len(source) > stored)
+    counts.append(f'{stored:,} images in {name!r}{without}')
   print(f'{", ".join(counts)}: {folder}')
   return 0
 

@@ -1,122 +1,141 @@
-"""Any data set -> one in TFDS's format: made in a folder of its own, which gets its name last.
+"""Writes any data set in TFDS's format, with a TFDS builder that reads one of the sources.
 
-  OUTPUT/NAME/VERSION.incomplete/   while it is made; the same call goes on with what is there
-  OUTPUT/NAME/VERSION/              whole and checked
+  OUTPUT/NAME/VERSION/
     NAME-SPLIT.array_record-*         the records
     features.json dataset_info.json   what TFDS reads
-    instances_SPLIT.json              the truth in COCO's format, exact, with the data's own ids
-    prepared.json                     from what and how, and the checksum of every file
+    instances_SPLIT.json              the ground truth in COCO's format, exact, with the data's ids
+    prepared.json                     the options, what was left out, and checksums of all files
+
+TFDS writes into OUTPUT/NAME/incomplete.XXXXXX_VERSION and renames that when all is done. The
+builder is a ShardBasedBuilder: a GeneratorBasedBuilder sorts each split, for which it needs
+TensorFlow from 1 GB on and memory for the whole split.
 """
 
+import collections
+import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
+import hashlib
+import io
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 
 from ppn_jax import files
-from ppn_jax.data import shards as shard_files
+from ppn_jax.data import images as image_files
 from ppn_jax.data import tfds_records
 from ppn_jax.data.annotations import SHOWN
-from ppn_jax.data.prepare_plan import (
-  Options,
-  count_processes,
-  first_difference,
-  make_plan,
-  planned_shards,
-)
-from ppn_jax.data.shards import Job, Shard, Storage
-from ppn_jax.data.sources import Source, check_categories
+from ppn_jax.data.checks import check_integer
+from ppn_jax.data.sources import Source, check_categories, spread
 from ppn_jax.errors import InputError
 
-_PLAN, _LOCK = 'plan.json', '.lock'
+_SHARD_BYTES = 128 << 20
+_SAMPLE = 20  # Images that tell how many bytes all will take.
+_READ_AHEAD = 64  # Images that are read before they are written.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Describes what to make of the data.
+
+  Attributes:
+    name: Of the data set; small letters, digits and _, and not one of TFDS's own.
+    version: Three numbers.
+    max_side: Images with a longer side of more pixels are stored smaller; 0 leaves the files as
+      they are. The original size stays known, and scoring goes by it.
+    quality: Of JPEG files that are made then, 1 to 100.
+    shards: Files for each split; 0 for as many as are of about 128 MB.
+    threads: That read, check and encode images; 0 for a few more than there are cores.
+    on_bad_image: 'raise' if an image cannot be read, once all have been tried, or 'skip' it.
+    max_bad: The share of bad images above which 'skip' raises too.
+  """
+  name: str
+  version: str = '1.0.0'
+  max_side: int = 0
+  quality: int = 90
+  shards: int = 0
+  threads: int = 0
+  on_bad_image: str = 'raise'
+  max_bad: float = 0.01
+
+  def __post_init__(self):
+    if not re.fullmatch('[a-z][a-z0-9_]*', self.name):
+      raise InputError(f'name is {self.name!r}, legal: small letters, digits and _')
+    if not re.fullmatch(r'\d+\.\d+\.\d+', self.version):
+      raise InputError(f'version is {self.version!r}, legal: three numbers such as 1.0.0')
+    for option in ('max_side', 'shards', 'threads'):
+      check_integer(option, getattr(self, option), 0)
+    check_integer('quality', self.quality, 1)
+    if self.quality > 100:
+      raise InputError(f'quality is {self.quality}, legal: 1 to 100')
+    if self.on_bad_image not in ('raise', 'skip'):
+      raise InputError(f"on_bad_image is {self.on_bad_image!r}, legal: 'raise', 'skip'")
+    if not 0 <= self.max_bad <= 1:
+      raise InputError(f'max_bad is {self.max_bad}, legal: 0 to 1')
+
+
+class _Shard(NamedTuple):
+  """The part of a split that one file holds."""
+  split: str
+  indices: range
+  skipped: list[list]  # [image id, reason] of images that could not be read.
+  digests: list[bytes]  # Of the other images' own files.
+
+  @property
+  def contents(self) -> str:
+    """Digest of the images' own files, '' for a source that can tell nothing of them."""
+    return hashlib.sha256(b''.join(self.digests)).hexdigest() if any(self.digests) else ''
 
 
 def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: Options, *,
             say: Callable[[str], None], progress: Callable[[int, int], None]) -> pathlib.Path:
-  """Makes a data set in TFDS's format, or checks the one that is there.
+  """Writes a data set in TFDS's format, or checks the one that is there.
 
   Args:
-    sources: split -> data; all with the same classes.
-    output: a local folder of data sets, TFDS's data_dir.
-    options: what to make.
-    say: takes a line for the user.
-    progress: called with images done and images in all.
+    sources: The data of each split; all with the same classes.
+    output: A local folder of data sets, TFDS's data_dir.
+    options: What to make of the data.
+    say: Takes a line for the user.
+    progress: Called with images done and images in all.
 
   Returns:
     The folder of the data set, which TFDS and the source 'tfds' read.
 
   Raises:
-    InputError: other data is there, images or files are bad, or something cannot be written.
-      What is finished stays and the same call goes on from there.
+    InputError: If other data is there, or images or files are bad, or something cannot be
+      written. What was there is as it was, and nothing is left of what was begun.
   """
   if '://' in os.fspath(output):
     raise InputError(f'output {output}: data is prepared in a local folder; copy it from there')
   _check_sources(sources, options.name)
   target = files.local_path(output) / options.name / options.version
   truths = {split: source.ground_truth() for split, source in sources.items()}
-  if target.exists():
-    _tidy(target)
-    plan = make_plan(sources, truths, options, planned_shards(target / 'prepared.json'))
-    verify(target, plan)
-    _check_images(target, sources, _jobs(target, plan, truths))
-    say(f'{target} is there already, and every file has its checksum')
-    _say_left_out(target, sources, truths, say)
-    return target
-  work = target.with_name(f'{target.name}.incomplete')
-  with _claim(work):
-    plan = _begin(work, sources, truths, options)
-    jobs = _jobs(work, plan, truths)
-    total = sum(len(job.ids) for job in jobs)
-    classes = [c['name'] for c in plan['categories']]
-    shards = shard_files.write_shards(
-        jobs, sources, classes, Storage(options.max_side, options.quality),
-        count_processes(options), lambda done: progress(done, total))
-    skipped = _check_skipped(jobs, shards, options)
-    _finish(work, plan, jobs, shards, truths, skipped)
-    for image, reason in skipped[:SHOWN]:
-      say(f'left out image {image}: {reason}')
-  os.rename(work, target)
-  _tidy(target)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  pool = concurrent.futures.ThreadPoolExecutor(options.threads or None)
+  with _lock(target.parent) as locked, contextlib.ExitStack() as closing:
+    closing.callback(pool.shutdown, cancel_futures=True)
+    for left in target.parent.glob(f'incomplete.*_{target.name}') if locked else ():
+      shutil.rmtree(left)
+      say(f'removed {left}, which a call that was stopped had left')
+    if target.exists():
+      _check_finished(target, sources, truths, options, pool, say)
+      return target
+    plan = _make_plan(sources, truths, options, {})
+    shards = _make_shards(plan)
+    _build(target, plan, sources, truths, shards, options, pool, progress)
+  for image, reason in [entry for shard in shards for entry in shard.skipped][:SHOWN]:
+    say(f'left out image {image}: {reason}')
   return target
-
-
-def verify(folder: pathlib.Path, plan: Mapping[str, Any]) -> None:
-  """Raises InputError unless a finished folder is of this plan and each file as it was made."""
-  try:
-    prepared = json.loads((folder / 'prepared.json').read_text('utf-8'))
-    there, checksums = prepared['plan'], dict(prepared['sha256'])
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise InputError(f'{folder} is there, but not made by `ppn prepare`; give another name or '
-                     'version') from e
-  if there != json.loads(json.dumps(plan)):
-    raise InputError(f'{folder} holds {first_difference(there, plan)}; give another name or '
-                     'version, or remove it')
-  for name, expected in checksums.items():
-    path = folder / name
-    if not path.is_file() or shard_files.checksum(path) != expected:
-      raise InputError(f'{path} is missing or not as it was made; remove {folder} and prepare '
-                       'again')
-
-
-def _check_images(folder: pathlib.Path, sources: Mapping[str, Source], jobs: list[Job]) -> None:
-  """Raises InputError unless the images are those that a finished folder was made of."""
-  made_of = json.loads((folder / 'prepared.json').read_text('utf-8')).get('images')
-  for job, (contents, skipped) in zip(jobs, made_of or [], strict=bool(made_of)):
-    if shard_files.digest_images(sources[job.split], job, skipped) != contents:
-      raise InputError(f'{folder} was made of other images than those that are there now: of split '
-                       f'{job.split!r}, some of image {job.ids[0]} to image {job.ids[-1]} have '
-                       f'changed; remove {folder} and prepare again, or give another version')
-
-
-def _tidy(target: pathlib.Path) -> None:
-  """Removes what only an unfinished folder needs; not before the folder has its name."""
-  shard_files.remove_notes(target)
-  (target / _PLAN).unlink(missing_ok=True)
 
 
 def _check_sources(sources: Mapping[str, Source], name: str) -> None:
@@ -134,102 +153,255 @@ def _check_sources(sources: Mapping[str, Source], name: str) -> None:
     raise InputError(f'two classes are called {twice!r}; TFDS wants different names')
 
 
-def _begin(work: pathlib.Path, sources: Mapping[str, Source], truths: Mapping[str, dict],
-           options: Options) -> dict[str, Any]:
-  """The plan, written down first; an earlier call's if that was the same."""
-  file = work / _PLAN
-  plan = make_plan(sources, truths, options, planned_shards(file))
-  if file.exists():
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[bool]:
+  """Locks a folder against other calls; yields False on file systems without locks.
+
+  Raises:
+    InputError: If another call has the lock.
+  """
+  handle, locked = os.open(folder, os.O_RDONLY), True
+  try:
     try:
-      there = json.loads(file.read_text('utf-8'))
-    except ValueError as e:
-      raise InputError(f'{file} is damaged; remove {work} to begin anew') from e
-    if there != json.loads(json.dumps(plan)):
-      raise InputError(f'{work} holds {first_difference(there, plan)}; remove it to begin anew')
-  files.write_text(file, json.dumps(plan, indent=1) + '\n')
-  for part in work.glob('*.part'):
-    part.unlink()
-  return plan
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise InputError(f'{folder}: another `ppn prepare` is at work there') from e
+    except OSError:
+      locked = False
+    yield locked
+  finally:
+    os.close(handle)
 
 
-def _jobs(work: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, dict]) -> list[Job]:
-  jobs = []
-  for split, entry in plan['splits'].items():
-    images, number = truths[split]['images'], entry['shards']
-    areas: dict[int, list[float]] = {image['id']: [] for image in images}
-    for annotation in truths[split]['annotations']:
-      areas[annotation['image_id']].append(annotation['area'])
-    bounds = [len(images) * k // number for k in range(number + 1)]
-    for k in range(number):
-      part = images[bounds[k]:bounds[k + 1]]
-      path = work / tfds_records.shard_name(plan['name'], split, k, number)
-      jobs.append(Job(path, split, bounds[k], [image['id'] for image in part],
-                      [str(image['file_name']) for image in part],
-                      [np.array(areas[image['id']], np.float64) for image in part]))
-  return jobs
+def _make_plan(sources: Mapping[str, Source], truths: Mapping[str, dict], options: Options,
+               shards: Mapping[str, int]) -> dict[str, Any]:
+  """Returns all that decides what is in the files, as it is written to prepared.json.
 
-
-def _check_skipped(jobs: list[Job], shards: list[Shard], options: Options) -> list[list]:
-  """[image id, reason] of the images to leave out; raises if they are not to be."""
-  skipped = [entry for shard in shards for entry in shard.skipped]
-  total = sum(len(job.ids) for job in jobs)
-  if not skipped:
-    return []
-  found = f'{len(skipped)} of {total} images cannot be read, such as: ' + '; '.join(
-      reason for _, reason in skipped[:SHOWN])
-  if options.on_bad_image == 'raise':
-    raise InputError(f'{found}; all others are done: leave these out with --on_bad_image=skip')
-  if len(skipped) > options.max_bad * total or not all(s.records for s in shards):
-    raise InputError(f'{found}; more than a share of {options.max_bad}, which --max_bad allows')
-  return skipped
-
-
-def _finish(work: pathlib.Path, plan: Mapping[str, Any], jobs: list[Job], shards: list[Shard],
-            truths: Mapping[str, dict], skipped: list[list]) -> None:
-  """Writes all that is beside the shards and checks that TFDS counts the same."""
-  splits: dict[str, tuple[list[int], int]] = {}
-  for job, shard in zip(jobs, shards, strict=True):
-    lengths, size = splits.setdefault(job.split, ([], 0))
-    splits[job.split] = [*lengths, shard.records], size + shard.data_bytes
-  left_out: dict[str, list[int]] = {}
+  Args:
+    sources, truths, options: As in `prepare`.
+    shards: How many files a split has, where that is decided already.
+  """
+  splits = {}
   for split, truth in truths.items():
-    gone = left_out[split] = [
-        image for job, shard in zip(jobs, shards, strict=True) if job.split == split
-        for image, _ in shard.skipped]
-    files.write_text(work / tfds_records.truth_name(split), json.dumps(_without(truth, set(gone))))
-  classes = [c['name'] for c in plan['categories']]
-  tfds_records.write_metadata(work, plan['name'], plan['version'], classes, splits)
-  builder = tfds_records.load_tfds().builder_from_directory(os.fspath(work))
-  for split, (lengths, _) in splits.items():
-    if len(builder.as_data_source(split)) != sum(lengths):
-      raise RuntimeError(f'{split}: TFDS counts other records than were written')
-  sums = {job.path.name: shard.sha256 for job, shard in zip(jobs, shards, strict=True)}
-  sums |= {p.name: shard_files.checksum(p) for p in sorted(work.iterdir())
-           if p.suffix in ('.json', '.txt') and p.name != _PLAN and '.array_record-' not in p.name}
-  files.write_text(work / 'prepared.json', json.dumps(
-      {'plan': plan, 'skipped': skipped, 'left_out': left_out, 'sha256': sums,
-       'images': [[shard.contents, shard.skipped] for shard in shards]}, indent=1) + '\n')
+    text = json.dumps(truth, sort_keys=True)
+    splits[split] = {'images': len(truth['images']),
+                     'shards': shards.get(split) or _number_of_shards(sources[split], options),
+                     'truth_sha256': hashlib.sha256(text.encode()).hexdigest()}
+  categories = next(iter(sources.values())).categories
+  return {'name': options.name, 'version': options.version, 'max_side': options.max_side,
+          'quality': options.quality, 'categories': [c._asdict() for c in categories],
+          'splits': splits}
 
 
-def _say_left_out(target: pathlib.Path, sources: Mapping[str, Source],
-                  truths: Mapping[str, dict], say: Callable[[str], None]) -> None:
-  """Says how many images finished data lacks, and how many of these could be taken in by now."""
-  left_out = json.loads((target / 'prepared.json').read_text('utf-8')).get('left_out', {})
-  count = sum(map(len, left_out.values()))
-  if not count:
+def _number_of_shards(source: Source, options: Options) -> int:
+  if options.shards:
+    return min(options.shards, len(source))
+  sizes = []
+  for index in spread(len(source), _SAMPLE):
+    with contextlib.suppress(InputError):
+      sizes.append(len(_encode(source, index, np.asarray(source[index].image), options)))
+  if not sizes:
+    raise InputError(f'none of {_SAMPLE} images looked at can be read')
+  return min(len(source), max(1, -int(-np.mean(sizes) * len(source) // _SHARD_BYTES)))
+
+
+def _make_shards(plan: Mapping[str, Any]) -> list[_Shard]:
+  shards = []
+  for split, entry in plan['splits'].items():
+    bounds = [entry['images'] * k // entry['shards'] for k in range(entry['shards'] + 1)]
+    shards += [_Shard(split, range(*pair), [], []) for pair in itertools.pairwise(bounds)]
+  return shards
+
+
+def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, Source],
+           truths: Mapping[str, dict], shards: Sequence[_Shard], options: Options,
+           pool: concurrent.futures.Executor, progress: Callable[[int, int], None]) -> None:
+  """Writes the data set with TFDS, and fills in `skipped` and `digests` of the shards."""
+  tfds = tfds_records.load_tfds()
+  from tensorflow_datasets.core import writer
+  done, total = 0, sum(len(shard.indices) for shard in shards)
+  areas = collections.defaultdict(list)
+  for split, truth in truths.items():
+    for annotation in truth['annotations']:
+      areas[split, annotation['image_id']].append(annotation['area'])
+
+  def generate(shard: _Shard) -> Iterator[tuple[int, dict]]:
+    nonlocal done
+    source, images = sources[shard.split], truths[shard.split]['images']
+
+    def read(index: int) -> tuple[bytes, dict | InputError]:
+      # The digest first, so that a change in between shows.
+      return _digest(source, index), _read_example(
+          source, index, images[index], areas.get((shard.split, images[index]['id']), ()),
+          shard.split, options)
+
+    for index, (digest, example) in zip(shard.indices, _map_ahead(pool, read, shard.indices),
+                                        strict=True):
+      if isinstance(example, InputError):
+        shard.skipped.append([images[index]['id'], str(example)])
+      else:
+        shard.digests.append(digest)
+        yield index, example
+        example.clear()  # TFDS keeps the examples of a shard until it has counted them.
+      done += 1
+      progress(done, total)
+
+  class Writer(writer.ExampleWriter):
+    """Writes shards that have the same bytes in every process and are on the disk."""
+
+    def write(self, path: os.PathLike, examples: Iterable[tuple[int, bytes]]) -> None:
+      try:
+        super().write(path, ((key, tfds_records.sort_features(data)) for key, data in examples))
+        with open(path, 'rb') as file:
+          os.fsync(file.fileno())
+      except (OSError, RuntimeError) as e:  # The latter is ArrayRecord's.
+        reason = getattr(e, 'strerror', None) or ' '.join(str(e).split())
+        raise InputError(f'{os.fspath(path)}: cannot be written: {reason}') from e
+
+  class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
+    """Builds the data set."""
+    name, VERSION = plan['name'], tfds.core.Version(plan['version'])
+    code_path = None  # No checksums of downloads lie beside this module.
+
+    def _info(self):
+      info = tfds.core.DatasetInfo(
+          builder=self, disable_shuffling=True,
+          features=_detection_features([c['name'] for c in plan['categories']]))
+      # Else TFDS may ask Google for a data set of this name, and leaves a folder in /tmp.
+      info.initialize_from_bucket = lambda: None
+      return info
+
+    def _shard_iterators_per_split(self, dl_manager):
+      return {split: [lambda shard=shard: generate(shard) for shard in shards
+                      if shard.split == split] for split in sources}
+
+    def _example_writer(self):
+      return Writer(self.info.file_format)
+
+    def _download_and_prepare(self, dl_manager, download_config=None):
+      super()._download_and_prepare(dl_manager, download_config)
+      _check_skipped(shards, total, options)
+      self.info.write_to_directory(self.data_dir)  # TFDS would, but after the checksums.
+      _finish(pathlib.Path(self.data_dir), plan, truths, shards, pool)
+
+    def _log_download_bytes(self):
+      """Prints nothing; TFDS would, on stdout."""
+
+    _log_download_done = _log_download_bytes
+
+  with tempfile.TemporaryDirectory() as downloads:
+    Builder(data_dir=target.parents[1], file_format='array_record').download_and_prepare(
+        download_dir=downloads,
+        download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+
+
+def _detection_features(classes: Sequence[str]) -> Any:
+  """Returns the features of COCO in TFDS, and the size of the original image."""
+  features = tfds_records.load_tfds().features
+  return features.FeaturesDict({
+      'image': features.Image(),
+      'image/filename': features.Text(),
+      'image/id': np.int64,
+      'image/height': np.int64,
+      'image/width': np.int64,
+      'objects': features.Sequence({
+          'area': np.float32,
+          'bbox': features.BBoxFeature(),
+          'is_crowd': np.bool_,
+          'label': features.ClassLabel(names=list(classes))})})
+
+
+def _map_ahead(pool: concurrent.futures.Executor, function: Callable[[int], Any],
+               indices: Iterable[int]) -> Iterator[Any]:
+  """Yields results in order, of which a limited number are computed ahead."""
+  waiting = collections.deque()
+  for index in indices:
+    waiting.append(pool.submit(function, index))
+    if len(waiting) > _READ_AHEAD:
+      yield waiting.popleft().result()
+  while waiting:
+    yield waiting.popleft().result()
+
+
+def _read_example(source: Source, index: int, image: Mapping[str, Any], areas: Sequence[float],
+                  split: str, options: Options) -> dict[str, Any] | InputError:
+  """Returns what TFDS is to encode, or why the image cannot be read.
+
+  Raises:
+    InputError: If the source contradicts its own ground truth.
+  """
+  try:
+    example = source[index]
+    data = _encode(source, index, np.asarray(example.image), options)
+  except InputError as e:
+    return e
+  if example.image_id != image['id']:
+    raise InputError(f'image {index} of {split} has the id {example.image_id}, but ground_truth '
+                     f'lists {image["id"]} there; they must be in one order')
+  height, width = example.size
+  if len(areas) != len(example.boxes):
+    sides = (example.boxes[:, 2:] - example.boxes[:, :2]) * np.float32([height, width])
+    areas = sides.prod(axis=-1)
+  box = tfds_records.load_tfds().features.BBox
+  objects = [{'area': area, 'bbox': box(*corners), 'is_crowd': crowd, 'label': label}
+             for area, corners, crowd, label in zip(
+                 areas, example.boxes.astype(float).tolist(), example.crowd.tolist(),
+                 example.labels.tolist(), strict=True)]
+  return {'image': io.BytesIO(data), 'image/filename': str(image['file_name']),
+          'image/id': example.image_id, 'image/height': height, 'image/width': width,
+          'objects': objects}
+
+
+def _encode(source: Source, index: int, image: np.ndarray, options: Options) -> bytes:
+  """Returns the file to store for an image, the source's own where that will do."""
+  height, width = image.shape[:2]
+  if 0 < options.max_side < max(height, width):
+    factor = options.max_side / max(height, width)
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+  elif hasattr(source, 'encoded'):
+    return source.encoded(index)
+  return image_files.encode_jpeg(image, options.quality)
+
+
+def _check_skipped(shards: Sequence[_Shard], total: int, options: Options) -> None:
+  """Raises InputError if there are images that cannot be read and must not be left out."""
+  reasons = [reason for shard in shards for _, reason in shard.skipped]
+  if not reasons:
     return
-  say(f'{count} images were left out of it, since they could not be read')
-  readable = 0
-  for split, images in left_out.items():
-    ids = [image['id'] for image in truths[split]['images']]
-    readable += len(shard_files.readable_now(sources[split], Job(target, split, 0, ids, (), ()),
-                                             images))
-  if readable:
-    say(f'{readable} of them can be read now; remove {target} and prepare again to take them in')
+  found = f'{len(reasons)} of {total} images cannot be read, such as: ' + '; '.join(reasons[:SHOWN])
+  if options.on_bad_image == 'raise':
+    raise InputError(f'{found}; leave these out with --on_bad_image=skip')
+  if len(reasons) > options.max_bad * total or any(
+      len(shard.skipped) == len(shard.indices) for shard in shards):
+    raise InputError(f'{found}; more than a share of {options.max_bad}, which --max_bad allows')
+
+
+def _finish(folder: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, dict],
+            shards: Sequence[_Shard], pool: concurrent.futures.Executor) -> None:
+  """Writes the ground truth and prepared.json beside the records, and counts these."""
+  from array_record.python.array_record_module import ArrayRecordReader
+  left_out = {}
+  builder = tfds_records.load_tfds().builder_from_directory(os.fspath(folder))
+  for split, truth in truths.items():
+    of_split = [shard for shard in shards if shard.split == split]
+    info = builder.info.splits[split]
+    counts = [ArrayRecordReader(os.fspath(path)).num_records() for path in info.filepaths]
+    if not counts == info.shard_lengths == [len(shard.digests) for shard in of_split]:
+      raise RuntimeError(f'{split}: TFDS counts other records than were written')
+    gone = left_out[split] = [image for shard in of_split for image, _ in shard.skipped]
+    files.write_text(folder / tfds_records.truth_name(split),
+                     json.dumps(_without(truth, set(gone))))
+  paths = sorted(folder.iterdir())
+  checksums = dict(zip([path.name for path in paths], pool.map(_checksum, paths), strict=True))
+  files.write_text(folder / 'prepared.json', json.dumps({
+      'plan': plan, 'skipped': [entry for shard in shards for entry in shard.skipped],
+      'left_out': left_out, 'sha256': checksums,
+      'images': [[shard.contents, shard.skipped] for shard in shards]}, indent=1) + '\n')
 
 
 def _without(truth: dict[str, Any], gone: set[int]) -> dict[str, Any]:
-  """The truth of a split less some images."""
+  """Returns the ground truth of a split less some images."""
   if not gone:
     return truth
   kept = [a for a in truth['annotations'] if a['image_id'] not in gone]
@@ -237,14 +409,72 @@ def _without(truth: dict[str, Any], gone: set[int]) -> dict[str, Any]:
                   'annotations': [a | {'id': n} for n, a in enumerate(kept, start=1)]}
 
 
-@contextlib.contextmanager
-def _claim(work: pathlib.Path) -> Iterator[None]:
-  """Keeps a second call off a folder while the first is at work."""
-  work.mkdir(parents=True, exist_ok=True)
-  with (work / _LOCK).open('w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise InputError(f'{work}: another `ppn prepare` is at work there') from e
-    yield
-    (work / _LOCK).unlink()
+def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
+                    truths: Mapping[str, dict], options: Options,
+                    pool: concurrent.futures.Executor, say: Callable[[str], None]) -> None:
+  """Raises InputError unless finished data is whole and what this call would make."""
+  try:
+    prepared = json.loads((folder / 'prepared.json').read_text('utf-8'))
+    there, checksums = prepared['plan'], dict(prepared['sha256'])
+    plan = _make_plan(sources, truths, options,
+                      {split: int(entry['shards']) for split, entry in there['splits'].items()})
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    if isinstance(e, InputError):
+      raise
+    raise InputError(f'{folder} is there, but not made by `ppn prepare`; give another name or '
+                     'version') from e
+  for key, value in json.loads(json.dumps(plan)).items():
+    if there.get(key) != value:
+      other = (f'other data ({key} differ)' if key in ('splits', 'categories') else
+               f'data made with {key}={there.get(key)}, not {value}')
+      raise InputError(f'{folder} holds {other}; give another name or version, or remove it')
+  paths = [folder / name for name in checksums]
+  for path, found in zip(paths, pool.map(_checksum, paths), strict=True):
+    if found != checksums[path.name]:
+      raise InputError(f'{path} is missing or not as it was made; remove {folder} and prepare '
+                       'again')
+  made_of = prepared.get('images') or []
+  for shard, (contents, skipped) in zip(_make_shards(plan), made_of, strict=bool(made_of)):
+    source, images = sources[shard.split], truths[shard.split]['images']
+    gone = {image for image, _ in skipped}
+    kept = [i for i in shard.indices if images[i]['id'] not in gone]
+    shard.digests.extend(pool.map(lambda i, source=source: _digest(source, i), kept))
+    if shard.contents != contents:
+      first, last = (images[i]['id'] for i in (shard.indices[0], shard.indices[-1]))
+      raise InputError(f'{folder} was made of other images than those that are there now: of split '
+                       f'{shard.split!r}, some of image {first} to image {last} have changed; '
+                       f'remove {folder} and prepare again, or give another version')
+  say(f'{folder} is there already, and every file has its checksum')
+  left_out = {split: set(ids) for split, ids in prepared.get('left_out', {}).items() if ids}
+  if left_out:
+    say(f'{sum(map(len, left_out.values()))} images were left out of it, since they could not be '
+        'read')
+  if readable := sum(_is_readable(sources[split], i) for split, ids in left_out.items()
+                     for i, image in enumerate(truths[split]['images']) if image['id'] in ids):
+    say(f'{readable} of them can be read now; remove {folder} and prepare again to take them in')
+
+
+def _digest(source: Source, index: int) -> bytes:
+  """Returns a digest of an image's own file, which changes with it; b'' if that is not known."""
+  tell = getattr(source, 'encoded', None) or getattr(source, 'stamp', None)
+  if tell is None:
+    return b''
+  try:
+    return hashlib.sha256(tell(index)).digest()
+  except (InputError, AttributeError):  # A file that is gone, or a source that cannot tell.
+    return bytes(32)
+
+
+def _is_readable(source: Source, index: int) -> bool:
+  with contextlib.suppress(InputError):
+    return np.asarray(source[index].image).size > 0
+  return False
+
+
+def _checksum(path: pathlib.Path) -> str:
+  """Returns the SHA-256 of a file, '' if it is not there."""
+  try:
+    with path.open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except FileNotFoundError:
+    return ''

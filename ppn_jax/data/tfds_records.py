@@ -1,4 +1,4 @@
-"""TensorFlow Datasets' records of object detection: what is where in them, written and read.
+"""TensorFlow Datasets' records of object detection: what is where in them, and how it is read.
 
 A record is a tf.Example whose features are the flattened features.json: 'objects/bbox' holds the
 boxes of an image one after the other. It is parsed here by its protobuf alone, which takes a
@@ -6,9 +6,6 @@ third of the time of TFDS's own decoding, and TensorFlow is never imported.
 """
 
 import contextlib
-import io
-import json
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -94,42 +91,12 @@ def without_foreign_imports() -> Iterator[None]:
       connector.cls_from_name = original
 
 
-def detection_features(classes: Sequence[str]) -> Any:
-  """The features that `Writer` fills: COCO's in TFDS, and the size of the original."""
-  features = load_tfds().features
-  return features.FeaturesDict({
-      'image': features.Image(),
-      'image/filename': features.Text(),
-      'image/id': np.int64,
-      'image/height': np.int64,
-      'image/width': np.int64,
-      'objects': features.Sequence({
-          'area': np.float32,
-          'bbox': features.BBoxFeature(),
-          'is_crowd': np.bool_,
-          'label': features.ClassLabel(names=list(classes))})})
+def sort_features(data: bytes) -> bytes:
+  """Returns a serialized tf.Example with its features in the order of their names.
 
-
-class Writer:
-  """Records -> bytes in the format of `detection_features`."""
-
-  def __init__(self, classes: Sequence[str]):
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
-    self._features = detection_features(classes)
-    self._box = load_tfds().features.BBox
-    self._serializer = ExampleSerializer(self._features.get_serialized_info())
-
-  def __call__(self, record: Record) -> bytes:
-    objects = [
-        {'area': area, 'bbox': self._box(*map(float, box)), 'is_crowd': crowd, 'label': label}
-        for box, label, crowd, area in zip(record.boxes, record.labels.tolist(),
-                                           record.crowd.tolist(), record.areas, strict=True)]
-    example = self._serializer.get_tf_example(self._features.encode_example({
-        'image': io.BytesIO(record.image), 'image/filename': record.file_name,
-        'image/id': record.image_id, 'image/height': record.size[0],
-        'image/width': record.size[1], 'objects': objects}))
-    # Else the order of the features is that of a hash table, another one in each process.
-    return example.SerializeToString(deterministic=True)
+  Else they are in that of a hash table, another one in each process.
+  """
+  return _parse_example(data).SerializeToString(deterministic=True)
 
 
 def find_schema(features: Any, where: str, objects: str = '') -> Schema:
@@ -196,10 +163,14 @@ def read_image(data: bytes, schema: Schema) -> tuple[bytes, tuple[int, int] | No
 
 
 def _parse(data: bytes) -> Any:
+  return _parse_example(data).features.feature
+
+
+def _parse_example(data: bytes) -> Any:
   from google.protobuf.message import DecodeError
   from tensorflow_datasets.proto import tf_example_pb2
   try:
-    return tf_example_pb2.Example.FromString(data).features.feature
+    return tf_example_pb2.Example.FromString(data)
   except DecodeError as e:
     raise ValueError(f'not a tf.Example: {e}') from e
 
@@ -255,11 +226,6 @@ def _kinds(features: Any) -> str:
   return text if len(text) <= 500 else text[:497] + '...'
 
 
-def shard_name(name: str, split: str, shard: int, shards: int) -> str:
-  """The file of a shard, as TFDS calls it."""
-  return f'{name}-{split}.array_record-{shard:05d}-of-{shards:05d}'
-
-
 def truth_name(split: str) -> str:
   """The file beside the shards that has the truth of a split in COCO's format."""
   return f'instances_{split}.json'
@@ -272,39 +238,3 @@ def read_beside(file: str) -> bytes | None:
     return epath.Path(file).read_bytes()
   except FileNotFoundError:
     return None
-
-
-def count_records(folder: str | os.PathLike) -> dict[str, int]:
-  """Returns split -> number of records that dataset_info.json states of a local folder."""
-  with open(os.path.join(folder, 'dataset_info.json'), encoding='utf-8') as file:
-    splits = json.load(file)['splits']
-  return {split['name']: sum(map(int, split.get('shardLengths', ()))) for split in splits}
-
-
-def write_metadata(folder: str | os.PathLike, name: str, version: str, classes: Sequence[str],
-                   splits: dict[str, tuple[Sequence[int], int]]) -> None:
-  """Writes features.json and dataset_info.json, by which TFDS knows a folder of shards.
-
-  Args:
-    folder: that the shards are in.
-    name, version: of the data set.
-    classes: names in order of label.
-    splits: name -> (records of each shard, bytes of all).
-  """
-  tfds = load_tfds()
-  from etils import epath
-  from tensorflow_datasets.core import dataset_info, file_adapters
-  infos = [
-      tfds.core.SplitInfo(
-          name=split, shard_lengths=list(lengths), num_bytes=size,
-          filename_template=tfds.core.ShardedFileTemplate(
-              dataset_name=name, split=split, filetype_suffix='array_record',
-              data_dir=epath.Path(folder)))
-      for split, (lengths, size) in splits.items()]
-  identity = dataset_info.DatasetIdentity(
-      name=name, version=tfds.core.Version(version), data_dir=os.fspath(folder), module_name='')
-  info = tfds.core.DatasetInfo(builder=identity, features=detection_features(classes),
-                               split_dict=tfds.core.splits.SplitDict(infos),
-                               disable_shuffling=True)
-  info.set_file_format(file_adapters.FileFormat.ARRAY_RECORD)
-  info.write_to_directory(os.fspath(folder))

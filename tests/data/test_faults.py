@@ -70,7 +70,7 @@ def tfds(folder, boxes, name='red'):
   pytest.importorskip('tensorflow_datasets')
   from ppn_jax.data.prepare import Options, prepare
   block = coco(folder, [[BOX]] * len(boxes), name)
-  made = prepare({'train': build_source(block)}, folder, Options('toy', processes=1),
+  made = prepare({'train': build_source(block)}, folder, Options('toy', threads=1),
                  say=print, progress=lambda *step: None)
   (made / 'instances_train.json').write_text(json.dumps(truth(boxes, name)))
   return dict(name='tfds', data_dir=str(made))

@@ -1,26 +1,30 @@
 """Data of several formats -> TFDS's format: the same truth and pixels, whatever comes between."""
 
 import json
+import os
+import pathlib
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from ppn_jax.data import prepare as prepare_lib
-from ppn_jax.data import prepare_plan
-from ppn_jax.data import shards as shard_files
+from ppn_jax.data import tfds_records
 from ppn_jax.data.coco import CocoJson
 from ppn_jax.data.images import encode_jpeg
 from ppn_jax.data.prepare import Options, prepare
 from ppn_jax.data.synthetic import SyntheticShapes
 from ppn_jax.data.tfds import Tfds
-from ppn_jax.data.tfds_records import count_records
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
 tfds = pytest.importorskip('tensorflow_datasets')
+
+# Data of the fixture `earlier`, made when this package wrote TFDS's files itself.
+EARLIER = pathlib.Path(__file__).with_name('prepared_by_processes.tar.gz')
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def load(coco):
 
 
 def make(sources, folder, said=None, progress=None, **options):
-  options = {'name': 'toy', 'shards': 3, 'processes': 1} | options
+  options = {'name': 'toy', 'shards': 3, 'threads': 1} | options
   return prepare(sources, folder / 'out', Options(**options),
                  say=(said if said is not None else []).append,
                  progress=progress or (lambda done, total: None))
@@ -69,9 +73,25 @@ def test_the_same_data_comes_back(coco):
   folder = make({'train': source}, coco, progress=lambda *step: steps.append(step))
   assert folder == coco / 'out' / 'toy' / '1.0.0' and steps[-1] == (7, 7)
   same(Tfds(dataset='toy', data_dir=str(coco / 'out')), source)
-  assert len(list(folder.glob('*.array_record-*'))) == 3
-  assert not list(folder.glob('*.part')) and not list(folder.glob('*record-*.json'))
-  assert not (folder / 'plan.json').exists() and not (folder / '.lock').exists()
+  assert sorted(os.listdir(folder)) == [
+      'dataset_info.json', 'features.json', 'instances_train.json', 'objects-label.labels.txt',
+      'prepared.json', *(f'toy-train.array_record-0000{k}-of-00003' for k in range(3))]
+  assert os.listdir(coco / 'out') == ['toy'] and os.listdir(coco / 'out' / 'toy') == ['1.0.0']
+
+
+def test_images_are_stored_as_they_are(coco):
+  ours = Tfds(data_dir=str(make({'train': load(coco)}, coco)))
+  for i, image in enumerate(ours.ground_truth()['images']):
+    assert ours.encoded(i) == (coco / 'images' / image['file_name']).read_bytes()
+
+
+def test_tfds_prints_nothing_and_leaves_nothing(coco, capsys, tmp_path, monkeypatch):
+  (tmp_path / 'temporary').mkdir()
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path / 'temporary'))
+  before = tfds.list_builders(with_community_datasets=False)
+  make({'train': load(coco)}, coco)
+  assert capsys.readouterr() == ('', '') and not os.listdir(tmp_path / 'temporary')
+  assert tfds.list_builders(with_community_datasets=False) == before
 
 
 def test_slices_keep_the_data_s_own_ids(coco):
@@ -115,12 +135,61 @@ def test_smaller_images(coco):
       assert ours.image.shape[0] == 48 and ours.image.shape[1] == round(40 * 48 / theirs.size[0])
 
 
-def test_several_processes_write_the_same(coco):
+def test_the_same_bytes_whatever_writes_them(coco):
   source = load(coco)
   one = make({'train': source}, coco)
-  two = make({'train': source}, coco, name='toz', processes=2)
+  two = make({'train': source}, coco, name='toz', threads=2)
   for a, b in zip(sorted(one.glob('*record*')), sorted(two.glob('*record*')), strict=True):
     assert a.read_bytes() == b.read_bytes()
+  records = tfds.builder_from_directory(str(one)).as_data_source(
+      'train', deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES).data_source
+  for i in range(7):  # Not in the order of a hash table, another one in each process.
+    assert tfds_records.sort_features(records[i]) == records[i]
+
+
+def test_few_images_are_in_memory_at_once(coco, monkeypatch):
+  monkeypatch.setattr(prepare_lib, '_READ_AHEAD', 1)
+  held, most, read = [], [], prepare_lib._read_example
+
+  def remember(*args):
+    held.append(read(*args))
+    return held[-1]
+
+  monkeypatch.setattr(prepare_lib, '_read_example', remember)
+  make({'train': load(coco)}, coco, shards=1,
+       progress=lambda *step: most.append(sum(map(bool, held))))
+  assert len(held) == 7 and max(most) <= 2 and not any(held)
+
+
+@pytest.fixture
+def earlier(tmp_path):
+  with tarfile.open(EARLIER) as tar:
+    tar.extractall(tmp_path / 'earlier', filter='data')
+  return tmp_path / 'earlier'
+
+
+def test_data_of_an_earlier_version(earlier):
+  """It is read, recognised as the same, and its records are those that are written today."""
+  source, folder, said = load(earlier), earlier / 'out' / 'toy' / '1.0.0', []
+  ours = Tfds('toy', data_dir=str(earlier / 'out'))
+  assert [ours[i].image_id for i in range(len(ours))] == [50, 43, 29]
+  assert ours.encoded(2) == (earlier / 'images' / '3.jpg').read_bytes()
+  kept = [a['bbox'] for a in source.ground_truth()['annotations'] if a['image_id'] != 36]
+  assert [a['bbox'] for a in ours.ground_truth()['annotations']] == kept
+  assert make({'train': source}, earlier, said) == folder
+  assert 'is there already' in said[0] and said[1].startswith('1 images were left out of it')
+  (earlier / 'out').rename(earlier / 'before')
+  made = make({'train': source}, earlier, shards=2, on_bad_image='skip', max_bad=0.5)
+  for file in sorted((earlier / 'before' / 'toy' / '1.0.0').iterdir()):
+    if file.name not in ('dataset_info.json', 'prepared.json'):
+      assert (made / file.name).read_bytes() == file.read_bytes()
+  theirs, ours = (json.loads((p / 'toy' / '1.0.0' / 'prepared.json').read_text())
+                  for p in (earlier / 'before', earlier / 'out'))
+  assert theirs.keys() == ours.keys() and theirs['plan'] == ours['plan']
+  assert [digest for digest, _ in theirs['images']] == [digest for digest, _ in ours['images']]
+  change_image(earlier, '0.jpg')
+  with pytest.raises(InputError, match='was made of other images'):
+    make({'train': source}, earlier)
 
 
 def test_data_without_files(tmp_path):
@@ -171,38 +240,17 @@ def contents(folder):
   return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def test_goes_on_after_a_kill(coco):
+def test_what_is_stopped_leaves_nothing(coco):
   expected = contents(make({'train': load(coco)}, coco))
   shutil.rmtree(coco / 'out')
-  work = coco / 'out' / 'toy' / '1.0.0.incomplete'
   for images in (0, 1, 3, 5, 7):
     with pytest.raises(Killed):
       make({'train': load(coco)}, coco, progress=killed_after(images))
-    assert work.is_dir() and not (coco / 'out' / 'toy' / '1.0.0').exists()
-    with pytest.raises(InputError, match='no data set there'):
-      Tfds(data_dir=str(work))
-  whole = {p.name for p in work.glob('*.array_record-00000*')}
-  assert len(whole) == 2  # A shard and the note beside it.
-  steps = []
-  folder = make({'train': load(coco)}, coco, progress=lambda *step: steps.append(step), shards=9)
-  assert steps[0][0] >= 4 and contents(folder) == expected and not work.exists()
-
-
-def test_a_shard_that_was_damaged_meanwhile_is_made_again(coco):
-  expected = contents(make({'train': load(coco)}, coco))
-  shutil.rmtree(coco / 'out')
-  with pytest.raises(Killed):
-    make({'train': load(coco)}, coco, progress=killed_after(6))
-  work = coco / 'out' / 'toy' / '1.0.0.incomplete'
-  for spoil in (lambda data: data[:-1], lambda data: b'\0' + data[1:]):
-    path = work / 'toy-train.array_record-00000-of-00003'
-    path.write_bytes(spoil(path.read_bytes()))
-    assert shard_files.read_finished(path) is None
-  (work / 'toy-train.array_record-00001-of-00003.json').write_text('{"records":')
+    assert os.listdir(coco / 'out') == ['toy'] and not os.listdir(coco / 'out' / 'toy')
   assert contents(make({'train': load(coco)}, coco)) == expected
 
 
-@pytest.mark.parametrize('step', ['_finish', '_tidy'])
+@pytest.mark.parametrize('step', ['_check_skipped', '_finish'])
 def test_a_kill_at_the_end(coco, monkeypatch, step):
   expected = contents(make({'train': load(coco)}, coco))
   shutil.rmtree(coco / 'out')
@@ -212,20 +260,44 @@ def test_a_kill_at_the_end(coco, monkeypatch, step):
     patch.setattr(prepare_lib, step, die)
     with pytest.raises(Killed):
       make({'train': load(coco)}, coco)
+    assert not os.listdir(coco / 'out' / 'toy')
   assert contents(make({'train': load(coco)}, coco)) == expected
 
 
-def test_unfinished_data_of_another_kind_is_left_alone(coco):
-  with pytest.raises(Killed):
-    make({'train': load(coco)}, coco, progress=killed_after(3))
-  work = coco / 'out' / 'toy' / '1.0.0.incomplete'
-  before = contents(work)
-  with pytest.raises(InputError, match=r'max_side=0, not 32; remove it to begin anew'):
-    make({'train': load(coco)}, coco, max_side=32)
-  assert contents(work) == before
-  (work / 'plan.json').write_text('{')
-  with pytest.raises(InputError, match=r'plan\.json is damaged'):
-    make({'train': load(coco)}, coco)
+def test_what_a_kill_has_left_is_no_data_and_is_removed(coco):
+  folder = make({'train': load(coco)}, coco)
+  expected, left = contents(folder), folder.with_name('incomplete.A1B2C3_1.0.0')
+  folder.rename(left)  # As a SIGKILL leaves it that comes last of all.
+  left.with_name('incomplete.A1B2C3_2.0.0').mkdir()
+  with pytest.raises(InputError, match='is not prepared in'):
+    Tfds('toy', data_dir=str(coco / 'out'))
+  said = []
+  assert contents(make({'train': load(coco)}, coco, said)) == expected
+  assert said == [f'removed {left}, which a call that was stopped had left']
+  assert sorted(os.listdir(coco / 'out' / 'toy')) == ['1.0.0', 'incomplete.A1B2C3_2.0.0']
+
+
+def test_a_file_system_without_locks(coco, monkeypatch):
+  """Nothing is removed there: it may be another call's."""
+  def refuse(*arguments):
+    raise OSError(95, 'Operation not supported')
+  monkeypatch.setattr('fcntl.flock', refuse)
+  left = coco / 'out' / 'toy' / 'incomplete.A1B2C3_1.0.0'
+  left.mkdir(parents=True)
+  make({'train': load(coco)}, coco)
+  assert left.is_dir()
+
+
+def test_what_came_to_be_there_meanwhile_is_not_overwritten(coco):
+  target = coco / 'out' / 'toy' / '1.0.0'
+
+  def come(done, total):
+    if done == 7:
+      target.mkdir()
+      (target / 'mine').write_text('')
+  with pytest.raises(FileExistsError, match='already exists'):
+    make({'train': load(coco)}, coco, progress=come)
+  assert os.listdir(target) == ['mine'] and os.listdir(target.parent) == ['1.0.0']
 
 
 def test_two_at_once(coco):
@@ -246,10 +318,11 @@ def test_bad_images(coco):
     make({'train': source}, coco)
   with pytest.raises(InputError, match=r'2 of 7 .*more than a share of 0\.01'):
     make({'train': source}, coco, on_bad_image='skip')
+  assert not os.listdir(coco / 'out' / 'toy')
   steps = []
   folder = make({'train': source}, coco, said, lambda *step: steps.append(step),
                 on_bad_image='skip', max_bad=0.3)
-  assert steps[0] == (7, 7) and len(said) == 2 and 'image 82: ' in said[0]
+  assert steps[-1] == (7, 7) and len(said) == 2 and 'image 82: ' in said[0]
   ours, theirs = Tfds(data_dir=str(folder)), source.ground_truth()
   kept = [i['id'] for i in theirs['images'] if i['id'] not in (82, 55)]
   assert [ours[i].image_id for i in range(5)] == kept
@@ -281,7 +354,7 @@ def test_an_image_that_was_repaired_is_taken_in(coco, policy):
   make({'train': source}, coco, said)
   assert said[-1] == (f'1 of them can be read now; remove {folder} and prepare again to take them '
                       'in')
-  assert count_records(folder) == {'train': 6}
+  assert len(Tfds(data_dir=str(folder))) == 6
 
 
 def test_joined_splits_have_distinct_ids(coco):
@@ -315,12 +388,18 @@ def test_a_source_at_odds_with_itself(tmp_path):
     make({'train': source}, tmp_path)
 
 
-def test_a_source_that_cannot_leave_its_process(tmp_path):
+def test_a_source_that_cannot_be_pickled(tmp_path):
   source = Own(num_images=4, image_size=64)
   source.change = lambda truth: truth
-  with pytest.raises(InputError, match=r'cannot be handed to other processes.*--processes=1'):
-    make({'train': source}, tmp_path, processes=2)
-  make({'train': source}, tmp_path)
+  make({'train': source}, tmp_path, threads=2)
+
+
+def test_a_shard_without_images(coco):
+  """Refused: an empty file is nothing that readers expect."""
+  path = coco / 'images' / '2.jpg'
+  path.write_bytes(path.read_bytes()[:-300])
+  with pytest.raises(InputError, match=r'1 of 7 images cannot be read'):
+    make({'train': load(coco)}, coco, shards=7, on_bad_image='skip', max_bad=1)
 
 
 @pytest.mark.parametrize('options, message', [
@@ -352,19 +431,20 @@ def test_wrong_sources_and_outputs(coco, tmp_path):
     make({'train': twice}, coco)
 
 
-def test_a_disk_that_is_full(coco, monkeypatch):
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'),
+                                   RuntimeError('No space left\non device')])
+def test_a_disk_that_is_full(coco, monkeypatch, error):
   def full(*arguments, **options):
-    raise OSError(28, 'No space left on device')
+    raise error
 
-  monkeypatch.setattr(shard_files.files, 'write_text', full)
-  with pytest.raises(InputError, match='cannot be written: No space left on device'):
-    shard_files._Worker({'train': load(coco)}, ['cat', 'dog'], shard_files.Storage(0, 90),
-                        lambda: None).write(
-        shard_files.Job(coco / 'x', 'train', 0, [100], ['0.jpg'], [np.zeros(0)]))
+  monkeypatch.setattr('os.fsync', full)
+  with pytest.raises(InputError, match='00000-of-00003: cannot be written: No space left on devic'):
+    make({'train': load(coco)}, coco)
+  assert not os.listdir(coco / 'out' / 'toy')
 
 
 def test_the_number_of_shards_goes_with_the_bytes(coco, monkeypatch):
-  monkeypatch.setattr(prepare_plan, '_SHARD_BYTES', 8000)
+  monkeypatch.setattr(prepare_lib, '_SHARD_BYTES', 8000)
   folder = make({'train': load(coco)}, coco, shards=0)
   sizes = [p.stat().st_size for p in (coco / 'images').iterdir()]
   shards = len(list(folder.glob('*.array_record-*')))
@@ -385,18 +465,6 @@ def test_images_that_changed_after_all_was_done_are_noticed(coco):
                                        r'changed; remove .* and prepare again'):
     make({'train': load(coco)}, coco)
   assert contents(folder) == before
-
-
-def test_shards_of_images_that_changed_meanwhile_are_made_again(coco, monkeypatch):
-  with monkeypatch.context() as patch:
-    patch.setattr(prepare_lib, '_finish', lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-      make({'train': load(coco)}, coco)
-  change_image(coco, '0.jpg')
-  done = []
-  make({'train': load(coco)}, coco, progress=lambda *step: done.append(step))
-  assert done[0] == (5, 7)  # Of three shards one begins anew.
-  same(Tfds(dataset='toy', data_dir=str(coco / 'out')), load(coco))
 
 
 def test_stamps_of_prepared_data_change_with_its_files(coco, monkeypatch):
