@@ -3,7 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUNS ?= runs
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# A file stays in one worker, which makes its fixtures once. Three fill the waits of two cores.
+PYTEST_ARGS ?= -n 3 --dist loadfile
 LOWEST := .venv-lowest
 QUICKSTART := $(RUNS)/quickstart
 

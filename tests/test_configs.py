@@ -20,7 +20,7 @@ def test_there_are_configs():
 
 
 # Those that always run: each neck, head and loss once.
-ALWAYS = ('fpn_mobilenet_v1_coco', 'ppn_mobilenet_v1_coco', 'quickstart',
+ALWAYS = ('fpn_mobilenet_v1_coco', 'quickstart',
           'ssd_mobilenet_v1_coco_mined')
 
 

@@ -33,9 +33,17 @@ def config_of(model, *overrides):
                      [f'--config.model.{o}' for o in ('num_classes=90', *overrides)])
 
 
+class Summaries(dict):
+  """Summaries by model, each made when it is asked for."""
+
+  def __missing__(self, model):
+    self[model] = summarize(config_of(model))
+    return self[model]
+
+
 @pytest.fixture(scope='module')
 def summaries():
-  return {model: summarize(config_of(model)) for model in MODELS}
+  return Summaries()
 
 
 def tiny(**model):

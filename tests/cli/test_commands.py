@@ -82,7 +82,7 @@ def test_own_images_exactly_as_the_config_says(coco_folder, tmp_path, capsys):
            '--config.model.backbone.depth_multiplier=0.25', '--config.model.head.depth=16']
   argv = ['train', f'--config={REPOSITORY}/configs/coco_json.py', f'--workdir={tmp_path / "w"}',
           *data_flags(coco_folder), '--config.train.steps=4', '--config.train.batch_size=4',
-          '--config.train.checkpoint_every=2', *small]
+          '--config.train.checkpoint_every=4', *small]
   assert main(argv) == 0
   assert json.loads((tmp_path / 'w' / 'config.json').read_text())['model']['num_classes'] == 6
   said = capsys.readouterr().err

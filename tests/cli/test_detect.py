@@ -51,6 +51,7 @@ def detect(run, output, *arguments):
   return json.loads((output / 'detections.json').read_text())
 
 
+@pytest.mark.slow
 def test_exported_file(run, tmp_path, capsys):
   pytest.importorskip('flatbuffers', reason="pip install 'ppn_jax[export]'")
   model, picture, output = (tmp_path / name for name in ('model', 'a.png', 'out'))

@@ -171,6 +171,7 @@ def test_failures_in_a_row_end_a_run(cloud):
   assert len(list(cloud.glob('ran-*-0'))) == 1
 
 
+@pytest.mark.slow
 def test_workers_that_hang_after_another_failed_are_ended(cloud):
   (cloud / 'scenario').write_text('134 hang\n0 0\n')
   result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', *FAST, '--', 'train')
