@@ -21,10 +21,10 @@ import numpy as np
 
 from ppn_jax.cli.flags import load_config
 from ppn_jax.errors import InputError
-from ppn_jax.evaluation.calibration_job import CalibrationOptions, format_table
-from ppn_jax.evaluation.job import Options, evaluate
+from ppn_jax.jobs.calibration_report import CalibrationOptions, format_table
+from ppn_jax.jobs.evaluate import Options, evaluate
+from ppn_jax.jobs.train import train
 from ppn_jax.run import open_run
-from ppn_jax.training.loop import train
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 

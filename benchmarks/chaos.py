@@ -212,11 +212,12 @@ def is_saving(workdir: pathlib.Path) -> bool:
 
 def checksums(workdir: pathlib.Path) -> dict:
   """Of the final state as it is read back, which is verified on the way."""
+  from ppn_jax.checkpoints import integrity
+  from ppn_jax.distributed import sharding
   from ppn_jax.run import open_run
-  from ppn_jax.training import integrity, partition
-  from ppn_jax.training.step import abstract_state
+  from ppn_jax.training.train_step import abstract_state
   run = open_run(workdir)
-  like = abstract_state(run.detector(), run.optimizer(), partition.data_mesh())
+  like = abstract_state(run.detector(), run.optimizer(), sharding.data_mesh())
   with run.checkpoints(read_only=True) as checkpoints:
     state = checkpoints.restore(like, run.config.train.steps)
   return integrity.checksums(state)

@@ -16,7 +16,7 @@ import time
 import hardware
 import numpy as np
 
-from ppn_jax.evaluation import coco
+from ppn_jax.metrics import coco
 
 SIDE = 640  # Pixels of an image.
 

@@ -36,8 +36,8 @@ from train_step import blocking, in_turns
 from ppn_jax.config import base_config
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.structures import Outputs
-from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import build_detector
+from ppn_jax.telemetry.host_memory import keep_freed_memory
 
 KINDS = ('network', 'trained', 'close', 'ties')
 

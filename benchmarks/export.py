@@ -23,17 +23,17 @@ import overfit
 
 from ppn_jax.config import ssd
 from ppn_jax.data.loader import eval_batches, required_boxes
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.source import build_source
+from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
-from ppn_jax.evaluation import coco
-from ppn_jax.evaluation.job import load_variables
 from ppn_jax.export.comparison import latency
 from ppn_jax.export.formats import Options
-from ppn_jax.export.job import export
 from ppn_jax.export.runtimes import open_export
+from ppn_jax.jobs.evaluate import load_variables
+from ppn_jax.jobs.export import export
+from ppn_jax.jobs.train import train
+from ppn_jax.metrics import coco
 from ppn_jax.run import Run, open_run
-from ppn_jax.training import partition
-from ppn_jax.training.loop import train
 
 KINDS = (('stablehlo', 'float32'), ('saved_model', 'float32'), ('tflite', 'float32'),
          ('tflite', 'float16'), ('tflite', 'int8'), ('onnx', 'float32'))
@@ -90,7 +90,7 @@ def measure(run: Run, path: pathlib.Path, kind: tuple[str, str], args: argparse.
   made = export(run, path, options, say=lambda text: None)
   exported = open_export(path, threads=args.threads)
   detector = run.detector()
-  _, variables = load_variables(run, detector, partition.data_mesh(jax.local_devices()[:1]),
+  _, variables = load_variables(run, detector, sharding.data_mesh(jax.local_devices()[:1]),
                                 step=made.step)
   detect = jax.jit(detector.detect)
   image = np.zeros((1, detector.image_size, detector.image_size, 3), np.uint8)

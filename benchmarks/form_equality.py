@@ -31,13 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppn_jax.cli.flags import load_config, override
-from ppn_jax.data.sources import build_source, split_train_block
+from ppn_jax.data.source import build_source, split_train_block
+from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.errors import InputError
-from ppn_jax.host_memory import keep_freed_memory
 from ppn_jax.run import build_detector, optimizer_of, resolve_classes
-from ppn_jax.training.feeds import build_feed
-from ppn_jax.training.partition import data_mesh
-from ppn_jax.training.step import jit_init, jit_train_step
+from ppn_jax.telemetry.host_memory import keep_freed_memory
+from ppn_jax.training.input_pipeline import build_feed
+from ppn_jax.training.train_step import jit_init, jit_train_step
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
 # Runs of more pixels and of the quickstart's own rate part within some steps.

@@ -27,9 +27,9 @@ import numpy as np
 import train_step
 
 from ppn_jax.cli.flags import load_config
-from ppn_jax.evaluation.drawing import save_png
-from ppn_jax.pictures.plotting import MUTED, plot
-from ppn_jax.training.profiling import program_bytes
+from ppn_jax.telemetry.profiling import program_bytes
+from ppn_jax.visualization.drawing import save_png
+from ppn_jax.visualization.plotting import MUTED, plot
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes

@@ -117,15 +117,15 @@ def decoder(args: argparse.Namespace) -> float:
 
 
 def _source(args: argparse.Namespace):
-  from ppn_jax.data.coco import CocoJson
+  from ppn_jax.data.sources.coco import CocoJson
   return CocoJson(args.images, args.annotations)
 
 
 def _batches(args: argparse.Namespace, source, transforms=None, resize: str = 'supersample'):
   from ppn_jax.data.loader import required_boxes, train_batches
-  from ppn_jax.data.random_crop import SsdRandomCrop
-  from ppn_jax.data.transforms import HorizontalFlip
-  from ppn_jax.host_memory import keep_freed_memory
+  from ppn_jax.data.transforms.basic import HorizontalFlip
+  from ppn_jax.data.transforms.random_crop import SsdRandomCrop
+  from ppn_jax.telemetry.host_memory import keep_freed_memory
   ops = (SsdRandomCrop(), HorizontalFlip()) if transforms is None else transforms
   keep_freed_memory()  # As training does.
   batches = train_batches(source, transforms=ops, image_size=args.image_size,

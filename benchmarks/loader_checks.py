@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 
 from ppn_jax.data.loader import required_boxes, train_batches
-from ppn_jax.data.synthetic import SyntheticShapes
-from ppn_jax.data.transforms import build_transforms
+from ppn_jax.data.sources.synthetic import SyntheticShapes
+from ppn_jax.data.transforms.basic import build_transforms
 
 OPS = build_transforms([{'name': name, **({'size': 64} if name == 'mosaic' else {})} for name in (
     'mosaic', 'expand', 'ssd_random_crop', 'horizontal_flip', 'photometric_distortion')])

@@ -19,10 +19,10 @@ import time
 import hardware
 
 from ppn_jax.config import base_config
-from ppn_jax.evaluation.coco import format_table
-from ppn_jax.evaluation.job import Options, evaluate
+from ppn_jax.jobs.evaluate import Options, evaluate
+from ppn_jax.jobs.train import train
+from ppn_jax.metrics.coco import format_table
 from ppn_jax.run import open_run
-from ppn_jax.training.loop import train
 
 
 def main() -> None:

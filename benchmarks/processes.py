@@ -122,11 +122,11 @@ def take_part(args: argparse.Namespace) -> int:
   import numpy as np
   from tiny import tiny_config
 
-  from ppn_jax.data.sources import build_source
-  from ppn_jax.evaluation.evaluator import build_evaluator
+  from ppn_jax.data.source import build_source
+  from ppn_jax.distributed import sharding
+  from ppn_jax.jobs.evaluator import build_evaluator
   from ppn_jax.run import create_run
-  from ppn_jax.training import partition
-  from ppn_jax.training.step import jit_train_step
+  from ppn_jax.training.train_step import jit_train_step
 
   config = tiny_config(steps=args.steps, batch_size=BATCH).copy_and_resolve_references().unlock()
   config.model.layers.dtype = args.dtype
@@ -137,7 +137,7 @@ def take_part(args: argparse.Namespace) -> int:
   run = create_run(args.workdir, config.lock(), source.categories)
   if jax.process_index() == 0:
     run.save()
-  detector, optimizer, mesh = run.detector(), run.optimizer(), partition.data_mesh()
+  detector, optimizer, mesh = run.detector(), run.optimizer(), sharding.data_mesh()
   with run.checkpoints(read_only=False) as checkpoints:
     start, state = first_state(detector, optimizer, mesh, checkpoints)
     state, losses, ids = train(jit_train_step(detector, optimizer, mesh), state, source, mesh,
@@ -145,7 +145,7 @@ def take_part(args: argparse.Namespace) -> int:
     checkpoints.save(args.until, state)
   evaluator = build_evaluator(run, detector, mesh)
   scores = evaluator.score(evaluator.rows(state.best_variables()))
-  leaves = jax.tree.leaves(partition.to_host(state.variables))
+  leaves = jax.tree.leaves(sharding.to_host(state.variables))
   if jax.process_index() == 0:
     np.savez(args.out, losses=losses, ids=ids, figures=json.dumps(scores._asdict()),
              **{f'state_{i}': leaf for i, leaf in enumerate(leaves)})
@@ -157,7 +157,7 @@ def first_state(detector, optimizer, mesh, checkpoints):
   import jax
   import jax.numpy as jnp
 
-  from ppn_jax.training.step import abstract_state, jit_init
+  from ppn_jax.training.train_step import abstract_state, jit_init
 
   def wide(x):
     return jnp.float64 if jax.config.jax_enable_x64 and x.dtype == jnp.float32 else x.dtype
@@ -176,13 +176,13 @@ def train(step, state, source, mesh, start: int, until: int):
   import numpy as np
 
   from ppn_jax.data.loader import train_batches
-  from ppn_jax.training import coordination, partition
-  rows = partition.local_rows(BATCH, mesh)
+  from ppn_jax.distributed import coordination, sharding
+  rows = sharding.local_rows(BATCH, mesh)
   batches = train_batches(source, transforms=(), image_size=64, max_boxes=8, batch_size=BATCH,
                           seed=0, start_step=start, rows=rows)
   losses, own, compiled = [], [], None
   for batch, _ in zip(batches, range(start, until), strict=False):
-    placed = partition.to_global((batch.images, batch.truth), mesh, BATCH)
+    placed = sharding.to_global((batch.images, batch.truth), mesh, BATCH)
     if compiled is None:
       compiled = step.lower(state, *placed).compile()
       coordination.meet()

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppn_jax.config import base_config
-from ppn_jax.host_memory import keep_freed_memory
+from ppn_jax.device_data import dataset
+from ppn_jax.device_data.transforms import build_augmentation
+from ppn_jax.distributed import sharding
 from ppn_jax.models.flops import operations
 from ppn_jax.run import build_detector
-from ppn_jax.training import partition, resident
-from ppn_jax.training.device_transforms import build_augmentation
-from ppn_jax.training.optim import build_optimizer
-from ppn_jax.training.step import jit_init, jit_resident_step, jit_train_step
+from ppn_jax.telemetry.host_memory import keep_freed_memory
+from ppn_jax.training.optimizer import build_optimizer
+from ppn_jax.training.train_step import jit_init, jit_resident_step, jit_train_step
 
 IMAGES, BOXES = 64, 16  # Held on the device; boxes of an image are padded to so many.
 
@@ -37,17 +38,17 @@ def main() -> None:
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
   args = parser.parse_args()
   keep_freed_memory()
-  config, mesh = base_config(), partition.data_mesh()
+  config, mesh = base_config(), sharding.data_mesh()
   config.model.num_classes, config.model.layers.dtype = 90, args.dtype
   detector = build_detector(config)
   optimizer = build_optimizer(steps=100, batch_size=args.batch, learning_rate=0.01,
                               rate_batch_size=0)
   augmentation = build_augmentation(config.data.transforms, image_size=300,
                                     resize=config.data.resize)
-  plan = resident.Plan(num_images=IMAGES, batch_size=args.batch, max_boxes=BOXES, stored_size=300,
+  plan = dataset.Plan(num_images=IMAGES, batch_size=args.batch, max_boxes=BOXES, stored_size=300,
                        augmentation=augmentation, seed=0)
   data = random_data(plan, mesh)
-  draw = jax.jit(lambda data, step: resident.draw_batch(plan, mesh, data, step))
+  draw = jax.jit(lambda data, step: dataset.draw_batch(plan, mesh, data, step))
   batch = jax.block_until_ready(draw(data, jnp.int32(0)))
   states = [jit_init(detector, optimizer, mesh)(0) for _ in range(2)]
   given, drawing = (jit_train_step(detector, optimizer, mesh),
@@ -75,15 +76,15 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def random_data(plan: resident.Plan, mesh: jax.sharding.Mesh) -> resident.ResidentData:
+def random_data(plan: dataset.Plan, mesh: jax.sharding.Mesh) -> dataset.ResidentData:
   """Noise for images, five boxes in each."""
-  shapes, rng = resident.abstract_data(plan, mesh), np.random.default_rng(0)
+  shapes, rng = dataset.abstract_data(plan, mesh), np.random.default_rng(0)
   corners = np.sort(rng.uniform(size=(IMAGES, BOXES, 2, 2)), axis=2)
   corners = corners.reshape(IMAGES, 4 * BOXES)
   truth = (corners.astype(np.float32), np.zeros((IMAGES, BOXES), np.int32),
            np.zeros((IMAGES, BOXES), bool), np.tile(np.arange(BOXES) < 5, (IMAGES, 1)))
   pixels = rng.integers(0, 256, shapes.images.shape, np.uint8)
-  made = resident.ResidentData(pixels, np.tile(np.int32([480, 640]), (IMAGES, 1)), *truth)
+  made = dataset.ResidentData(pixels, np.tile(np.int32([480, 640]), (IMAGES, 1)), *truth)
   return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), made, shapes)
 
 

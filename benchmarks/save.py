@@ -24,12 +24,12 @@ sys.path.insert(0, str(ROOT))
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from ppn_jax.checkpoints.manager import Checkpoints  # noqa: E402
 from ppn_jax.detection.structures import GroundTruth  # noqa: E402
-from ppn_jax.host_memory import keep_freed_memory  # noqa: E402
+from ppn_jax.distributed import sharding  # noqa: E402
 from ppn_jax.run import build_detector, optimizer_of  # noqa: E402
-from ppn_jax.training import partition  # noqa: E402
-from ppn_jax.training.checkpoint import Checkpoints  # noqa: E402
-from ppn_jax.training.step import jit_init, jit_train_step  # noqa: E402
+from ppn_jax.telemetry.host_memory import keep_freed_memory  # noqa: E402
+from ppn_jax.training.train_step import jit_init, jit_train_step  # noqa: E402
 
 
 def full_model(file: str, batch_size: int):
@@ -39,14 +39,14 @@ def full_model(file: str, batch_size: int):
   spec.loader.exec_module(module)
   config = module.get_config().copy_and_resolve_references().unlock()
   config.model.num_classes, config.optim.ema_decay = 80, config.optim.ema_decay or 0.999
-  mesh, detector = partition.data_mesh(), build_detector(config)
+  mesh, detector = sharding.data_mesh(), build_detector(config)
   optimizer = optimizer_of(config, steps=1000, batch_size=batch_size)
   size, rng = config.model.image_size, np.random.default_rng(0)
   boxes = np.tile(np.float32([.2, .2, .7, .7]), (batch_size, 8, 1))
   valid = np.full((batch_size, 8), True)
   truth = GroundTruth(boxes, np.ones_like(valid, np.int32), ~valid, valid)
   images = rng.integers(0, 255, (batch_size, size, size, 3), np.uint8)
-  batch = partition.to_global((images, truth), mesh, batch_size)
+  batch = sharding.to_global((images, truth), mesh, batch_size)
   state = jit_init(detector, optimizer, mesh)(0)
   step = jit_train_step(detector, optimizer, mesh).lower(state, *batch).compile()
   return state, lambda state: step(state, *batch)

@@ -25,15 +25,15 @@ import optax
 
 from ppn_jax.config import base_config
 from ppn_jax.data.loader import train_batches
-from ppn_jax.data.sources import build_source
-from ppn_jax.data.transforms import build_transforms
+from ppn_jax.data.source import build_source
+from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.detection.structures import GroundTruth, Outputs
 from ppn_jax.detector import Detector, Variables
-from ppn_jax.host_memory import keep_freed_memory
+from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.run import build_detector
-from ppn_jax.training.optim import Optimizer, build_optimizer
-from ppn_jax.training.partition import data_mesh
-from ppn_jax.training.step import jit_init, jit_train_step
+from ppn_jax.telemetry.host_memory import keep_freed_memory
+from ppn_jax.training.optimizer import Optimizer, build_optimizer
+from ppn_jax.training.train_step import jit_init, jit_train_step
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from ppn_jax import config as config_module
 from ppn_jax import registry
-from ppn_jax.detection.columns import ClassColumns
+from ppn_jax.detection.class_logits import ClassColumns
 
 PAGE = pathlib.Path(__file__).with_name('configs.md')
 

@@ -3,13 +3,13 @@
   detector = ppn_jax.load('runs/mine')
   found = detector('photo.jpg', threshold=0.5)
 
-See `ppn_jax.serving`. Nothing is imported before it is asked for.
+See `ppn_jax.image_detector`. Nothing is imported before it is asked for.
 """
 
 import importlib
 
-_PUBLIC = {'load': 'ppn_jax.serving', 'ImageDetector': 'ppn_jax.serving',
-           'ImageDetections': 'ppn_jax.serving', 'InputError': 'ppn_jax.errors'}
+_PUBLIC = {'load': 'ppn_jax.image_detector', 'ImageDetector': 'ppn_jax.image_detector',
+           'ImageDetections': 'ppn_jax.image_detector', 'InputError': 'ppn_jax.errors'}
 __all__ = list(_PUBLIC)
 
 

@@ -24,9 +24,9 @@ COMPONENTS = {
     'model.neck': 'ppn_jax.models.network:NECKS',
     'model.head': 'ppn_jax.models.network:HEADS',
     'loss': 'ppn_jax.detection.losses:LOSSES',
-    'data.train': 'ppn_jax.data.sources:SOURCES',
-    'data.eval': 'ppn_jax.data.sources:SOURCES',
-    'data.transforms': 'ppn_jax.data.transforms:TRANSFORMS',  # A tuple of blocks.
+    'data.train': 'ppn_jax.data.source:SOURCES',
+    'data.eval': 'ppn_jax.data.source:SOURCES',
+    'data.transforms': 'ppn_jax.data.transforms.basic:TRANSFORMS',  # A tuple of blocks.
 }
 
 # The function that each other block is the arguments of.
@@ -35,9 +35,9 @@ FUNCTIONS = {
     'model.anchors': 'ppn_jax.detection.anchors:ssd_anchors',
     'model.layers': 'ppn_jax.models.layers:LayerPolicy',
     'matching': 'ppn_jax.detection.matching:assign',
-    'postprocess': 'ppn_jax.detection.postprocess:postprocess',
+    'postprocess': 'ppn_jax.detection.nms:postprocess',
     'init': 'ppn_jax.weights.initial:initial_weights',
-    'optim': 'ppn_jax.training.optim:build_optimizer',
+    'optim': 'ppn_jax.training.optimizer:build_optimizer',
 }
 
 # Arguments of components that the system supplies, not the user.
@@ -53,7 +53,7 @@ def base_config() -> ConfigDict:
   config.model = dict(  # ppn_jax.detector.build
       image_size=300,
       num_classes=0,  # 0: as many as the training data has.
-      background_column=False,  # ppn_jax.detection.columns.ClassColumns
+      background_column=False,  # ppn_jax.detection.class_logits.ClassColumns
       score_activation='sigmoid',
       backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11),
       neck=dict(name='pooling_pyramid', stride=16, num_levels=6, projection=0),
@@ -69,34 +69,34 @@ def base_config() -> ConfigDict:
       matched_iou=0.5, force_match=True, ignore_crowd=True)
   config.loss = dict(  # ppn_jax.detection.losses.LOSSES
       name='focal', alpha=0.25, gamma=2.0, localization_weight=1.0, group_size=0)
-  config.postprocess = dict(  # ppn_jax.detection.postprocess.postprocess
+  config.postprocess = dict(  # ppn_jax.detection.nms.postprocess
       score_threshold=1e-8, iou_threshold=0.6, max_per_class=100, max_detections=100)
 
   config.init = dict(weights='', backbone='', report=())  # ppn_jax.weights.initial.initial_weights
   config.data = dict(
-      train=dict(  # ppn_jax.data.sources.build_source
+      train=dict(  # ppn_jax.data.source.build_source
           name='',
           cache='',  # 'memory' or a folder: images are decoded once (ppn_jax.data.cache).
           cache_size=0,  # Shorter side of cached images in pixels; 0: as the network's input.
-          resident=False,  # The whole set in device memory (ppn_jax.training.resident).
+          resident=False,  # The whole set in device memory (ppn_jax.device_data.dataset).
           resident_size=0),  # Side in pixels of what is held there; 0: as the network's input.
       eval=dict(name=''),
       eval_fraction=0.0,  # Share of the training images to evaluate on if `eval` names no data.
-      transforms=(  # ppn_jax.data.transforms.build_transforms; of training, before resizing.
+      transforms=(  # ppn_jax.data.transforms.basic.build_transforms; of training, before resizing.
           dict(name='ssd_random_crop'),  # Before the flip, which is then of a smaller image.
           dict(name='horizontal_flip', probability=0.5)),
-      resize='supersample',  # The `method` of ppn_jax.data.transforms.Resize.
+      resize='supersample',  # The `method` of ppn_jax.data.transforms.basic.Resize.
       reduced_decoding=True,  # JPEGs at 1/2, 1/4, 1/8 where that leaves pixels enough.
       on_bad_example='raise',  # An image that cannot be read: 'raise', or 'skip' and name it.
       max_bad_share=0.01,  # Share of the images that may be skipped.
       max_boxes=0,  # Boxes that every image's truth is padded to; 0: as the fullest image has.
       threads=0)  # That decode and augment; 0: one for each processor core.
-  config.optim = dict(  # ppn_jax.training.optim.build_optimizer
+  config.optim = dict(  # ppn_jax.training.optimizer.build_optimizer
       learning_rate=0.7, rate_batch_size=512, warmup_fraction=0.04,
       warmup_factor=0.1333 / 0.7,  # The reference's 0.1333 beside 0.7.
       momentum=0.9, weight_decay=4e-5, clip_norm=0.0, ema_decay=0.0,
       micro_batches=1, shard_state=False)
-  config.train = dict(  # ppn_jax.training.loop.train
+  config.train = dict(  # ppn_jax.jobs.train.train
       steps=0,  # Of the whole run; to be set.
       batch_size=0,  # Images a step, over all devices; to be set.
       log_every=100,  # Steps between two lines of metrics.

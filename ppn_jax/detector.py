@@ -15,10 +15,10 @@ from flax import linen as nn
 
 from ppn_jax import registry
 from ppn_jax.detection.anchors import anchors_per_cell, ssd_anchors
-from ppn_jax.detection.columns import ClassColumns
+from ppn_jax.detection.class_logits import ClassColumns
 from ppn_jax.detection.losses import LOSSES, DetectionLoss
 from ppn_jax.detection.matching import assign
-from ppn_jax.detection.postprocess import postprocess as postprocess_outputs
+from ppn_jax.detection.nms import postprocess as postprocess_outputs
 from ppn_jax.detection.structures import Anchors, Array, Detections, GroundTruth, Outputs, Targets
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.models.layers import LayerPolicy

@@ -17,22 +17,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ppn_jax import files
+from ppn_jax import storage
 from ppn_jax.config import complete, plain
-from ppn_jax.data import images as image_files
-from ppn_jax.data.sources import file_ids
-from ppn_jax.data.transforms import Resize
+from ppn_jax.data.images import decoding as image_files
+from ppn_jax.data.source import file_ids
+from ppn_jax.data.transforms.basic import Resize
 from ppn_jax.detection.structures import Array, Category, Detections, Example, without_truth
 from ppn_jax.detector import Variables
 from ppn_jax.errors import InputError, did_you_mean
-from ppn_jax.evaluation import calibration, calibration_picture, coco, error_kinds, judging
-from ppn_jax.evaluation.drawing import draw_boxes, mosaic
-from ppn_jax.evaluation.error_kinds import KINDS
-from ppn_jax.evaluation.job import Job, Options, prepare
-from ppn_jax.pictures import anchors, curves, pyramid
-from ppn_jax.pictures.gallery import Gallery, Shown, captioned
-from ppn_jax.pictures.plotting import sentence
+from ppn_jax.jobs.evaluate import Job, Options, prepare
+from ppn_jax.metrics import calibration, coco, error_analysis, matching
+from ppn_jax.metrics.error_analysis import KINDS
 from ppn_jax.run import open_run
+from ppn_jax.visualization import anchors, calibration_plot, curves, pyramid
+from ppn_jax.visualization.drawing import draw_boxes, mosaic
+from ppn_jax.visualization.gallery import Gallery, Shown, captioned
+from ppn_jax.visualization.plotting import sentence
 
 # A path, a PIL image, RGB u8 [H, W, 3], or the number of an image of the evaluation data.
 Picture = str | os.PathLike[str] | Array | Image.Image | int
@@ -86,14 +86,14 @@ class Inspection:
   def reliability(self, floor: float = 0.05) -> Image.Image:
     """Scores of `floor` and more against precision, by level, size and class."""
     truth = self.gallery.truth
-    return _image(calibration_picture.reliability(calibration.measure(
-        judging.judge(truth, self.rows), num_images=len(truth['images']),
+    return _image(calibration_plot.reliability(calibration.measure(
+        matching.judge(truth, self.rows), num_images=len(truth['images']),
         num_levels=self.job.detector.num_levels, class_names=self._names, floor=floor)))
 
   def errors(self) -> Image.Image:
     """What each kind of mistake costs, and how many there are."""
     truth = self.gallery.truth
-    costs = error_kinds.costs(truth, self.rows, error_kinds.classify(truth, self.rows))
+    costs = error_analysis.costs(truth, self.rows, error_analysis.classify(truth, self.rows))
     return _image(curves.errors(self.gallery.errors.counts(), costs))
 
   def mistakes(self, kind: str, count: int = 6) -> Image.Image:
@@ -219,7 +219,7 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
   return Inspection(job, step, variables, rows, threshold)
 
 
-def _written(path: files.Path) -> list[dict[str, Any]] | None:
+def _written(path: storage.Path) -> list[dict[str, Any]] | None:
   """The rows of an evaluation, if it is there and has their levels."""
   if not path.is_file():
     return None

@@ -15,25 +15,28 @@ Evaluation, detection and export need the workdir and nothing else.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax import detector as detector_lib
-from ppn_jax import files, registry
+from ppn_jax import registry, storage
+from ppn_jax.checkpoints.manager import Checkpoints, read_stamp
+from ppn_jax.checkpoints.retention import Stamp, numbered, record
 from ppn_jax.config import GIVEN, complete, plain
-from ppn_jax.data.sources import check_categories
+from ppn_jax.data.source import check_categories
+from ppn_jax.detection.batch_groups import check_group_size
 from ppn_jax.detection.structures import Category
-from ppn_jax.detector import Detector
+from ppn_jax.detector import Detector, Variables
+from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, StoreError
-from ppn_jax.groups import check_group_size
 from ppn_jax.models.network import BACKBONES, HEADS, NECKS
-from ppn_jax.training import metrics, partition
-from ppn_jax.training.checkpoint import Checkpoints, read_stamp
-from ppn_jax.training.optim import Optimizer, build_optimizer
-from ppn_jax.training.retention import Stamp, numbered, record
+from ppn_jax.telemetry import metrics
+from ppn_jax.training.optimizer import Optimizer, build_optimizer
+from ppn_jax.training.train_step import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Run:
     categories: of the training data, in order of label.
     unknown_keys: of config.json, which this version does not have and leaves aside.
   """
-  workdir: files.Path
+  workdir: storage.Path
   config: ConfigDict
   categories: tuple[Category, ...]
   unknown_keys: tuple[str, ...] = ()
@@ -54,16 +57,16 @@ class Run:
   def save(self) -> None:
     """Writes config and categories to the workdir, which is made if need be."""
     categories = [c._asdict() for c in self.categories]
-    files.write_text(self.workdir / 'categories.json', json.dumps(categories, indent=2) + '\n')
-    files.write_text(_config_path(self.workdir),
+    storage.write_text(self.workdir / 'categories.json', json.dumps(categories, indent=2) + '\n')
+    storage.write_text(_config_path(self.workdir),
                      json.dumps(self.config.to_dict(), indent=2) + '\n')
 
   def note_bad_example(self, reason: str) -> None:
     """Adds a line to bad_examples.txt, unless it is there."""
     file = self.workdir / 'bad_examples.txt'
-    known = files.read_text(file).splitlines() if file.exists() else []
+    known = storage.read_text(file).splitlines() if file.exists() else []
     if reason not in known:
-      files.write_text(file, '\n'.join([*known, reason]) + '\n')
+      storage.write_text(file, '\n'.join([*known, reason]) + '\n')
 
   def metrics(self) -> list[dict[str, float | None]]:
     """The curves of training, and of steps scored by a job of its own, in order of step."""
@@ -73,7 +76,7 @@ class Run:
     return sorted([*metrics.read(self.workdir / 'metrics.jsonl'), *scored],
                   key=lambda line: line['step'])
 
-  def is_current(self, evaluations: files.Path, step: int) -> bool:
+  def is_current(self, evaluations: storage.Path, step: int) -> bool:
     """Returns whether scores on record are of this run, not of an earlier attempt in its workdir.
 
     Those of steps that training has deleted since are. Those of steps that it has yet to come to
@@ -112,7 +115,7 @@ class Run:
                        evaluations=self.workdir / 'evaluation', readers=self.readers)
 
   @property
-  def readers(self) -> files.Path:
+  def readers(self) -> storage.Path:
     """The folder of those who are reading checkpoints, whatever they make of them."""
     return self.workdir / 'readers'
 
@@ -152,7 +155,7 @@ def check_batch(config: ConfigDict, name: str, batch_size: int, micro_batches: i
     micro_batches: see `Optimizer`.
     mesh: the devices.
   """
-  partition.check_batch_size(name, batch_size, mesh, micro_batches)
+  sharding.check_batch_size(name, batch_size, mesh, micro_batches)
   for key, block in [('model.layers.norm_group_size', config.model.layers),
                      ('loss.group_size', config.loss)]:
     # An objective of the user's own may have no groups.
@@ -177,7 +180,7 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
     InputError: the workdir is a file, cannot be used, or holds another model's run; the
       difference is named.
   """
-  workdir = files.folder_path(workdir)
+  workdir = storage.folder_path(workdir)
   config = _with_num_levels(resolve_classes(config, categories))
   if workdir.exists() and not workdir.is_dir():
     raise InputError(f'workdir {workdir} is a file; give a folder, new or of an earlier run')
@@ -191,7 +194,7 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
 
 def is_run(workdir: str | pathlib.Path) -> bool:
   """Whether training has begun in `workdir`."""
-  return _config_path(files.folder_path(workdir)).is_file()
+  return _config_path(storage.folder_path(workdir)).is_file()
 
 
 def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
@@ -207,16 +210,16 @@ def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
   Raises:
     InputError: there is none, or its files cannot be read.
   """
-  workdir = files.folder_path(workdir)
+  workdir = storage.folder_path(workdir)
   if not _config_path(workdir).is_file():
     raise InputError(f'workdir {workdir} is not a run: it has no config.json; '
                      'give the --workdir of a `ppn train`')
   unknown: list[str] = []
   try:
-    written = json.loads(files.read_text(_config_path(workdir)))
+    written = json.loads(storage.read_text(_config_path(workdir)))
     config = complete(written, unknown=unknown)
     config = registry.bar(plain(config), _listed(allow), str(_config_path(workdir)))
-    categories = json.loads(files.read_text(workdir / 'categories.json'))
+    categories = json.loads(storage.read_text(workdir / 'categories.json'))
     return Run(workdir, ConfigDict(config).lock(), tuple(Category(**c) for c in categories),
                tuple(unknown))
   except StoreError:
@@ -282,5 +285,31 @@ def _differences(there: Any, here: Any, key: str = '') -> Iterator[tuple[str, An
     yield key, there, here
 
 
-def _config_path(workdir: files.Path) -> files.Path:
+def _config_path(workdir: storage.Path) -> storage.Path:
   return workdir / 'config.json'
+
+
+def _to_stderr(text: str) -> None:
+  print(text, file=sys.stderr)
+
+
+def load_variables(run: Run, detector: Detector, mesh: Mesh, *, step: int | None = None,
+                   ema: bool | None = None, say: Callable[[str], None] = _to_stderr
+                   ) -> tuple[int, Variables]:
+  """Restores the variables of a saved step onto the mesh.
+
+  Without `step` the newest that is whole; `say` is told of damaged ones after it.
+
+  Raises:
+    InputError: the run has no checkpoint, not this one, one of another model, or a damaged one.
+  """
+  like = abstract_state(detector, run.optimizer(), mesh)
+  # Where one process cannot, the others must not go on to read together.
+  with sharding.all_or_none(lambda: run.checkpoints(read_only=True)) as checkpoints:
+    if step is not None:
+      state = checkpoints.restore(like, step)
+    elif newest := checkpoints.restore_newest(like, say):
+      step, state = newest
+    else:
+      raise InputError(f'workdir {run.workdir} has no checkpoint yet')
+  return step, state.variables if ema is False else state.best_variables()

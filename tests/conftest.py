@@ -39,7 +39,7 @@ def pytest_sessionstart():
   import jax
 
   from ppn_jax import run
-  from ppn_jax.training import step
+  from ppn_jax.training import train_step
 
   def shared(function, key_of):
     made = {}
@@ -70,7 +70,7 @@ def pytest_sessionstart():
                               of_config('model', 'matching', 'loss', 'postprocess'))
   run.optimizer_of = shared(run.optimizer_of, of_config('optim'))
   for name in ('jit_init', 'jit_train_step', 'jit_detect'):
-    setattr(step, name, shared(getattr(step, name), of_objects))
+    setattr(train_step, name, shared(getattr(train_step, name), of_objects))
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import jax
 import pytest
 
 from ppn_jax.cli.flags import load_config
-from ppn_jax.data.transforms import build_transforms
+from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.detection.structures import Category
+from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.run import Run, build_detector, resolve_classes
-from ppn_jax.training.partition import data_mesh
-from ppn_jax.training.step import abstract_batch, abstract_state, train_step
+from ppn_jax.training.train_step import abstract_batch, abstract_state, train_step
 
 FILES = sorted((pathlib.Path(__file__).resolve().parents[1] / 'configs').glob('*.py'))
 

@@ -8,10 +8,10 @@ from tiny import tiny_config
 
 from ppn_jax.config import base_config
 from ppn_jax.data.loader import eval_batches, required_boxes
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.source import build_source
 from ppn_jax.detection.structures import GroundTruth, Outputs
 from ppn_jax.errors import InputError
-from ppn_jax.evaluation import coco
+from ppn_jax.metrics import coco
 from ppn_jax.run import build_detector
 
 

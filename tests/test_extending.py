@@ -15,7 +15,7 @@ from PIL import Image
 import ppn_jax
 from ppn_jax import registry
 from ppn_jax.cli.main import main
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.source import build_source
 from ppn_jax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

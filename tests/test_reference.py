@@ -18,12 +18,12 @@ from ppn_jax.cli.flags import load_config
 from ppn_jax.detection.structures import GroundTruth
 from ppn_jax.models import layers
 from ppn_jax.run import build_detector
-from ppn_jax.training.optim import build_optimizer
+from ppn_jax.training.optimizer import build_optimizer
 from ppn_jax.training.state import TrainState
-from ppn_jax.training.step import StepMetrics, train_step
+from ppn_jax.training.train_step import StepMetrics, train_step
 from ppn_jax.weights import names
-from ppn_jax.weights.files import read_weights
 from ppn_jax.weights.importer import import_detector
+from ppn_jax.weights.read import read_weights
 
 TOLERANCE = 1e-4
 # The logistic function and the softmax are nowhere steeper than a quarter.

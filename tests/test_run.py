@@ -8,7 +8,7 @@ from tiny import tiny_config
 
 from ppn_jax.cli.flags import override
 from ppn_jax.data.splits import open_splits
-from ppn_jax.data.transforms import build_transforms
+from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 from ppn_jax.run import Run, create_run, open_run

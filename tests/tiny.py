@@ -32,15 +32,15 @@ def get_config():
 def untrained_run(workdir, steps=(6,), *, ema_decay=0.0, categories=None):
   """A workdir with saved steps of random weights, another for each and for its average."""
   from ppn_jax.detection.structures import Category
+  from ppn_jax.distributed import sharding
   from ppn_jax.run import create_run
-  from ppn_jax.training import partition
-  from ppn_jax.training.step import jit_init
+  from ppn_jax.training.train_step import jit_init
   config = tiny_config().copy_and_resolve_references().unlock()
   config.optim.ema_decay = ema_decay
   run = create_run(workdir, config, categories or [
       Category(10 * i, name) for i, name in enumerate(('circle', 'square', 'star'))])
   run.save()
-  init = jit_init(run.detector(), run.optimizer(), partition.data_mesh())
+  init = jit_init(run.detector(), run.optimizer(), sharding.data_mesh())
   with run.checkpoints(read_only=False) as checkpoints:
     for step in steps:
       checkpoints.save(step, init(step)._replace(average=init(step + 100).average))

@@ -18,7 +18,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from ppn_jax.data.loader import train_batches
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.source import build_source
 from ppn_jax.models.mobilenet_v1 import BLOCKS
 from ppn_jax.run import build_detector
 

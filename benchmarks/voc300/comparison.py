@@ -12,8 +12,8 @@ import numpy as np
 from scipy import special
 from voc300.voc_ap import voc_ap50
 
-from ppn_jax.evaluation import calibration, coco, judging
-from ppn_jax.evaluation.intervals import JACKKNIFE_GROUPS, jackknife_interval, jackknife_masks
+from ppn_jax.metrics import calibration, coco, matching
+from ppn_jax.metrics.intervals import JACKKNIFE_GROUPS, jackknife_interval, jackknife_masks
 
 SIZES = ('AP_small', 'AP_medium', 'AP_large')
 ACCURACY = ('AP', 'AP50', 'AP75', 'VOC_AP50', *SIZES)
@@ -52,7 +52,7 @@ def without_groups(truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
   """
   ids = [image['id'] for image in truth['images']]
   place = np.random.default_rng(0).permutation(len(ids))  # Neighbours may resemble one another.
-  judged, parts = judging.judge(truth, rows), []
+  judged, parts = matching.judge(truth, rows), []
   for kept in jackknife_masks(place, len(ids), JACKKNIFE_GROUPS):
     there = {i for i, keep in zip(ids, kept, strict=True) if keep}
     part = {**truth, 'images': [m for m in truth['images'] if m['id'] in there],

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from voc300 import comparison
 
-from ppn_jax.evaluation import calibration_picture
-from ppn_jax.pictures.page import Section, Table, plot, render
-from ppn_jax.pictures.plotting import MUTED, say_instead
-from ppn_jax.pictures.plotting import plot as figure
+from ppn_jax.visualization import calibration_plot
+from ppn_jax.visualization.html_page import Section, Table, plot, render
+from ppn_jax.visualization.plotting import MUTED, say_instead
+from ppn_jax.visualization.plotting import plot as figure
 
 TITLE = 'PPN and SSD on real photographs, from random weights'
 # Distinct to those who see colours in other ways too; by variant, in the order they come.
@@ -168,6 +168,6 @@ def html(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, An
               '0.05 and more, right at IoU 0.5.', [level_table(found)])]
   for name, runs in groups.items():
     sections.append(Section(f'Reliability of {name}', f'Seed {runs[0]["seed"]}; bands of 95%.',
-                            groups=[plot(calibration_picture.reliability(runs[0]['calibration']),
+                            groups=[plot(calibration_plot.reliability(runs[0]['calibration']),
                                          f'precision against score, {name}')]))
   return render(TITLE if not found['tune'] else 'Recipes compared', setting_text(found), sections)

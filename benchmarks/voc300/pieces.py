@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppn_jax import files
+from ppn_jax import storage
 from ppn_jax.errors import InputError
 
 LEAST_TRAINING = 90.0  # Seconds; less would go to compiling alone.
@@ -181,11 +181,11 @@ class Folder:
         raise InputError(f'--workdir={self.path} is of another setting: {key} is {old!r} there '
                          f'and {new!r} here; give a new folder')
     if wanted != there:
-      files.write_text(path, json.dumps(wanted, indent=2) + '\n')
+      storage.write_text(path, json.dumps(wanted, indent=2) + '\n')
 
   def _read_setting(self, path: pathlib.Path) -> Plain:
     try:
-      return dict(json.loads(files.read_text(path)))
+      return dict(json.loads(storage.read_text(path)))
     except (ValueError, TypeError) as e:
       raise InputError(f'{path} cannot be read: {e}; give a new --workdir') from e
 
@@ -204,8 +204,8 @@ class Folder:
   def keep_trained(self, key: RunKey, record: Plain, rows: Rows) -> None:
     """Writes what is kept of a trained run, the record last; the rest of it is removed."""
     path = self._file('trained', key)
-    files.write_bytes(path.with_suffix('.npz'), pack(rows))
-    files.write_text(path, json.dumps(key._asdict() | record, allow_nan=False) + '\n')
+    storage.write_bytes(path.with_suffix('.npz'), pack(rows))
+    storage.write_text(path, json.dumps(key._asdict() | record, allow_nan=False) + '\n')
     self.drop_run(key)
 
   def drop_run(self, key: RunKey) -> None:
@@ -217,19 +217,19 @@ class Folder:
     """What `keep_trained` wrote; boxes and scores as float32."""
     path = self._file('trained', key)
     try:
-      return json.loads(files.read_text(path)), unpack(path.with_suffix('.npz').read_bytes())
+      return json.loads(storage.read_text(path)), unpack(path.with_suffix('.npz').read_bytes())
     except (OSError, ValueError, zipfile.BadZipFile) as e:
       raise _unreadable(path, e) from e
 
   def keep_scored(self, key: RunKey, result: Plain) -> None:
     """Writes a run's figures."""
-    files.write_text(self._file('results', key), json.dumps(result, allow_nan=False) + '\n')
+    storage.write_text(self._file('results', key), json.dumps(result, allow_nan=False) + '\n')
 
   def read_scored(self, key: RunKey) -> Plain:
     """What `keep_scored` wrote."""
     path = self._file('results', key)
     try:
-      return json.loads(files.read_text(path))
+      return json.loads(storage.read_text(path))
     except (OSError, ValueError) as e:
       raise _unreadable(path, e) from e
 

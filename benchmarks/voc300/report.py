@@ -8,8 +8,8 @@ from typing import Any
 from voc300 import comparison, page
 from voc300.pieces import Folder, RunKey
 
-from ppn_jax import files
-from ppn_jax.evaluation.drawing import save_png
+from ppn_jax import storage
+from ppn_jax.visualization.drawing import save_png
 
 
 def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], note: str
@@ -28,11 +28,12 @@ def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], no
   runs = [folder.read_scored(key) for key in keys if folder.is_scored(key)]
   found = assemble(runs, keys, setting, note)
   # The figures first: pictures and pages can be drawn again.
-  files.write_text(folder.path / 'report.json', json.dumps(found, indent=1, allow_nan=False) + '\n')
-  files.write_text(folder.path / 'table.md', page.markdown(found))
+  text = json.dumps(found, indent=1, allow_nan=False)
+  storage.write_text(folder.path / 'report.json', f'{text}\n')
+  storage.write_text(folder.path / 'table.md', page.markdown(found))
   whole = group_runs(runs)
   save_png(folder.path / 'curves.png', page.curves(found, whole))
-  files.write_text(folder.path / 'report.html', page.html(found, whole))
+  storage.write_text(folder.path / 'report.html', page.html(found, whole))
   return found
 
 

@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     # Late: what is wrong with the flags is said before the heavy libraries are there.
     from voc300 import report, runs
 
-    from ppn_jax.compile_cache import keep_compiled_programs
+    from ppn_jax.distributed.compile_cache import keep_compiled_programs
     keep_compiled_programs(print)
 
     def config(key: RunKey):

@@ -11,15 +11,15 @@ from voc300 import comparison
 from voc300.pieces import Diverged, Plain, Rows
 from voc300.voc_ap import voc_ap50
 
-from ppn_jax.data.sources import build_source
-from ppn_jax.evaluation import calibration_job
-from ppn_jax.evaluation.calibration_job import CalibrationOptions
-from ppn_jax.evaluation.job import Options, prepare
+from ppn_jax.data.source import build_source
+from ppn_jax.distributed.preemption import Preempted
+from ppn_jax.jobs import calibration_report
+from ppn_jax.jobs.calibration_report import CalibrationOptions
+from ppn_jax.jobs.evaluate import Options, prepare
+from ppn_jax.jobs.summary import summarize
+from ppn_jax.jobs.train import train
+from ppn_jax.jobs.train_loop import TrainingDiverged
 from ppn_jax.run import build_detector, open_run, resolve_classes
-from ppn_jax.summary import summarize
-from ppn_jax.training.loop import train
-from ppn_jax.training.preemption import Preempted
-from ppn_jax.training.stepping import TrainingDiverged
 
 _CURVES = ('step', 'train/loss', 'train/classification', 'train/localization', 'eval/AP',
            'eval/AP50')
@@ -64,7 +64,7 @@ def score(config: ConfigDict, rows: Rows, *, train_images: int, floor: float = 0
   source = build_source(config.data.eval.to_dict(), key='data.eval')
   config = resolve_classes(config, source.categories)
   detector, truth = build_detector(config), source.ground_truth()
-  report = calibration_job.report(config, detector, source.categories, truth, rows,
+  report = calibration_report.report(config, detector, source.categories, truth, rows,
                                   CalibrationOptions(floor=floor, train_images=train_images))
   counts = summarize(config).totals
   return {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ppn_jax.detection import boxes as box_ops
-from ppn_jax.evaluation.judging import corners
+from ppn_jax.metrics.matching import corners
 
 
 def voc_ap50(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *,

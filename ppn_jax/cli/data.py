@@ -28,21 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
-  from ppn_jax import files, survey
+  from ppn_jax import storage
   from ppn_jax.errors import InputError
-  output = files.folder_path(args.output, '--output') if args.output else None
+  from ppn_jax.jobs import data_survey
+  output = storage.folder_path(args.output, '--output') if args.output else None
   if output and output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; give a folder')
-  found = survey.survey(config, split=args.split, samples=args.samples)
-  numbers = survey.figures(found)
+  found = data_survey.survey(config, split=args.split, samples=args.samples)
+  numbers = data_survey.figures(found)
   for line in found.left_out:
     print(f'left out: {line}', file=sys.stderr)
-  print('\n'.join((*found.report.lines, '', survey.format_table(numbers))))
+  print('\n'.join((*found.report.lines, '', data_survey.format_table(numbers))))
   if output:
-    from ppn_jax.pictures.survey_page import survey_page
+    from ppn_jax.jobs.data_page import survey_page
     name = config.data[args.split].name
-    files.write_text(output / 'data.json', json.dumps(numbers, indent=2, allow_nan=False) + '\n')
-    files.write_text(output / 'data.html',
+    storage.write_text(output / 'data.json', json.dumps(numbers, indent=2, allow_nan=False) + '\n')
+    storage.write_text(output / 'data.html',
                      survey_page(f'{name}, {args.split}', found, numbers))
     print(f'data.html and data.json in {output}')
   else:

@@ -14,7 +14,7 @@ from ppn_jax.errors import InputError
 if TYPE_CHECKING:
   import numpy as np
 
-  from ppn_jax.serving import ImageDetections, ImageDetector
+  from ppn_jax.image_detector import ImageDetections, ImageDetector
 
 HELP = """Find objects in pictures and videos.
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  from ppn_jax.files import folder_path, write_text
+  from ppn_jax.storage import folder_path, write_text
   output = folder_path(args.output, '--output')
   files = _find(args.images, _say)
   drawings = _drawing_paths(files, output)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     raise InputError(f'--threshold={args.threshold} must lie between 0 and 1')
   import json
 
-  from ppn_jax.host_memory import keep_freed_memory
+  from ppn_jax.telemetry.host_memory import keep_freed_memory
   keep_freed_memory()
   keep_programs()
   detector = _load(args)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> 'ImageDetector':
   from ppn_jax.export.runtimes import is_export
-  from ppn_jax.serving import load
+  from ppn_jax.image_detector import load
   if args.model is None:
     if is_export(args.workdir):
       raise InputError(f'--workdir={args.workdir} is not the folder of a run; an exported file is '
@@ -141,10 +141,10 @@ def _is_video(file: pathlib.Path) -> bool:
 
 
 def _open_pictures(files: Sequence[pathlib.Path], skip) -> Iterator[tuple[pathlib.Path, Any]]:
-  from ppn_jax.data import images
+  from ppn_jax.data.images import decoding
   for file in files:
     try:
-      yield file, images.load(str(file))
+      yield file, decoding.load(str(file))
     except InputError as e:
       skip(file, e)
 
@@ -165,7 +165,7 @@ def _detected(detector: 'ImageDetector', images: Iterator[tuple[Any, 'np.ndarray
 
 def _draw_picture(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.Path,
                   image: 'np.ndarray', found: 'ImageDetections', threshold: float) -> dict:
-  from ppn_jax.evaluation.drawing import save_png
+  from ppn_jax.visualization.drawing import save_png
   height, width = image.shape[:2]
   save_png(drawing, _drawn(detector, image, found, threshold))
   return {'file': str(file), 'picture': str(drawing), 'width': width, 'height': height,
@@ -177,7 +177,7 @@ def _draw_video(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.
   from rich.console import Console
   from rich.progress import track
 
-  from ppn_jax.data.video import VideoReader, VideoWriter
+  from ppn_jax.data.images.video import VideoReader, VideoWriter
   frames, console = [], Console(stderr=True)
   with VideoReader(file) as reader:
     rate = reader.frames_per_second
@@ -199,7 +199,7 @@ def _drawn(detector: 'ImageDetector', image: 'np.ndarray', found: 'ImageDetectio
            threshold: float) -> 'np.ndarray':
   import numpy as np
 
-  from ppn_jax.evaluation.drawing import draw_boxes
+  from ppn_jax.visualization.drawing import draw_boxes
   shown = found.scores >= threshold
   size = np.float32([*image.shape[:2]] * 2)
   return draw_boxes(image, found.boxes[shown] / size, found.labels[shown],
@@ -228,8 +228,8 @@ def _find(paths: Sequence[str], say: Callable[[str], None]) -> list[pathlib.Path
   Raises:
     InputError: a path that does not exist, a folder without pictures, a pattern that fits none.
   """
-  from ppn_jax.data import folders
-  from ppn_jax.data.images import SUFFIXES
+  from ppn_jax.data.images import folders
+  from ppn_jax.data.images.decoding import SUFFIXES
   suffixes, files = SUFFIXES | VIDEOS, []
   for path in paths:
     if glob.has_magic(path) and not os.path.exists(path):

@@ -15,8 +15,8 @@ from ppn_jax.cli.flags import (
 from ppn_jax.errors import InputError
 
 if TYPE_CHECKING:
-  from ppn_jax.evaluation.follow import Outcome
-  from ppn_jax.evaluation.job import Evaluation
+  from ppn_jax.jobs.evaluate import Evaluation
+  from ppn_jax.jobs.follow import Outcome
 
 HELP = f"""Score a checkpoint with COCO's metrics.
 
@@ -82,16 +82,16 @@ def run(args: argparse.Namespace) -> int:
 
   import jax
 
-  from ppn_jax.evaluation import calibration_job, follow
-  from ppn_jax.evaluation.job import Options, prepare
-  from ppn_jax.evaluation.waiting import Patience, wait_for_run
-  from ppn_jax.files import folder_path
+  from ppn_jax.jobs import calibration_report, follow
+  from ppn_jax.jobs.evaluate import Options, prepare
+  from ppn_jax.jobs.waiting import Patience, wait_for_run
+  from ppn_jax.storage import folder_path
   if args.pictures < 0:
     raise InputError(f'--pictures={args.pictures} must be at least 0')
   if args.overrides and not args.output:
     raise InputError('give --output=DIR beside --config entries, so that the figures of the '
                      "run's own evaluation are not overwritten")
-  calibration = calibration_job.CalibrationOptions(
+  calibration = calibration_report.CalibrationOptions(
       floor=args.calibration_floor, train_images=args.calibration_images)
   options = Options(scorer=args.scorer, ema=args.ema, pictures=args.pictures,
                     report=args.report,
@@ -123,11 +123,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(evaluation: 'Evaluation', report: bool) -> None:
-  from ppn_jax.evaluation import calibration_job
-  from ppn_jax.evaluation.coco import format_table
+  from ppn_jax.jobs import calibration_report
+  from ppn_jax.metrics.coco import format_table
   print(format_table(evaluation.scores))
   if evaluation.calibration:
-    print(f'\n{calibration_job.format_table(evaluation.calibration)}\n')
+    print(f'\n{calibration_report.format_table(evaluation.calibration)}\n')
   print(f'{evaluation.scores.num_detections:,} detections on {evaluation.scores.num_images:,} '
         f'images in {evaluation.folder}')
   if report:
@@ -138,8 +138,8 @@ def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str],
   """Prints the figures of many steps; 1 if some that were asked for are missing."""
   import jax
 
-  from ppn_jax.evaluation.follow import format_steps
-  from ppn_jax.training import partition
+  from ppn_jax.distributed import sharding
+  from ppn_jax.jobs.follow import format_steps
   first = jax.process_index() == 0
   if first and outcome.figures:
     print(format_steps(outcome.figures))
@@ -150,4 +150,4 @@ def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str],
         'up')
   if outcome.unreadable:
     say(f'not scored, since they cannot be read: {", ".join(map(str, outcome.unreadable))}')
-  return 0 if partition.first_says(outcome.complete and not outcome.unreadable) else 1
+  return 0 if sharding.first_says(outcome.complete and not outcome.unreadable) else 1

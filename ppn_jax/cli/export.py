@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
   folder = pathlib.Path(args.images) if args.images is not None else None
   if folder is not None and not folder.is_dir():
     raise InputError(f'--images: no folder {folder}')
-  from ppn_jax.export.job import check_new, export
+  from ppn_jax.jobs.export import check_new, export
   check_new(args.output, options)
   output = pathlib.Path(args.output)
   made = export(open_workdir(args), output, options, step=args.step, ema=args.ema,

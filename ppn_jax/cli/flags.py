@@ -148,7 +148,7 @@ class _Override:
 
   def _rename(self, block: dict, path: str) -> None:
     """Makes a block that of another component; that before it took other options."""
-    from ppn_jax.data.sources import split_train_block
+    from ppn_jax.data.source import split_train_block
     if block.get('name') != self._text:
       kept = split_train_block(block)[1] if path == 'data.train' else {}
       block.clear()
@@ -214,7 +214,7 @@ def _transform_blocks(value: Any) -> tuple:
 
 
 def _train_options() -> dict:
-  from ppn_jax.data.sources import split_train_block
+  from ppn_jax.data.source import split_train_block
   return split_train_block({})[1]
 
 
@@ -284,14 +284,14 @@ def join_processes(args: argparse.Namespace, *, hear_sigterm: bool = True) -> No
   Args:
     hear_sigterm: see `partition.join_processes`.
   """
-  from ppn_jax.training import partition, peers
-  partition.join_processes(
+  from ppn_jax.distributed import failures, sharding
+  sharding.join_processes(
       distributed=args.distributed, coordinator=args.coordinator,
       num_processes=args.num_processes, process_id=args.process_id,
       local_devices=args.local_devices, timeout=args.join_timeout,
       hear_sigterm=hear_sigterm)
   if args.distributed or args.coordinator:
-    peers.watch()
+    failures.watch()
 
 
 def keep_programs() -> None:
@@ -301,7 +301,7 @@ def keep_programs() -> None:
   """
   import jax
 
-  from ppn_jax.compile_cache import keep_compiled_programs
+  from ppn_jax.distributed.compile_cache import keep_compiled_programs
 
   def say(line: str) -> None:
     if jax.process_index() == 0:

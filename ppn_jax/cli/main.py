@@ -15,10 +15,9 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-from ppn_jax import interrupts
+from ppn_jax.distributed import failures, interrupts
 from ppn_jax.errors import InputError, did_you_mean, verdict
-from ppn_jax.files import expand_home
-from ppn_jax.training import peers
+from ppn_jax.storage import expand_home
 
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (is --config.key=value for it?),
 # `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that
@@ -97,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str], *, as_program: bool) -> int:
   def on_interrupt(count: int) -> None:
-    peers.fail(KeyboardInterrupt())  # Of several processes it ends all, at once.
+    failures.fail(KeyboardInterrupt())  # Of several processes it ends all, at once.
     if count > 1 and as_program:
       interrupts.end_at_once()
     watch.raise_in_main_thread()
@@ -107,7 +106,7 @@ def _main(argv: list[str], *, as_program: bool) -> int:
     with watch, _notes_on_stderr():
       return _run(argv)
   except (Exception, KeyboardInterrupt) as e:
-    peers.fail(e)  # Of several processes none goes on from here.
+    failures.fail(e)  # Of several processes none goes on from here.
     if isinstance(e, BrokenPipeError):  # `ppn ... | head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       return 0

@@ -37,9 +37,11 @@ def run(args: argparse.Namespace) -> int:
   # Where libtpu is installed, JAX would look for a TPU, and say so.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   config = load_config(args.config, args.overrides)
-  from ppn_jax import planning, planning_report, planning_search
   from ppn_jax.errors import InputError
-  from ppn_jax.summary import fill_in_classes
+  from ppn_jax.jobs.summary import fill_in_classes
+  from ppn_jax.planning import estimation
+  from ppn_jax.planning import report as planning_report
+  from ppn_jax.planning import search as planning_search
   config = fill_in_classes(config)
   _check_save_step(config, args)
   requests = [_request(config, topology, args) for topology in args.topology]
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
   estimates, failures = [], []
   for request in requests:
     try:
-      estimate = planning.plan(request)
+      estimate = estimation.plan(request)
       if args.largest_batch:
         estimate = estimate._replace(largest_batch=planning_search.largest_batch(request, estimate))
     except InputError as e:
@@ -69,7 +71,7 @@ def _request(config, topology: str, args: argparse.Namespace):
   import math
 
   from ppn_jax.errors import InputError
-  from ppn_jax.planning import Request, chip_of
+  from ppn_jax.planning.estimation import Request, chip_of
   chips = math.prod(chip_of(topology)[1])
   if args.batch_per_chip < 0:
     raise InputError(f'--batch_per_chip={args.batch_per_chip} must be at least 1')

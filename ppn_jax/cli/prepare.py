@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
   from ppn_jax.data.report import report
+  from ppn_jax.data.sources.tfds_records import load_tfds
   from ppn_jax.data.splits import names_data, open_splits
-  from ppn_jax.data.tfds_records import load_tfds
   on_bad_image = args.on_bad_image or config.data.on_bad_example
   max_bad = config.data.max_bad_share if args.max_bad is None else args.max_bad
   options = Options(args.name, args.version, args.max_side, args.quality, args.shards,

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
   else:
     config = open_workdir(args).config
-  from ppn_jax.summary import fill_in_classes, format_summary, paper_readings, summarize
+  from ppn_jax.jobs.summary import fill_in_classes, format_summary, paper_readings, summarize
   summary = summarize(fill_in_classes(config))
   if args.json:
     print(json.dumps({**summary._asdict(),

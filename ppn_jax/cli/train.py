@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   join_processes(args)
   keep_programs()
-  from ppn_jax.training import preemption
-  from ppn_jax.training.loop import train
+  from ppn_jax.distributed import preemption
+  from ppn_jax.jobs.train import train
   try:
     train(config, args.workdir, compiled_step=args.compiled_step or None,
           profile=args.profile)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ppn_jax.data.checks import check_number, check_on_bad_example
-from ppn_jax.data.sources import Source, spread
+from ppn_jax.data.source import Source, spread
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError, StoreError, is_outage
 

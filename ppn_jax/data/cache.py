@@ -16,13 +16,14 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ppn_jax import files
-from ppn_jax.data import geometry, images
+from ppn_jax import storage
 from ppn_jax.data.checks import check_integer
-from ppn_jax.data.sources import Source, open_example
+from ppn_jax.data.images import decoding
+from ppn_jax.data.source import Source, open_example
+from ppn_jax.data.transforms import geometry
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError
-from ppn_jax.host_memory import available_memory
+from ppn_jax.telemetry.host_memory import available_memory
 
 MEMORY = 'memory'
 _VERSION = 2  # Of the file's layout, and of what is checked before an image is taken from it.
@@ -214,7 +215,7 @@ def _allocate_memory(size: int, count: int) -> np.ndarray:
 def _label(source: Source, truth: dict[str, Any], side: int) -> dict[str, Any]:
   """All that decides what is in a folder, but for the images' contents."""
   text = json.dumps(truth, sort_keys=True)
-  return {'version': _VERSION, 'decoding': images.DECODING, 'cache_size': side,
+  return {'version': _VERSION, 'decoding': decoding.DECODING, 'cache_size': side,
           'images': len(source), 'max_boxes': source.max_boxes,
           'data': hashlib.sha256(text.encode()).hexdigest()}
 
@@ -230,7 +231,7 @@ def _open_folder(folder: pathlib.Path, about: dict[str, Any], size: int) -> np.n
   folder.mkdir(parents=True, exist_ok=True)
   if not pixels.exists() or pixels.stat().st_size != size:
     _allocate(pixels, size)
-  files.write_text(label, json.dumps(about, indent=2) + '\n')
+  storage.write_text(label, json.dumps(about, indent=2) + '\n')
   return np.asarray(np.memmap(pixels, np.uint8, 'r+', shape=size))
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.reading import read_example
-from ppn_jax.data.sources import Source
-from ppn_jax.data.transforms import Resize, Transform
+from ppn_jax.data.source import Source
+from ppn_jax.data.transforms.basic import Resize, Transform
 from ppn_jax.detection.structures import Batch, Example, GroundTruth
 from ppn_jax.errors import InputError
 

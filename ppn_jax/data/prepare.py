@@ -31,12 +31,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from ppn_jax import files
-from ppn_jax.data import images as image_files
-from ppn_jax.data import tfds_records
-from ppn_jax.data.annotations import SHOWN
+from ppn_jax import storage
 from ppn_jax.data.checks import check_integer
-from ppn_jax.data.sources import Source, check_categories, spread
+from ppn_jax.data.images import decoding as image_files
+from ppn_jax.data.source import Source, check_categories, spread
+from ppn_jax.data.sources import tfds_records
+from ppn_jax.data.sources.annotations import SHOWN
 from ppn_jax.errors import InputError
 
 _SHARD_BYTES = 128 << 20
@@ -118,7 +118,7 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
   if '://' in os.fspath(output):
     raise InputError(f'output {output}: data is prepared in a local folder; copy it from there')
   _check_sources(sources, options.name)
-  target = files.local_path(output) / options.name / options.version
+  target = storage.local_path(output) / options.name / options.version
   truths = {split: source.ground_truth() for split, source in sources.items()}
   target.parent.mkdir(parents=True, exist_ok=True)
   pool = concurrent.futures.ThreadPoolExecutor(options.threads or None)
@@ -390,11 +390,11 @@ def _finish(folder: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, 
     if not counts == info.shard_lengths == [len(shard.digests) for shard in of_split]:
       raise RuntimeError(f'{split}: TFDS counts other records than were written')
     gone = left_out[split] = [image for shard in of_split for image, _ in shard.skipped]
-    files.write_text(folder / tfds_records.truth_name(split),
+    storage.write_text(folder / tfds_records.truth_name(split),
                      json.dumps(_without(truth, set(gone))))
   paths = sorted(folder.iterdir())
   checksums = dict(zip([path.name for path in paths], pool.map(_checksum, paths), strict=True))
-  files.write_text(folder / 'prepared.json', json.dumps({
+  storage.write_text(folder / 'prepared.json', json.dumps({
       'plan': plan, 'skipped': [entry for shard in shards for entry in shard.skipped],
       'left_out': left_out, 'sha256': checksums,
       'images': [[shard.contents, shard.skipped] for shard in shards]}, indent=1) + '\n')

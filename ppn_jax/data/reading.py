@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ppn_jax.data.geometry import materialise
-from ppn_jax.data.lazy_image import LazyImage
-from ppn_jax.data.sources import Source, open_example
-from ppn_jax.data.transforms import Transform
+from ppn_jax.data.images.lazy import LazyImage
+from ppn_jax.data.source import Source, open_example
+from ppn_jax.data.transforms.basic import Transform
+from ppn_jax.data.transforms.geometry import materialise
 from ppn_jax.detection.structures import Example
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ppn_jax.data.contents import ALL_LEFT_OUT, SHOWN, WITHOUT, Contents, Tally
-from ppn_jax.data.sources import Source
+from ppn_jax.data.source import Source
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 

@@ -14,7 +14,7 @@ from ppn_jax import registry
 from ppn_jax.config import GIVEN, plain
 from ppn_jax.data.checks import check_number
 from ppn_jax.data.contents import Contents
-from ppn_jax.data.sources import (
+from ppn_jax.data.source import (
   SOURCES,
   Source,
   build_source,

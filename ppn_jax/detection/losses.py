@@ -9,10 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ppn_jax.detection.columns import ClassColumns
+from ppn_jax.detection.batch_groups import check_group_size, num_groups
+from ppn_jax.detection.class_logits import ClassColumns
 from ppn_jax.detection.structures import Array, Outputs, Targets
 from ppn_jax.errors import InputError
-from ppn_jax.groups import check_group_size, num_groups
 
 LOSSES = {
     'focal': 'ppn_jax.detection.losses:focal_objective',

@@ -13,7 +13,7 @@ from ppn_jax.detection.structures import Array, Detections
 from ppn_jax.errors import InputError
 from ppn_jax.export import metadata as metadata_lib
 from ppn_jax.export.formats import load_library
-from ppn_jax.files import local_path
+from ppn_jax.storage import local_path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ppn_jax.detection.batch_groups import check_group_size, num_groups
 from ppn_jax.errors import InputError, did_you_mean
-from ppn_jax.groups import check_group_size, num_groups
 
 Array = jax.Array
 CONV_FORMS = ('auto', 'native', 'shifted', 'dense')

@@ -16,7 +16,7 @@ import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from ppn_jax import files
+from ppn_jax import storage
 from ppn_jax.errors import InputError
 
 _FORMAT = 'ppn_jax compiled step 1'
@@ -37,7 +37,7 @@ def save_step(path: str | pathlib.Path, lowered: jax.stages.Lowered,
       'format': _FORMAT, 'versions': _versions(mesh), **_places(mesh),
       'arguments': _arguments(lowered), 'program': _digest(lowered.as_text().encode()),
       'executable': _digest(executable)}
-  files.write_bytes(files.local_path(path), json.dumps(made_for).encode() + b'\n' + executable)
+  storage.write_bytes(storage.local_path(path), json.dumps(made_for).encode() + b'\n' + executable)
 
 
 def read_step(path: str | pathlib.Path, mesh: Mesh) -> SavedStep:
@@ -46,7 +46,7 @@ def read_step(path: str | pathlib.Path, mesh: Mesh) -> SavedStep:
   Raises:
     InputError: there is no such file, it is damaged, or it is for other devices or libraries.
   """
-  path = files.local_path(path)
+  path = storage.local_path(path)
   try:
     head, _, executable = path.read_bytes().partition(b'\n')
   except OSError as e:

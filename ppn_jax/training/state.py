@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ppn_jax.detection.structures import Array
 from ppn_jax.detector import Detector, Variables
-from ppn_jax.training.optim import Optimizer
+from ppn_jax.training.optimizer import Optimizer
 
 
 class TrainState(NamedTuple):

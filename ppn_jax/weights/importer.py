@@ -8,8 +8,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ppn_jax.errors import InputError
 from ppn_jax.weights import labels, names
-from ppn_jax.weights.files import WeightFile
 from ppn_jax.weights.fitting import Weights
+from ppn_jax.weights.read import WeightFile
 
 _MOST_COLUMNS = 100_000  # Classes, each of which gets a name; more are damage.
 _SHOWN = 3  # How many names a message or a group of a report shows.

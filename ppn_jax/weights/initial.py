@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ppn_jax import files
+from ppn_jax import storage
 from ppn_jax.detection.structures import Array, Category
+from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
-from ppn_jax.training import partition
 from ppn_jax.training.state import TrainState
 from ppn_jax.weights import importer, workdir
-from ppn_jax.weights.files import WeightFile, read_weights
 from ppn_jax.weights.fitting import Columns, Fitted, Weights, fit
+from ppn_jax.weights.read import WeightFile, read_weights
 
 _OR_WORKDIR = ', or the workdir of a run (WORKDIR, WORKDIR@STEP or WORKDIR@best)'
 
@@ -65,11 +65,11 @@ def _read(key: str, text: str, like: Mapping[str, Any]) -> Weights:
   text = os.path.expanduser(text)
   # A folder of this name goes before a step.
   path, step = (text, '') if pathlib.Path(text).exists() else workdir.split_step(text)
-  folder = partition.all_or_none(lambda: files.folder_path(path, key))
-  partition.all_or_none(lambda: workdir.check_not_inside(folder))
-  if partition.all_or_none(lambda: workdir.is_workdir(folder)):
+  folder = sharding.all_or_none(lambda: storage.folder_path(path, key))
+  sharding.all_or_none(lambda: workdir.check_not_inside(folder))
+  if sharding.all_or_none(lambda: workdir.is_workdir(folder)):
     return workdir.read_workdir(folder, step)
-  file = partition.all_or_none(lambda: _read_file(key, text))
+  file = sharding.all_or_none(lambda: _read_file(key, text))
   if key == 'init.weights':
     return importer.named_values(file, like)
   # Of a file all must be there: it is a network that is known.
@@ -120,4 +120,4 @@ def _whole(array: Array) -> np.ndarray:
   """A copy on the host; an average may be split over devices, and devices over processes."""
   if array.is_fully_replicated:
     return np.array(array.addressable_data(0))
-  return np.array(partition.to_host(array))
+  return np.array(sharding.to_host(array))

@@ -12,7 +12,7 @@ from google.protobuf import text_format
 
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
-from ppn_jax.files import local_path
+from ppn_jax.storage import local_path
 from ppn_jax.weights.protos import LabelMap
 
 COCO_CLASSES = 90

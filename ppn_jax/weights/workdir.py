@@ -7,20 +7,21 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from ppn_jax import files
+from ppn_jax import storage
+from ppn_jax.checkpoints.manager import BEST_FIGURE, Checkpoints
 from ppn_jax.detection.structures import Category
+from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
-from ppn_jax.training import metrics, partition
-from ppn_jax.training.checkpoint import BEST_FIGURE, Checkpoints
+from ppn_jax.telemetry import metrics
 from ppn_jax.weights.fitting import Weights
 
 
-def is_workdir(path: files.Path) -> bool:
+def is_workdir(path: storage.Path) -> bool:
   """Whether a folder is that of a run, with or without checkpoints."""
   return (path / 'categories.json').is_file() or (path / 'checkpoints').is_dir()
 
 
-def check_not_inside(path: files.Path) -> None:
+def check_not_inside(path: storage.Path) -> None:
   """Raises InputError, naming the workdir, for files of a run and the folders of its steps."""
   for folder, step in ((path, ''), (path.parent, f'@{path.name}')):
     if folder.name == 'checkpoints' and is_workdir(folder.parent):
@@ -40,7 +41,7 @@ def split_step(text: str) -> tuple[str, str]:
   return path, step
 
 
-def read_workdir(workdir: files.Path, step: str = '') -> Weights:
+def read_workdir(workdir: storage.Path, step: str = '') -> Weights:
   """Reads a saved step of a run: the moving average of its weights where it keeps one.
 
   Nothing that the run's config names is imported. All processes call it together.
@@ -53,7 +54,7 @@ def read_workdir(workdir: files.Path, step: str = '') -> Weights:
     InputError: No such step, none at all, or files that cannot be read.
   """
   # Where one process cannot, the others must not go on to read together.
-  categories, checkpoints = partition.all_or_none(
+  categories, checkpoints = sharding.all_or_none(
       lambda: (_read_categories(workdir), _open_checkpoints(workdir)))
   notes = []
   with checkpoints:
@@ -70,13 +71,13 @@ def read_workdir(workdir: files.Path, step: str = '') -> Weights:
   which = f'step {number:,}' + (', moving average' if state.average else '')
   classes = f'{len(categories)} class' + ('' if len(categories) == 1 else 'es')
   damaged = '; '.join(f' ({note})' for note in notes)
-  return Weights(str(files.absolute(workdir)), f'a run of {classes}, {which}{damaged}', values,
+  return Weights(str(storage.absolute(workdir)), f'a run of {classes}, {which}{damaged}', values,
                  categories)
 
 
-def _read_categories(workdir: files.Path) -> tuple[Category, ...]:
+def _read_categories(workdir: storage.Path) -> tuple[Category, ...]:
   try:
-    found = json.loads(files.read_text(workdir / 'categories.json'))
+    found = json.loads(storage.read_text(workdir / 'categories.json'))
     return tuple(Category(int(c['id']), str(c['name'])) for c in found)
   except FileNotFoundError as e:
     raise InputError(f'{workdir} has checkpoints but no categories.json, so their classes are '
@@ -86,11 +87,11 @@ def _read_categories(workdir: files.Path) -> tuple[Category, ...]:
     raise InputError(f'{workdir / "categories.json"} cannot be read: {e!r}') from e
 
 
-def _open_checkpoints(workdir: files.Path) -> Checkpoints:
+def _open_checkpoints(workdir: storage.Path) -> Checkpoints:
   return Checkpoints(workdir / 'checkpoints', read_only=True)
 
 
-def _best_of(workdir: files.Path, steps: list[int]) -> int:
+def _best_of(workdir: storage.Path, steps: list[int]) -> int:
   """The one of the saved steps that scored best, by the trainer or a job of its own."""
   scores = {}
   for folder in (workdir, workdir / 'evaluation'):

@@ -21,11 +21,11 @@ from voc300 import comparison, page, recipes, report, run  # noqa: E402
 from voc300.pieces import Diverged, Folder, Piece, RunKey, pack, work  # noqa: E402
 from voc300.voc_ap import area_under_curve, voc_ap50  # noqa: E402
 
-from ppn_jax.data.transforms import build_transforms  # noqa: E402
+from ppn_jax.data.transforms.basic import build_transforms  # noqa: E402
+from ppn_jax.device_data.transforms import build_augmentation  # noqa: E402
 from ppn_jax.errors import InputError  # noqa: E402
-from ppn_jax.evaluation import calibration, coco, judging  # noqa: E402
+from ppn_jax.metrics import calibration, coco, matching  # noqa: E402
 from ppn_jax.run import build_detector  # noqa: E402
-from ppn_jax.training.device_transforms import build_augmentation  # noqa: E402
 
 
 class Clock:
@@ -388,7 +388,7 @@ def data(tmp_path_factory):
   """voc300 in tiny: synthetic shapes in files."""
   from PIL import Image
 
-  from ppn_jax.data.sources import build_source
+  from ppn_jax.data.source import build_source
   folder = tmp_path_factory.mktemp('voc')
   for split, name, count in (('train', 'train', 16), ('val', 'eval', 8)):
     source = build_source(dict(name='synthetic_shapes', num_images=count, image_size=64,
@@ -451,7 +451,7 @@ def test_nothing_finished_is_a_report_too(tmp_path):
 def _scored_run(model, seed, recipe='decay'):
   """A run as `runs.score` tells it, of made-up detections."""
   truth, rows = _random_problem(seed + 10 * len(model + recipe))
-  measured = calibration.measure(judging.judge(truth, rows), num_images=40, num_levels=3,
+  measured = calibration.measure(matching.judge(truth, rows), num_images=40, num_levels=3,
                                  class_names=['cat', 'dog'])
   cost = {'cost': {'AP': 0.01, 'AP50': 0.02}, 'cost_interval': {'AP': [0, 0.02], 'AP50': None}}
   made = measured | {'recalibration': cost}

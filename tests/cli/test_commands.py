@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import CONFIG_FILE
 
 from ppn_jax.cli.main import main
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.source import build_source
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 REPOSITORY = TESTS.parent

@@ -11,7 +11,7 @@ from tiny import untrained_run
 import ppn_jax
 from ppn_jax.cli.detect import _drawing_paths
 from ppn_jax.cli.main import main
-from ppn_jax.data import images, video
+from ppn_jax.data.images import decoding, video
 
 
 @pytest.fixture(scope='module')
@@ -93,7 +93,7 @@ def test_patterns_folders_and_files_each_once(run, tmp_path, capsys):
 
 def test_what_a_folder_has_besides_pictures_is_said(run, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('HOME', str(tmp_path))
-  monkeypatch.setattr(images, '_without_end', set())
+  monkeypatch.setattr(decoding, '_without_end', set())
   for name in ('a.png', 'b.pgm', 'c.jfif', 'more/e.png'):
     draw(tmp_path / 'in' / name)
   cut = tmp_path / 'in' / 'c.jfif'

@@ -13,7 +13,7 @@ import pytest
 from tiny import tiny_config
 
 from ppn_jax.cli.main import main
-from ppn_jax.training import loop
+from ppn_jax.jobs import train as train_job
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 PPN = [sys.executable, '-m', 'ppn_jax.cli.main']
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     config.optim.ema_decay = 0.9
     config.model.backbone.last_block = 3
     config.model.neck.update(stride=4, num_levels=2)
-  loop.train(config, workdir)
+  train_job.train(config, workdir)
   return workdir
 
 

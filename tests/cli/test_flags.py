@@ -221,7 +221,7 @@ def test_the_base_config_has_the_defaults_of_the_signatures(path):
 
 
 def test_the_training_block_has_the_defaults_of_how_images_are_held():
-  from ppn_jax.data.sources import split_train_block
+  from ppn_jax.data.source import split_train_block
   assert split_train_block({})[1] == {
       key: value for key, value in base_config().data.train.items() if key != 'name'}
 

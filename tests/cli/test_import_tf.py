@@ -12,12 +12,11 @@ from foreign import write_bundle
 from tiny import CONFIG_FILE, tiny_config
 
 from ppn_jax.cli.main import main
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.source import build_source
 from ppn_jax.detection.structures import Category
-from ppn_jax.evaluation.job import load_variables
-from ppn_jax.run import build_detector, open_run, resolve_classes
-from ppn_jax.training import partition
-from ppn_jax.training.step import jit_init
+from ppn_jax.distributed import sharding
+from ppn_jax.run import build_detector, load_variables, open_run, resolve_classes
+from ppn_jax.training.train_step import jit_init
 from ppn_jax.weights import names
 from ppn_jax.weights.initial import initial_weights
 
@@ -53,13 +52,13 @@ def foreign(tmp_path_factory):
 
 def variables_of(workdir, step):
   run = open_run(workdir)
-  found, variables = load_variables(run, run.detector(), partition.data_mesh(), step=step)
+  found, variables = load_variables(run, run.detector(), sharding.data_mesh(), step=step)
   assert found == step
   return flatten_dict(jax.device_get(variables))
 
 
 def fresh(workdir, seed):
-  run, mesh = open_run(workdir), partition.data_mesh()
+  run, mesh = open_run(workdir), sharding.data_mesh()
   state = jit_init(run.detector(), run.optimizer(), mesh)(seed)
   return flatten_dict(jax.device_get(state.variables))
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ppn_jax.cli.main import main
-from ppn_jax.data.images import encode_jpeg
-from ppn_jax.data.tfds import Tfds
+from ppn_jax.data.images.decoding import encode_jpeg
+from ppn_jax.data.sources.tfds import Tfds
 from ppn_jax.errors import InputError
 
 pytest.importorskip('tensorflow_datasets')

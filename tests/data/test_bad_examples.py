@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from ppn_jax import files
-from ppn_jax.data import images
+from ppn_jax import storage
 from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes, spread_examples
+from ppn_jax.data.images import decoding
 from ppn_jax.data.loader import eval_batches, train_batches
-from ppn_jax.data.synthetic import SyntheticShapes
+from ppn_jax.data.sources.synthetic import SyntheticShapes
 from ppn_jax.errors import InputError, StoreError
+from ppn_jax.jobs.train import train
 from ppn_jax.run import open_run
-from ppn_jax.training.loop import train
 
 SHAPES = dict(num_images=10, image_size=64)
 OPTIONS = dict(image_size=32, max_boxes=8, batch_size=5)
@@ -76,8 +76,8 @@ def test_an_image_is_read_again_when_the_disk_is_in_trouble(tmp_path, monkeypatc
     return original(self)
 
   monkeypatch.setattr(pathlib.Path, 'read_bytes', read)
-  monkeypatch.setattr(files, 'RETRY_SECONDS', (0, 0))
-  assert images.read(str(path)) == b'pixels' and len(tried) == 3
+  monkeypatch.setattr(storage, 'RETRY_SECONDS', (0, 0))
+  assert decoding.read(str(path)) == b'pixels' and len(tried) == 3
 
 
 def test_skipped_images_are_named_once_and_replaced_by_the_next_of_the_order():

@@ -9,15 +9,16 @@ import cv2
 import numpy as np
 import pytest
 
-from ppn_jax.data import cache, images
+from ppn_jax.data import cache
 from ppn_jax.data.cache import CachedSource
-from ppn_jax.data.coco import CocoJson
+from ppn_jax.data.images import decoding
 from ppn_jax.data.loader import train_batches
-from ppn_jax.data.random_crop import SsdRandomCrop
-from ppn_jax.data.sources import build_source
-from ppn_jax.data.synthetic import SyntheticShapes
-from ppn_jax.data.transforms import Resize
-from ppn_jax.data.yolo import YoloTxt
+from ppn_jax.data.source import build_source
+from ppn_jax.data.sources.coco import CocoJson
+from ppn_jax.data.sources.synthetic import SyntheticShapes
+from ppn_jax.data.sources.yolo import YoloTxt
+from ppn_jax.data.transforms.basic import Resize
+from ppn_jax.data.transforms.random_crop import SsdRandomCrop
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
@@ -151,7 +152,7 @@ def test_the_label_says_what_is_in_the_folder(tmp_path):
 
 def grey(level):
   """A JPEG file; those of all levels have one size in bytes."""
-  data = images.encode_jpeg(np.full((16, 24, 3), level, np.uint8))
+  data = decoding.encode_jpeg(np.full((16, 24, 3), level, np.uint8))
   return data + bytes(700 - len(data))
 
 
@@ -185,7 +186,7 @@ def photos(request, monkeypatch):
     return source
 
   open_folder.asked = asked
-  monkeypatch.setattr(images, '_CLOCK_TICK', -np.inf)  # Files of a test are always new.
+  monkeypatch.setattr(decoding, '_CLOCK_TICK', -np.inf)  # Files of a test are always new.
   return open_folder
 
 
@@ -219,7 +220,7 @@ def test_an_image_that_was_changed_in_place_is_decoded_again_and_no_other(photos
 
 
 def test_a_file_that_may_change_unnoticed_is_compared(photos, tmp_path, monkeypatch):
-  monkeypatch.setattr(images, '_CLOCK_TICK', 60)
+  monkeypatch.setattr(decoding, '_CLOCK_TICK', 60)
   write_photos(tmp_path / 'raw', 50)
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50]
   (tmp_path / 'raw' / '0.jpg').write_bytes(grey(90))  # In the same moment.

@@ -9,10 +9,10 @@ from PIL import Image
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.loader import eval_batches, required_boxes, train_batches
 from ppn_jax.data.report import check_learnable, report
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.source import build_source
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
-from ppn_jax.evaluation import coco as scoring
+from ppn_jax.metrics import coco as scoring
 
 HEIGHT, WIDTH = 96, 128
 BOX = (30, 20, 40, 30)  # x, y, width, height.

@@ -8,12 +8,14 @@ import time
 import numpy as np
 import pytest
 
-from ppn_jax.data import images, loader, transforms
-from ppn_jax.data.synthetic import SyntheticShapes
+from ppn_jax.data import loader
+from ppn_jax.data.images import decoding
+from ppn_jax.data.sources.synthetic import SyntheticShapes
+from ppn_jax.data.transforms import basic
 from ppn_jax.detection.structures import Category, Example
 from ppn_jax.errors import InputError
 
-OPS = transforms.build_transforms([{'name': 'horizontal_flip'}, {'name': 'ssd_random_crop'}])
+OPS = basic.build_transforms([{'name': 'horizontal_flip'}, {'name': 'ssd_random_crop'}])
 
 
 class Numbered:
@@ -44,7 +46,7 @@ def train(source, **options):
 
 
 # Every op there is, and a source that decodes late and another that does not.
-ALL_OPS = transforms.build_transforms([
+ALL_OPS = basic.build_transforms([
     {'name': 'expand', 'ratio': (1, 2)}, {'name': 'ssd_random_crop'}, {'name': 'horizontal_flip'},
     {'name': 'mosaic', 'size': 48}, {'name': 'large_scale_jitter', 'size': 48, 'scale': (0.5, 2)},
     {'name': 'photometric_distortion'}, {'name': 'resize', 'size': 40}])
@@ -56,15 +58,16 @@ class Photos:
   max_boxes = 2
 
   def __init__(self, number=20):
-    self.data = [images.encode_jpeg(np.random.default_rng(i).integers(0, 256, (25, 26, 3), np.uint8)
-                                    .repeat(8, 0).repeat(10, 1)) for i in range(number)]
+    self.data = [decoding.encode_jpeg(
+        np.random.default_rng(i).integers(0, 256, (25, 26, 3), np.uint8).repeat(8, 0).repeat(10, 1))
+        for i in range(number)]
 
   def __len__(self):
     return len(self.data)
 
   def open_example(self, index):
     boxes = np.random.default_rng(index).uniform(0, 0.5, (index % 3, 2)).astype(np.float32)
-    return Example(images.open_image(self.data[index], name='x', size=(200, 260)),
+    return Example(decoding.open_image(self.data[index], name='x', size=(200, 260)),
                    np.concatenate([boxes, boxes + np.float32(0.4)], axis=1),
                    np.arange(index % 3, dtype=np.int32), np.arange(index % 3) == 1, index,
                    (200, 260))
@@ -241,7 +244,7 @@ def test_evaluation_shows_all_of_an_image_whatever_it_is_decoded_at(resize):
   """Detections are scaled by the original's size: boxes must lie where they do in the original."""
   class Odd(Photos):
     def open_example(self, index):
-      lazy = images.open_image(images.encode_jpeg(np.zeros((683, 1021, 3), np.uint8)), name='x')
+      lazy = decoding.open_image(decoding.encode_jpeg(np.zeros((683, 1021, 3), np.uint8)), name='x')
       return super().open_example(index)._replace(image=lazy, size=(683, 1021))
 
   options = {'image_size': 100, 'max_boxes': 8, 'batch_size': 4, 'resize': resize}
@@ -300,7 +303,7 @@ def test_resize_method():
   batch = next(loader.eval_batches(source, image_size=40, max_boxes=8, batch_size=1,
                                    resize='legacy'))
   np.testing.assert_array_equal(batch.images[0],
-                                transforms.Resize(40, 'legacy')(source[0]).image)
+                                basic.Resize(40, 'legacy')(source[0]).image)
   with pytest.raises(InputError, match=r'resize\.method'):
     loader.eval_batches(source, image_size=40, max_boxes=8, batch_size=1, resize='cubic')
 
@@ -347,7 +350,7 @@ def test_required_boxes():
 
 
 def test_required_boxes_of_mosaics():
-  mosaic, = transforms.build_transforms([{'name': 'mosaic', 'size': 8}])
+  mosaic, = basic.build_transforms([{'name': 'mosaic', 'size': 8}])
   source = SyntheticShapes(1, max_shapes=11)
   assert loader.required_boxes(source, 0, [*OPS, mosaic]) == 48
   assert loader.required_boxes(source, 44, [mosaic]) == 44
@@ -382,7 +385,7 @@ def test_a_program_that_just_ends():
   script = '''
 import json
 from ppn_jax.data import loader
-from ppn_jax.data.synthetic import SyntheticShapes
+from ppn_jax.data.sources.synthetic import SyntheticShapes
 options = dict(image_size=32, max_boxes=8, batch_size=4, threads=2)
 source = SyntheticShapes(10, image_size=32)
 streams = [loader.train_batches(source, transforms=(), seed=s, **options) for s in range(3)]

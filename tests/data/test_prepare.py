@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from ppn_jax.data import prepare as prepare_lib
-from ppn_jax.data import tfds_records
-from ppn_jax.data.coco import CocoJson
-from ppn_jax.data.images import encode_jpeg
+from ppn_jax.data.images.decoding import encode_jpeg
 from ppn_jax.data.prepare import Options, prepare
-from ppn_jax.data.synthetic import SyntheticShapes
-from ppn_jax.data.tfds import Tfds
+from ppn_jax.data.sources import tfds_records
+from ppn_jax.data.sources.coco import CocoJson
+from ppn_jax.data.sources.synthetic import SyntheticShapes
+from ppn_jax.data.sources.tfds import Tfds
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
@@ -470,7 +470,7 @@ def test_images_that_changed_after_all_was_done_are_noticed(coco):
 def test_stamps_of_prepared_data_change_with_its_files(coco, monkeypatch):
   folder = make({'train': load(coco), 'eval': load(coco)}, coco)
   assert Tfds(data_dir=str(folder)).stamp(0) == b''  # It was written a moment ago.
-  monkeypatch.setattr('ppn_jax.data.images._CLOCK_TICK', -np.inf)
+  monkeypatch.setattr('ppn_jax.data.images.decoding._CLOCK_TICK', -np.inf)
   train = Tfds(data_dir=str(folder)).stamp(0)
   assert train and train == Tfds(data_dir=str(folder)).stamp(3)
   assert train != Tfds(data_dir=str(folder), split='eval').stamp(0)

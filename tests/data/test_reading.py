@@ -1,9 +1,9 @@
 import numpy as np
 
-from ppn_jax.data import images
-from ppn_jax.data.lazy_image import LazyImage
+from ppn_jax.data.images import decoding
+from ppn_jax.data.images.lazy import LazyImage
 from ppn_jax.data.reading import read_example
-from ppn_jax.data.transforms import HorizontalFlip, Resize
+from ppn_jax.data.transforms.basic import HorizontalFlip, Resize
 from ppn_jax.detection.structures import Example
 
 
@@ -18,8 +18,8 @@ class Files:
 
   def open_example(self, index):
     self.opened.append(index)
-    data = images.encode_jpeg(np.full((64, 64, 3), self.levels[index], np.uint8))
-    return Example(images.open_image(data, name=f'{index}.jpg'), np.zeros((0, 4), np.float32),
+    data = decoding.encode_jpeg(np.full((64, 64, 3), self.levels[index], np.uint8))
+    return Example(decoding.open_image(data, name=f'{index}.jpg'), np.zeros((0, 4), np.float32),
                    np.zeros(0, np.int32), np.zeros(0, bool), index, (64, 64))
 
   def __getitem__(self, index):

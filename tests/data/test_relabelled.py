@@ -9,10 +9,11 @@ from PIL import Image
 
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.report import report
-from ppn_jax.data.sources import build_source, file_ids
+from ppn_jax.data.source import build_source, file_ids
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
-from ppn_jax.evaluation import coco, job
+from ppn_jax.jobs import evaluate as evaluate_job
+from ppn_jax.metrics import coco
 
 BLOCK = {'name': 'synthetic_shapes', 'num_images': 6, 'image_size': 64}
 
@@ -117,7 +118,8 @@ def test_an_evaluation_writes_the_ids_of_the_data_s_own_file(sources, tmp_path):
   optim = types.SimpleNamespace(ema_decay=0)
   of_run = types.SimpleNamespace(stamp=lambda step: None,
                                  config=types.SimpleNamespace(optim=optim))
-  made = job.Job(of_run, None, evaluator, job.Options(pictures=0), print).evaluate(1, {}, tmp_path)
+  job = evaluate_job.Job(of_run, None, evaluator, evaluate_job.Options(pictures=0), print)
+  made = job.evaluate(1, {}, tmp_path)
   assert made.scores.figures['AP'] == pytest.approx(1)
   assert [c.name for c in made.scores.per_class] == [c.name for c in run]
   written = json.loads((tmp_path / 'results.json').read_text())

@@ -7,7 +7,7 @@ from tiny import tiny_config
 from ppn_jax.config import complete
 from ppn_jax.data import splits
 from ppn_jax.data.cache import CachedSource
-from ppn_jax.data.sources import build_source, open_example
+from ppn_jax.data.source import build_source, open_example
 from ppn_jax.data.splits import Subset, describe_fraction, open_splits
 from ppn_jax.errors import InputError
 

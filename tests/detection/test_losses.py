@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppn_jax.detection.columns import ClassColumns
+from ppn_jax.detection.class_logits import ClassColumns
 from ppn_jax.detection.losses import focal, focal_objective, mined_objective, smooth_l1
 from ppn_jax.detection.structures import Outputs, Targets
 from ppn_jax.errors import InputError

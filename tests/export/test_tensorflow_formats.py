@@ -22,7 +22,7 @@ import ppn_jax  # noqa: E402
 from ppn_jax.cli.main import main  # noqa: E402
 from ppn_jax.detection.structures import Detections, Outputs  # noqa: E402
 from ppn_jax.errors import InputError  # noqa: E402
-from ppn_jax.export import comparison, tensorflow_files, tensorflow_ops  # noqa: E402
+from ppn_jax.export import comparison, tensorflow, tensorflow_ops  # noqa: E402
 from ppn_jax.export.runtimes import open_export  # noqa: E402
 from ppn_jax.run import build_detector  # noqa: E402
 
@@ -58,7 +58,7 @@ def in_lite(function, *arguments):
                          autograph=False).get_concrete_function()
   converter = tf.lite.TFLiteConverter.from_concrete_functions([concrete])
   converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-  with tensorflow_files.quiet():
+  with tensorflow.quiet():
     interpreter = interpreters.Interpreter(model_content=converter.convert())
   interpreter.allocate_tensors()
   places = {d['name'].removeprefix('serving_default_').partition(':')[0]: d['index']
@@ -201,7 +201,7 @@ def crowded_outputs(detector, rows=1):
 def test_suppression_in_several_rounds_is_exact(run):
   detector, _ = detector_and_variables()
   outputs = crowded_outputs(detector, rows=2)
-  from ppn_jax.detection.postprocess import postprocess
+  from ppn_jax.detection.nms import postprocess
 
   def detect(codes, logits):
     return postprocess(Outputs(codes, logits), detector.anchors, columns=detector.columns,

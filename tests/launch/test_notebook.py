@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from tiny import untrained_run
 
-from ppn_jax.data.sources import build_source
+from ppn_jax.data.source import build_source
 from ppn_jax.errors import InputError
-from ppn_jax.evaluation import coco
 from ppn_jax.inspection import Inspection
+from ppn_jax.metrics import coco
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 NOTEBOOK = REPOSITORY / 'launch' / 'notebooks' / 'inspect.ipynb'

@@ -12,10 +12,12 @@ import pytest
 from tiny import tiny_config
 
 from ppn_jax.cli.main import main
+from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
+from ppn_jax.jobs import train as train_job
 from ppn_jax.run import open_run
-from ppn_jax.training import loop, partition, saved_step
-from ppn_jax.training.step import abstract_state
+from ppn_jax.training import saved_step
+from ppn_jax.training.train_step import abstract_state
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +28,8 @@ SAVE = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 from test_saved_step import small_config
-from ppn_jax import planning
-from ppn_jax.training import partition, saved_step
+from ppn_jax.planning import estimation as planning
+from ppn_jax.distributed import sharding as partition; from ppn_jax.training import saved_step
 config = small_config().copy_and_resolve_references().unlock()
 config.model.num_classes = 5
 mesh = partition.data_mesh()
@@ -68,7 +70,7 @@ def config_file(tmp_path):
 
 
 def final_state(workdir):
-  run, mesh = open_run(workdir), partition.data_mesh()
+  run, mesh = open_run(workdir), sharding.data_mesh()
   with run.checkpoints(read_only=True) as checkpoints:
     return jax.device_get(checkpoints.restore(
         abstract_state(run.detector(), run.optimizer(), mesh), checkpoints.latest()))
@@ -76,7 +78,7 @@ def final_state(workdir):
 
 def test_a_run_with_it_has_the_bits_of_one_that_compiles(saved, config_file, tmp_path, monkeypatch,
                                                          capsys):
-  loop.train(small_config(), tmp_path / 'compiles')
+  train_job.train(small_config(), tmp_path / 'compiles')
 
   def refuse(*arguments, **options):
     raise AssertionError('compiled')
@@ -121,7 +123,7 @@ def changed(saved, tmp_path, **values):
 def test_other_devices_and_libraries_are_refused_before_anything(saved, tmp_path, values, message):
   file = changed(saved, tmp_path, **values)
   with pytest.raises(InputError, match=message) as caught:
-    loop.train(small_config(), tmp_path / 'run', compiled_step=file)
+    train_job.train(small_config(), tmp_path / 'run', compiled_step=file)
   assert '\n' not in str(caught.value)
   assert not (tmp_path / 'run').exists()
 
@@ -131,10 +133,10 @@ def test_a_file_that_is_cut_short_is_refused(saved, tmp_path, keep):
   file = tmp_path / 'cut'
   file.write_bytes(saved.read_bytes()[:keep])
   with pytest.raises(InputError, match=r'is damaged|is not what'):
-    saved_step.read_step(file, partition.data_mesh())
+    saved_step.read_step(file, sharding.data_mesh())
 
 
 @pytest.mark.parametrize('name', ['none', '.'])
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name):
   with pytest.raises(InputError, match='cannot be read: '):
-    saved_step.read_step(tmp_path / name, partition.data_mesh())
+    saved_step.read_step(tmp_path / name, sharding.data_mesh())

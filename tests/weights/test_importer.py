@@ -12,8 +12,8 @@ from ppn_jax.config import base_config, ssd, tf_reference
 from ppn_jax.errors import InputError
 from ppn_jax.models.layers import LayerPolicy
 from ppn_jax.models.network import build_network
-from ppn_jax.weights.files import WeightFile, read_weights
 from ppn_jax.weights.importer import class_columns, import_backbone, import_detector
+from ppn_jax.weights.read import WeightFile, read_weights
 
 HEAD = 'WeightSharedConvolutionalBoxPredictor/'
 

@@ -11,9 +11,9 @@ from tensorboardX.proto.types_pb2 import DataType
 
 from ppn_jax.errors import InputError
 from ppn_jax.weights import importer
-from ppn_jax.weights.files import WeightFile, read_weights
 from ppn_jax.weights.limits import Limit
 from ppn_jax.weights.protos import BundleHeader
+from ppn_jax.weights.read import WeightFile, read_weights
 from ppn_jax.weights.sstable import MAGIC, masked_crc32c, read_table
 
 MOST = 100 * 2**20  # Bytes that refusing may take.

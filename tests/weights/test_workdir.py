@@ -10,9 +10,10 @@ from flax.traverse_util import flatten_dict
 from tiny import tiny_config, untrained_run
 
 from ppn_jax.detection.structures import Category
+from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
+from ppn_jax.jobs import train as train_job
 from ppn_jax.run import build_detector, open_run, resolve_classes
-from ppn_jax.training import loop, partition
 from ppn_jax.weights.initial import initial_weights
 from ppn_jax.weights.workdir import read_workdir, split_step
 
@@ -35,8 +36,8 @@ def like(config=None, count=5):
 
 def saved(workdir, step):
   run = open_run(workdir)
-  from ppn_jax.training.step import abstract_state
-  state = abstract_state(run.detector(), run.optimizer(), partition.data_mesh())
+  from ppn_jax.training.train_step import abstract_state
+  state = abstract_state(run.detector(), run.optimizer(), sharding.data_mesh())
   with run.checkpoints(read_only=True) as checkpoints:
     return checkpoints.restore(state, step)
 
@@ -141,7 +142,7 @@ def test_mistakes(earlier, tmp_path, options, said):
 def steps_not_taken(monkeypatch):
   """What a training would start its steps from."""
   states = []
-  monkeypatch.setattr(loop.Steps, 'take', lambda self, state, *_: states.append(
+  monkeypatch.setattr(train_job.Steps, 'take', lambda self, state, *_: states.append(
       jax.device_get(state)))
   return states
 
@@ -149,7 +150,7 @@ def steps_not_taken(monkeypatch):
 def test_training_starts_from_it_and_puts_it_on_record(earlier, tmp_path, steps_not_taken, capsys):
   config = tiny_config().copy_and_resolve_references().unlock()
   config.init.weights, config.optim.ema_decay = str(earlier), 0.9
-  loop.train(config.lock(), tmp_path / 'run')
+  train_job.train(config.lock(), tmp_path / 'run')
   said = capsys.readouterr().err
   assert f'starting from {earlier}: a run of 3 classes, step 6, moving average' in said
   init = json.loads((tmp_path / 'run/config.json').read_text())['init']
@@ -171,5 +172,5 @@ def test_an_unknown_path_ends_before_anything_is_written(tmp_path):
   config = tiny_config().copy_and_resolve_references().unlock()
   config.init.weights = str(tmp_path / 'typo')
   with pytest.raises(InputError, match=r'typo'):
-    loop.train(config.lock(), tmp_path / 'run')
+    train_job.train(config.lock(), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

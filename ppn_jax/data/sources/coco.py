@@ -1,0 +1,401 @@
+"""Images in a folder with a COCO instances file: read once, checked whole, then only looked up."""
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ppn_jax.data.checks import SKIP_IMAGES, check_bool, check_on_bad_example
+from ppn_jax.data.source import check_categories, match_categories
+from ppn_jax.data.sources import coco_json, image_ids
+from ppn_jax.data.sources.annotations import (
+  BORDER_TOLERANCE,
+  AnnotatedImages,
+  Boxes,
+  Columns,
+  Findings,
+  Images,
+  check_boxes,
+  check_choices,
+  check_paths,
+  join,
+  join_findings,
+  option_on_the_command_line,
+  parse_boxes,
+  some,
+  stays_inside,
+)
+from ppn_jax.data.sources.coco_json import quote
+from ppn_jax.data.sources.polygons import box_around
+from ppn_jax.detection.structures import Category
+from ppn_jax.errors import InputError
+
+Paths = str | Sequence[str]
+WITHOUT = 'without annotations'  # What a report says of images without boxes.
+
+
+class CocoFile(NamedTuple):
+  """One instances file, its annotations not read yet."""
+  file: str
+  images: Images
+  categories: tuple[Category, ...]
+  annotations: coco_json.Table
+  # What the file writes for an id -> the id, where `Table.ids` numbers them; else empty.
+  image_numbers: dict[str, int]
+  category_numbers: dict[str, int]
+  notes: tuple[str, ...]
+
+
+class CocoJson(AnnotatedImages):
+  """Folders of images and their boxes in COCO's instances format; a `sources.Source`.
+
+  Category ids may have gaps and start anywhere; label k is the k-th in order of id. Crowds keep
+  their flag and images without boxes stay. Boxes that overshoot the image by up to
+  `annotations.BORDER_TOLERANCE` pixels are cut at its border for training, and stand as they are
+  in `ground_truth`. Ids of annotations are not used: files exist in which they repeat or are
+  absent. Ids of images and categories that are strings stand for their numbers, or are numbered
+  in the order of the file. File names may have backslashes, or begin with the folder of images.
+
+  Several folders with a file each make one data set, in their order. COCO's usual training set
+  of 2014 is that of train and val less the ids of minival, and minival those of val alone:
+
+    images=('train2014', 'val2014'), annotations=(TRAIN, VAL), exclude_ids='minival_ids.txt'
+    images='val2014', annotations=VAL, include_ids='minival_ids.txt'
+
+  Args:
+    images: folder that the file names are relative to, or several.
+    annotations: the json file, or as many as there are folders, with the same categories.
+    on_bad_box: what to do with boxes that are not four finite numbers, have no area or lie
+      outside their image. 'clip' cuts those that reach over the edge and keep half of their area,
+      and raises for the others; 'drop' leaves the others out; 'raise' raises for all.
+    categories: the classes of the run, if they are settled; the file must have the same.
+    exclude_ids: a text file of image ids to leave out; see `image_ids.read`.
+    include_ids: a text file of the image ids to take, all of which must be there.
+    boxes_from: 'bbox', or 'segmentation' for the box around each object's polygons or mask; an
+      object without one has its bbox.
+    merge_images: whether entries of one image file, such as one for each box, become one image,
+      which has the id of the first.
+    duplicates: 'merge' counts a box once that is there twice: same image, class and coordinates;
+      'keep' leaves both.
+    on_bad_example: what to do about images that are not in the folder: 'raise', or 'skip' until
+      they are indexed.
+
+  Attributes:
+    categories, max_boxes: see `sources.Source`.
+    bad_boxes: what was dropped.
+    contents: what the data set holds and what was done to its boxes.
+
+  Raises:
+    InputError: at construction, for anything wrong with the file and for images that are not
+      in the folder; by indexing, for an image that cannot be decoded whole.
+  """
+
+  def __init__(self, images: Paths, annotations: Paths, on_bad_box: str = 'clip',
+               categories: Sequence[Category] | None = None, exclude_ids: str = '',
+               include_ids: str = '', boxes_from: str = 'bbox', merge_images: bool = False,
+               duplicates: str = 'merge', on_bad_example: str = 'raise'):
+    check_choices(on_bad_box, duplicates)
+    check_on_bad_example(on_bad_example)
+    check_bool('coco_json.merge_images', merge_images)
+    if boxes_from not in ('bbox', 'segmentation'):
+      raise InputError(f"coco_json.boxes_from is {boxes_from!r}, legal: 'bbox', 'segmentation'")
+    folders, files = _list_paths(images, annotations)
+    parts = _renumber([read_file(file, folder, coco_json.read(file))
+                       for file, folder in zip(files, folders, strict=True)])
+    self.categories = parts[0].categories
+    notes = [note for part in parts for note in (
+        *part.notes, *match_categories(part.file, part.categories, self.categories)[1])]
+    if categories is not None:
+      check_categories(files[0], self.categories, categories)
+    kept = np.split(image_ids.select(_join_ids(parts), exclude=exclude_ids, include=include_ids),
+                    np.cumsum([len(part.images.ids) for part in parts])[:-1])
+    read, missing = [], {}
+    for part, folder, chosen in zip(parts, folders, kept, strict=True):
+      columns, findings = read_boxes(part, chosen, self.categories, on_bad_box=on_bad_box,
+                                     boxes_from=boxes_from)
+      there, absent = _find_files(columns.images, part.file, folder, on_bad_example)
+      start = sum(len(columns.images.ids) for columns, _ in read)
+      missing |= {start + i: why for i, why in absent.items()}
+      read.append((columns._replace(images=columns.images._replace(files=there)), findings))
+    columns, findings = join([c for c, _ in read]), join_findings([f for _, f in read])
+    if merge_images:
+      columns, findings, missing = _merge_images(columns, findings, missing)
+    else:
+      notes += _note_repeated_files(columns.images)
+    self._fill(columns, findings, duplicates=duplicates, without=WITHOUT, unreadable=missing,
+               notes=notes)
+
+
+def read_file(file: str, folder: str, tables: Mapping[str, coco_json.Table]) -> CocoFile:
+  """Reads the images and classes of an instances file, whose images are in `folder`.
+
+  Raises:
+    InputError: something is wrong with one of them.
+  """
+  categories, category_numbers = _read_categories(file, tables['categories'])
+  images, image_numbers = _read_images(file, folder, tables['images'])
+  notes = []
+  for what, numbers in (('image', image_numbers), ('category', category_numbers)):
+    if numbers:
+      notes.append(f'{file}: {what} ids are strings such as {quote(next(iter(numbers)))}; they '
+                   f'are numbered from 1 in the order of the file')
+  names = [c.name for c in categories]
+  for name in sorted({n for n in names if names.count(n) > 1})[:1]:
+    ids = [c.id for c in categories if c.name == name]
+    notes.append(f'{file}: {len(ids)} classes are called {quote(name)}, ids '
+                 f'{" and ".join(map(str, ids))}; they are learned as different classes')
+  return CocoFile(file, images, categories, tables['annotations'], image_numbers,
+                  category_numbers, tuple(notes))
+
+
+def read_boxes(part: CocoFile, kept: np.ndarray, categories: Sequence[Category], *,
+               on_bad_box: str, boxes_from: str = 'bbox') -> tuple[Columns, Findings]:
+  """Reads the annotations of the images of one file that are `kept`, bool [N].
+
+  Args:
+    part: the file.
+    kept: which images.
+    categories: the classes of the data set, among which are those of the file.
+    on_bad_box, boxes_from: see `CocoJson`.
+
+  Raises:
+    InputError: something is wrong with the annotations.
+  """
+  file, images, table = part.file, part.images, part.annotations
+  owners = table.references('image_id', images.ids, part.image_numbers)
+  places, _ = match_categories(file, part.categories, categories)
+  labels = np.array(places)[table.references('category_id', [c.id for c in part.categories],
+                                             part.category_numbers)]
+  written = (table.column('bbox') if boxes_from == 'bbox' else
+             [box if box is not None else given for box, given in zip(
+                 map(box_around, table.optional('segmentation')), table.optional('bbox'),
+                 strict=True)])
+  entries = np.flatnonzero(kept[owners])
+  place = np.cumsum(kept) - 1
+  images = Images(images.ids[kept], list(itertools.compress(images.names, kept)),
+                  list(itertools.compress(images.files, kept)), images.sizes[kept])
+  given, reasons = parse_boxes([written[i] for i in entries.tolist()])
+  corners = _describe_corners(given, reasons, images.sizes[place[owners[entries]]])
+  outlines = boxes_from == 'bbox' and reasons.any() and any(
+      map(table.optional('segmentation').__getitem__, entries[reasons > 0].tolist()))
+  boxes, findings = check_boxes(
+      given, reasons, place[owners[entries]], images, on_bad_box=on_bad_box, written=given,
+      show=lambda i: f'{file}: bbox {quote(written[entries[i]])} (x, y, width, height)',
+      advice=f'; {coco_json.USE_SEGMENTATION}' if outlines else f'; {corners}' if corners else '')
+  if findings.clipped and corners:
+    findings = findings._replace(notes=(f'{file}: {corners}',))
+  rows = entries[boxes.rows]
+  cut = (boxes.bboxes != given[boxes.rows]).any(axis=-1)
+  return Columns(images, boxes, labels[rows].astype(np.int32), _crowd(table, rows),
+                 _areas(table, boxes.bboxes, rows, cut)), findings
+
+
+def _list_paths(images: Paths, annotations: Paths) -> tuple[list[str], list[str]]:
+  """Folders and json files, as many of one as of the other."""
+  both = []
+  for option, value in (('images', images), ('annotations', annotations)):
+    paths = value if isinstance(value, (list, tuple)) else [value]
+    for path in paths:
+      check_paths('coco_json', **{option: path})
+    both.append([os.fspath(path) for path in paths])
+  folders, files = both
+  if not files or len(folders) != len(files):
+    raise InputError(f'coco_json.images are {len(folders)} folders and annotations {len(files)} '
+                     'files; legal: one for each')
+  for folder in folders:
+    if not os.path.isdir(folder):
+      seen_from = '' if os.path.isabs(folder) else f', seen from {os.getcwd()}'
+      raise InputError(f'no folder of images at {folder!r}{seen_from}')
+  return folders, files
+
+
+def _describe_corners(given: np.ndarray, reasons: np.ndarray, sizes: np.ndarray) -> str:
+  """What to say if all boxes can be corners and not all can be corner and size; else ''."""
+  given, sizes = given[reasons == 0], sizes[reasons == 0]
+  with np.errstate(invalid='ignore', over='ignore'):
+    as_corners = (given[:, 2:] > given[:, :2]).all() and (given[:, 2:] <= sizes[:, ::-1] + 1).all()
+    as_given = (given[:, :2] + given[:, 2:] <= sizes[:, ::-1] + BORDER_TOLERANCE).all()
+  if len(given) < 2 or not as_corners or as_given:
+    return ''
+  return ('all boxes fit into their images if they are corners, xmin, ymin, xmax, ymax, but x, y, '
+          'width, height are wanted: subtract the first two numbers from the others')
+
+
+def _read_categories(file: str, table: coco_json.Table
+                     ) -> tuple[tuple[Category, ...], dict[str, int]]:
+  """The classes of a file by id, and see `CocoFile.category_numbers`."""
+  if not len(table):
+    raise InputError(f'{file}: no categories')
+  names = table.column('name', lambda v: isinstance(v, str) and v, 'a name')
+  ids, numbers = table.ids()
+  return tuple(sorted(map(Category, ids.tolist(), names))), numbers
+
+
+def _read_images(file: str, folder: str, table: coco_json.Table
+                 ) -> tuple[Images, dict[str, int]]:
+  """The images of a file, which are in `folder`, and see `CocoFile.image_numbers`."""
+  if not len(table):
+    raise InputError(f'{file}: no images')
+  ids, numbers = table.ids()
+  names = table.column('file_name', lambda v: isinstance(v, str), 'a path')
+  names = [_inside(name, folder) if os.path.isabs(name) else name for name in names]
+  for i, name in enumerate(names):
+    if not stays_inside(name):
+      raise table.error(i, f'file_name is {quote(name)}, legal: a path inside the folder of '
+                           f'images{_suggest(name, folder)}')
+  sizes = np.stack([table.integers('height'), table.integers('width')], axis=-1)
+  for i in np.flatnonzero((sizes < 1).any(axis=-1))[:1]:
+    raise table.error(i, f'height and width are {sizes[i].tolist()}, legal: 1 and more')
+  return Images(ids, names, [os.path.join(folder, name) for name in names], sizes), numbers
+
+
+def _inside(path: str, folder: str) -> str:
+  """An absolute path as seen from the folder that it is in; as it is if it is elsewhere."""
+  start = os.path.join(os.path.abspath(folder), '')
+  return path[len(start):] if path.startswith(start) else path
+
+
+def _suggest(name: str, folder: str) -> str:
+  """The hint that ends an error about an image that is not where its name leads."""
+  try:
+    there = os.listdir(folder)
+  except OSError:
+    return ''
+  base = name.replace('\\', '/').rpartition('/')[2]
+  # The same name in another case or with another suffix; others that are near mean nothing.
+  for part in (lambda name: name.casefold(), lambda name: os.path.splitext(name)[0].casefold()):
+    for entry in there:
+      if part(entry) == part(base):
+        return f'; did you mean {entry!r}?'
+  return ''
+
+
+def _renumber(parts: list[CocoFile]) -> list[CocoFile]:
+  """Moves the ids of images that `Table.ids` numbered behind all others."""
+  if len(parts) < 2:
+    return parts
+  top = max((int(p.images.ids.max()) for p in parts if not p.image_numbers), default=0)
+  moved = []
+  for part in parts:
+    if part.image_numbers:
+      images = part.images._replace(ids=part.images.ids + top)
+      numbers = {name: n + top for name, n in part.image_numbers.items()}
+      part = part._replace(images=images, image_numbers=numbers)
+      top = int(images.ids.max())
+    moved.append(part)
+  return moved
+
+
+def _join_ids(parts: Sequence[CocoFile]) -> np.ndarray:
+  """The image ids of all files, i64 [N], no two the same."""
+  ids = np.concatenate([part.images.ids for part in parts])
+  values, counts = np.unique(ids, return_counts=True)
+  for value in values[counts > 1][:1].tolist():
+    both = [part.file for part in parts if value in part.images.ids]
+    raise InputError(f'image id {value} is in {" and ".join(both)}; ids must be unique')
+  return ids
+
+
+def _find_files(images: Images, file: str, folder: str, on_bad_example: str
+                ) -> tuple[list[str], dict[int, str]]:
+  """The path of every image, and which cannot be found, with the reason for each.
+
+  Folders are listed, which is cheaper than asking for every file. File names may have been written
+  on Windows, or begin with the folder of images itself.
+  """
+  listed: dict[str, frozenset[str]] = {}
+
+  def exists(name: str) -> bool:
+    inside, base = os.path.split(name)
+    if inside not in listed:
+      try:
+        listed[inside] = frozenset(os.listdir(os.path.join(folder, inside)))
+      except (OSError, ValueError):
+        listed[inside] = frozenset()
+    return base in listed[inside]
+
+  files, missing = [], {}
+  for i, name in enumerate(images.names):
+    found = next((n for n in itertools.chain([name], _readings(name, folder)) if exists(n)), None)
+    files.append(os.path.join(folder, found or name))
+    if found is None:
+      missing[i] = f'{some([os.path.join(folder, name)])}: no such image'
+  if missing and on_bad_example == 'raise':
+    names = [images.names[i] for i in missing]
+    raise InputError(f'{len(missing)} of the {len(images.names)} images that {file} lists are not '
+                     f'in {folder!r}: {some(names)}{_suggest(names[0], folder)}; '
+                     f'{SKIP_IMAGES}')
+  return files, missing
+
+
+def _readings(name: str, folder: str) -> list[str]:
+  """What else a file name can stand for: with slashes, and without the folder of images."""
+  parts = [p for p in name.replace('\\', '/').split('/') if p not in ('', '.')]
+  around = os.path.abspath(folder).split(os.sep)
+  return ['/'.join(parts), *('/'.join(parts[n:]) for n in range(1, len(parts))
+                             if parts[:n] == around[-n:])]
+
+
+def _same_files(images: Images) -> np.ndarray:
+  """i64 [N], the first image that has the same file."""
+  first: dict[str, int] = {}
+  return np.array([first.setdefault(os.path.normpath(f), i) for i, f in enumerate(images.files)],
+                  np.int64)
+
+
+def _note_repeated_files(images: Images) -> list[str]:
+  first = _same_files(images)
+  again = np.flatnonzero(first != np.arange(len(first)))
+  if not len(again):
+    return []
+  ids = images.ids[first == first[again[0]]]
+  count = len(np.unique(first[again]))
+  return [f'{count:,} {"file is" if count == 1 else "files are"} listed as several images, such as '
+          f'{images.files[first[again[0]]]} with the ids {some([str(i) for i in ids])}: what has '
+          'a box in one is background in the other; merge_images=True makes them one '
+          f'({option_on_the_command_line("merge_images", True)})']
+
+
+def _merge_images(columns: Columns, findings: Findings, missing: dict[int, str]
+                  ) -> tuple[Columns, Findings, dict[int, str]]:
+  """Makes one image of all that have the same file."""
+  images, boxes, first = columns.images, columns.boxes, _same_files(columns.images)
+  kept = first == np.arange(len(first))
+  place = (np.cumsum(kept) - 1)[first]
+  owners = place[np.repeat(np.arange(len(first)), boxes.counts)]
+  order = np.argsort(owners, kind='stable')
+  merged = Boxes(boxes.rows[order], np.bincount(owners, minlength=kept.sum()), boxes.boxes[order],
+                 boxes.bboxes[order])
+  emptied = (np.bincount(place, findings.emptied) > 0) & (merged.counts == 0)
+  images = Images(images.ids[kept], list(itertools.compress(images.names, kept)),
+                  list(itertools.compress(images.files, kept)), images.sizes[kept])
+  return (Columns(images, merged, *(column[order] for column in (
+      columns.labels, columns.crowd, columns.areas))), findings._replace(emptied=emptied),
+          {int(place[i]): why for i, why in missing.items()})
+
+
+def _areas(table: coco_json.Table, bboxes: np.ndarray, rows: np.ndarray, cut: np.ndarray
+           ) -> np.ndarray:
+  """f64 of the entries `rows`, whose boxes are `bboxes`: the file's, else width x height.
+
+  That of a box which was cut at the edge is at most its own.
+  """
+  areas = bboxes[:, 2] * bboxes[:, 3]
+  written = table.optional('area')
+  for k, i in enumerate(rows.tolist()):
+    if written[i] is not None:
+      if type(written[i]) not in (int, float) or not 0 <= written[i] < 1e300:
+        raise table.error(i, f'area is {quote(written[i])}, legal: a number of pixels, or none')
+      areas[k] = min(written[i], areas[k]) if cut[k] else written[i]
+  return areas
+
+
+def _crowd(table: coco_json.Table, rows: np.ndarray) -> np.ndarray:
+  """bool of the entries `rows`; absent means not a crowd."""
+  written = table.optional('iscrowd')
+  for i in rows.tolist():
+    if written[i] not in (None, 0, 1):
+      raise table.error(i, f'iscrowd is {quote(written[i])}, legal: 0, 1')
+  return np.array([bool(written[i]) for i in rows.tolist()], bool)

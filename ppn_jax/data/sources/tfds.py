@@ -1,0 +1,294 @@
+"""Data sets in TensorFlow Datasets' format, read from ArrayRecord files without TensorFlow."""
+
+import concurrent.futures
+import functools
+import os
+from typing import Any
+
+import numpy as np
+
+from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
+from ppn_jax.data.images import decoding as image_files
+from ppn_jax.data.images.lazy import LazyImage
+from ppn_jax.data.sources import coco_json, tfds_records
+from ppn_jax.data.sources.annotations import (
+  AnnotatedImages,
+  Columns,
+  Images,
+  check_boxes,
+  check_choices,
+  check_paths,
+  fill_in_sizes,
+  join,
+  join_findings,
+  number_images,
+  some,
+)
+from ppn_jax.data.sources.coco import read_boxes, read_file
+from ppn_jax.detection.structures import Category
+from ppn_jax.errors import InputError
+
+_THREADS = 16  # They wait for files, on a network file system above all.
+
+
+class Tfds(AnnotatedImages):
+  """A split of a TFDS data set with the features of object detection; a `sources.Source`.
+
+  Its images are in one feature, its objects in a sequence with a BBoxFeature and a ClassLabel;
+  is_crowd or is_difficult, area, image/id and image/filename count where they exist. TFDS numbers
+  classes from 0 without gaps, so category ids here are 1 .. C in that order (COCO's own ids are
+  lost). Image ids are image/id, else as in `annotations.number_images`. Boxes are normalised and
+  in float32 there: `ground_truth` gives pixels that are off by rounding.
+
+  What `ppn prepare` wrote has the truth beside it, so that ids and boxes are those of the data it
+  was made from, and a start need not look at every record; other data sets are read through once
+  when the source is made, and slices of a split too. Where splits that are joined, as by
+  'train+eval', have ids in common, images are numbered from 1 in their order.
+
+  Args:
+    dataset: name as TFDS takes it, such as 'coco/2017' or 'voc/2007:5.0.0', below `data_dir`; ''
+      if `data_dir` is itself the folder with dataset_info.json.
+    split: a split, a slice of one, or several of them, such as 'train', 'validation[:500]' or
+      'train+validation[500:]'.
+    data_dir: local or gs://; '' is TFDS's own default.
+    on_bad_box: what to do with boxes that are not finite, have no area or lie outside their
+      image. 'clip' cuts those that reach over the edge and keep half of their area, and raises
+      for the others; 'drop' leaves the others out; 'raise' raises for all.
+    objects: the feature that holds the objects, if there are several such.
+    duplicates: 'merge' counts a box once that is there twice: same image, class and coordinates;
+      'keep' leaves both.
+    on_bad_example: what to do about records that cannot be read and images without a size:
+      'raise', or 'skip' until they are indexed.
+
+  Attributes:
+    categories, max_boxes: see `sources.Source`.
+    bad_boxes: what was dropped.
+    contents: what the data set holds and what was done to its boxes.
+
+  Raises:
+    InputError: at construction, for data that is not there, not of this sort or not in
+      ArrayRecord files, and for wrong records; by indexing, for an image that cannot be decoded.
+  """
+
+  def __init__(self, dataset: str = '', split: str = 'train', data_dir: str = '',
+               on_bad_box: str = 'clip', objects: str = '', duplicates: str = 'merge',
+               on_bad_example: str = 'raise'):
+    check_choices(on_bad_box, duplicates)
+    check_on_bad_example(on_bad_example)
+    check_paths('tfds', **({'dataset': dataset} if dataset else {'data_dir': data_dir}))
+    builder = _find_builder(dataset, os.fspath(data_dir))
+    self._where = f'{builder.data_dir}: {split}'
+    self._schema = tfds_records.find_schema(builder.info.features, self._where, objects)
+    self._records = _open_split(builder, split)
+    self._parts = _read_parts(builder, split)
+    self._shards = [os.fspath(path) for name, _, _ in self._parts
+                    for path in builder.info.splits[name].filepaths]
+    if not self._read_beside(builder, on_bad_box, duplicates):
+      self._scan(on_bad_box, duplicates, on_bad_example)
+
+  def encoded(self, index: int) -> bytes:
+    return self._stored(index)[0]
+
+  def stamp(self, index: int) -> bytes:
+    """That of all shards."""
+    return self._stamp
+
+  @functools.cached_property
+  def _stamp(self) -> bytes:
+    stamps = [_stamp(path) for path in self._shards]
+    return repr((self._where, stamps)).encode() if all(stamps) else b''
+
+  def _pixels(self, index: int, size: tuple[int, int]) -> LazyImage:
+    data, _, image_id = self._stored(index)
+    name = self._images.files[index]
+    if image_id not in (None, self._record_ids[index]):
+      raise InputError(f'{name} has the id {image_id}, but the truth beside it says '
+                       f'{self._record_ids[index]}; prepare the data again')
+    stored = image_files.stored_size(data, name)
+    # An image that was stored smaller has the size of no annotation, and was turned then.
+    if sorted(stored) != sorted(size):
+      size = stored
+    return image_files.open_image(data, name=name, size=size)
+
+  def _stored(self, index: int) -> tuple[bytes, tuple[int, int] | None, int | None]:
+    index = range(len(self))[index]
+    return self._parse(index, tfds_records.read_image)
+
+  def _parse(self, index: int, parse: Any) -> Any:
+    try:
+      return parse(self._records[index], self._schema)
+    except (ValueError, RuntimeError, OSError, IndexError) as e:
+      raise InputError(f'{self._where}: record {index}: cannot be read: '
+                       f'{" ".join(str(e).split())}') from e
+
+  def _read_beside(self, builder: Any, on_bad_box: str, duplicates: str) -> bool:
+    """Takes the truth that `ppn prepare` wrote beside the records; False if there is none."""
+    read = []
+    for name, first, last in self._parts:
+      file = f'{builder.data_dir}/{tfds_records.truth_name(name)}'
+      text = tfds_records.read_beside(file)
+      if text is None:
+        return False
+      beside = read_file(file, str(builder.data_dir), coco_json.parse(text, file))
+      self.categories = beside.categories
+      kept = np.zeros(len(beside.images.ids), bool)
+      kept[first:last] = True
+      read.append(read_boxes(beside, kept, self.categories, on_bad_box=on_bad_box))
+    columns = join([columns for columns, _ in read])
+    if (tuple(c.name for c in self.categories) != self._schema.classes
+        or len(columns.images.ids) != len(self._records)):
+      raise InputError(f'{self._where}: the truth beside the records is of '
+                       f'{len(columns.images.ids)} images and {len(self.categories)} classes, the '
+                       f'records are {len(self._records)} of {len(self._schema.classes)}; prepare '
+                       'the data again')
+    images = columns.images._replace(ids=self._distinct(columns.images.ids))
+    self._fill(columns._replace(images=images), join_findings([findings for _, findings in read]),
+               duplicates=duplicates, without='without objects')
+    return True
+
+  def _distinct(self, ids: np.ndarray) -> np.ndarray:
+    """Returns the records' ids, or other ones where joined splits have some in common.
+
+    Raises:
+      InputError: If an id is repeated within a split.
+    """
+    self._record_ids = ids
+    ends = np.cumsum([last - first for _, first, last in self._parts])
+    for part in np.split(ids, ends[:-1]):
+      if len(np.unique(part)) < len(part):
+        raise InputError(f'{self._where}: {self._schema.image_id or "image/id"} is not unique')
+    return ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1)
+
+  def _scan(self, on_bad_box: str, duplicates: str, on_bad_example: str) -> None:
+    """Takes the truth from the records themselves."""
+    self.categories = tuple(
+        Category(i, name) for i, name in enumerate(self._schema.classes, 1))
+    unreadable = {}
+
+    def read_one(index: int) -> tfds_records.Record:
+      record = None
+      try:
+        record = self._parse(index, tfds_records.read_record)
+        name = record.file_name or f'record {index}'
+        size = record.size or image_files.stored_size(record.image, f'{self._where}: {name}')
+      except InputError as e:
+        if on_bad_example == 'raise':
+          raise InputError(f'{e}; {SKIP_IMAGES}') from e
+        unreadable[index], name, size = str(e), f'record {index}', None
+      return (record or tfds_records.NOTHING)._replace(image=b'', file_name=name, size=size)
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      read = list(pool.map(read_one, range(len(self._records))))
+    names = [record.file_name for record in read]
+    ids = self._distinct(self._number(read, names))
+    sizes = fill_in_sizes([record.size for record in read], unreadable)
+    images = Images(ids, names, [f'{self._where}: {name}' for name in names], sizes)
+    owners = np.repeat(np.arange(len(read)), [len(record.labels) for record in read])
+    corners = np.concatenate([record.boxes for record in read]).astype(np.float64)
+    with np.errstate(invalid='ignore', over='ignore'):
+      ymin, xmin, ymax, xmax = corners.T
+      bboxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=-1)
+      bboxes *= sizes[owners][:, [1, 0, 1, 0]]
+    boxes, findings = check_boxes(
+        bboxes, np.zeros(len(bboxes), int), owners, images, on_bad_box=on_bad_box,
+        show=lambda i: f'box {corners[i].tolist()} (ymin, xmin, ymax, xmax)')
+
+    def column(field: str) -> np.ndarray:
+      return np.concatenate([getattr(record, field) for record in read])[boxes.rows]
+
+    areas = boxes.bboxes[:, 2:].prod(axis=-1)
+    if self._schema.area:
+      cut = (boxes.bboxes != bboxes[boxes.rows]).any(axis=-1)
+      areas = np.where(cut, np.minimum(column('areas'), areas), column('areas'))
+    self._fill(Columns(images, boxes, column('labels').astype(np.int32), column('crowd'), areas),
+               findings, duplicates=duplicates, without='without objects',
+               unreadable=dict(sorted(unreadable.items())))
+
+  def _number(self, read: list[tfds_records.Record], names: list[str]) -> np.ndarray:
+    """The image ids, i64 [N]; records that cannot be read get the next that are free."""
+    if not self._schema.image_id:
+      return number_images(names) if self._schema.file_name else np.arange(1, len(read) + 1)
+    known = [record.image_id for record in read if record.image_id is not None]
+    free = iter(range(max(known, default=0) + 1, max(known, default=0) + 1 + len(read)))
+    return np.array([next(free) if record.image_id is None else record.image_id
+                     for record in read], np.int64)
+
+
+def _find_builder(dataset: str, data_dir: str) -> Any:
+  """The builder of a data set that is on disk; its own code is not needed."""
+  tfds = tfds_records.load_tfds()
+  from tensorflow_datasets.core import read_only_builder
+  _check_remote(data_dir)
+  try:
+    with tfds_records.without_foreign_imports():
+      if not dataset:
+        return tfds.builder_from_directory(data_dir)
+      return read_only_builder.builder_from_files(dataset, data_dir=data_dir or None)
+  except InputError as e:
+    raise InputError(f'tfds {dataset or data_dir!r}: {e}') from e
+  # Whatever a wrong name or a folder of another shape leads to.
+  except Exception as e:
+    if not dataset:
+      raise InputError(f'tfds.data_dir {data_dir!r}: no data set there: {_line(e)}; give the '
+                       'folder with dataset_info.json, or the name as `dataset`') from e
+    raise InputError(
+        f'tfds.dataset {dataset!r} is not prepared in {data_dir or "the default data_dir"}: make '
+        'it with `ppn prepare`, or with TensorFlow and `tfds build '
+        f'{dataset} --file_format=array_record`; {_line(e)}') from e
+
+
+def _check_remote(data_dir: str) -> None:
+  if data_dir.startswith('gs://'):
+    try:
+      import gcsfs  # noqa: F401
+    except ImportError as e:
+      raise InputError(f"tfds.data_dir {data_dir}: gcsfs is not installed; pip install "
+                       "'ppn_jax[tfds]'") from e
+
+
+def _open_split(builder: Any, split: str) -> Any:
+  """Random access to the bytes of the records of a split."""
+  tfds = tfds_records.load_tfds()
+  if not isinstance(split, str) or not split:
+    raise InputError(f'tfds.split is {split!r}, legal: {some(list(builder.info.splits))}')
+  try:
+    return builder.as_data_source(
+        split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES).data_source
+  except NotImplementedError as e:
+    raise InputError(f'{builder.data_dir} has no ArrayRecord files; make them with `tfds '
+                     f'convert_format --dataset_version_dir={builder.data_dir} '
+                     '--out_file_format=array_record`') from e
+  except Exception as e:  # Of the split's name, or of a shard that is missing or damaged.
+    raise InputError(f'{builder.data_dir}: split {split!r} cannot be read: {_line(e)} (splits: '
+                     f'{some(list(builder.info.splits))})') from e
+
+
+def _stamp(path: str) -> bytes:
+  """As `images.stamp`, also of a file in a bucket, where one is replaced as a whole."""
+  if '://' not in path:
+    return image_files.stamp(path)
+  from etils import epath
+  stat = epath.Path(path).stat()
+  return repr((path, stat.length, stat.mtime)).encode()
+
+
+def _read_parts(builder: Any, split: str) -> list[tuple[str, int, int]]:
+  """The slices that a split is made of: name, first and last + 1 of the records.
+
+  Raises:
+    InputError: If two of them have records in common.
+  """
+  tfds, parts = tfds_records.load_tfds(), []
+  for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits):
+    first = part.from_ or 0
+    last = builder.info.splits[part.splitname].num_examples if part.to is None else part.to
+    for name, from_, to in parts:
+      if name == part.splitname and max(first, from_) < min(last, to):
+        raise InputError(f'{builder.data_dir}: split {split!r} names records of {name!r} twice')
+    parts.append((part.splitname, first, max(first, last)))
+  return parts
+
+
+def _line(error: Exception) -> str:
+  text = ' '.join(str(error).split())
+  return text if len(text) <= 300 else text[:297] + '...'

@@ -1,0 +1,151 @@
+"""Changes to an Example, each a frozen dataclass called as `op(example, rng)`.
+
+An op keeps pixels, boxes, labels and crowd flags together, changes nothing in place and takes
+every random number from the generator it is given. Put crops before `resize` and colour after
+it: both are then cheap.
+
+Three attributes of an op mean something to the loader; ops need none of them.
+
+  takes_lazy_image   True: the image may be a `LazyImage`, on which `geometry` works as on arrays,
+                     and so may that of the result. Other ops are given arrays.
+  takes_others       True: called as `op(example, rng, draw)`, where draw() gives another Example,
+                     drawn by the same generator and sent through the ops before this one.
+  box_factor         the most boxes that the result has for each that one image may have.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+
+from ppn_jax import registry
+from ppn_jax.data.checks import check_bool, check_integer, check_number, check_range
+from ppn_jax.data.images.resizing import check_method
+from ppn_jax.data.transforms.geometry import mirror, resize
+from ppn_jax.detection.structures import Example
+
+Transform = Callable[[Example, np.random.Generator], Example]
+
+TRANSFORMS = {
+    'horizontal_flip': 'ppn_jax.data.transforms.basic:HorizontalFlip',
+    'ssd_random_crop': 'ppn_jax.data.transforms.random_crop:SsdRandomCrop',
+    'expand': 'ppn_jax.data.transforms.zoom:Expand',
+    'large_scale_jitter': 'ppn_jax.data.transforms.zoom:LargeScaleJitter',
+    'mosaic': 'ppn_jax.data.transforms.mosaic:Mosaic',
+    'photometric_distortion': 'ppn_jax.data.transforms.basic:PhotometricDistortion',
+    'resize': 'ppn_jax.data.transforms.basic:Resize',
+}
+
+
+def build_transforms(blocks: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
+  """The ops of a config's list of blocks, in order; see `registry.build`."""
+  return tuple(registry.build('transform', block, TRANSFORMS) for block in blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class HorizontalFlip:
+  """Mirrors left to right.
+
+  Attributes:
+    probability: of doing so, 0 to 1.
+  """
+  probability: float = 0.5
+  takes_lazy_image: ClassVar[bool] = True
+
+  def __post_init__(self):
+    check_number('horizontal_flip.probability', self.probability, 0, 1)
+
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    if rng.random() >= self.probability:
+      return example
+    return mirror(example)
+
+
+@dataclasses.dataclass(frozen=True)
+class PhotometricDistortion:
+  """SSD's colour changes: each with probability 1/2, in random order.
+
+  Each works on 8 bits, in HSV where needed, which costs strong colours a few levels.
+
+  Attributes:
+    brightness: largest shift, in grey levels of 255.
+    contrast: range of the factor of all channels.
+    saturation: range of the factor of the S of HSV.
+    hue: largest turn of the colour circle, in degrees.
+  """
+  brightness: float = 32.0
+  contrast: tuple[float, float] = (0.5, 1.5)
+  saturation: tuple[float, float] = (0.5, 1.5)
+  hue: float = 18.0
+
+  def __post_init__(self):
+    check_number('photometric_distortion.brightness', self.brightness, 0, 255)
+    check_range('photometric_distortion.contrast', self.contrast, 0, 10)
+    check_range('photometric_distortion.saturation', self.saturation, 0, 10)
+    check_number('photometric_distortion.hue', self.hue, 0, 180)
+
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    ops = (
+        lambda image: _look_up(image, _LEVELS + rng.uniform(-self.brightness, self.brightness)),
+        lambda image: _look_up(image, _LEVELS * rng.uniform(*self.contrast)),
+        lambda image: _shift_hsv(image, saturation=rng.uniform(*self.saturation)),
+        lambda image: _shift_hsv(image, hue=rng.uniform(-self.hue, self.hue)),
+    )
+    image = example.image
+    for i in rng.permutation(len(ops)):
+      if rng.random() < 0.5:
+        image = ops[i](image)
+    return example._replace(image=image)
+
+
+_LEVELS = np.arange(256, dtype=np.float32)
+
+
+def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+  return cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8))
+
+
+def _shift_hsv(image: np.ndarray, hue: float = 0.0, saturation: float = 1.0) -> np.ndarray:
+  """Turns the hue by degrees and multiplies the saturation of u8 [H, W, 3] RGB."""
+  # FULL spreads the circle over 256 levels, so that turning it is arithmetic modulo 256.
+  tables = np.stack([np.mod(np.rint(_LEVELS + hue * 256 / 360), 256),
+                     np.clip(np.rint(_LEVELS * saturation), 0, 255), _LEVELS], axis=-1)
+  hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL), tables[None].astype(np.uint8))
+  return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resize:
+  """To `size` x `size` pixels; the aspect ratio is not kept, so boxes stay as they are.
+
+  An image that is not decoded yet (`LazyImage`), a JPEG, is decoded at 1/2, 1/4 or 1/8 of its
+  size if what is left of it after crops still has a pixel for each of the result's. That looks
+  as if it were averaged from the whole, but for a few grey levels, and takes a fraction of the
+  time. The edges of a crop then end up to half a pixel off, which boxes follow; a whole image is
+  shown exactly.
+
+  Attributes:
+    size: side of the result.
+    method: 'area' averages pixels along a side that shrinks and interpolates along one that
+      grows; 'supersample' averages two interpolated points where a side shrinks by a third or
+      more, up to threefold, which differs from 'area' by half a grey level in the mean and takes
+      0.4 of the time for a whole photograph, 0.7 for SSD's crops; 'bilinear' interpolates, which
+      aliases when shrinking but takes a sixth of the time (0.2 ms for 640 x 480); 'legacy' is
+      `resizing.legacy_resize` rounded to 8 bits, the kernel that released TensorFlow checkpoints
+      were trained with.
+    reduced_decoding: False always decodes the whole image; 'legacy' always does.
+  """
+  size: int
+  method: str = 'area'
+  reduced_decoding: bool = True
+  takes_lazy_image: ClassVar[bool] = True
+
+  def __post_init__(self):
+    check_integer('resize.size', self.size, 1)
+    check_method('resize.method', self.method)
+    check_bool('resize.reduced_decoding', self.reduced_decoding)
+
+  def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+    return resize(example, self.size, self.size, self.method, self.reduced_decoding)

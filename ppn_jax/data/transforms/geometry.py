@@ -1,0 +1,97 @@
+"""What moves the pixels of an Example and its boxes together.
+
+The image may be an array, and stays one, or a `LazyImage`, of which `resize` makes an array.
+"""
+
+import cv2
+import numpy as np
+
+from ppn_jax.data.images.lazy import Color, Frame, LazyImage, Window
+from ppn_jax.data.images.resizing import KERNELS, NEVER_REDUCED
+from ppn_jax.detection import boxes as box_ops
+from ppn_jax.detection.structures import Example
+
+
+def mirror(example: Example) -> Example:
+  """Left to right."""
+  image = example.image
+  image = image.mirror() if isinstance(image, LazyImage) else cv2.flip(image, 1)
+  return example._replace(image=image, boxes=box_ops.flip_horizontal(example.boxes))
+
+
+def crop(example: Example, window: Window, coverage: float = 0.0,
+         fill: Color = (0, 0, 0)) -> Example:
+  """Returns the part of an image in a window, with the boxes of which it has at least `coverage`.
+
+  Crowds stay, clipped, wherever the window overlaps them: what is seen of a crowd is no background,
+  however little of it that is.
+
+  Args:
+    window: (y, x, height, width) in pixels; may reach beyond the image.
+    coverage: share of a box's area, 0 to 1. Boxes wholly outside always go.
+    fill: colour of what lies beyond the image.
+  """
+  y, x, height, width = window
+  rows, columns = example.image.shape[:2]
+  frame = np.float32([[y / rows, x / columns, (y + height) / rows, (x + width) / columns]])
+  share = box_ops.coverage(example.boxes, frame)[:, 0]
+  origin = frame[0, [0, 1, 0, 1]]
+  boxes = box_ops.clip((example.boxes - origin) / (frame[0, [2, 3, 2, 3]] - origin))
+  return keep(example._replace(image=_cut(example.image, window, fill), boxes=boxes),
+              (share > 0) & (example.crowd | (share >= coverage)))
+
+
+def resize(example: Example, height: int, width: int, method: str = 'area',
+           reduced_decoding: bool = True) -> Example:
+  """To another size, the aspect ratio not kept; see `transforms.Resize`. Gives an array."""
+  image, kernel = example.image, KERNELS[method]
+  if not isinstance(image, LazyImage):
+    if image.shape[:2] == (height, width):
+      return example
+    return example._replace(image=kernel(image, height, width))
+  if image.shape[:2] == (height, width):
+    return example._replace(image=image.pixels())
+  pixels, frame = image.resize(height, width, kernel,
+                               reduce=reduced_decoding and method not in NEVER_REDUCED)
+  return _reframe(example._replace(image=pixels), frame, image.shape[:2])
+
+
+def keep(example: Example, which: np.ndarray) -> Example:
+  """The Example with the boxes `which`, bool [N]."""
+  return example._replace(boxes=example.boxes[which], labels=example.labels[which],
+                          crowd=example.crowd[which])
+
+
+def drop_small(example: Example, least: float) -> Example:
+  """Removes boxes of which a side is under `least` pixels of the image, and those without area.
+
+  Crowds stay if they have an area.
+  """
+  boxes, size = example.boxes, example.image.shape[:2]
+  sides = (boxes[:, 2:] - boxes[:, :2]) * np.float32(size)
+  return keep(example, (example.crowd | (sides.min(axis=-1) >= least)) & (box_ops.area(boxes) > 0))
+
+
+def materialise(example: Example) -> Example:
+  """With an array for an image."""
+  if not isinstance(example.image, LazyImage):
+    return example
+  return example._replace(image=example.image.pixels())
+
+
+def _cut(image: np.ndarray | LazyImage, window: Window, fill: Color) -> np.ndarray | LazyImage:
+  y, x, height, width = window
+  if isinstance(image, LazyImage):
+    return image.crop(window, fill)
+  if min(y, x) < 0 or y + height > image.shape[0] or x + width > image.shape[1]:
+    return LazyImage.of(image).crop(window, fill).pixels()
+  return image[y:y + height, x:x + width]
+
+
+def _reframe(example: Example, frame: Frame, size: tuple[int, int]) -> Example:
+  """Boxes of the whole image -> boxes of a frame of it, in pixels of its `size`."""
+  if frame == (0, 0, *size):
+    return example
+  origin, sides = np.array(frame).reshape(2, 2)
+  boxes = (example.boxes * np.tile(size, 2) - np.tile(origin, 2)) / np.tile(sides, 2)
+  return drop_small(example._replace(boxes=box_ops.clip(boxes).astype(np.float32)), 0)

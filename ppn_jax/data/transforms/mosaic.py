@@ -1,0 +1,99 @@
+"""Four images in one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+
+from ppn_jax.data.checks import check_bool, check_color, check_integer, check_number, check_range
+from ppn_jax.data.images.lazy import Color
+from ppn_jax.data.images.resizing import check_method
+from ppn_jax.data.transforms.geometry import crop, drop_small, resize
+from ppn_jax.detection.structures import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Mosaic:
+  """Puts the image and three others around a random point of a square canvas.
+
+  The mosaic of YOLOv4 (Bochkovskiy et al., 2020, section 3.3). Each image is resized to a square
+  of `scale` times the canvas, as the network sees it, and laid with a corner at the point; what
+  reaches beyond the canvas is cut off, what no image covers has the colour `fill`. The others
+  are drawn at random and go through the transforms before this one.
+
+  Boxes wholly outside are dropped, and those that `min_coverage` or `min_side` say, unless they
+  are crowds; the others are cut at the canvas. `image_id` and `size` stay those of the first image.
+
+  Attributes:
+    size: side of the canvas in pixels, as a rule that of the network's input.
+    probability: of doing so, 0 to 1; the others are not read if not.
+    center: range of the point's coordinates, of the canvas; uniform.
+    scale: range of each image's side, of the canvas; uniform, drawn anew for each.
+    fill: RGB.
+    min_coverage: share of a box's area that the canvas must show.
+    min_side: pixels of the canvas that both sides of what is shown of a box must have.
+    method, reduced_decoding: as of `transforms.Resize`.
+  """
+  size: int
+  probability: float = 0.5
+  center: tuple[float, float] = (0.25, 0.75)
+  scale: tuple[float, float] = (0.5, 1.0)
+  fill: Color = (128, 128, 128)
+  min_coverage: float = 0.1
+  min_side: float = 2.0
+  method: str = 'area'
+  reduced_decoding: bool = True
+  takes_lazy_image: ClassVar[bool] = True
+  takes_others: ClassVar[bool] = True
+  box_factor: ClassVar[int] = 4
+
+  def __post_init__(self):
+    check_integer('mosaic.size', self.size, 2)
+    check_number('mosaic.probability', self.probability, 0, 1)
+    check_range('mosaic.center', self.center, 0, 1)
+    check_range('mosaic.scale', self.scale, 0.01, 4)
+    check_color('mosaic.fill', self.fill)
+    check_number('mosaic.min_coverage', self.min_coverage, 0, 1)
+    check_number('mosaic.min_side', self.min_side, 0, self.size)
+    check_method('mosaic.method', self.method)
+    check_bool('mosaic.reduced_decoding', self.reduced_decoding)
+
+  def __call__(self, example: Example, rng: np.random.Generator,
+               draw: Callable[[], Example]) -> Example:
+    if rng.random() >= self.probability:
+      return example
+    examples = [example, draw(), draw(), draw()]
+    center = np.rint(rng.uniform(*self.center, 2) * self.size).astype(int)
+    center = np.clip(center, 1, self.size - 1)
+    sides = np.rint(rng.uniform(*self.scale, 4) * self.size).astype(int).clip(1)
+    canvas = np.empty((self.size, self.size, 3), np.uint8)
+    canvas[:] = self.fill
+    corners = rng.permutation(4).tolist()
+    tiles = [self._lay(canvas, tile, center, side, divmod(corner, 2))
+             for tile, side, corner in zip(examples, sides.tolist(), corners, strict=True)]
+    boxes, labels, crowd = (np.concatenate(columns) for columns in zip(
+        *((t.boxes, t.labels, t.crowd) for t in tiles), strict=True))
+    return drop_small(example._replace(image=canvas, boxes=boxes, labels=labels, crowd=crowd),
+                      self.min_side)
+
+  def _lay(self, canvas: np.ndarray, example: Example, center: np.ndarray, side: int,
+           corner: tuple[int, int]) -> Example:
+    """Draws one image at side x side pixels; gives the boxes of what is seen, of the canvas.
+
+    Args:
+      corner: (0 above or 1 below the center, 0 left or 1 right of it).
+    """
+    window, place = [], []
+    for whole, at, after in zip(example.image.shape[:2], center.tolist(), corner, strict=True):
+      shown = min(side, self.size - at if after else at)
+      stored = max(1, round(whole * shown / side))
+      window.append((0 if after else whole - stored, stored))
+      place.append((at if after else at - shown, shown))
+    (y, x), (height, width) = zip(*window, strict=True)
+    (top, left), (rows, columns) = zip(*place, strict=True)
+    tile = resize(crop(example, (y, x, height, width), self.min_coverage), rows, columns,
+                  self.method, self.reduced_decoding)
+    canvas[top:top + rows, left:left + columns] = tile.image
+    boxes = (tile.boxes * np.float32([rows, columns] * 2) + np.float32([top, left] * 2))
+    return tile._replace(boxes=boxes / np.float32(self.size))

@@ -1,0 +1,93 @@
+"""Smaller and larger views of an image: SSD's zoom-out, and large-scale jittering."""
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from ppn_jax.data.checks import check_bool, check_color, check_integer, check_number, check_range
+from ppn_jax.data.images.lazy import Color, LazyImage
+from ppn_jax.data.images.resizing import check_method
+from ppn_jax.data.transforms.geometry import crop, drop_small, resize
+from ppn_jax.detection.structures import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Expand:
+  """Places the image on a larger canvas of one colour (SSD, section 3.6), before any crop.
+
+  All boxes stay. A transform right after it that takes arrays only makes it draw the canvas, up
+  to ratio^2 times as large as the image; crops, flips and resizes do not.
+
+  Attributes:
+    probability: of doing so, 0 to 1.
+    ratio: range of the sides of the canvas, of the image's; uniform.
+    fill: RGB of the canvas; that of ImageNet's mean unless said otherwise.
+  """
+  probability: float = 0.5
+  ratio: tuple[float, float] = (1.0, 4.0)
+  fill: Color = (124, 116, 104)
+  takes_lazy_image: ClassVar[bool] = True
+
+  def __post_init__(self):
+    check_number('expand.probability', self.probability, 0, 1)
+    check_range('expand.ratio', self.ratio, 1, 16)
+    check_color('expand.fill', self.fill)
+
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    if rng.random() >= self.probability:
+      return example
+    rows, columns = example.image.shape[:2]
+    ratio = rng.uniform(*self.ratio)
+    height, width = round(rows * ratio), round(columns * ratio)
+    top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
+    return crop(example, (-int(top), -int(left), height, width), fill=self.fill)
+
+
+@dataclasses.dataclass(frozen=True)
+class LargeScaleJitter:
+  """Zooms the image by a random factor, then crops or pads it to a square frame.
+
+  Large-scale jittering as of Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation
+  Method for Instance Segmentation" (CVPR 2021), section 3: at factor 1 the image just fits the
+  frame, its aspect ratio kept. Where it is larger than the frame a random part is shown; where
+  it is smaller it lies at the top left and the rest is grey.
+
+  Boxes wholly outside the frame are dropped, and those that `min_coverage` or `min_side` say,
+  unless they are crowds; the others are cut at the frame.
+
+  Attributes:
+    size: side of the frame in pixels, as a rule that of the network's input.
+    scale: range of the factor; uniform. (0.8, 1.25) is the paper's "standard" jittering.
+    fill: RGB of the padding.
+    min_coverage: share of a box's area that the frame must show.
+    min_side: pixels of the frame that both sides of what is shown of a box must have.
+    method, reduced_decoding: as of `transforms.Resize`.
+  """
+  size: int
+  scale: tuple[float, float] = (0.1, 2.0)
+  fill: Color = (128, 128, 128)
+  min_coverage: float = 0.0
+  min_side: float = 1.0
+  method: str = 'area'
+  reduced_decoding: bool = True
+  takes_lazy_image: ClassVar[bool] = True
+
+  def __post_init__(self):
+    check_integer('large_scale_jitter.size', self.size, 1)
+    check_range('large_scale_jitter.scale', self.scale, 0.01, 100)
+    check_color('large_scale_jitter.fill', self.fill)
+    check_number('large_scale_jitter.min_coverage', self.min_coverage, 0, 1)
+    check_number('large_scale_jitter.min_side', self.min_side, 0, self.size)
+    check_method('large_scale_jitter.method', self.method)
+    check_bool('large_scale_jitter.reduced_decoding', self.reduced_decoding)
+
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    sides = example.image.shape[:2]
+    # In pixels of the image, so that the zoomed image itself never exists.
+    frame = max(1, round(max(sides) / rng.uniform(*self.scale)))
+    y, x = (int(rng.integers(max(side - frame, 0) + 1)) for side in sides)
+    lazy = example._replace(image=LazyImage.of(example.image))
+    seen = crop(lazy, (y, x, frame, frame), self.min_coverage, self.fill)
+    return drop_small(resize(seen, self.size, self.size, self.method, self.reduced_decoding),
+                      self.min_side)

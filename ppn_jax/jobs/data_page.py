@@ -1,0 +1,181 @@
+"""A survey of a data set as one HTML page."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ppn_jax.detection import boxes as box_ops
+from ppn_jax.jobs.data_survey import Survey, verdict
+from ppn_jax.visualization import html_page
+from ppn_jax.visualization.drawing import draw_boxes
+from ppn_jax.visualization.html_page import Group, Picture, Section, Table
+from ppn_jax.visualization.plotting import MUTED, class_rgb, level_colours, name_rows, plot
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+
+_SAMPLE_SIDE, _LISTED_CLASSES, _DOTS = 300, 60, 20_000
+_WIDTH = 204  # Of a sample on the page: six in a row.
+
+
+def survey_page(title: str, found: Survey, numbers: Mapping[str, Any]) -> str:
+  """What `ppn data` writes.
+
+  Args:
+    title: of the page.
+    found: the survey.
+    numbers: `survey.figures` of it.
+
+  Returns:
+    HTML, complete in itself.
+  """
+  how = ('as training draws them: augmented, in its order' if found.split == 'train' else
+         'as evaluation reads them')
+  some = len(found.boxes.label) > 0
+  sections = [
+      Section('Images', f'The first {_shown(found)} of them at the network\'s {found.image_size} '
+              f'px, {how}.', groups=[Group(_samples(found))]),
+      Section('Sizes and shapes', 'Boxes in pixels of the network\'s input; crosses are the shapes '
+              'of anchors, dark on the finest level.',
+              groups=[html_page.plot(shapes(found), 'sizes of boxes')] if some else ()),
+      Section('Classes', tables=[_classes(numbers)],
+              groups=[html_page.plot(classes(found), 'boxes of each class')]),
+      Section('Anchors', f'{verdict(numbers)}.', tables=_fits(numbers),
+              groups=[html_page.plot(fit(found), 'how well anchors fit')] if some else ())]
+  said = [*found.report.warnings, *found.left_out]
+  if said:
+    sections.append(Section('Left out, changed or wrong', tables=[
+        Table(('what',), [(line,) for line in said])]))
+  subtitle = (f'{found.num_images:,} of {found.total_images:,} images of {found.split}, '
+              f'{len(found.boxes.label):,} boxes, {numbers["images_without_boxes"]:,} images '
+              f'without, {found.num_crowds:,} crowds')
+  return html_page.render(title, subtitle, sections)
+
+
+def _shown(found: Survey) -> int:
+  return sum(len(batch.valid) for batch in found.shown)
+
+
+def _samples(found: Survey) -> list[Picture]:
+  names, pictures = [c.name for c in found.categories], []
+  for batch in found.shown:
+    for row, image in enumerate(batch.images):
+      truth = [column[row][batch.truth.valid[row]] for column in batch.truth]
+      drawn = draw_boxes(image, truth[0], truth[1], names, min_side=_SAMPLE_SIDE, weight=1.2,
+                         notes=['(crowd)' if crowd else '' for crowd in truth[2]])
+      caption = f'image {batch.image_id[row]}'
+      pictures.append(html_page.picture(drawn, caption, caption, width=_WIDTH))
+  return pictures
+
+
+def shapes(found: Survey) -> np.ndarray:
+  """Sides, aspect ratios, and widths against heights of boxes and anchors; u8 [H, W, 3]."""
+  boxes, level = found.boxes, found.anchors.level
+  colours = level_colours(level[-1] + 1)
+  with plot(14.5, 4.3) as drawn:
+    axes = drawn.figure.subplots(1, 3)
+    sides = np.geomspace(max(1, boxes.side.min()), found.image_size, 40)
+    axes[0].hist(boxes.side, sides, color=MUTED)
+    anchor_sides = np.sqrt(box_ops.area(found.anchors.boxes)) * found.image_size
+    for k, colour in enumerate(colours):
+      for side in np.unique(anchor_sides[level == k].round(1)):
+        axes[0].axvline(side, color=colour, linewidth=1.2)
+    axes[0].set(title='Side of a square of the same area', xscale='log', xlabel='pixels')
+    axes[1].hist(np.clip(boxes.ratio, 0.1, 10), np.geomspace(0.1, 10, 40), color=MUTED)
+    axes[1].set(title='Width over height', xscale='log')
+    chosen = np.random.default_rng(0).permutation(len(boxes.label))[:_DOTS]
+    axes[2].scatter(boxes.width[chosen], boxes.height[chosen], s=4, linewidths=0, alpha=0.5,
+                    color=[class_rgb(k) for k in boxes.label[chosen].tolist()])
+    size = found.anchors.boxes[:, 2:] - found.anchors.boxes[:, :2]
+    for k, colour in enumerate(colours):
+      height, width = np.unique((size[level == k] * found.image_size).round(1), axis=0).T
+      axes[2].plot(width, height, 'x', color=colour, markersize=7, markeredgewidth=1.8,
+                   label=f'level {k}')
+    axes[2].set(title='Width against height', xscale='log', yscale='log', xlabel='width, pixels',
+                ylabel='height, pixels')
+    axes[2].legend(loc='upper left')
+    for each in axes:
+      _plain_numbers(each)
+  return drawn.pixels
+
+
+def _plain_numbers(axes: 'Axes') -> None:
+  """20 and 50 in place of 2 x 10^1."""
+  from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+  for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
+    if scale == 'log':
+      axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      axis.set_major_formatter(ScalarFormatter())
+      axis.set_minor_formatter(NullFormatter())
+
+
+def classes(found: Survey) -> np.ndarray:
+  """How many boxes each class has, the most frequent first; u8 [H, W, 3]."""
+  count = np.bincount(found.boxes.label, minlength=len(found.categories))
+  order = np.argsort(-count, kind='stable')[:_LISTED_CLASSES].tolist()
+  with plot(9, 1.1 + 0.22 * len(order)) as drawn:
+    axes = drawn.figure.subplots()
+    axes.barh(range(len(order)), count[order], color=[class_rgb(k) for k in order], height=0.7)
+    name_rows(axes, [found.categories[k].name for k in order], limit=24)
+    more = '' if len(order) == len(count) else f', the {len(order)} most frequent'
+    axes.set(title=f'Boxes by class{more}')
+  return drawn.pixels
+
+
+def fit(found: Survey) -> np.ndarray:
+  """IoU with the best anchor, over all, by level and by side; u8 [H, W, 3]."""
+  boxes, least = found.boxes, found.matching['matched_iou']
+  num_levels = found.anchors.level[-1] + 1
+  colours = level_colours(num_levels)
+  with plot(14.5, 4) as drawn:
+    axes = drawn.figure.subplots(1, 3)
+    by_level = [boxes.best_iou[boxes.best_level == k] for k in range(num_levels)]
+    axes[0].hist(by_level, np.linspace(0, 1, 41), stacked=True, color=colours,
+                 label=[f'level {k}' for k in range(num_levels)])
+    axes[0].axvline(least, color='#d55e00', linewidth=1.5)
+    axes[0].legend(loc='upper left')
+    axes[0].set(title=f'IoU with the best anchor; line: matched_iou={least:g}', xlim=(0, 1))
+    for k, (found_here, colour) in enumerate(zip(by_level, colours, strict=True)):
+      fits = int((found_here >= least).sum())
+      axes[1].bar(k, fits, color=colour)
+      axes[1].bar(k, len(found_here) - fits, bottom=fits, color=colour, alpha=0.3)
+    axes[1].set(title='Boxes by the level of their best anchor',
+                xlabel='level; pale: it does not fit', xticks=range(num_levels))
+    axes[1].grid(axis='x', visible=False)
+    _unfit_by_side(axes[2], boxes.side, boxes.best_iou < least)
+  return drawn.pixels
+
+
+def _unfit_by_side(axes: 'Axes', side: np.ndarray, unfit: np.ndarray) -> None:
+  edges = np.geomspace(max(1, side.min()), side.max() * 1.001 + 1, 16)
+  index = np.digitize(side, edges) - 1
+  count = np.bincount(index, minlength=len(edges))[:len(edges) - 1]
+  share = np.bincount(index, unfit, len(edges))[:len(edges) - 1] / np.maximum(count, 1)
+  axes.stairs(np.where(count, share, np.nan), edges, fill=True, color='#d55e00', alpha=0.75)
+  axes.set(title='Share that no anchor fits, by side', xscale='log', ylim=(0, 1), xlabel='pixels')
+  _plain_numbers(axes)
+
+
+def _classes(numbers: Mapping[str, Any]) -> Table:
+  rows = [(g['name'], f'{g["boxes"]:,}', f'{g["images"]:,}', _show(g['median_side'], '.0f'),
+           _show(g['anchors_a_box'], '.1f'), _show(g['unfit'], '.1%'))
+          for g in numbers['by_class']]
+  return Table(('class', 'boxes', 'images', 'median side', 'anchors a box', 'no anchor fits'), rows,
+               colours=html_page.class_swatches(range(len(rows))))
+
+
+def _fits(numbers: Mapping[str, Any]) -> list[Table]:
+  shared = lambda g: (g['name'], f'{g["boxes"]:,}', _show(g['best_iou'], '.2f'),
+                      _show(g['anchors_a_box'], '.1f'), _show(g['unfit'], '.1%'))
+  header = ('boxes', 'best IoU', 'anchors a box', 'no anchor fits')
+  levels = [(*shared(g), f'{g["anchors"]:,}', '{:.0f} to {:.0f}'.format(*g['anchor_sides']),
+             f'{g["positives_an_image"]:.1f}') for g in numbers['by_level']]
+  return [Table(('level', *header, 'anchors', 'of side', 'positives an image'), levels,
+                'By the level of the best anchor'),
+          Table(('side', *header), [shared(g) for g in numbers['by_side'] if g['boxes']],
+                'By side of the box, pixels')]
+
+
+def _show(value: float | None, form: str) -> str:
+  return '-' if value is None else format(value, form)

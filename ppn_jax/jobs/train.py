@@ -1,0 +1,218 @@
+"""`train(config, workdir)`: from a config to a trained, evaluated run."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ppn_jax import registry, storage
+from ppn_jax.checkpoints import retention
+from ppn_jax.config import complete
+from ppn_jax.data.report import check_learnable, report
+from ppn_jax.data.source import Source
+from ppn_jax.data.splits import check_data, describe_fraction, open_splits
+from ppn_jax.distributed import coordination, failures, sharding
+from ppn_jax.distributed.ownership import Ownership, owned_by_first
+from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
+from ppn_jax.errors import InputError
+from ppn_jax.jobs.evaluator import build_evaluator
+from ppn_jax.jobs.train_loop import Steps
+from ppn_jax.metrics.coco import Scores
+from ppn_jax.run import Run, check_batch, create_run, is_run, open_run
+from ppn_jax.telemetry import profiling
+from ppn_jax.telemetry.host_memory import keep_freed_memory
+from ppn_jax.telemetry.metrics import MetricsWriter, Progress, evaluated, first_loss
+from ppn_jax.training.input_pipeline import build_feed
+from ppn_jax.training.saved_step import read_step
+from ppn_jax.training.state import TrainState
+from ppn_jax.training.train_step import abstract_state, jit_init
+from ppn_jax.weights.importer import Imported
+from ppn_jax.weights.initial import initial_weights, with_weights
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path, *,
+          compiled_step: str | pathlib.Path | None = None, profile: str = '') -> Scores | None:
+  """Trains the detector that `config` describes, from where `workdir` stands.
+
+  The same config and seed give the same run, bit for bit on one machine, whether or not it was
+  killed and started again in between.
+
+  Args:
+    config: as those in configs/.
+    workdir: a new folder, or that of an earlier run of the same model, which is gone on with.
+    compiled_step: file of `ppn plan --save_step`, to be used in place of compiling the step.
+    profile: 'START:STOP' traces these steps, both included, to the workdir's TensorBoard folder.
+
+  Returns:
+    The figures of the last evaluation, or None if the config asks for none.
+
+  Raises:
+    InputError: anything wrong with config, data or workdir, such as another process that trains
+      in it. It is found before the first
+      compile, and nothing is overwritten.
+    TrainingDiverged: a loss or gradient is not finite, or the loss stays a thousand times above
+      the first one.
+    Interrupted: Ctrl-C came, and the step is saved.
+    Preempted: SIGTERM came, or on a TPU notice of maintenance, and the step is saved.
+    SaveFailed: the last step could not be saved, or others and train.on_save_error='stop'.
+  """
+  keep_freed_memory()
+  # 1. Everything that can be wrong with the user's input, before anything is written.
+  config = complete(config)
+  check_data(config)
+  _check_numbers(config)
+  traced = profiling.parse_steps(profile, config.train.steps)
+  mesh = sharding.data_mesh()
+  saved_step = read_step(compiled_step, mesh) if compiled_step else None
+  earlier = _earlier_run(workdir)
+  if earlier:
+    _check_fraction(earlier, config)
+  splits = ('train', 'eval') if config.train.evaluate_every else ('train',)
+  sources = open_splits(config, splits, categories=earlier.categories if earlier else None)
+  source, eval_source = sources['train'], sources.get('eval')
+  found = report(source, 'data.train', image_size=config.model.image_size,
+                 ignore_crowd=config.matching.ignore_crowd)
+  check_learnable(found)
+  run = create_run(workdir, config, source.categories)
+  detector, optimizer, evaluator = run.detector(), run.optimizer(), None
+  check_batch(config, 'train.batch_size', config.train.batch_size, optimizer.micro_batches, mesh)
+  if eval_source is not None:
+    evaluator = build_evaluator(run, detector, mesh, source=eval_source)
+  feed = build_feed(config, source, mesh)
+  abstract = abstract_state(detector, optimizer, mesh)
+  initialise = registry.bind('init', initial_weights, config.init.to_dict(),
+                             given=['like', 'categories'])
+  with (Progress(config.train.steps, quiet=jax.process_index() != 0) as progress,
+        owned_by_first(Ownership(run.workdir, 'training', progress.say)) as owner,
+        contextlib.nullcontext(_latest_or_initial(run, initialise, abstract)) as (latest, initial),
+        PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
+        failures.failing_together(besides=Preempted), contextlib.ExitStack() as closing):
+    if latest is None:
+      run = _with_init(run, config.init, report=initial.report.recorded() if initial else ())
+    elif earlier:  # What its weights started from, whatever the config says now.
+      run = _with_init(run, earlier.config.init)
+    if owner:
+      _clean_up(run)
+    start, state = checkpoints.restore_newest(abstract, progress.say) or (0, None)
+    owed = _owes_evaluation(run, start)
+    if start >= config.train.steps and not owed:
+      progress.say(f'nothing to do: {run.workdir} is trained to step {start:,} already')
+      return None
+    progress.say(_describe(run, abstract, source, mesh))
+    if kept_back := describe_fraction(config, source):
+      progress.say(kept_back)
+    for line in dict.fromkeys([*found.lines, *(
+        report(eval_source, 'data.eval').lines if eval_source else ())]):
+      progress.say(line)
+    # 2. The state: the newest whole checkpoint, or a fresh one.
+    if state is not None:
+      progress.say(f'resuming {run.workdir} from step {start:,}')
+      for key in ('weights', 'backbone'):
+        if config.init.get(key, '') not in ('', run.config.init.get(key, '')):
+          progress.say(f'init.{key}={config.init[key]} is not read: the run has its weights')
+    else:
+      state = jit_init(detector, optimizer, mesh)(config.seed)
+    if initial is not None:
+      progress.say(f'starting from {initial.report}')
+      state = with_weights(state, initial.variables, initial.columns)
+    # 3. The steps.
+    writer = None
+    if jax.process_index() == 0:
+      run.save()
+      writer = closing.enter_context(MetricsWriter(run.workdir, start))
+    if traced and traced[-1] <= start:
+      progress.say(f'--profile={profile}: these steps are behind, nothing is traced')
+    trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard',
+                                progress.say)
+    steps = Steps(run, mesh, checkpoints, progress, writer, evaluator, notice, trace, saved_step,
+                  owner, _first_loss(run, start))
+    scores = steps.evaluate_owed(start, state) if owed else None
+    if start < config.train.steps:
+      scores = steps.take(state, start, feed.jit_step(detector, optimizer), feed)
+    return scores
+
+
+def _earlier_run(workdir: str | pathlib.Path) -> Run | None:
+  """The run that is to be gone on with, if there is one."""
+  return open_run(workdir) if is_run(workdir) else None
+
+
+def _latest_or_initial(run: Run, initialise: Callable, abstract: TrainState
+                       ) -> tuple[int | None, Imported | None]:
+  """Returns the newest step, or what a run without one starts from."""
+  with run.checkpoints(read_only=True) as checkpoints:
+    latest = checkpoints.latest()
+  if latest is not None:
+    return latest, None
+  return None, initialise(like=abstract.variables, categories=run.categories)
+
+
+def _clean_up(run: Run) -> None:
+  """Removes what processes that were killed have left behind."""
+  retention.remove_dead_readers(run.readers)
+  for folder in (run.workdir, run.readers, run.workdir / 'evaluation'):
+    storage.remove_partial(folder)
+  for step in retention.numbered(run.workdir / 'evaluation'):
+    storage.remove_partial(run.workdir / 'evaluation' / str(step))
+
+
+def _first_loss(run: Run, start: int) -> float | None:
+  """Returns the loss of the run's first step, the same in all processes; None at its start."""
+  known = first_loss(run.workdir) if start and jax.process_index() == 0 else None
+  return json.loads(coordination.hand_out(json.dumps(known).encode()))
+
+
+def _owes_evaluation(run: Run, step: int) -> bool:
+  """Whether a run was told to end, or failed, when it should have evaluated `step`."""
+  train = run.config.train
+  due = train.evaluate_every and (step % train.evaluate_every == 0 or step == train.steps)
+  if not step or not due:
+    return False
+  # The first process writes the file, and others may not have it.
+  return sharding.first_says(not evaluated(run.workdir, step))
+
+
+def _with_init(run: Run, init: ConfigDict, **changes: Any) -> Run:
+  """Returns `run` with this block `init`, and changes of it, on record."""
+  config = run.config.copy_and_resolve_references().unlock()
+  config.init = {**init.to_dict(), **changes}
+  return dataclasses.replace(run, config=config.lock())
+
+
+def _check_fraction(earlier: Run, config: ConfigDict) -> None:
+  """Raises InputError if images that a run was trained on would be kept back from now on."""
+  then, now = earlier.config, config
+  if now.data.eval_fraction and (then.data.eval_fraction, then.seed) != (
+      now.data.eval_fraction, now.seed):
+    raise InputError(
+        f'workdir {earlier.workdir} was begun with data.eval_fraction={then.data.eval_fraction} '
+        f'and seed={then.seed}; with data.eval_fraction={now.data.eval_fraction} and '
+        f'seed={now.seed} it would be evaluated on images that it was trained on; use another '
+        'workdir, or --config.train.evaluate_every=0 --config.data.eval_fraction=0')
+
+
+def _describe(run: Run, state: TrainState, source: Source, mesh: Mesh) -> str:
+  config = run.config
+  count = sum(p.size for p in jax.tree.leaves(state.variables['params']))
+  device = mesh.devices.flat[0].device_kind
+  return (f'{config.model.neck.name} on {config.model.backbone.name}, {count:,} parameters, '
+          f'{len(run.categories)} classes, {config.model.image_size} px; {len(source):,} images, '
+          f'batch {config.train.batch_size}, on {mesh.size} x {device}')
+
+
+def _check_numbers(config: ConfigDict) -> None:
+  if config.train.on_save_error not in ('continue', 'stop'):
+    raise InputError(f"train.on_save_error={config.train.on_save_error!r} is unknown; legal: "
+                     "'continue', 'stop'")
+  if not 0 <= config.seed < 2**31:
+    raise InputError(f'seed={config.seed} must be at least 0 and below 2**31')
+  for name, least in [('steps', 1), ('batch_size', 1), ('log_every', 1), ('checkpoint_every', 1),
+                      ('evaluate_every', 0)]:
+    if config.train[name] < least:
+      raise InputError(f'train.{name}={config.train[name]} must be at least {least}')

@@ -1,0 +1,181 @@
+"""The compiled step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from ppn_jax.detection.losses import DetectionLoss
+from ppn_jax.detection.structures import Array, Detections, GroundTruth
+from ppn_jax.detector import Detector, Variables
+from ppn_jax.device_data.dataset import Plan, ResidentData, draw_batch
+from ppn_jax.distributed import sharding
+from ppn_jax.training.optimizer import Optimizer, update_average, weight_penalty
+from ppn_jax.training.state import TrainState, init_state
+
+
+class StepMetrics(NamedTuple):
+  """Scalars of one step, f32, over the whole batch."""
+  loss: Array  # What was differentiated: the three parts below together.
+  classification: Array
+  localization: Array
+  regularization: Array
+  num_positive: Array  # Positive anchors.
+  gradient_norm: Array  # Euclidean, over all parameters, before clipping.
+  parameter_norm: Array  # Euclidean, of the kernels and biases that the step leaves.
+  learning_rate: Array
+
+
+class _Part(NamedTuple):
+  """What one pass over a batch, or a part of it, gives."""
+  gradient: Variables
+  batch_stats: Variables
+  loss: DetectionLoss
+
+
+def train_step(detector: Detector, optimizer: Optimizer, state: TrainState, images: Array,
+               truth: GroundTruth) -> tuple[TrainState, StepMetrics]:
+  """One step of gradient descent; pure, to be jitted.
+
+  Args:
+    state: before the step.
+    images: u8 [B, S, S, 3].
+    truth: of those images.
+  """
+  params = state.variables['params']
+  penalty, decay = jax.value_and_grad(weight_penalty)(params, optimizer.weight_decay)
+  part = _mean_over_parts(lambda *batch: _pass(detector, state.variables, *batch),
+                          (images, truth), optimizer.micro_batches)
+  gradient = jax.tree.map(jnp.add, part.gradient, decay)
+  updates, opt_state = optimizer.transform.update(gradient, state.opt_state, params)
+  variables = {'params': optax.apply_updates(params, updates), 'batch_stats': part.batch_stats}
+  average = state.average
+  if optimizer.ema_decay:
+    average = update_average(average, variables, decay=optimizer.ema_decay, step=state.step)
+  classification, localization, num_positive = part.loss
+  metrics = StepMetrics(
+      loss=classification + localization + penalty, classification=classification,
+      localization=localization, regularization=penalty,
+      num_positive=num_positive * optimizer.micro_batches,
+      gradient_norm=optax.tree.norm(gradient),
+      parameter_norm=optax.tree.norm(variables['params']),
+      learning_rate=optimizer.schedule(state.step))
+  return TrainState(state.step + 1, variables, opt_state, average), metrics
+
+
+def _pass(detector: Detector, variables: Variables, images: Array, truth: GroundTruth) -> _Part:
+  """Forward and backward, without the weight penalty."""
+  def objective(params):
+    outputs, batch_stats = detector.forward_train({**variables, 'params': params}, images)
+    loss = detector.loss(outputs, truth)
+    return loss.classification + loss.localization, (loss, batch_stats)
+
+  (_, (loss, batch_stats)), gradient = jax.value_and_grad(
+      objective, has_aux=True)(variables['params'])
+  return _Part(gradient, batch_stats, loss)
+
+
+def _mean_over_parts(function: Callable[..., _Part], batch: Any, count: int) -> _Part:
+  """The mean of what `function` gives for each of `count` equal parts of the rows of `batch`.
+
+  Part m has rows m, m + count, ...: every device then has its share of each part.
+  """
+  if count == 1:
+    return function(*batch)
+  parts = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
+  shapes = jax.eval_shape(lambda: function(*jax.tree.map(lambda x: x[0], parts)))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(*part)), None),
+                          zeros, parts)
+  return jax.tree.map(lambda x: x / count, total)
+
+
+def jit_init(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> Callable[[int], TrainState]:
+  """seed -> the first state, made in place on the devices of the mesh."""
+  # It runs once. At its usual level LLVM takes three times as long over the random numbers, for
+  # the same bits.
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  return jax.jit(lambda seed: init_state(detector, optimizer, seed),
+                 out_shardings=_shardings(abstract_state(detector, optimizer, mesh)),
+                 compiler_options={'xla_backend_optimization_level': 1} if on_cpu else None)
+
+
+def abstract_state(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+  """Shapes, types and shardings of the state; allocates nothing.
+
+  Weights are whole on every device, since every one computes with them. What only the update
+  reads is split where `optimizer.shard_state` is set.
+  """
+  shapes = jax.eval_shape(lambda: init_state(detector, optimizer, 0))
+
+  def place(tree: Any, sharding_of: Callable[[tuple[int, ...]], NamedSharding]) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x.shape)), tree)
+
+  def whole(shape: tuple[int, ...]) -> NamedSharding:
+    return sharding.replicated(mesh)
+
+  def split(shape: tuple[int, ...]) -> NamedSharding:
+    return sharding.by_largest_axis(shape, mesh)
+
+  of_update = split if optimizer.shard_state else whole
+  return TrainState(step=place(shapes.step, whole), variables=place(shapes.variables, whole),
+                    opt_state=place(shapes.opt_state, of_update),
+                    average=place(shapes.average, of_update))
+
+
+def _shardings(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def abstract_batch(batch_size: int, image_size: int, max_boxes: int, mesh: Mesh
+                   ) -> tuple[Array, GroundTruth]:
+  """Shapes, types and shardings of a step's (images, truth), to compile with."""
+  split = sharding.by_rows(mesh)
+
+  def array(shape, dtype):
+    return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split)
+
+  boxes = (max_boxes,)
+  return array((image_size, image_size, 3), jnp.uint8), GroundTruth(
+      array((*boxes, 4), jnp.float32), array(boxes, jnp.int32), array(boxes, jnp.bool_),
+      array(boxes, jnp.bool_))
+
+
+def jit_train_step(detector: Detector, optimizer: Optimizer, mesh: Mesh
+                   ) -> Callable[[TrainState, Array, GroundTruth], tuple[TrainState, StepMetrics]]:
+  """`train_step` over the mesh: state placed as `abstract_state` and donated, the batch by rows."""
+  split = sharding.by_rows(mesh)
+  return _jit_step(lambda *arguments: train_step(detector, optimizer, *arguments),
+                   detector, optimizer, mesh, (split, split))
+
+
+def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, plan: Plan
+                      ) -> Callable[[TrainState, ResidentData], tuple[TrainState, StepMetrics]]:
+  """As `jit_train_step`, of a step that draws its batch from the data on the devices."""
+  def step(state: TrainState, data: ResidentData) -> tuple[TrainState, StepMetrics]:
+    batch = draw_batch(plan, mesh, data, state.step)
+    return train_step(detector, optimizer, state, *batch)
+
+  return _jit_step(step, detector, optimizer, mesh, (sharding.by_rows(mesh),))
+
+
+def _jit_step(step: Callable, detector: Detector, optimizer: Optimizer, mesh: Mesh,
+              data: tuple[NamedSharding, ...]) -> Callable:
+  state = _shardings(abstract_state(detector, optimizer, mesh))
+  return jax.jit(step, in_shardings=(state, *data),
+                 out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)
+
+
+def jit_detect(detector: Detector, mesh: Mesh) -> Callable[[Variables, Array], Detections]:
+  """`Detector.detect` over the mesh: images and detections split by rows, variables made whole."""
+  whole, split = sharding.replicated(mesh), sharding.by_rows(mesh)
+
+  def detect(variables: Variables, images: Array) -> Detections:
+    return detector.detect(jax.lax.with_sharding_constraint(variables, whole), images)
+
+  # A moving average comes as training has it, which may be split.
+  return jax.jit(detect, in_shardings=(None, split), out_shardings=split)

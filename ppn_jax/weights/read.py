@@ -1,0 +1,99 @@
+"""From a path, as a user gives it, to the tensors in it."""
+
+import pathlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+from google.protobuf import text_format
+
+from ppn_jax.errors import InputError
+from ppn_jax.storage import local_path
+from ppn_jax.weights.frozen_graph import read_frozen_graph
+from ppn_jax.weights.keras import HDF5_MAGIC, read_keras_file
+from ppn_jax.weights.protos import CheckpointState
+from ppn_jax.weights.sstable import MAGIC
+from ppn_jax.weights.tf_bundle import read_tf_bundle
+
+LEGAL = ('give the PREFIX of a TensorFlow checkpoint (PREFIX.index), a frozen graph (.pb) or a '
+         'Keras file (.h5, .keras)')
+
+
+class WeightFile(NamedTuple):
+  """What was read.
+
+  Fields:
+    path: where from, for messages.
+    kind: 'checkpoint', 'frozen graph' or 'Keras file'.
+    tensors: by name.
+  """
+  path: str
+  kind: str
+  tensors: dict[str, np.ndarray]
+
+
+def read_weights(path: str | pathlib.Path) -> WeightFile:
+  """The tensors of a file or checkpoint.
+
+  Args:
+    path: PREFIX or PREFIX.index of a bundle, a folder with a `checkpoint` file or exactly one
+      bundle, a frozen graph (.pb), or a Keras file (.h5, .hdf5, .keras).
+
+  Raises:
+    InputError: nothing there, of no kind that is known, or damaged.
+  """
+  path = local_path(path)
+  if path.is_dir():
+    path = _checkpoint_in(path)
+  if path.suffix == '.pb':
+    return WeightFile(str(path), 'frozen graph', read_frozen_graph(path))
+  if path.suffix in ('.h5', '.hdf5', '.keras'):
+    return WeightFile(str(path), 'Keras file', read_keras_file(path))
+  prefix = path.with_name(re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', path.name))
+  if prefix == path and path.is_file():
+    raise InputError(f'{path}: {_looks_like(path)}; {LEGAL}')
+  if not prefix.with_name(prefix.name + '.index').exists() and prefix != path:
+    raise InputError(f'{path}: no file {prefix.name}.index beside it; {LEGAL}')
+  if not prefix.with_name(prefix.name + '.index').exists():
+    raise InputError(f'no checkpoint at {path}; {LEGAL}')
+  return WeightFile(str(prefix), 'checkpoint', read_tf_bundle(prefix))
+
+
+def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
+  """The prefix of the bundle that a folder means."""
+  there = sorted(p.with_suffix('') for p in folder.glob('*.index'))
+  state = folder / 'checkpoint'
+  if state.is_file():
+    try:
+      latest = text_format.Parse(state.read_bytes(), CheckpointState(),
+                                 allow_unknown_field=True).model_checkpoint_path
+    except (text_format.ParseError, UnicodeDecodeError) as e:
+      raise InputError(f'{state}: cannot be read as a `checkpoint` file: {e}') from e
+    # Often a path of the machine that wrote it.
+    named = [p for p in there if p.name == pathlib.PurePosixPath(latest).name]
+    if named:
+      return named[0]
+  if len(there) == 1:
+    return there[0]
+  if (folder / 'categories.json').is_file() and (folder / 'checkpoints').is_dir():
+    raise InputError(f'{folder} is the workdir of a run, which needs no import: evaluate or use it '
+                     f'as it is, or train from it with --config.init.weights={folder}')
+  names = ', '.join(p.name for p in there[:5])
+  raise InputError(f'{folder}: no checkpoint in this folder; {LEGAL}' if not there else
+                   f'{folder}: {len(there)} checkpoints in this folder; give one of them: {names}')
+
+
+def _looks_like(path: pathlib.Path) -> str:
+  """What a file is that is none of those that are read."""
+  with path.open('rb') as file:
+    start = file.read(len(HDF5_MAGIC))
+    file.seek(-min(len(MAGIC), path.stat().st_size), 2)
+    end = file.read()
+  if end == MAGIC:
+    return ("a TensorFlow V1 checkpoint, which is not read; save it again with "
+            'tf.train.Saver(write_version=tf.train.SaverDef.V2)')
+  if start == HDF5_MAGIC:
+    return 'an HDF5 file; call it .h5'
+  if start[:2] == b'\x1f\x8b':
+    return 'an archive; unpack it first'
+  return 'empty' if not start else 'no kind of weights that is known'

@@ -1,0 +1,312 @@
+"""Damaged checkpoints are noticed, named, and passed over for the one before."""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from ppn_jax import storage
+from ppn_jax.checkpoints import integrity, manager, orbax
+from ppn_jax.checkpoints.manager import Checkpoints, DamagedCheckpoint, SaveFailed
+from ppn_jax.distributed import sharding
+from ppn_jax.errors import InputError, StoreError
+from ppn_jax.training.state import TrainState
+
+
+def make_state(step, width=300):
+  values = np.random.default_rng(step).normal(size=(4, width)).astype(np.float32)
+  params = {'kernel': jax.numpy.asarray(values), 'half': jax.numpy.bfloat16(values[0])}
+  return TrainState(step=jax.numpy.int32(step), variables={'params': params, 'batch_stats': {}},
+                    opt_state=(jax.numpy.asarray(values / 3),), average={})
+
+
+def like():
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                      make_state(0))
+
+
+def same(a, b):
+  return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('saved') / 'checkpoints'
+  with Checkpoints(folder) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, make_state(step), {'AP': step / 10})
+  return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / 'checkpoints')
+  return tmp_path / 'checkpoints'
+
+
+def restore_newest(folder, *, read_only=True):
+  said = []
+  with Checkpoints(folder, read_only=read_only) as checkpoints:
+    step, state = checkpoints.restore_newest(like(), said.append)
+  return step, state, said
+
+
+def kinds(folder):
+  """One file of each kind; data files have random names."""
+  found = {}
+  for path in sorted(folder.rglob('*')):
+    if path.is_file():
+      name = path.relative_to(folder)
+      found[str(name.parent / '*' if name.parent.name == 'd' else name)] = path
+  return found.values()
+
+
+def truncate(path, _):
+  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def empty(path, _):
+  path.write_bytes(b'')
+
+
+def remove(path, _):
+  path.unlink()
+
+
+def flip(path, rng):
+  content = bytearray(path.read_bytes())
+  content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize('damage', [truncate, empty, remove, flip, flip])
+def test_a_damaged_file_never_gives_other_values(folder, damage, request):
+  rng = np.random.default_rng(len(request.node.name))
+  passed_over = 0
+  for path in kinds(folder / '2'):
+    whole = path.read_bytes()
+    if not whole and damage is flip:
+      continue
+    damage(path, rng)
+    step, state, said = restore_newest(folder)
+    assert same(state, make_state(step)), path
+    assert all('\n' not in line for line in said)
+    if step == 1:
+      passed_over += 1
+      assert f'{folder}/2 is damaged: ' in said[0] and 'going back to step 1' in said[0]
+    path.write_bytes(whole)
+  # The arrays, the manifest, what describes them, and the description of the whole.
+  assert passed_over >= 4
+
+
+def test_every_bit_of_the_arrays_counts(folder):
+  path = max((folder / '2' / 'state' / 'd').iterdir(), key=lambda p: p.stat().st_size)
+  whole = path.read_bytes()
+  for at in np.random.default_rng(0).choice(len(whole), 12, replace=False):
+    content = bytearray(whole)
+    content[at] ^= 0x10
+    path.write_bytes(content)
+    step, state, _ = restore_newest(folder)
+    assert same(state, make_state(step)), at
+
+
+def test_values_that_only_the_checksum_tells_apart(folder, monkeypatch):
+  assert integrity.checksums(make_state(1)) != integrity.checksums(make_state(2))
+  file = folder / '2' / '_CHECKPOINT_METADATA'
+  description = json.loads(file.read_text())
+  description['custom_metadata']['checksums']['opt_state/0'][1] ^= 1
+  file.write_text(json.dumps(description))
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    with pytest.raises(DamagedCheckpoint, match='opt_state/0 is not what was saved'):
+      checkpoints.restore(like(), 2)
+
+
+def test_a_checkpoint_without_checksums_is_taken_as_it_is(folder):
+  file = folder / '2' / '_CHECKPOINT_METADATA'
+  description = json.loads(file.read_text())
+  description['custom_metadata'] = {}
+  file.write_text(json.dumps(description))
+  step, state, said = restore_newest(folder)
+  assert step == 2 and same(state, make_state(2)) and not said
+
+
+@pytest.mark.parametrize('part', ['state', 'state/d', '.'])
+def test_half_deleted(folder, part):
+  shutil.rmtree(folder / '2' / part)
+  (folder / '2').mkdir(exist_ok=True)
+  step, state, said = restore_newest(folder)
+  assert step == 1 and same(state, make_state(1)) and len(said) == 1
+
+
+def test_the_trainer_moves_a_damaged_step_aside_and_saves_it_again(folder):
+  remove(folder / '2' / 'state' / 'manifest.ocdbt', None)
+  with Checkpoints(folder, keep_last=1, keep_best=0) as checkpoints:
+    step, _ = checkpoints.restore_newest(like(), lambda text: None)
+    assert step == 1 and checkpoints.steps() == [1]
+    checkpoints.save(2, make_state(2))
+  step, state, said = restore_newest(folder)
+  assert step == 2 and same(state, make_state(2)) and not said
+  assert (folder.parent / manager.ASIDE / '2' / 'state').is_dir()
+
+
+def test_whatever_keeps_a_process_from_reading_is_told_to_the_others(folder, monkeypatch):
+  told = []
+  monkeypatch.setattr(sharding, 'all_say', lambda yes: bool(told.append(yes)) or yes)
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    monkeypatch.setattr(checkpoints, '_read', lambda *_: (_ for _ in ()).throw(StoreError('gone')))
+    with pytest.raises(StoreError, match='gone'):
+      checkpoints.restore(like(), 1)
+  assert told == [False]
+
+
+def test_nothing_is_moved_when_none_is_whole(folder):
+  for step in (1, 2):
+    remove(folder / str(step) / 'state' / '_METADATA', None)
+  for read_only in (True, False):
+    with pytest.raises(InputError, match=r'is whole: .*/2 is damaged.*/1 is damaged') as error:
+      restore_newest(folder, read_only=read_only)
+    assert '\n' not in str(error.value)
+  assert sorted(p.name for p in folder.iterdir()) == ['1', '2']
+
+
+def test_damaged_figures_cost_the_figures_only(folder):
+  (folder / '2' / 'metrics' / 'metrics').write_text('{"AP": ')
+  for read_only in (True, False):
+    step, state, said = restore_newest(folder, read_only=read_only)
+    assert step == 2 and same(state, make_state(2))
+    assert said == [f'the figures of {folder}/2 are damaged; it counts as not evaluated']
+
+
+TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT]
+
+# By which call of whom each part is read.
+READERS = [
+    (pathlib.Path, 'read_bytes'),  # Orbax's description of the step.
+    (manager.ocp.StandardCheckpointHandler, 'metadata'),
+    (orbax.Manager, 'restore'),
+]
+
+
+def in_trouble(monkeypatch, owner, name, error, times):
+  """A method fails so often, whatever it is asked for; returns how often it was."""
+  asked, original = [], getattr(owner, name)
+
+  def method(*args, **options):
+    asked.append(name)
+    if len(asked) <= times:
+      raise error
+    return original(*args, **options)
+
+  monkeypatch.setattr(owner, name, method)
+  monkeypatch.setattr(storage, 'RETRY_SECONDS', (0, 0))
+  return asked
+
+
+def errors_of(number):
+  """As Python and as TensorStore tell of it."""
+  text = os.strerror(number)
+  return [OSError(number, text, 'file'),
+          ValueError(f"UNKNOWN: Error reading file [os_error_code='{number}' {text}]")]
+
+
+@pytest.mark.parametrize('number', TRANSIENT)
+@pytest.mark.parametrize('owner, name', READERS)
+def test_a_store_in_trouble_condemns_nothing(folder, monkeypatch, owner, name, number):
+  for error in errors_of(number)[:1 if owner is pathlib.Path else 2]:
+    with monkeypatch.context() as patch:
+      in_trouble(patch, owner, name, error, times=2)
+      assert restore_newest(folder, read_only=False)[0] == 2
+    with monkeypatch.context() as patch:
+      in_trouble(patch, owner, name, error, times=99)
+      with pytest.raises(StoreError, match=rf'/2 cannot be read now: {os.strerror(number)}; it is'):
+        restore_newest(folder, read_only=False)
+  assert not folder.with_name(manager.ASIDE).exists()
+
+
+@pytest.mark.parametrize('number', TRANSIENT)
+def test_figures_that_cannot_be_read_now_are_tried_again(folder, monkeypatch, number):
+  asked = in_trouble(monkeypatch, manager.ocp.CheckpointManager, 'metrics',
+                     OSError(number, os.strerror(number)), times=2)
+  assert restore_newest(folder)[2] == [] and len(asked) >= 3
+
+
+def test_content_that_cannot_be_decoded_is_damage_at_once(folder, monkeypatch):
+  asked = in_trouble(monkeypatch, orbax.Manager, 'restore',
+                     ValueError('DATA_LOSS: Error decompressing'), times=1)
+  step, _, said = restore_newest(folder)
+  assert step == 1 and len(said) == 1 and len(asked) == 2
+
+
+def test_a_checkpoint_is_known_without_its_arrays(folder, monkeypatch):
+  for path in (folder / '2' / 'state').rglob('*'):
+    if path.is_file():
+      path.unlink()
+  stamps = [manager.read_stamp(folder / step) for step in '12']
+  assert stamps[0].checkpoint != stamps[1].checkpoint and stamps[0].saved < stamps[1].saved
+  assert stamps[0].checkpoint == integrity.digest(integrity.checksums(make_state(1)))
+  file = folder / '2' / '_CHECKPOINT_METADATA'
+  description = json.loads(file.read_text())
+  description['custom_metadata'] = {}
+  file.write_text(json.dumps(description))
+  assert manager.read_stamp(folder / '2').checkpoint.startswith('saved at ')
+  file.write_text('{')
+  assert manager.read_stamp(folder / '2') is None is manager.read_stamp(folder / '3')
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', str(disk)],
+                           capture_output=True, check=False)
+  if mounted.returncode:
+    pytest.skip('no right to mount a small disk')
+  yield disk
+  subprocess.run(['umount', '-l', str(disk)], check=True)
+
+
+def test_a_full_disk_keeps_what_is_there_and_a_later_save_succeeds(small_disk):
+  folder = small_disk / 'checkpoints'
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, make_state(1))
+    checkpoints.wait()
+    (small_disk / 'other').write_bytes(bytes(_free(small_disk) - 12_000))
+    for failures in (1, 2):
+      with pytest.raises(SaveFailed, match=r'the newest checkpoint in \S+ is step 1') as error:
+        checkpoints.save(2, make_state(2))
+        checkpoints.wait()
+      assert '\n' not in str(error.value) and checkpoints.failures == failures
+    assert checkpoints.steps() == [1]
+    (small_disk / 'other').unlink()
+    checkpoints.save(3, make_state(3))
+    checkpoints.wait()
+    assert checkpoints.failures == 0 and checkpoints.steps() == [1, 3]
+  for step in (1, 3):
+    with Checkpoints(folder, read_only=True) as checkpoints:
+      assert same(checkpoints.restore(like(), step), make_state(step))
+
+
+def test_a_read_only_store(small_disk):
+  folder = small_disk / 'checkpoints'
+  with Checkpoints(folder) as checkpoints:
+    checkpoints.save(1, make_state(1))
+    checkpoints.wait()
+    subprocess.run(['mount', '-o', 'remount,ro', str(small_disk)], check=True)
+    with pytest.raises(SaveFailed, match='ead-only'):
+      checkpoints.save(2, make_state(2))
+      checkpoints.wait()
+    assert checkpoints.steps() == [1]
+    subprocess.run(['mount', '-o', 'remount,rw', str(small_disk)], check=True)
+    checkpoints.save(2, make_state(2))
+  assert restore_newest(folder)[0] == 2
+
+
+def _free(disk: pathlib.Path) -> int:
+  return shutil.disk_usage(disk).free

@@ -1,0 +1,154 @@
+"""Ctrl-C: heard in a thread, raised where it does no harm."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+import weakref
+
+import pytest
+
+from ppn_jax.cli import main as cli
+from ppn_jax.distributed import interrupts
+from ppn_jax.distributed.interrupts import InterruptWatch
+from ppn_jax.distributed.preemption import Interrupted, PreemptionNotice
+from ppn_jax.errors import verdict
+
+
+@pytest.fixture(autouse=True)
+def heard():
+  """As in a terminal, also where the tests run in the background."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+def interrupt():
+  os.kill(os.getpid(), signal.SIGINT)
+
+
+def raising():
+  watch = InterruptWatch(lambda count: watch.raise_in_main_thread())
+  return watch
+
+
+def test_it_wakes_who_waits_and_the_handlers_come_back():
+  before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
+  threading.Timer(0.1, interrupt).start()
+  with pytest.raises(KeyboardInterrupt), raising():
+    threading.Event().wait(60)
+  assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
+
+
+def test_no_callback_swallows_it():
+  """An exception in a weak reference's callback goes nowhere, so it is raised after it."""
+  came = []
+
+  def callback(_):
+    interrupt()
+    time.sleep(0.2)
+    came.append('through')
+
+  # As by the standard library's weak dictionaries.
+  callback = types.FunctionType(callback.__code__, {**globals(), '__name__': 'weakref'},
+                                closure=callback.__closure__)
+  with pytest.raises(KeyboardInterrupt), raising():
+    held = type('Held', (), {})()
+    reference = weakref.ref(held, callback)
+    del held
+    threading.Event().wait(60)
+  assert came == ['through'] and reference() is None
+
+
+def test_no_frame_of_jax_is_left_by_it():
+  code = compile('def work():\n  time.sleep(0.3)\n  done.append(1)', 'work.py', 'exec')
+  space = {'__name__': 'jax._src.somewhere', 'time': time, 'done': []}
+  exec(code, space)
+  threading.Timer(0.1, interrupt).start()
+  with pytest.raises(KeyboardInterrupt), raising():
+    space['work']()
+    threading.Event().wait(60)
+  assert space['done'] == [1]
+
+
+def test_in_other_threads_nothing_is_changed():
+  before = signal.getsignal(signal.SIGINT)
+  seen = []
+
+  def work():
+    with raising():
+      seen.append(signal.getsignal(signal.SIGINT))
+
+  thread = threading.Thread(target=work)
+  thread.start()
+  thread.join()
+  assert seen == [before]
+
+
+def test_where_it_is_ignored_it_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    with raising():
+      assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+      interrupt()
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_ends_with_130(monkeypatch, capsys):
+  monkeypatch.setattr(cli, '_run', lambda argv: interrupt() or threading.Event().wait(60))
+  assert cli.main(['data']) == 130
+  assert capsys.readouterr().err == 'ppn: interrupted\n'
+
+
+def test_training_notes_the_first_and_passes_on_the_second(monkeypatch, capfd):
+  monkeypatch.setattr(interrupts, 'end_at_once', lambda *_: pytest.fail('too early'))
+  with pytest.raises(KeyboardInterrupt), PreemptionNotice() as notice:
+    assert not notice.given()
+    interrupt()
+    while not notice.given():
+      time.sleep(0.01)
+    assert notice.reached(3)
+    interrupt()
+    threading.Event().wait(60)
+  assert capfd.readouterr().err.startswith('interrupted: ending after this step')
+  end = notice.end('step 3 is saved')
+  assert isinstance(end, Interrupted)
+  assert verdict(end) == (130, 'ppn: interrupted: step 3 is saved')
+
+
+NATIVE = """
+import os, signal, sys, threading, time
+from ppn_jax.cli import main as cli
+from ppn_jax.distributed.preemption import PreemptionNotice
+
+def run(argv):
+  def press():
+    for _ in range(2):
+      time.sleep(0.3)
+      os.kill(os.getpid(), signal.SIGINT)
+  with PreemptionNotice():
+    threading.Thread(target=press, daemon=True).start()
+    import ctypes
+    ctypes.CDLL(None).poll(None, 0, 300)  # As native code that runs on: its signals come late.
+    ctypes.CDLL(None).sem_wait(ctypes.byref(ctypes.create_string_buffer(64)))
+    while True:
+      ctypes.CDLL(None).sem_wait(ctypes.byref(ctypes.create_string_buffer(64)))
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Whatever started the tests ignores.
+cli._run = run
+sys.argv = ['ppn', 'train']
+sys.exit(cli.main())
+"""
+
+
+def test_the_second_ends_a_training_that_is_inside_native_code():
+  done = subprocess.run([sys.executable, '-c', NATIVE], capture_output=True, text=True, timeout=60,
+                        check=False)
+  assert done.returncode == 130, done.stderr
+  assert done.stderr.splitlines() == [
+      'interrupted: ending after this step, which is saved first; again to end at once',
+      'ppn: interrupted']

@@ -1,0 +1,320 @@
+"""SIGTERM, or notice of maintenance: the step is saved, the exit code is 75, and a restart ends
+with the same bits."""
+
+import http.server
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny import CONFIG_FILE, tiny_config
+
+from ppn_jax.checkpoints.manager import Checkpoints, SaveFailed
+from ppn_jax.distributed import maintenance, preemption, sharding
+from ppn_jax.distributed.maintenance import MaintenanceWatch
+from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
+from ppn_jax.jobs import train as train_job
+from ppn_jax.jobs import train_loop
+from ppn_jax.jobs.evaluator import Evaluator
+from ppn_jax.run import open_run
+from ppn_jax.training.train_step import abstract_state
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+
+
+def final_state(workdir):
+  run = open_run(workdir)
+  like = abstract_state(run.detector(), run.optimizer(), sharding.data_mesh())
+  with run.checkpoints(read_only=True) as checkpoints:
+    return jax.device_get(checkpoints.restore(like, checkpoints.latest()))
+
+
+def steps_of(workdir):
+  with open_run(workdir).checkpoints(read_only=True) as checkpoints:
+    return checkpoints.steps()
+
+
+def evaluated_steps(workdir):
+  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return [line['step'] for line in lines if 'eval/AP' in line]
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('whole')
+  train_job.train(tiny_config(evaluate_every=3), workdir)
+  return final_state(workdir)
+
+
+def terminate_when(monkeypatch, name, step):
+  """SIGTERM, twice, at a step's report (name='_report') or evaluation ('evaluate')."""
+  original = getattr(train_loop.Steps, name)
+
+  def with_signal(self, at, *arguments):
+    if at == step:
+      for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, at, *arguments)
+
+  monkeypatch.setattr(train_loop.Steps, name, with_signal)
+
+
+@pytest.mark.parametrize('where, step, saved, scored', [
+    pytest.param('_report', 2, [3], [], marks=pytest.mark.slow), ('_report', 4, [3, 5], [3]),
+    ('evaluate', 3, [3], []), pytest.param('evaluate', 6, [3, 6], [3], marks=pytest.mark.slow)])
+def test_a_run_that_is_told_to_end_goes_on_with_the_same_bits(
+    whole, tmp_path, monkeypatch, where, step, saved, scored):
+  terminate_when(monkeypatch, where, step)
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(Preempted, match=f'step {saved[-1]} is saved'):
+    train_job.train(tiny_config(evaluate_every=3), tmp_path)
+  monkeypatch.undo()
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert steps_of(tmp_path) == saved and evaluated_steps(tmp_path) == scored
+  train_job.train(tiny_config(evaluate_every=3), tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), whole)
+  assert evaluated_steps(tmp_path) == [3, 6]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_scored_after_a_restart_is_kept_if_it_is_the_best(tmp_path, monkeypatch):
+  config = tiny_config(steps=9, evaluate_every=3, keep_last=1, keep_best=1)
+  terminate_when(monkeypatch, 'evaluate', 3)
+  with pytest.raises(Preempted):
+    train_job.train(config, tmp_path)
+  monkeypatch.undo()
+  score, worth = Evaluator.score, iter((0.9, 0.2, 0.1))
+
+  def scored(self, rows):
+    found = score(self, rows)
+    return found._replace(figures={**found.figures, 'AP': next(worth)})
+
+  monkeypatch.setattr(Evaluator, 'score', scored)
+  train_job.train(config, tmp_path)
+  assert evaluated_steps(tmp_path) == [3, 6, 9] and steps_of(tmp_path) == [3, 9]
+
+
+def test_a_run_without_evaluation_that_is_at_its_end_is_done(tmp_path, monkeypatch):
+  terminate_when(monkeypatch, '_report', 6)
+  assert train_job.train(tiny_config(), tmp_path) is None
+  assert steps_of(tmp_path) == [3, 6]
+
+
+def fail_saves(monkeypatch, steps):
+  original = Checkpoints.save
+
+  def save(self, step, *arguments):
+    if step in steps:
+      steps.remove(step)
+      raise self._failed(f'step {step} could not be saved', OSError('No space left on device'))
+    return original(self, step, *arguments)
+
+  monkeypatch.setattr(Checkpoints, 'save', save)
+
+
+def test_a_save_that_fails_is_said_and_tried_again_at_the_next(tmp_path, monkeypatch, capsys):
+  fail_saves(monkeypatch, [1, 2, 6])
+  train_job.train(tiny_config(checkpoint_every=1), tmp_path)
+  said = capsys.readouterr().err
+  assert 'step 1 could not be saved: No space left on device' in said and 'going on' in said
+  assert steps_of(tmp_path) == [4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options, failing, kept', [
+    ({'on_save_error': 'stop'}, [2], [1]), ({}, [2, 3, 4, 5, 6], [1])])
+def test_saves_that_fail_end_the_run(tmp_path, monkeypatch, options, failing, kept):
+  fail_saves(monkeypatch, failing)
+  with pytest.raises(SaveFailed, match=r'the newest checkpoint in .* is step 1'):
+    train_job.train(tiny_config(checkpoint_every=1, **options), tmp_path)
+  assert steps_of(tmp_path) == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('where, step', [('_report', 2), ('evaluate', 3)])
+def test_a_run_that_is_told_to_end_and_cannot_save_says_so(tmp_path, monkeypatch, where, step):
+  fail_saves(monkeypatch, [3])
+  terminate_when(monkeypatch, where, step)
+  with pytest.raises(Preempted, match=r'step 3 could not be saved; .* resume from step 0'):
+    train_job.train(tiny_config(evaluate_every=3), tmp_path)
+  assert steps_of(tmp_path) == []
+
+
+def test_outside_the_main_thread_signals_are_left_to_the_caller():
+  before, after = signal.getsignal(signal.SIGTERM), []
+
+  def use():
+    with PreemptionNotice() as notice:
+      after.append((signal.getsignal(signal.SIGTERM), notice.reached(1)))
+
+  thread = threading.Thread(target=use)
+  thread.start()
+  thread.join()
+  assert after == [(before, False)]
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+  """A stand-in for the metadata server: what it says of this machine, for a test to change."""
+  said = {'maintenance-event': 'NONE', 'preempted': 'FALSE', 'flavor': 'Google', 'asked': 0}
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+
+    def do_GET(self):
+      key = self.path.removeprefix('/computeMetadata/v1/instance/')
+      there = key in said and self.headers['Metadata-Flavor'] == 'Google'
+      text = said.get(key, 'no such key')
+      said['asked'] += 1
+      self.send_response(200 if there else 404)
+      self.send_header('Metadata-Flavor', said['flavor'])
+      self.end_headers()
+      self.wfile.write(f'{text}\n'.encode())
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('GCE_METADATA_HOST', f'127.0.0.1:{server.server_port}')
+    monkeypatch.setenv('NO_GCE_CHECK', 'false')
+    yield said
+    server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key, value', [
+    pytest.param('maintenance-event', 'TERMINATE_ON_HOST_MAINTENANCE', marks=pytest.mark.slow),
+    ('preempted', 'TRUE')])
+def test_a_machine_that_will_be_taken_away_is_as_sigterm(
+    whole, tmp_path, monkeypatch, metadata, key, value):
+  original = train_loop.Steps._report
+
+  def with_notice(self, at, *arguments):
+    if at == 4:
+      metadata[key] = value
+      wait_until(self.notice.given)
+    return original(self, at, *arguments)
+
+  monkeypatch.setattr(train_loop.Steps, '_report', with_notice)
+  with pytest.raises(Preempted, match='step 5 is saved'):
+    train_job.train(tiny_config(evaluate_every=3), tmp_path)
+  monkeypatch.undo()
+  train_job.train(tiny_config(evaluate_every=3), tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), whole)
+
+
+def wait_until(condition):
+  deadline = time.monotonic() + 30
+  while not condition():
+    assert time.monotonic() < deadline, 'waited for in vain'
+    time.sleep(0.01)
+
+
+def noticed(said, monkeypatch, before, *changes):
+  """Whether there is a notice at first and after each change in turn, looked at several times."""
+  monkeypatch.setattr(maintenance, '_POLL_SECONDS', 0.01)
+  notices, after = [], []
+  said.update(before)
+  with MaintenanceWatch(lambda: notices.append(True)):
+    for change in ({}, *changes):
+      said.update(change)
+      seen = said['asked']
+      wait_until(lambda seen=seen: said['asked'] > seen + 8 or notices)
+      after.append(bool(notices))
+  return after
+
+
+def test_only_news_that_the_machine_goes_is_notice(metadata, monkeypatch):
+  standing = {'maintenance-event': 'TERMINATE_ON_HOST_MAINTENANCE'}
+  # As a run finds it that has ended for it and is started again on the same machine.
+  assert noticed(metadata, monkeypatch, standing, {'maintenance-event': 'NONE'}, standing) == [
+      False, False, True]
+  migrating = {'maintenance-event': 'MIGRATE_ON_HOST_MAINTENANCE'}
+  assert noticed(metadata, monkeypatch, {'maintenance-event': 'NONE'}, migrating,
+                 {'preempted': 'TRUE'}) == [False, False, True]
+
+
+@pytest.mark.parametrize('environment, said', [
+    ({'NO_GCE_CHECK': 'true'}, {}), ({'GCE_METADATA_HOST': '127.0.0.1:9'}, {}),
+    ({}, {'flavor': 'other'})])
+def test_where_there_is_no_metadata_server_nothing_is_asked(
+    metadata, monkeypatch, environment, said):
+  monkeypatch.setattr(maintenance, '_POLL_SECONDS', 0.01)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  metadata.update({**said, 'preempted': 'TRUE'})
+  with PreemptionNotice() as notice:
+    wait_until(lambda: 'ppn maintenance' not in {t.name for t in threading.enumerate()})
+    assert not notice.given()
+  assert metadata['asked'] <= maintenance._ATTEMPTS
+
+
+def train_in_two_processes(tmp_path, workdir, on_line=None, steps=400):
+  """Runs until both have ended; `on_line` gets each line of process 0 and the processes."""
+  (tmp_path / 'config.py').write_text(CONFIG_FILE.format(folder=str(TESTS)))
+  port = partition_port()
+  processes = [subprocess.Popen(
+      [sys.executable, '-m', 'ppn_jax.cli.main', 'train', f'--config={tmp_path}/config.py',
+       f'--workdir={workdir}', f'--config.train.steps={steps}',
+       '--config.train.checkpoint_every=100', '--config.train.log_every=10',
+       '--config.model.backbone.last_block=3', '--config.model.neck.stride=4',
+       '--config.model.neck.num_levels=2', f'--coordinator=localhost:{port}', '--num_processes=2',
+       f'--process_id={i}', '--local_devices=1'],
+      stderr=subprocess.PIPE, text=True, cwd=ROOT,
+      env={**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}) for i in range(2)]
+  tail = threading.Thread(target=processes[1].stderr.read)
+  tail.start()
+  lines = []
+  for line in processes[0].stderr:
+    lines.append(line)
+    if on_line:
+      on_line(line, processes)
+  codes = [p.wait(timeout=120) for p in processes]
+  tail.join()
+  return codes, ''.join(lines)
+
+
+def partition_port():
+  import socket
+  with socket.socket() as probe:
+    probe.bind(('', 0))
+    return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_is_told_and_both_save_the_same_step(tmp_path):
+  def on_line(line, processes):
+    if line.startswith('step 20/'):
+      processes[1].send_signal(signal.SIGTERM)
+
+  codes, said = train_in_two_processes(tmp_path, tmp_path / 'run', on_line)
+  assert codes == [preemption.EXIT_CODE] * 2, said
+  assert 'ppn: preempted: told to end; step ' in said
+  at = steps_of(tmp_path / 'run')[-1]
+  assert 20 <= at < 400 and f'step {at} is saved' in said
+  codes, said = train_in_two_processes(tmp_path, tmp_path / 'run')
+  assert codes == [0, 0] and f'from step {at}' in said, said
+  codes, said = train_in_two_processes(tmp_path, tmp_path / 'whole')
+  assert codes == [0, 0], said
+  jax.tree.map(np.testing.assert_array_equal, *map(final_state, (tmp_path / 'run',
+                                                                 tmp_path / 'whole')))
+
+
+@pytest.mark.slow
+def test_of_two_machines_one_will_be_taken_away_and_both_save_the_same_step(tmp_path, metadata):
+  def on_line(line, processes):
+    if line.startswith('step 20/'):
+      metadata['preempted'] = 'TRUE'
+
+  codes, said = train_in_two_processes(tmp_path, tmp_path / 'run', on_line, steps=4000)
+  assert codes == [preemption.EXIT_CODE] * 2, said
+  at = steps_of(tmp_path / 'run')[-1]
+  assert 20 <= at < 4000 and f'ppn: preempted: told to end; step {at:,} is saved' in said

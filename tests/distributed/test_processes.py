@@ -1,0 +1,131 @@
+"""Processes that are joined compute what one does, and write once what one writes."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import CONFIG_FILE
+
+from ppn_jax.distributed import sharding
+from ppn_jax.errors import InputError
+from ppn_jax.jobs.evaluate import evaluate
+from ppn_jax.run import open_run
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+sys.path.append(str(TESTS.parent / 'benchmarks'))
+import processes  # noqa: E402
+
+LOCAL_POD = TESTS.parent / 'launch' / 'local_pod.sh'
+# Compiling is most of the time here, and none of the matter.
+FAST_COMPILE = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+
+
+@pytest.mark.slow
+def test_two_processes_and_then_four_take_the_steps_of_one(tmp_path):
+  """In float64: in float32 sums in another order change single gradients by up to a percent."""
+  one = processes.run(tmp_path, 1, 6, until=6)
+  two = processes.run(tmp_path, 2, 6, until=3, workdir='broken')
+  four = processes.run(tmp_path, 4, 6, until=6, workdir='broken')
+  np.testing.assert_array_equal(np.concatenate([two['ids'], four['ids']]), one['ids'])
+  assert len(np.unique(one['ids'][:2])) == 16  # Of 20 images; each is shown once an epoch.
+  losses = np.concatenate([two['losses'], four['losses']])
+  np.testing.assert_allclose(losses, one['losses'], rtol=1e-9)
+  assert json.loads(str(four['figures'])) == json.loads(str(one['figures']))
+  states = [name for name in one if name.startswith('state')]
+  assert len(states) > 10 and all(one[name].dtype == np.float64 for name in states)
+  for name in states:
+    np.testing.assert_allclose(four[name], one[name], rtol=1e-8, atol=1e-10, err_msg=name)
+
+
+def _free_port():
+  with socket.socket() as probe:
+    probe.bind(('', 0))
+    return probe.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def pod(tmp_path_factory):
+  """A run of two processes with two devices each, through launch/local_pod.sh."""
+  folder = tmp_path_factory.mktemp('pod')
+  (folder / 'config.py').write_text(CONFIG_FILE.format(folder=str(TESTS)))
+  (folder / 'bin').mkdir()
+  ppn = folder / 'bin' / 'ppn'
+  ppn.write_text(f'#!/bin/sh\nexec {sys.executable} -m ppn_jax.cli.main "$@"\n')
+  ppn.chmod(0o755)
+  environment = {**os.environ, **FAST_COMPILE, 'PATH': f'{folder}/bin:{os.environ["PATH"]}',
+                 'PYTHONPATH': str(TESTS.parent)}
+
+  def launch(*arguments):
+    command = ['bash', str(LOCAL_POD), '--processes=2', '--devices=2', '--', *arguments]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=400)
+
+  result = launch('train', f'--config={folder}/config.py', f'--workdir={folder}/run',
+                  '--config.train.evaluate_every=3', '--config.model.backbone.last_block=3',
+                  '--config.model.neck.stride=4', '--config.model.neck.num_levels=2')
+  assert result.returncode == 0, result.stderr
+  return folder / 'run', result, launch
+
+
+@pytest.mark.slow
+def test_a_run_is_written_once(pod):
+  workdir, result, _ = pod
+  assert 'exit codes 0 0' in result.stderr and 'on 4 x cpu' in result.stderr
+  assert '[1] step' not in result.stderr
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines] == [2, 3, 3, 4, 6, 6]
+  assert len(list((workdir / 'tensorboard').iterdir())) == 1
+  assert sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir()) == [3, 6]
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_figures_of_one_process(pod):
+  workdir, _, launch = pod
+  last = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
+  one = evaluate(open_run(workdir), output=workdir / 'alone', say=lambda _: None).scores.figures
+  for name, value in one.items():
+    assert last[f'eval/{name}'] == pytest.approx(value, abs=1e-6, nan_ok=True), name
+  result = launch('evaluate', f'--workdir={workdir}')
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.count('detections on 6 images') == 1
+  two = json.loads((workdir / 'evaluation' / '6' / 'scores.json').read_text())['figures']
+  assert two == pytest.approx(one, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize('arguments, said', [
+    (dict(coordinator='localhost:1'), '--num_processes, --process_id missing'),
+    (dict(num_processes=2, process_id=0), '--coordinator missing'),
+    (dict(coordinator='localhost:1', num_processes=2, process_id=2), '--process_id=2'),
+    (dict(coordinator='localhost:1', num_processes=0, process_id=0), '--process_id=0'),
+    (dict(coordinator='localhost', num_processes=2, process_id=0), 'HOST:PORT'),
+    (dict(coordinator='localhost:70000', num_processes=2, process_id=0), 'HOST:PORT'),
+    (dict(coordinator='h:1', num_processes=2, process_id=0, distributed='auto'), 'not both'),
+    (dict(distributed='yes'), "'yes' is unknown"),
+    (dict(local_devices=-1), '--local_devices=-1'),
+    (dict(timeout=0), '--join_timeout=0'),
+])
+def test_flags_that_do_not_go_together(arguments, said):
+  with pytest.raises(InputError, match=said):
+    sharding.join_processes(**arguments)
+
+
+@pytest.mark.parametrize('process, code', [(0, 2), (1, 2)])
+def test_others_that_never_come_end_in_one_line(process, code):
+  result = subprocess.run(
+      [sys.executable, '-c', 'from ppn_jax.distributed import sharding\nsharding.join_processes('
+       f'coordinator="localhost:{_free_port()}", num_processes=2, process_id={process}, '
+       'timeout=2)'],
+      text=True, capture_output=True, timeout=60)
+  assert result.returncode == code
+  assert result.stderr.splitlines()[-1].startswith('ppn: error: not all processes at localhost:')
+
+
+def test_auto_on_a_machine_of_no_slice():
+  result = subprocess.run(
+      [sys.executable, '-c', 'from ppn_jax.distributed import sharding\n'
+       'sharding.join_processes(distributed="auto")'], text=True, capture_output=True, timeout=60)
+  assert 'InputError: --distributed=auto finds no TPU slice' in result.stderr

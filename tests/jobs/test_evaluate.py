@@ -1,0 +1,54 @@
+"""What an evaluation writes, and that drawing costs no metric."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ppn_jax.data.bad_examples import BadExamples
+from ppn_jax.data.sources.synthetic import SyntheticShapes
+from ppn_jax.errors import InputError
+from ppn_jax.jobs import evaluate as evaluate_job
+from ppn_jax.metrics import coco
+
+
+class Damaged(SyntheticShapes):
+  """The first image cannot be read, or none."""
+
+  def __init__(self, every=False):
+    super().__init__(num_images=5, image_size=64)
+    self._every = every
+
+  def __getitem__(self, index):
+    if self._every or index == 0:
+      raise InputError(f'{index}.jpg: damaged')
+    return super().__getitem__(index)
+
+
+def test_pictures_are_of_images_that_can_be_read():
+  source = Damaged()
+  sheets = [evaluate_job.picture(source, [], source.categories, count=count) for count in (2, 5)]
+  for sheet, count in zip(sheets, (2, 4), strict=True):
+    assert sheet.shape == evaluate_job.mosaic([np.zeros((400, 400, 3), np.uint8)] * count).shape
+  with pytest.raises(InputError, match=r'no image can be read to draw on, such as: 0\.jpg'):
+    evaluate_job.picture(Damaged(every=True), [], source.categories, count=2)
+
+
+def test_scores_are_written_before_anything_is_drawn(tmp_path, monkeypatch):
+  source = SyntheticShapes(num_images=2, image_size=64)
+  evaluator = SimpleNamespace(
+      source=source, bad=BadExamples('data.eval', 2), rows=lambda variables, on_images: [],
+      score=lambda rows: coco.score(source.ground_truth(), rows))
+
+  def fail(*_, **__):
+    raise MemoryError
+
+  monkeypatch.setattr(evaluate_job, 'picture', fail)
+  run = SimpleNamespace(categories=source.categories, stamp=lambda step: None,
+                        config=SimpleNamespace(optim=SimpleNamespace(ema_decay=0)))
+  evaluation = evaluate_job.Job(run, None, evaluator, evaluate_job.Options(pictures=2), print)
+  with pytest.raises(MemoryError):
+    evaluation.evaluate(3, None, tmp_path / '3')
+  assert json.loads((tmp_path / '3' / 'scores.json').read_text())['figures']['AP'] == 0
+  assert json.loads((tmp_path / '3' / 'results.json').read_text()) == []

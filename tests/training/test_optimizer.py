@@ -1,0 +1,89 @@
+"""Schedule, optimizer, weight decay and moving average, as REFERENCE and docstrings say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppn_jax.errors import InputError
+from ppn_jax.training.optimizer import (
+  build_optimizer,
+  update_average,
+  warmup_cosine,
+  weight_penalty,
+)
+
+PARAMS = {'conv': {'kernel': jnp.full((2, 2), 3.0)}, 'norm': {'scale': jnp.full((2,), 5.0),
+                                                               'bias': jnp.full((2,), 7.0)}}
+
+
+@pytest.mark.parametrize('step, rate', [
+    (0, .1333), (500, .274975), (1000, .41665), (1999, .699717), (2000, .7), (10000, .653109),
+    (20000, .483939), (26000, .35), (49999, 0), (50000, 0), (60000, 0)])
+def test_the_reference_schedule(step, rate):
+  schedule = warmup_cosine(.7, steps=50_000, warmup_steps=2_000, warmup_rate=.1333)
+  assert schedule(step) == pytest.approx(rate, rel=2e-6, abs=1e-6)
+
+
+def test_rates_scale_with_the_batch():
+  make = lambda batch: build_optimizer(steps=100, batch_size=batch, learning_rate=.4,
+                                       rate_batch_size=32)
+  assert make(32).schedule(4) == pytest.approx(.4)
+  assert make(8).schedule(4) == pytest.approx(.1)
+  assert build_optimizer(steps=100, batch_size=8, learning_rate=.4, rate_batch_size=0).schedule(
+      4) == pytest.approx(.4)
+
+
+@pytest.mark.parametrize('batch', [8, 32, 512, 1000])
+def test_the_warm_up_is_a_factor_of_the_rate(batch):
+  make = lambda rate: build_optimizer(steps=100, batch_size=batch, learning_rate=rate,
+                                      rate_batch_size=512, warmup_factor=.1333 / .7).schedule
+  old = warmup_cosine(batch / 512 * .7, steps=100, warmup_steps=4, warmup_rate=batch / 512 * .1333)
+  assert [float(make(.7)(step)) for step in range(100)] == [
+      float(old(step)) for step in range(100)]
+  assert make(.01)(0) == pytest.approx(batch / 512 * .01 * .1333 / .7)
+
+
+def test_momentum_is_not_nesterovs_and_follows_the_schedule():
+  optimizer = build_optimizer(steps=10, batch_size=1, learning_rate=.1, warmup_fraction=0)
+  w, state = jnp.float32(1.0), optimizer.transform.init(jnp.float32(1.0))
+  a, expected = 0.0, 1.0
+  for step, g in enumerate([1.0, -2.0, 0.5]):
+    updates, state = optimizer.transform.update(jnp.float32(g), state, w)
+    w = w + updates
+    a = .9 * a + g
+    expected -= float(optimizer.schedule(step)) * a
+    assert w == pytest.approx(expected, rel=1e-6)
+
+
+def test_weight_decay_counts_kernels_only():
+  assert weight_penalty(PARAMS, 0.1) == pytest.approx(0.5 * 0.1 * 4 * 9)
+  gradient = jax.grad(weight_penalty)(PARAMS, 0.1)
+  np.testing.assert_allclose(gradient['conv']['kernel'], 0.1 * PARAMS['conv']['kernel'])
+  assert not np.any(gradient['norm']['scale']) and not np.any(gradient['norm']['bias'])
+
+
+def test_clipping_shortens_long_gradients_only():
+  optimizer = build_optimizer(steps=10, batch_size=1, learning_rate=1.0, warmup_fraction=0,
+                              rate_batch_size=0, clip_norm=1.0)
+  state = optimizer.transform.init(jnp.zeros(2))
+  long, _ = optimizer.transform.update(jnp.float32([30, 40]), state)
+  np.testing.assert_allclose(long, [-.6, -.8], rtol=1e-6)
+  short, _ = optimizer.transform.update(jnp.float32([.3, .4]), state)
+  np.testing.assert_allclose(short, [-.3, -.4], rtol=1e-6)
+
+
+def test_average_starts_quickly_and_then_has_the_decay():
+  average = {'w': jnp.float32(0)}
+  early = update_average(average, {'w': jnp.float32(1)}, decay=.99, step=0)
+  assert early['w'] == pytest.approx(.9)
+  late = update_average(average, {'w': jnp.float32(1)}, decay=.99, step=10_000)
+  assert late['w'] == pytest.approx(.01)
+
+
+@pytest.mark.parametrize('option, value', [
+    ('learning_rate', -1.0), ('momentum', 1.0), ('weight_decay', -1e-3), ('clip_norm', -1.0),
+    ('ema_decay', 1.0), ('warmup_fraction', 1.0), ('learning_rate', float('nan'))])
+def test_values_out_of_range_are_named(option, value):
+  with pytest.raises(InputError, match=f'optim.{option}'):
+    build_optimizer(**{'steps': 10, 'batch_size': 1, 'learning_rate': .1, option: value})

@@ -1,0 +1,104 @@
+"""Letters on pictures: each in a font that has it, and said where there is none."""
+
+import functools
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from ppn_jax.visualization import fonts
+from ppn_jax.visualization.fonts import Font
+
+SQUARE = '汽'  # What the system's font of these tests has: a full square.
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+  """An empty system; returns the folder for its fonts."""
+  unknown()  # Has been noted before the test looks at what is noted.
+  monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path))
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.setattr(fonts.shutil, 'which', lambda program: None)
+  monkeypatch.setattr(fonts, '_missing', set())
+  caches = [f for f in vars(fonts).values() if hasattr(f, 'cache_clear')]
+  for cache in caches:
+    cache.cache_clear()
+  (tmp_path / 'fonts' / 'deep').mkdir(parents=True)
+  yield tmp_path / 'fonts' / 'deep'
+  for cache in caches:
+    cache.cache_clear()
+
+
+def write_font(path, letters):
+  """A font in which every one of the letters is a square as high as the type."""
+  builder_lib = pytest.importorskip('fontTools.fontBuilder')
+  pen_lib = pytest.importorskip('fontTools.pens.ttGlyphPen')
+  pen = pen_lib.TTGlyphPen(None)
+  for at, point in enumerate([(0, 0), (0, 1000), (1000, 1000), (1000, 0)]):
+    (pen.lineTo if at else pen.moveTo)(point)
+  pen.closePath()
+  builder = builder_lib.FontBuilder(1000, isTTF=True)
+  builder.setupGlyphOrder(['.notdef', 'square'])
+  builder.setupCharacterMap({ord(letter): 'square' for letter in letters})
+  builder.setupGlyf({'.notdef': pen_lib.TTGlyphPen(None).glyph(), 'square': pen.glyph()})
+  builder.setupHorizontalMetrics({'.notdef': (500, 0), 'square': (1000, 0)})
+  builder.setupHorizontalHeader(ascent=1000, descent=0)
+  builder.setupOS2()
+  builder.setupPost()
+  builder.setupNameTable({'familyName': 'Squares', 'styleName': 'Regular'})
+  builder.save(path)
+
+
+def drawn(text, size=20):
+  """Which pixels a text covers, bool [H, W]."""
+  picture = Image.new('L', (400, 40))
+  font = Font(size)
+  font.draw(ImageDraw.Draw(picture), 2, 30, text, 255)
+  return np.asarray(picture) > 127
+
+
+@functools.cache
+def unknown():
+  return drawn('\U0010ffff')
+
+
+@pytest.mark.parametrize('text', ['é', 'ß', 'ñ', 'ø', 'ł', 'ğ', 'Ω', 'ή', 'Ж', 'ї', '½', '€'])
+def test_latin_greek_and_cyrillic_are_letters(system, text, caplog):
+  assert drawn(text).any() and (drawn(text) != unknown()).any()
+  assert not caplog.records
+
+
+def test_accents_apart_from_their_letter_are_put_together(system):
+  np.testing.assert_array_equal(drawn('cafe\u0301'), drawn('caf\u00e9'))
+
+
+def test_chinese_is_drawn_in_the_system_s_font(system, caplog):
+  write_font(system / 'NotoSansCJK-Regular.ttf', SQUARE + '车')
+  found = drawn(f'a{SQUARE}车b')
+  assert found[10:30].all(axis=0).sum() == 40  # Two squares of 20 pixels.
+  assert not caplog.records
+  assert Font(20).length(f'a{SQUARE}b') == pytest.approx(Font(20).length('ab') + 20)
+
+
+def test_what_no_font_has_is_said_once(system, caplog):
+  (system / 'NotoSansCJK-Regular.ttf').write_bytes(b'damaged')
+  for _ in range(2):
+    np.testing.assert_array_equal(drawn(SQUARE), unknown())
+    drawn('犬\n猫')
+  record, = caplog.records
+  assert f'has the letter {SQUARE}' in record.message and 'fonts-noto-cjk' in record.message
+
+
+def test_fontconfig_is_asked_for_other_scripts(system, monkeypatch, caplog):
+  write_font(system.parent.parent / 'thai.ttf', 'ก')
+  monkeypatch.setattr(fonts.shutil, 'which', lambda program: '/bin/fc-list')
+  asked = []
+
+  def run(command, **_):
+    asked.append(command[1])
+    return type('Done', (), {'stdout': f'{system.parent.parent / "thai.ttf"}\n'})
+
+  monkeypatch.setattr(fonts.subprocess, 'run', run)
+  monkeypatch.setattr(fonts, '_asked', [])
+  assert drawn('กก')[10:30].all(axis=0).sum() == 40
+  assert asked == [':charset=e01'] and not caplog.records
