@@ -228,7 +228,7 @@ def hard_negative_mining(config: ConfigDict) -> None:
 
 
 def tf_reference(config: ConfigDict) -> None:
-  """As the TF Object Detection API's sync configs compute, where we differ (REFERENCE.md).
+  """As the TF Object Detection API's sync configs compute, where we differ (docs/reference.md).
 
   Its checkpoints need it: they have the background column, and were trained on images resized
   by the legacy kernel.

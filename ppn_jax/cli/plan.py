@@ -28,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='detection, in place of the training step')
   parser.add_argument('--largest_batch', action='store_true',
                       help='search for the largest batch that fits, by some more compiles')
-  parser.add_argument('--save_step', default='', metavar='FILE',
-                      help='write the compiled training step, for `ppn train --compiled_step`')
   parser.add_argument('--json', action='store_true', help='print one JSON array')
 
 
@@ -43,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.planning import report as planning_report
   from ppn_jax.planning import search as planning_search
   config = fill_in_classes(config)
-  _check_save_step(config, args)
   requests = [_request(config, topology, args) for topology in args.topology]
   images = 0 if args.detect else config.train.steps * config.train.batch_size
   estimates, failures = [], []
@@ -81,19 +78,4 @@ def _request(config, topology: str, args: argparse.Namespace):
     raise InputError(f'{key}.batch_size={batch_size} cannot be split over the {chips} chips of '
                      f'{topology}; give --batch_per_chip=N')
   return Request(config.to_dict(), topology, args.batch_per_chip or batch_size // chips,
-                 'detect' if args.detect else 'train', args.save_step)
-
-
-def _check_save_step(config, args: argparse.Namespace) -> None:
-  from ppn_jax.errors import InputError
-  if not args.save_step:
-    return
-  if args.detect or len(args.topology) != 1:
-    raise InputError('--save_step is for the training step of one --topology')
-  if not config.data.max_boxes:
-    raise InputError('--save_step needs --config.data.max_boxes=N, here and in `ppn train`: boxes '
-                     'of the fullest image, which the step is compiled for')
-  folder = os.path.dirname(os.path.abspath(args.save_step))
-  if os.path.isdir(args.save_step) or not os.access(folder, os.W_OK):
-    raise InputError(f'--save_step={args.save_step} cannot be written; give a file in a folder '
-                     'that exists')
+                 'detect' if args.detect else 'train')

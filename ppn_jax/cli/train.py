@@ -28,9 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='a config file, such as configs/quickstart.py')
   parser.add_argument('--workdir', required=True, metavar='DIR',
                       help='folder of the run, new or to be resumed')
-  parser.add_argument('--compiled_step', default='', metavar='FILE',
-                      help='use the step that `ppn plan --save_step` compiled for these devices; '
-                      'loading runs code from the file')
   parser.add_argument('--profile', default='', metavar='START:STOP',
                       help="trace these steps, STOP included, for TensorBoard's profile plugin "
                            'and XProf, to WORKDIR/tensorboard/plugins/profile')
@@ -44,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.distributed import preemption
   from ppn_jax.jobs.train import train
   try:
-    train(config, args.workdir, compiled_step=args.compiled_step or None,
-          profile=args.profile)
+    train(config, args.workdir, profile=args.profile)
   except preemption.Preempted as e:
     # It ends now; another one must not turn the exit code into that of a kill.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

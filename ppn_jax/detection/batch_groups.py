@@ -1,8 +1,8 @@
-"""Groups of images within a batch, which statistics may be taken over instead of all of it.
+"""Groups of images within a batch: batch statistics or the loss can be computed within groups.
 
-The reference trains on replicas that know only their own images (REFERENCE.md 9). A group is so
-many neighbouring images, whatever devices they lie on: a run then means the same on any number
-of them, and where no group crosses the border of a device, nothing is exchanged.
+The reference trains on replicas that see only their own images (docs/reference.md 9). A group is a
+fixed number of neighbouring images, on whatever devices they are, so a run means the same on any
+number of devices. Where no group crosses the border of a device, nothing is exchanged.
 """
 
 from ppn_jax.errors import InputError

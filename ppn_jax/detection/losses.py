@@ -37,7 +37,7 @@ def focal_objective(outputs: Outputs, targets: Targets, *, columns: ClassColumns
   number of positive anchors of the whole batch, at least 1, and 4 the size of a box code
   (RetinaNet, section 4.1; PPN, section 3). Every column of every anchor that is not ignored
   counts in the first sum, positive anchors in the second. A background column is always wrong
-  (REFERENCE.md 7).
+  (docs/reference.md 7).
 
   Args:
     outputs: of the network, f32.

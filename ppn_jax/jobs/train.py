@@ -29,7 +29,6 @@ from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.telemetry.metrics import MetricsWriter, Progress, evaluated, first_loss
 from ppn_jax.training.input_pipeline import build_feed
-from ppn_jax.training.saved_step import read_step
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.importer import Imported
@@ -37,7 +36,7 @@ from ppn_jax.weights.initial import initial_weights, with_weights
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, *,
-          compiled_step: str | pathlib.Path | None = None, profile: str = '') -> Scores | None:
+          profile: str = '') -> Scores | None:
   """Trains the detector that `config` describes, from where `workdir` stands.
 
   The same config and seed give the same run, bit for bit on one machine, whether or not it was
@@ -46,7 +45,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   Args:
     config: as those in configs/.
     workdir: a new folder, or that of an earlier run of the same model, which is gone on with.
-    compiled_step: file of `ppn plan --save_step`, to be used in place of compiling the step.
     profile: 'START:STOP' traces these steps, both included, to the workdir's TensorBoard folder.
 
   Returns:
@@ -69,7 +67,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   _check_numbers(config)
   traced = profiling.parse_steps(profile, config.train.steps)
   mesh = sharding.data_mesh()
-  saved_step = read_step(compiled_step, mesh) if compiled_step else None
   earlier = _earlier_run(workdir)
   if earlier:
     _check_fraction(earlier, config)
@@ -130,7 +127,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       progress.say(f'--profile={profile}: these steps are behind, nothing is traced')
     trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard',
                                 progress.say)
-    steps = Steps(run, mesh, checkpoints, progress, writer, evaluator, notice, trace, saved_step,
+    steps = Steps(run, mesh, checkpoints, progress, writer, evaluator, notice, trace,
                   owner, _first_loss(run, start))
     scores = steps.evaluate_owed(start, state) if owed else None
     if start < config.train.steps:

@@ -23,7 +23,6 @@ from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter, Progress, Stopwatch, duration
 from ppn_jax.training.input_pipeline import Feed
 from ppn_jax.training.prefetch import Prefetcher, Unchanging
-from ppn_jax.training.saved_step import SavedStep, load_step
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import StepMetrics
 
@@ -56,7 +55,6 @@ class Steps:
   evaluator: Evaluator | None
   notice: PreemptionNotice
   trace: profiling.StepTrace
-  saved_step: SavedStep | None = None
   owner: Ownership | None = None  # Of the first process only.
   first_loss: float | None = None  # Of the run; None before its first step.
   exploded: int = 0  # How many of the last steps in a row had a loss far above it.
@@ -155,15 +153,9 @@ class Steps:
 
   def _compile(self, train_step: Callable, state: TrainState, feed: Feed) -> Callable:
     started = time.perf_counter()
-    if self.saved_step:
-      lowered = train_step.lower(state, *feed.arguments())
-      compiled = load_step(self.saved_step, lowered, self.mesh)
-      what = f'loaded the compiled step of {self.saved_step.path}'
-    else:
-      self.progress.say('compiling the training step (once a start; a minute or so on a TPU)')
-      compiled = train_step.lower(state, *feed.arguments()).compile()
-      what = 'compiled'
-    self.progress.say(f'{what} in {duration(time.perf_counter() - started)}')
+    self.progress.say('compiling the training step (once a start; a minute or so on a TPU)')
+    compiled = train_step.lower(state, *feed.arguments()).compile()
+    self.progress.say(f'compiled in {duration(time.perf_counter() - started)}')
     coordination.meet()
     self.progress.say(profiling.describe(compiled))
     return compiled

@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class SharedBoxPredictor(nn.Module):
-  """PPN's head: one predictor for all levels (section 2.1, REFERENCE.md 4).
+  """PPN's head: one predictor for all levels (section 2.1, docs/reference.md 4).
 
   A shared 1x1 convolution without bias, batch norm, ReLU6; then one 1x1 convolution for boxes
   and one for classes. Every level passes through the same kernels.
@@ -67,7 +67,7 @@ class SharedBoxPredictor(nn.Module):
 
 
 class PerLevelBoxPredictor(nn.Module):
-  """Vanilla SSD's head: a predictor of its own for every level (REFERENCE.md 4).
+  """Vanilla SSD's head: a predictor of its own for every level (docs/reference.md 4).
 
   A convolution with bias for boxes and one for classes, straight from the map; nothing is
   shared. Level i's parameters are those of `level_{i}`.

@@ -48,7 +48,7 @@ class LayerPolicy:
     dtype: of the computation, a float type. Parameters, statistics and the heads' outputs are
       float32 whatever it is.
     norm_decay: of batch norm's moving averages: new = decay * old + (1 - decay) * batch.
-    norm_epsilon: added to the variance. Both defaults are the reference's (REFERENCE.md 2).
+    norm_epsilon: added to the variance. Both defaults are the reference's (docs/reference.md 2).
     norm_group_size: images that batch norm takes its statistics over in training: 0 all of a
       batch, on whatever devices they are; else groups of so many, see `groups`. The moving
       averages follow the mean of the groups' statistics.
@@ -380,7 +380,7 @@ def relu6(x: Array) -> Array:
 
 
 class BatchNorm(nn.Module):
-  """Batch norm as TensorFlow's fused kernel computes it (REFERENCE.md 9).
+  """Batch norm as TensorFlow's fused kernel computes it (docs/reference.md 9).
 
   A batch is normalised with its biased variance; the moving average takes the unbiased one,
   N / (N - 1) of it, which matters where N is small, as at a 1x1 pyramid level. Statistics are

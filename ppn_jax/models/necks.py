@@ -53,7 +53,7 @@ class PoolingPyramid(nn.Module):
 
 
 class ConvPyramid(nn.Module):
-  """Vanilla SSD's neck: maps of the backbone, shrunk further by convolutions (REFERENCE.md 3).
+  """Vanilla SSD's neck: maps of the backbone, shrunk further by convolutions (docs/reference.md 3).
 
   The first levels are the backbone's maps as they are. Each further one comes from the one
   before by a 1x1 ConvNorm to half its depth and a 3x3 stride-2 ConvNorm. 300 px become 19, 10, 5,

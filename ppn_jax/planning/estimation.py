@@ -28,7 +28,6 @@ from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.planning import hlo
 from ppn_jax.run import build_detector, check_batch, optimizer_of
-from ppn_jax.training.saved_step import save_step
 from ppn_jax.training.train_step import abstract_batch, abstract_state, jit_detect, jit_train_step
 
 
@@ -71,7 +70,6 @@ class Request(NamedTuple):
   topology: str  # 'v5e:2x4'
   batch_per_chip: int  # Images.
   program: str  # 'train' or 'detect'.
-  save_step: str = ''  # File that takes the compiled step, if it fits.
 
 
 class Estimate(NamedTuple):
@@ -196,8 +194,6 @@ def compile_program(request: Request) -> Estimate:
       host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
   if compiled is None:
     return estimate
-  if request.save_step:
-    save_step(request.save_step, lowered, compiled, mesh)
   return _filled_in(estimate, compiled)
 
 

@@ -27,7 +27,7 @@ def largest_batch(request: Request, known: Estimate) -> int:
     guess = next_batch(tried, unit)
     if guess is None:
       break
-    tried[guess] = estimation.plan(request._replace(batch_per_chip=guess, save_step=''))
+    tried[guess] = estimation.plan(request._replace(batch_per_chip=guess))
   return max((batch for batch, e in tried.items() if e.fits), default=0)
 
 

@@ -1,7 +1,7 @@
 """What our variables are called elsewhere, and what a set of names looks like.
 
 Three conventions: the TF Object Detection API's detectors ('FeatureExtractor/MobilenetV1/...' and
-a box predictor's scope, REFERENCE.md 13), slim's classifiers ('MobilenetV1/...'), and Keras'
+a box predictor's scope, docs/reference.md 13), slim's classifiers ('MobilenetV1/...'), and Keras'
 MobileNet ('conv_dw_1/kernel').
 """
 

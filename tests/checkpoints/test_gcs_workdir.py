@@ -10,6 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from gcs_server import serve
 from tiny import CONFIG_FILE, tiny_config
 
 from ppn_jax import storage
@@ -21,8 +22,6 @@ from ppn_jax.run import open_run
 from ppn_jax.training.train_step import abstract_state
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS / 'data'))
-from gcs_server import serve  # noqa: E402
 
 STEPS, EVERY = 20, 5
 

@@ -77,7 +77,7 @@ if processes > 1:
 else:
   sharding.join_processes(local_devices=8)
 import jax, jax.numpy as jnp, numpy as np
-from test_resident import plan_of
+from test_dataset import plan_of
 from ppn_jax.data.source import build_source
 from ppn_jax.device_data import dataset
 
@@ -114,7 +114,7 @@ def digests_of(processes):
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(
-      [str(TESTS.parent), str(TESTS / 'training'), str(TESTS)])}
+      [str(TESTS.parent), str(TESTS / 'device_data'), str(TESTS)])}
   started = [subprocess.Popen(
       [sys.executable, '-c', PROGRAM, str(TESTS), str(number), str(processes), str(port)],
       env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -19,7 +19,7 @@ from ppn_jax.detection import boxes as box_ops
 from ppn_jax.jobs import data_survey
 from ppn_jax.run import build_detector, resolve_classes
 
-TESTS = pathlib.Path(__file__).resolve().parent
+TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope='module')

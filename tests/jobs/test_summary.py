@@ -53,7 +53,7 @@ def tiny(**model):
   return config
 
 
-# By TensorFlow's profiler and the reference's variables (REFERENCE.md 14).
+# By TensorFlow's profiler and the reference's variables (docs/reference.md 14).
 @pytest.mark.parametrize('model, columns, field, value', [
     ('ppn', 91, 'trainable', 2_173_818), ('ssd', 91, 'trainable', 6_819_839),
     ('ppn', 91, 'variables', 2_194_682), ('ssd', 91, 'variables', 6_845_183),
@@ -106,7 +106,7 @@ def test_background_column_is_one_of_the_columns(summaries):
 
 def test_blocks_that_no_output_needs(summaries):
   whole = summarize(config_of('ppn', 'backbone.last_block=13', 'background_column=True'))
-  assert whole.totals.trainable + whole.totals.unused == 3_767_674  # REFERENCE.md 14.
+  assert whole.totals.trainable + whole.totals.unused == 3_767_674  # docs/reference.md 14.
   assert whole.by_columns[90] == summaries['ppn'].totals._replace(
       unused=whole.totals.unused, detection_flops=whole.by_columns[90].detection_flops)
   assert f'{whole.totals.unused:,} further trainable' in format_summary(whole)
