@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ppn_jax.cli.flags import load_config, override
-from ppn_jax.data.source import build_source, split_train_block
+from ppn_jax.data.source import build_source
 from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.errors import InputError
 from ppn_jax.run import build_detector, optimizer_of, resolve_classes
@@ -98,7 +98,7 @@ def resolve(config):
 
 
 def _source(config):
-  return build_source(split_train_block(config.data.train.to_dict())[0], key='data.train')
+  return build_source(config.data.train.to_dict(), key='data.train')
 
 
 def load_batches(config, steps: int) -> list:

@@ -3,7 +3,7 @@
   python benchmarks/resident.py --batch=8 --json
 
 PPN at 300 px and 90 classes with SSD's crop and a flip. In turns: the draw alone, the step with a
-batch that is there already, and the step that draws its own (`data.train.resident`); medians over
+batch that is there already, and the step that draws its own (`data.resident`); medians over
 the rounds, and the share of the arithmetic. With --json the last line is JSON.
 """
 

@@ -30,7 +30,7 @@ ORDER = ('seed', 'model', 'matching', 'postprocess', 'init', 'data', 'optim', 't
 NAMES = {'data.train': 'data.train` and `data.eval'}
 
 # Arguments that the system supplies, and attributes that are no options.
-GIVEN = config_module.GIVEN | {'max_boxes', 'bad_boxes', 'source', 'on_bad_example'}
+GIVEN = config_module.GIVEN | {'max_boxes', 'source', 'on_bad_example'}
 
 HEAD = """# Config keys
 
@@ -43,7 +43,9 @@ nearest one.
 Whatever a config file leaves out has the default listed here, even if the file replaces a whole
 block: `config.train = dict(steps=2, batch_size=2)` keeps `keep_last=3`.
 `optim.warmup_learning_rate`, the learning rate at step 0, may be given instead of
-`optim.warmup_factor`.
+`optim.warmup_factor`. Configs of earlier versions, and the config.json of their runs, may have
+`cache`, `cache_size`, `resident` and `resident_size` in `data.train`; they are moved to
+`data.cache` and `data.resident`.
 
 ## On the command line
 
@@ -104,9 +106,6 @@ def _block(name: str, block: ConfigDict, comments: Mapping[str, str]) -> Iterato
       inner += _block(path, value, comments)
       continue
     rows.append(f'| `{key}` | `{value!r}` | {meanings.get(key) or comments.get(path, "")} |')
-  if name == 'data':
-    rows += [f'| `train.{key}` | `{value!r}` | {comments.get(f"data.train.{key}", "")} |'
-             for key, value in block.train.items() if key != 'name']
   yield f'## `{name}`\n\n| key | default | meaning |\n|---|---|---|\n' + '\n'.join(rows) + '\n'
   yield from inner
 

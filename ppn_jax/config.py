@@ -1,11 +1,11 @@
-"""The one shape of every config: its keys, their defaults, and what is legal in a config file.
+"""The base config: all keys and their defaults, and the checks of a config file.
 
-Each block is the keyword arguments of one function, named beside it: look there for what a key
-means, which values are legal and what the default does. `complete` fills in what a config leaves
-out and refuses what does not belong in one.
+Each block holds the keyword arguments of one function, which is named beside it. Its docstring says
+what a key means, which values are legal and what the default does. `complete` adds the keys that a
+config leaves out and rejects those that do not exist.
 
-The functions after it are the named differences from PPN of which the baselines are made. They
-change an unlocked config in place and leave data and schedule alone.
+The functions at the end turn PPN's config into that of a baseline. They change an unlocked config
+in place and leave data and schedule alone.
 """
 
 import numbers
@@ -18,7 +18,7 @@ from ml_collections.config_dict import placeholder
 
 from ppn_jax.errors import InputError, did_you_mean
 
-# Blocks that name a component by `name` -> the table of the names that are known.
+# Blocks that select a component by `name` -> the table of known names.
 COMPONENTS = {
     'model.backbone': 'ppn_jax.models.network:BACKBONES',
     'model.neck': 'ppn_jax.models.network:NECKS',
@@ -29,30 +29,40 @@ COMPONENTS = {
     'data.transforms': 'ppn_jax.data.transforms.basic:TRANSFORMS',  # A tuple of blocks.
 }
 
-# The function that each other block is the arguments of.
+# Other blocks -> the function whose keyword arguments they hold. Several functions read `data`,
+# `train` and `eval`.
 FUNCTIONS = {
     'model': 'ppn_jax.detector:build',
     'model.anchors': 'ppn_jax.detection.anchors:ssd_anchors',
     'model.layers': 'ppn_jax.models.layers:LayerPolicy',
+    'data.cache': 'ppn_jax.data.cache:cache_source',
     'matching': 'ppn_jax.detection.matching:assign',
     'postprocess': 'ppn_jax.detection.nms:postprocess',
     'init': 'ppn_jax.weights.initial:initial_weights',
     'optim': 'ppn_jax.training.optimizer:build_optimizer',
 }
 
-# Arguments of components that the system supplies, not the user.
+# Keys of earlier versions -> where they are now. Configs and the command line may use them.
+RENAMED = {
+    'data.train.cache': 'data.cache.where',
+    'data.train.cache_size': 'data.cache.size',
+    'data.train.resident': 'data.resident.enabled',
+    'data.train.resident_size': 'data.resident.size',
+}
+
+# Arguments of components that are supplied by the system and cannot be set by the user.
 GIVEN = frozenset({'anchors_per_cell', 'categories', 'columns', 'name', 'num_classes', 'outputs',
                    'parent', 'policy', 'targets'})
 
 
 def base_config() -> ConfigDict:
-  """PPN on MobileNet-v1 at 300 px, with the paper's losses; no data and no schedule yet."""
+  """Returns PPN on MobileNet-v1 at 300 px with the paper's losses, without data and schedule."""
   config = ConfigDict()
-  config.seed = 0  # Of the weights, the order of the data and its augmentation.
+  config.seed = 0  # Seeds the weights, the order of the data and its augmentation.
 
   config.model = dict(  # ppn_jax.detector.build
       image_size=300,
-      num_classes=0,  # 0: as many as the training data has.
+      num_classes=0,  # 0: the number of classes of the training data.
       background_column=False,  # ppn_jax.detection.class_logits.ClassColumns
       score_activation='sigmoid',
       backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11),
@@ -64,7 +74,7 @@ def base_config() -> ConfigDict:
           reduce_lowest_level=False),
       layers=dict(  # ppn_jax.models.layers.LayerPolicy
           dtype='float32', norm_decay=0.97, norm_epsilon=0.001, norm_group_size=0,
-          conv_form='auto', kernel_stddev=placeholder(float)))  # None: He's.
+          conv_form='auto', kernel_stddev=placeholder(float)))  # None: He initialisation.
   config.matching = dict(  # ppn_jax.detection.matching.assign
       matched_iou=0.5, force_match=True, ignore_crowd=True)
   config.loss = dict(  # ppn_jax.detection.losses.LOSSES
@@ -74,58 +84,56 @@ def base_config() -> ConfigDict:
 
   config.init = dict(weights='', backbone='', report=())  # ppn_jax.weights.initial.initial_weights
   config.data = dict(
-      train=dict(  # ppn_jax.data.source.build_source
-          name='',
-          cache='',  # 'memory' or a folder: images are decoded once (ppn_jax.data.cache).
-          cache_size=0,  # Shorter side of cached images in pixels; 0: as the network's input.
-          resident=False,  # The whole set in device memory (ppn_jax.device_data.dataset).
-          resident_size=0),  # Side in pixels of what is held there; 0: as the network's input.
+      train=dict(name=''),  # ppn_jax.data.source.build_source
       eval=dict(name=''),
       eval_fraction=0.0,  # Share of the training images to evaluate on if `eval` names no data.
+      cache=dict(where='', size=0),  # ppn_jax.data.cache.cache_source
+      resident=dict(  # ppn_jax.device_data.dataset
+          enabled=False,  # Holds the whole training set in device memory.
+          size=0),  # Side in pixels of the images held there; 0: that of the network's input.
       transforms=(  # ppn_jax.data.transforms.basic.build_transforms; of training, before resizing.
-          dict(name='ssd_random_crop'),  # Before the flip, which is then of a smaller image.
+          dict(name='ssd_random_crop'),  # Before the flip, which then handles a smaller image.
           dict(name='horizontal_flip', probability=0.5)),
       resize='supersample',  # The `method` of ppn_jax.data.transforms.basic.Resize.
-      reduced_decoding=True,  # JPEGs at 1/2, 1/4, 1/8 where that leaves pixels enough.
-      on_bad_example='raise',  # An image that cannot be read: 'raise', or 'skip' and name it.
-      max_bad_share=0.01,  # Share of the images that may be skipped.
-      max_boxes=0,  # Boxes that every image's truth is padded to; 0: as the fullest image has.
-      threads=0)  # That decode and augment; 0: one for each processor core.
+      reduced_decoding=True,  # Decodes JPEGs at 1/2, 1/4 or 1/8 where that leaves enough pixels.
+      on_bad_example='raise',  # For an image that cannot be read: 'raise', or 'skip' and report it.
+      max_bad_share=0.01,  # Largest share of the images that may be skipped.
+      max_boxes=0,  # Boxes that each image's ground truth is padded to; 0: the largest number.
+      threads=0)  # Threads that decode and augment; 0: one for each processor core.
   config.optim = dict(  # ppn_jax.training.optimizer.build_optimizer
       learning_rate=0.7, rate_batch_size=512, warmup_fraction=0.04,
       warmup_factor=0.1333 / 0.7,  # The reference's 0.1333 beside 0.7.
       momentum=0.9, weight_decay=4e-5, clip_norm=0.0, ema_decay=0.0,
       micro_batches=1, shard_state=False)
   config.train = dict(  # ppn_jax.jobs.train.train
-      steps=0,  # Of the whole run; to be set.
-      batch_size=0,  # Images a step, over all devices; to be set.
+      steps=0,  # Steps of the whole run; must be set.
+      batch_size=0,  # Images per step, over all devices; must be set.
       log_every=100,  # Steps between two lines of metrics.
       checkpoint_every=1000,  # Steps between two checkpoints; the last step is always saved.
       evaluate_every=1000,  # Steps between two evaluations; 0: never, data.eval is not needed.
-      keep_last=3,  # How many of the newest checkpoints to keep.
-      keep_best=1,  # How many of those of highest AP to keep besides.
-      on_save_error='continue')  # A checkpoint that cannot be written: 'continue' or 'stop'.
-  config.eval = dict(batch_size=32)  # Images at a time, over all devices.
+      keep_last=3,  # Number of newest checkpoints to keep.
+      keep_best=1,  # Number of checkpoints of highest AP to keep in addition.
+      on_save_error='continue')  # If a checkpoint cannot be written: 'continue' or 'stop'.
+  config.eval = dict(batch_size=32)  # Images per batch, over all devices.
   return config
 
 
 def complete(config: Mapping[str, Any], *, unknown: list[str] | None = None) -> ConfigDict:
-  """Returns a locked copy of a config with the defaults of all that it leaves out.
+  """Returns a locked copy of a config with the defaults of everything that it leaves out.
 
-  A block that is given anew, such as `config.train = dict(steps=2)`, keeps what it has and takes
-  the rest from `base_config`. Options of components are not added: their defaults stand in the
-  components' signatures. `optim.warmup_learning_rate` of earlier versions becomes
-  `optim.warmup_factor`.
+  A block that a config replaces, as by `config.train = dict(steps=2)`, takes the keys that it lacks
+  from `base_config`. Options of components are not added, since their defaults are those of the
+  components' signatures. Keys of earlier versions are replaced: those of `RENAMED`, and
+  `optim.warmup_learning_rate` by `optim.warmup_factor`.
 
   Args:
-    config: of a config file, or what a run has recorded.
-    unknown: takes the names of keys that do not exist, which are left out then.
+    config: The config of a config file, or the one that a run has recorded.
+    unknown: If given, collects the names of keys that do not exist, which are then left out.
 
   Raises:
-    InputError: If there is a key that does not exist, unless `unknown` takes it, or a value of a
-      wrong type.
+    InputError: If a value has the wrong type or a key does not exist, unless `unknown` collects it.
   """
-  given = plain(config)
+  given = _with_current_keys(plain(config))
   if isinstance(given.get('optim'), dict):
     given['optim'] = _with_warmup_factor(given['optim'])
   completed = _complete_block(given, plain(base_config()), '', unknown)
@@ -133,14 +141,14 @@ def complete(config: Mapping[str, Any], *, unknown: list[str] | None = None) -> 
 
 
 def component_table(path: str) -> str | None:
-  """Returns where the components are listed that a block may name; None if it names none."""
+  """Returns the dotted path of the table of components for a block, None if it selects none."""
   if path.startswith('data.transforms.'):
     return COMPONENTS['data.transforms']
   return None if path == 'data.transforms' else COMPONENTS.get(path)
 
 
 def plain(value: Any) -> Any:
-  """Returns a config as dicts and tuples, without references."""
+  """Converts a config to dicts and tuples and resolves references."""
   if isinstance(value, ConfigDict):
     value = value.to_dict()
   if isinstance(value, Mapping):
@@ -148,15 +156,36 @@ def plain(value: Any) -> Any:
   return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
+def _with_current_keys(given: dict[str, Any]) -> dict[str, Any]:
+  """Moves the entries of `RENAMED` to where they are now."""
+  base = plain(base_config())
+  for old, new in RENAMED.items():
+    _, block, key = old.split('.')
+    data = given.get('data')
+    if not isinstance(data, dict) or not isinstance(data.get(block), dict) or (
+        key not in data[block]):
+      continue
+    value = data[block].pop(key)
+    _, block, key = new.split('.')
+    target = data.setdefault(block, {})
+    if not isinstance(target, dict):
+      continue  # The check of its type follows.
+    if target.get(key, value) not in (value, base['data'][block][key]):
+      raise InputError(f'config.{old}={value!r} is now called config.{new}, which is '
+                       f'{target[key]!r}; give one of the two')
+    target[key] = value
+  return given
+
+
 def _complete_block(given: Any, base: dict[str, Any], path: str, unknown: list[str] | None
                     ) -> dict[str, Any]:
+  """Returns a block with the keys of `base` that it lacks, after checking those that it has."""
   if not isinstance(given, dict):
     raise InputError(f'config.{path}={given!r} must be a block, dict(key=value, ...)')
   if path in COMPONENTS:
-    # Another component than the base's has options of its own.
+    # A component other than the base's has other options.
     same = given.get('name', base['name']) == base['name']
-    kept = base if same or path == 'data.train' else {}
-    return {**kept, **given}
+    return {**base, **given} if same else given
   completed = dict(base)
   for key, value in given.items():
     dotted = f'{path}.{key}' if path else str(key)
@@ -172,7 +201,7 @@ def _complete_block(given: Any, base: dict[str, Any], path: str, unknown: list[s
 
 
 def _checked(value: Any, default: Any, path: str) -> Any:
-  """Returns a value as the type of its default, None for numbers that need not be given."""
+  """Returns a value converted to the type of its default; None stays if the default is None."""
   optional = default is None
   if optional and value is None:
     return None
@@ -189,7 +218,7 @@ def _checked(value: Any, default: Any, path: str) -> Any:
 
 
 def _with_warmup_factor(optim: dict[str, Any]) -> dict[str, Any]:
-  """Returns the block `optim` with the rate at step 0 as a factor, so that it follows the rate."""
+  """Returns the block `optim` with the initial rate as a factor of the learning rate."""
   optim = dict(optim)
   first = optim.pop('warmup_learning_rate', None)
   if first is None:
@@ -199,12 +228,12 @@ def _with_warmup_factor(optim: dict[str, Any]) -> dict[str, Any]:
     _checked(value, 0.0, f'optim.{key}')
   if first and not rate > 0:
     raise InputError(f'config.optim.warmup_learning_rate={first} needs a learning_rate above 0, '
-                     f'not {rate}; optim.warmup_factor is the form that follows it')
+                     f'not {rate}; use optim.warmup_factor, which is a multiple of it')
   return optim | {'warmup_factor': first / rate if first else 0.0}
 
 
 def ssd(config: ConfigDict) -> None:
-  """Vanilla MobileNet SSD: convolutions between scales and a predictor for each."""
+  """Changes a config to MobileNet SSD: convolutions between scales, one predictor per scale."""
   config.model.backbone.last_block = 13
   config.model.neck = dict(name='conv_pyramid', strides=(16, 32), depths=(512, 256, 256, 128))
   config.model.head = dict(name='per_level_box_predictor', side=1, prior=0.01)
@@ -213,13 +242,13 @@ def ssd(config: ConfigDict) -> None:
 
 
 def fpn(config: ConfigDict) -> None:
-  """A top-down pyramid in place of the pooled one; head and anchors stay PPN's (section 2.2)."""
+  """Changes a config to a top-down pyramid with the head and anchors of PPN (section 2.2)."""
   config.model.backbone.last_block = 13
   config.model.neck = dict(name='feature_pyramid', strides=(16, 32), num_levels=6, depth=256)
 
 
 def hard_negative_mining(config: ConfigDict) -> None:
-  """The SSD paper's objective: softmax over classes and background, the hardest negatives."""
+  """Changes a config to SSD's loss: softmax with background, and the hardest negatives."""
   config.model.background_column = True
   config.model.score_activation = 'softmax'
   config.model.head.prior = 0.5  # Biases of zero.
@@ -228,10 +257,10 @@ def hard_negative_mining(config: ConfigDict) -> None:
 
 
 def tf_reference(config: ConfigDict) -> None:
-  """As the TF Object Detection API's sync configs compute, where we differ (docs/reference.md).
+  """Changes a config to compute as the TF Object Detection API does (docs/reference.md).
 
-  Its checkpoints need it: they have the background column, and were trained on images resized
-  by the legacy kernel.
+  Its checkpoints need this: they have a background column and were trained on images resized by the
+  legacy kernel.
   """
   config.model.background_column = True
   config.model.layers.kernel_stddev = 0.01

@@ -12,7 +12,8 @@ import pytest
 
 from ppn_jax import storage
 from ppn_jax.cli.main import main
-from ppn_jax.data.source import build_source, split_train_block
+from ppn_jax.data.cache import cache_source
+from ppn_jax.data.source import build_source
 from ppn_jax.errors import InputError, StoreError, is_outage, verdict
 from ppn_jax.image_detector import load
 from ppn_jax.run import open_run
@@ -58,17 +59,18 @@ def test_tilde_is_the_home_folder(monkeypatch):
 @pytest.mark.parametrize('opens', [
     open_run, load, read_weights, read_label_map,
     lambda path: build_source({'name': 'coco_json', 'images': path, 'annotations': 'x.json'}),
-    lambda path: build_source(split_train_block({
-        'name': 'yolo_txt', 'images': path, 'names': ['a']})[0])])
+    lambda path: build_source({'name': 'yolo_txt', 'images': path, 'names': ['a']})])
 def test_every_door_of_the_package_takes_it(monkeypatch, tmp_path, opens):
   monkeypatch.setenv('HOME', str(tmp_path))
   with pytest.raises(InputError, match=f'{tmp_path}/nothing'):
     opens('~/nothing')
 
 
-def test_cache_takes_it(monkeypatch):
-  monkeypatch.setenv('HOME', '/home/me')
-  assert split_train_block({'name': '', 'cache': '~/c'})[1]['cache'] == '/home/me/c'
+def test_cache_takes_it(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  source = build_source({'name': 'synthetic_shapes', 'num_images': 1, 'image_size': 32})
+  cache_source(source, '~/c', 32, image_size=32)
+  assert (tmp_path / 'c' / 'cache.json').is_file()
 
 
 @pytest.mark.parametrize('argv', [

@@ -148,7 +148,8 @@ def make_config(data: pathlib.Path, profile: Profile, model: str, recipe: Recipe
   for split in ('train', 'val'):
     config.data['train' if split == 'train' else 'eval'].update(
         images=str(data / split), annotations=str(data / f'instances_{split}.json'))
-  config.data.train.update(resident=recipe.resident, cache='' if recipe.resident else 'memory')
+  config.data.resident.enabled = recipe.resident
+  config.data.cache.where = '' if recipe.resident else 'memory'
   if recipe.transforms is not None:
     config.data.transforms = tuple(
         dict(t, size=t['size'] or profile.image_size) if 'size' in t else t

@@ -48,7 +48,7 @@ def detect(workdir: pathlib.Path) -> tuple[Plain, Rows]:
       'step': step, 'training': times(metrics, run.config.train.batch_size),
       'curve': [{k: line[k] for k in _CURVES if k in line} for line in metrics],
       'config': {name: block for name, block in run.config.to_dict().items() if name in blocks}
-                | {'transforms': data.transforms, 'resident': data.train.resident},
+                | {'transforms': data.transforms, 'resident': data.resident.enabled},
       'hardware': hardware.describe()}, job.evaluator.rows(variables)
 
 

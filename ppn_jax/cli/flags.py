@@ -78,10 +78,11 @@ def override(config: 'ConfigDict', overrides: Sequence[str]) -> 'ConfigDict':
   Raises:
     InputError: an unknown key, with the nearest one, or a value of another type.
   """
-  from ppn_jax.config import complete, plain
+  from ppn_jax.config import RENAMED, complete, plain
   from ppn_jax.data.splits import check_data
   values = plain(complete(config))
   entries = [argument.removeprefix('--config.').partition('=')[::2] for argument in overrides]
+  entries = [(RENAMED.get(key, key), text) for key, text in entries]
   _check_rates([key for key, _ in entries])
   # Sorting is stable, so that of a key given twice the last value counts.
   for key, text in sorted(entries, key=lambda entry: not _names_component(entry[0])):
@@ -132,7 +133,7 @@ class _Override:
     if rest:
       block[key] = self._set(block.get(key), inner, rest[:-1], rest[-1])
     elif inner == f'{path}.name' and _names_component(inner):
-      self._rename(block, path)
+      self._rename(block)
     else:
       block[key] = self._parse(kind, inner)
     return block
@@ -146,13 +147,11 @@ class _Override:
                else self._parse(dict, f'{path}.{key}'))
     return (*blocks[:at], changed, *blocks[at + 1:])
 
-  def _rename(self, block: dict, path: str) -> None:
+  def _rename(self, block: dict) -> None:
     """Makes a block that of another component; that before it took other options."""
-    from ppn_jax.data.source import split_train_block
     if block.get('name') != self._text:
-      kept = split_train_block(block)[1] if path == 'data.train' else {}
       block.clear()
-      block.update(name=self._text, **kept)
+      block['name'] = self._text
 
   def _kind(self, block: dict, path: str, key: str) -> Any:
     """The type of an entry.
@@ -168,7 +167,7 @@ class _Override:
         known = ', '.join(sorted(registry.load(path, table)))
         raise InputError(f'config.{path} names no component that could take {key!r}; give '
                          f'--config.{path}.name=NAME too, one of {known}')
-      if key == 'name' or (path == 'data.train' and key in _train_options()):
+      if key == 'name':
         return type(block.get(key, ''))
       component = registry.resolve(path, block['name'], registry.load(path, table))
       options = registry.options_of(component, given=GIVEN)
@@ -211,11 +210,6 @@ def _transform_blocks(value: Any) -> tuple:
   """Names alone stand for components with the defaults of their options."""
   blocks = (value,) if isinstance(value, dict) else value
   return tuple({'name': block} if isinstance(block, str) else block for block in blocks)
-
-
-def _train_options() -> dict:
-  from ppn_jax.data.source import split_train_block
-  return split_train_block({})[1]
 
 
 def add_allow_flag(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What to do about images that turn out to be damaged: stop, or go on without a few."""
+"""Policy for images that cannot be read: stop, or continue without a few."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 
 from ppn_jax.data.checks import check_number, check_on_bad_example
-from ppn_jax.data.source import Source, spread
+from ppn_jax.data.source import Source, evenly_spaced, known_unreadable
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError, StoreError, is_outage
 
 
 class BadExamples:
-  """Decides about examples that cannot be read, and remembers each once. Threads may share it.
+  """Decides whether to continue after an unreadable example, and records each once. Thread-safe.
 
   Args:
-    what: the data set, for messages.
-    num_images: of the data set.
-    policy: 'raise', or 'skip': another example takes the place of a bad one in training; in
-      evaluation its image counts as one in which nothing was found.
-    most: share of the images that may be bad before 'skip' stops too, 0 to 1.
+    what: Name of the data set, for messages.
+    num_images: Number of images of the data set.
+    policy: 'raise', or 'skip': in training another example takes the place of a bad one, in
+      evaluation its image counts as one without detections.
+    most: Largest share of the images that 'skip' accepts, 0 to 1.
 
   Raises:
-    InputError: an option outside its range.
+    InputError: If an option is outside its range.
   """
 
   def __init__(self, what: str, num_images: int, policy: str = 'raise', most: float = 0.01):
@@ -31,17 +31,18 @@ class BadExamples:
     check_number('data.max_bad_share', most, 0, 1)
     self._what, self._num_images, self._policy, self._most = what, num_images, policy, most
     self._reasons: dict[str, None] = {}  # A set that keeps its order.
-    self._told = 0
+    self._reported = 0
     self._lock = threading.Lock()
 
-  def note(self, error: InputError) -> None:
-    """Takes note of an example that could not be read.
+  def record(self, error: InputError) -> None:
+    """Records an example that could not be read.
 
     Raises:
-      InputError: `error` itself if the policy is 'raise'; or too many are bad, with the first.
-      StoreError: the disk cannot be read now, which says nothing of the example.
+      InputError: `error` itself if the policy is 'raise'; otherwise if too many are bad, with the
+        first reason.
+      StoreError: If the disk cannot be read at the moment, for which the example is not to blame.
     """
-    # A missing permission concerns a file; memory runs out over damaged images too.
+    # A missing permission concerns one file, and a damaged image can use up the memory.
     if is_outage(error) and not isinstance(error.__cause__, (PermissionError, MemoryError)):
       raise StoreError(str(error)) from error
     if self._policy == 'raise':
@@ -55,37 +56,36 @@ class BadExamples:
           f'{self._what}: {count} of {self._num_images:,} examples cannot be read, which is more '
           f'than data.max_bad_share={self._most} allows; the first: {first}') from error
 
-  def note_known(self, source: Source) -> None:
-    """Takes note of the images that a source has found to be unreadable when it was made.
+  def record_known(self, source: Source) -> None:
+    """Records the images that a source found to be unreadable when it was built.
 
     Raises:
-      InputError: see `note`.
+      InputError: As `record`.
     """
-    contents = getattr(source, 'contents', None)
-    for _, reason in contents.unreadable if contents is not None else ():
-      self.note(InputError(reason))
+    for _, reason in known_unreadable(source):
+      self.record(InputError(reason))
 
-  def news(self) -> list[str]:
-    """The reasons, each naming its file, that this has not returned before."""
+  def new_reasons(self) -> list[str]:
+    """Returns the reasons since the last call; each names its file."""
     with self._lock:
-      reasons = list(self._reasons)[self._told:]
-      self._told += len(reasons)
+      reasons = list(self._reasons)[self._reported:]
+      self._reported += len(reasons)
     return reasons
 
 
-def spread_examples(source: Source, count: int, note: Callable[[InputError], None]
-                    ) -> Iterator[tuple[int, Example]]:
-  """Yields examples evenly apart; where one cannot be read, the next one that has not come yet.
+def evenly_spaced_examples(source: Source, count: int, record: Callable[[InputError], None]
+                           ) -> Iterator[tuple[int, Example]]:
+  """Yields evenly spaced examples; one that cannot be read is replaced by the next unused one.
 
   Args:
-    source: the data set.
-    count: how many, at most.
-    note: is told of each that cannot be read, and may raise.
+    source: The data set.
+    count: The largest number of examples.
+    record: Called with the error for each example that cannot be read; may raise.
 
   Yields:
-    (index, example), fewer than `count` if the source has no more that can be read.
+    (index, example), fewer than `count` if no more can be read.
   """
-  taken = set(spread(len(source), count))
+  taken = set(evenly_spaced(len(source), count))
   for start in sorted(taken):
     index = start
     while index is not None:
@@ -94,18 +94,18 @@ def spread_examples(source: Source, count: int, note: Callable[[InputError], Non
         yield index, example._replace(image=np.asarray(example.image))
         break
       except InputError as e:
-        note(e)
+        record(e)
       index = next((i % len(source) for i in range(index + 1, index + len(source))
                     if i % len(source) not in taken), None)
       taken.add(index)
 
 
 class WithSubstitutes:
-  """A source in which the next example stands for one that cannot be read, where `bad` lets it.
+  """A source in which the next example replaces one that cannot be read, if `bad` accepts it.
 
   Args:
-    source: of the images.
-    bad: decides.
+    source: The source of the images.
+    bad: Decides and records.
   """
 
   def __init__(self, source: Source, bad: BadExamples):
@@ -121,10 +121,10 @@ class WithSubstitutes:
         example = self._source[index]
         return example._replace(image=np.asarray(example.image))
       except InputError as e:
-        self._bad.note(e)
+        self._bad.record(e)
       index = (index + 1) % len(self)
     raise InputError(f'none of the {len(self):,} images can be read')
 
   def ground_truth(self) -> dict[str, Any]:
-    """The source's."""
+    """Returns the ground truth of the source."""
     return self._source.ground_truth()

@@ -1,7 +1,7 @@
-"""Decoded images kept for the epochs to come, in memory or in a memory-mapped file.
+"""A cache of decoded images for later epochs, in memory or in a memory-mapped file.
 
-Decoding is nearly all of what the input costs, so what is decoded once, reduced to about the size
-that the network takes, saves it from the second epoch on.
+Decoding is nearly all of the cost of the input. Images that are decoded once and reduced to about
+the size of the network's input save it from the second epoch on.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import google_crc32c
@@ -18,63 +18,80 @@ import numpy as np
 
 from ppn_jax import storage
 from ppn_jax.data.checks import check_integer
+from ppn_jax.data.contents import Contents
 from ppn_jax.data.images import decoding
-from ppn_jax.data.source import Source, open_example
+from ppn_jax.data.source import Source, encoded_of, open_example, stamp_of
 from ppn_jax.data.transforms import geometry
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError
 from ppn_jax.telemetry.host_memory import available_memory
 
 MEMORY = 'memory'
-_VERSION = 2  # Of the file's layout, and of what is checked before an image is taken from it.
-_ALIGNMENT = 64  # Bytes; of each image's record.
+_VERSION = 2  # Increases if the file's layout changes, or the checks before an image is taken.
+_ALIGNMENT = 64  # Bytes; each image's record starts at a multiple of it.
+
+
+def cache_source(source: Source, where: str = '', size: int = 0, *, image_size: int) -> Source:
+  """Adds a cache of decoded images to a source.
+
+  Args:
+    source: The source of the images.
+    where: 'memory', or a folder, in which later runs find the decoded images too; '' for no cache.
+    size: Shorter side of cached images in pixels; 0 is that of the network's input.
+    image_size: Side of the network's input in pixels.
+
+  Returns:
+    A `CachedSource`, or `source` itself if `where` is ''.
+
+  Raises:
+    InputError: If `size` is negative, there is not enough room, or the folder holds something else.
+  """
+  check_integer('data.cache.size', size, 0)
+  return CachedSource(source, storage.expand_home(where), size or image_size) if where else source
 
 
 class CachedSource:
-  """A source that decodes each image once and remembers its pixels, reduced; a `sources.Source`.
+  """A source that decodes each image once and keeps its pixels at a reduced size.
 
-  Images come back reduced until their shorter side is `side`, boxes and `size` unchanged:
-  `Example.size` is the original's. A network of that input size then sees a whole image nearly as
-  sharp as without a cache: of COCO's images the finest detail keeps 0.95 of its amplitude along the
-  shorter side and 0.9 along the longer one, which is averaged twice. Of crops it sees less, unless
-  `side` is larger. An image of 640 x 480 takes 0.36 MB for a side of 300, so COCO's 118,287 take
-  42 GB.
+  The shorter side of a reduced image is `side`, or its own if that is smaller. Boxes and
+  `Example.size`, which is the size of the original, do not change. A network with this input size
+  sees a whole image nearly as sharp as without a cache: in COCO's images the finest detail keeps
+  0.95 of its amplitude along the shorter side and 0.9 along the longer one, which is averaged
+  twice. Crops lose more, unless `side` is larger. An image of 640 x 480 takes 0.36 MB for a side of
+  300, so COCO's 118,287 take 42 GB.
 
-  A file serves later runs and several processes of one machine at a time; an image counts as cached
-  when its checksum, written last, is right, so a run killed while it writes leaves nothing wrong
-  behind. Before a process takes an image from the file for the first time, it asks the source
-  whether the image is still the one that was stored: by its `stamp`, and where that is another or
-  there is none, by the file's contents (`encoded`). So images that were changed or exchanged are
-  decoded again, and a folder that was copied or moved is not. Of a source that has neither method
-  all images are decoded once in each run. While a process runs, it keeps what it has.
+  A file serves later runs and several processes of one machine at a time. An image counts as cached
+  if its checksum, which is written last, is correct, so a run killed while it writes does no harm.
+  Before a process takes an image from the file for the first time, it asks the source whether the
+  image is still the stored one: by its `stamp` and, if that differs or is missing, by the contents
+  of the file (`encoded`). Changed images are therefore decoded again, but a folder that was copied
+  or moved is not. If the source has neither method, every run decodes all images once.
 
   Args:
-    source: of the images.
-    where: 'memory', or a folder, new or that of an earlier cache of the same annotations.
-    side: images are reduced until their shorter side has so many pixels, the aspect ratio kept.
+    source: The source of the images.
+    where: 'memory', or a folder, new or with a cache of the same annotations.
+    side: Shorter side of reduced images in pixels; the aspect ratio is kept.
 
   Attributes:
-    categories, max_boxes, bad_boxes, contents: the source's.
+    categories, max_boxes, contents: Those of the source.
 
   Raises:
-    InputError: not enough room, with both numbers, or a folder that holds something else.
+    InputError: If there is not enough room or the folder holds something else.
   """
 
   def __init__(self, source: Source, where: str, side: int):
-    check_integer('data.train.cache_size', side, 1)
+    check_integer('data.cache.size', side, 1)
     self._source, self._side = source, side
-    self._stamp = getattr(source, 'stamp', lambda index: b'')
-    self._encoded = getattr(source, 'encoded', None)
+    self._stamp: Callable[[int], bytes] = stamp_of(source) or (lambda index: b'')
+    self._encoded = encoded_of(source)
     self._in_memory = where == MEMORY
     self.categories, self.max_boxes = source.categories, source.max_boxes
-    self.bad_boxes = getattr(source, 'bad_boxes', None)
-    self.contents = getattr(source, 'contents', None)
-    self._header, truth = _header(source.max_boxes), source.ground_truth()
-    self._starts = _starts(truth['images'], self._header.itemsize, side)
+    self._header, truth = _record_dtype(source.max_boxes), source.ground_truth()
+    self._starts = _record_starts(truth['images'], self._header.itemsize, side)
     size = int(self._starts[-1])
     self._bytes = (_allocate_memory(size, len(source)) if self._in_memory
                    else _open_folder(pathlib.Path(where), _label(source, truth, side), size))
-    # What this process has seen to be right is not checked again.
+    # Images that this process has checked already.
     self._checked = np.zeros(len(source), bool)
 
   def __len__(self) -> int:
@@ -90,18 +107,23 @@ class CachedSource:
       self._checked[index] = True
     return _example(record, pixels)
 
+  @property
+  def contents(self) -> Contents | None:
+    """See `OptionalMembers`."""
+    return self._source.contents
+
   def ground_truth(self) -> dict[str, Any]:
-    """The source's."""
+    """Returns the ground truth of the source."""
     return self._source.ground_truth()
 
   def _record(self, index: int) -> tuple[np.void, np.ndarray]:
-    """What is known of an image, and room for its pixels: u8 [N]. Views of the cache."""
+    """Returns views of an image's record and of the room for its pixels, u8 [N]."""
     start, end = self._starts[index:index + 2]
     pixels = start + self._header.itemsize
     return self._bytes[start:pixels].view(self._header)[0], self._bytes[pixels:end]
 
   def _is_current(self, record: np.void, pixels: np.ndarray, index: int) -> bool:
-    """Whether the source's image is still the one that was stored."""
+    """Returns whether the source's image is still the stored one."""
     if self._in_memory:  # Another thread has just stored it.
       return True
     stamp = _digest(self._stamp(index))
@@ -113,7 +135,7 @@ class CachedSource:
     return True
 
   def _store(self, record: np.void, pixels: np.ndarray, index: int) -> None:
-    # Before the image is read, so that one which changes meanwhile is found to have changed.
+    # Before the image is read, so that a change in the meantime is noticed.
     stamp = content = b''
     if not self._in_memory:
       stamp = self._stamp(index)
@@ -132,22 +154,22 @@ class CachedSource:
   def _reduced(self, index: int, room: int) -> Example:
     example = open_example(self._source, index)
     size = _reduced_size(example.image.shape[:2], self._side)
-    if math.prod(size) * 3 > room:  # The source has told another size than the image has.
+    if math.prod(size) * 3 > room:  # The image is larger than its ground truth says.
       factor = math.sqrt(room / 3 / math.prod(size))
       size = tuple(max(1, int(side * factor)) for side in size)
-    # Of the whole decoded image, which is averaged more truly than one that is decoded reduced.
+    # Averaging the whole decoded image is more accurate than decoding at a reduced size.
     return geometry.resize(example, *size, reduced_decoding=False)
 
 
 def _reduced_size(size: Iterable[int], side: int) -> tuple[int, int]:
-  """(height, width) of an image of `size` when its shorter side is reduced to `side`."""
+  """Returns (height, width) of an image of `size` if its shorter side is reduced to `side`."""
   height, width = size
   scale = min(1.0, side / min(height, width))
   return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _header(max_boxes: int) -> np.dtype:
-  """What is known of one image, with its truth."""
+def _record_dtype(max_boxes: int) -> np.dtype:
+  """Returns the type of an image's record, which has its annotations."""
   boxes = max(max_boxes, 1)
   return np.dtype([
       ('crc', 'u4'), ('stamp', 'u1', 16), ('content', 'u1', 16), ('shape', 'i4', 2),
@@ -155,11 +177,11 @@ def _header(max_boxes: int) -> np.dtype:
       ('labels', 'i4', boxes), ('crowd', '?', boxes)])
 
 
-def _starts(images_of_truth: list[dict[str, Any]], header: int, side: int) -> np.ndarray:
-  """i64 [N + 1]: where each image's record begins, and where the last one ends, in bytes."""
-  # A pixel more in each direction, since an image that was stored smaller may round otherwise.
+def _record_starts(images: list[dict[str, Any]], header: int, side: int) -> np.ndarray:
+  """Returns the start of each image's record and the end of the last, in bytes, i64 [N + 1]."""
+  # One pixel more in each direction, since an image that was stored smaller may round differently.
   pixels = [math.prod(length + 1 for length in _reduced_size((i['height'], i['width']), side))
-            for i in images_of_truth]
+            for i in images]
   lengths = header + 3 * np.array(pixels, np.int64)
   return np.concatenate([[0], np.cumsum(-(-lengths // _ALIGNMENT) * _ALIGNMENT)])
 
@@ -167,7 +189,7 @@ def _starts(images_of_truth: list[dict[str, Any]], header: int, side: int) -> np
 def _example(record: np.void, pixels: np.ndarray) -> Example:
   height, width = record['shape'].tolist()
   count = int(record['count'])
-  # The pixels are a view: transforms change nothing in place.
+  # The pixels are a view, since transforms change nothing in place.
   image = pixels[:height * width * 3].reshape(height, width, 3)
   return Example(image, record['boxes'][:count].copy(), record['labels'][:count].copy(),
                  record['crowd'][:count].copy(), int(record['image_id']),
@@ -175,7 +197,7 @@ def _example(record: np.void, pixels: np.ndarray) -> Example:
 
 
 def _write(record: np.void, pixels: np.ndarray, **values: Any) -> None:
-  """Writes fields of a record, and its checksum last."""
+  """Writes fields of a record, then its checksum."""
   record['crc'] = 0
   for name, value in values.items():
     record[name] = value
@@ -189,7 +211,7 @@ def _fill_up(values: np.ndarray, like: np.ndarray) -> np.ndarray:
 
 
 def _checksum(record: np.void, pixels: np.ndarray) -> int:
-  """Of all that is used of a record; 0, which a fresh one holds, stands for none."""
+  """Computes the checksum of a record and its pixels; never 0, which an empty record holds."""
   height, width = record['shape'].tolist()
   used = height * width * 3
   if not 0 < used <= pixels.size or not 0 <= record['count'] <= len(record['labels']):
@@ -199,21 +221,21 @@ def _checksum(record: np.void, pixels: np.ndarray) -> int:
 
 
 def _digest(data: bytes) -> bytes:
-  """16 bytes that stand for any others; zeros for none."""
+  """Returns a digest of 16 bytes; zeros for no data."""
   return hashlib.blake2b(data, digest_size=16).digest() if data else bytes(16)
 
 
 def _allocate_memory(size: int, count: int) -> np.ndarray:
-  there = available_memory()
-  if size > there:
-    raise InputError(f'data.train.cache={MEMORY!r} needs up to {size / 1e9:.1f} GB for {count:,} '
-                     f'images, but {there / 1e9:.1f} GB are available; give a folder, or a smaller '
-                     'data.train.cache_size')
+  available = available_memory()
+  if size > available:
+    raise InputError(f'data.cache.where={MEMORY!r} needs up to {size / 1e9:.1f} GB for {count:,} '
+                     f'images, but {available / 1e9:.1f} GB are available; give a folder, or a '
+                     'smaller data.cache.size')
   return np.zeros(size, np.uint8)  # The kernel hands out pages as they are written.
 
 
 def _label(source: Source, truth: dict[str, Any], side: int) -> dict[str, Any]:
-  """All that decides what is in a folder, but for the images' contents."""
+  """Returns everything but the images that decides what is in a folder."""
   text = json.dumps(truth, sort_keys=True)
   return {'version': _VERSION, 'decoding': decoding.DECODING, 'cache_size': side,
           'images': len(source), 'max_boxes': source.max_boxes,
@@ -221,12 +243,12 @@ def _label(source: Source, truth: dict[str, Any], side: int) -> dict[str, Any]:
 
 
 def _open_folder(folder: pathlib.Path, about: dict[str, Any], size: int) -> np.ndarray:
-  """The bytes of a folder's cache: a view of its file, u8 [size]."""
+  """Opens or creates the cache of a folder; returns a view of its file, u8 [size]."""
   label, pixels = folder / 'cache.json', folder / 'images.bin'
   if label.exists():
     _check_label(label, about)
   elif folder.is_dir() and any(folder.iterdir()):
-    raise InputError(f'data.train.cache={str(folder)!r} is not empty and no cache; '
+    raise InputError(f'data.cache.where={str(folder)!r} is not empty and holds no cache; '
                      'give a new folder')
   folder.mkdir(parents=True, exist_ok=True)
   if not pixels.exists() or pixels.stat().st_size != size:
@@ -236,28 +258,32 @@ def _open_folder(folder: pathlib.Path, about: dict[str, Any], size: int) -> np.n
 
 
 def _check_label(label: pathlib.Path, about: dict[str, Any]) -> None:
+  """Raises InputError if a folder holds a cache of something else."""
   try:
-    there = json.loads(label.read_text())
-    different = [key for key, value in about.items() if there.get(key) != value]
+    found = json.loads(label.read_text())
+    different = [key for key, value in about.items() if found.get(key) != value]
   except (OSError, ValueError, AttributeError) as e:
     raise InputError(f'{label}: cannot be read: {e}; delete the folder or give another') from e
   if different and different[0] in ('version', 'decoding'):
     raise InputError(f'{label.parent} holds a cache that another version of ppn_jax made, by other '
-                     'rules; delete it or give another data.train.cache')
+                     'rules; delete it or give another data.cache.where')
   if different:
     key = different[0]
     raise InputError(f'{label.parent} holds a cache of something else: {key} is '
-                     f'{there.get(key)!r} there and {about[key]!r} here; delete it or give another '
-                     'data.train.cache')
+                     f'{found.get(key)!r} there and {about[key]!r} here; delete it or give another '
+                     'data.cache.where')
 
 
 def _allocate(path: pathlib.Path, size: int) -> None:
-  """A file of zeros with its room on the disk: a full one would kill who writes to the mapping."""
+  """Creates a file of zeros that has its room on the disk.
+
+  Otherwise, on a full disk, writing to the mapping would kill the process.
+  """
   free = shutil.disk_usage(path.parent).free + (path.stat().st_size if path.exists() else 0)
   if size > free:
-    raise InputError(f'data.train.cache={str(path.parent)!r} needs {size / 1e9:.1f} GB, but the '
+    raise InputError(f'data.cache.where={str(path.parent)!r} needs {size / 1e9:.1f} GB, but the '
                      f'disk has {free / 1e9:.1f} GB left; give another, or a smaller '
-                     'data.train.cache_size')
+                     'data.cache.size')
   with open(path, 'wb') as f:
     f.truncate(size)
     if hasattr(os, 'posix_fallocate'):

@@ -1,13 +1,13 @@
-"""Options of data sets and transforms: the value and the legal range in one line."""
+"""Checks of the options of data sets and transforms, with the legal values in the error."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from ppn_jax.errors import InputError, did_you_mean
 
-ON_BAD_EXAMPLE = ('raise', 'skip')  # What to do about an image that cannot be read.
+ON_BAD_EXAMPLE = ('raise', 'skip')  # What to do if an image cannot be read.
 # Advice about images that are missing or damaged.
-SKIP_IMAGES = 'a few such images can be passed over (--config.data.on_bad_example=skip)'
+SKIP_IMAGES = 'a few such images can be skipped (--config.data.on_bad_example=skip)'
 
 
 def check_bool(what: str, value: Any) -> None:

@@ -1,8 +1,8 @@
-"""Sources -> batches of NumPy arrays. Step k is a function of (seed, k), whoever asks for it.
+"""Loads batches of NumPy arrays from a source; the batch of step k is a function of (seed, k).
 
-Order and augmentation are computed from the position of an image in the endless stream, so
-nothing has to be saved: a run that restarts at step k asks for step k. Threads do the work ahead
-of time; their number changes no bit.
+Order and augmentation are computed from the position of an image in an endless stream, so nothing
+has to be saved: a run that restarts at step k asks for step k. Threads work ahead; their number
+does not change the result.
 """
 
 import collections
@@ -25,9 +25,9 @@ from ppn_jax.data.transforms.basic import Resize, Transform
 from ppn_jax.detection.structures import Batch, Example, GroundTruth
 from ppn_jax.errors import InputError
 
-_ORDER_TAG, _AUGMENT_TAG = 0x0de4, 0xa063  # Keep the two uses of one seed apart.
+_ORDER_TAG, _AUGMENT_TAG = 0x0de4, 0xa063  # Separate the random streams of one seed.
 
-# Two hide a slow image; more would only cost memory and delay the exit.
+# Enough to hide a slow image; more would only cost memory and delay the exit.
 BATCHES_AHEAD = 3
 
 Rows = Sequence[int] | slice | None
@@ -38,32 +38,32 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
                   rows: Rows = None, threads: int = 0, resize: str = 'area',
                   reduced_decoding: bool = True, bad: BadExamples | None = None
                   ) -> Iterator[Batch]:
-  """Batches without end, from step `start_step` on.
+  """Yields endless training batches, from step `start_step` on.
 
   Row r of step k shows position p = k * batch_size + r: image order(epoch)[p % N] of epoch
   p // N, where the order is a permutation given by (seed, epoch) and the transforms' random
   numbers by (seed, epoch, image).
 
   Args:
-    source: of N images.
-    transforms: applied in order; a resize to the network's input follows by itself.
-    image_size: S, side of the network's input.
+    source: Data set of N images.
+    transforms: Applied in order, before the image is resized to the network's input.
+    image_size: S, side of the network's input in pixels.
     max_boxes: G; see `required_boxes`.
-    batch_size: B of all processes together.
-    seed: 0 and more.
-    start_step: the first step to yield; nothing before it is read.
-    rows: the rows of the global batch that this process needs, in this order; None is all. They
-      need not be contiguous.
-    threads: workers; 0 is one for each processor core that this process may use.
-    resize, reduced_decoding: as of `transforms.Resize`.
-    bad: decides about examples that cannot be read; where it lets one pass, the next of the
-      epoch's order takes its place. None raises.
+    batch_size: B, over all processes.
+    seed: At least 0.
+    start_step: The first step to yield; no images of earlier steps are read.
+    rows: The rows of the global batch that this process needs, in this order, contiguous or not;
+      None is all rows.
+    threads: Number of worker threads; 0 is one for each processor core that this process may use.
+    resize, reduced_decoding: As in `transforms.basic.Resize`.
+    bad: Decides about examples that cannot be read; if it accepts one, the next of the epoch's
+      order takes its place. None raises.
 
   Yields:
-    Batch of NumPy arrays that nobody else holds, len(rows) rows.
+    Batch of len(rows) rows, in new NumPy arrays.
 
   Raises:
-    InputError: an image cannot be read, or has more than `max_boxes` boxes.
+    InputError: If an image cannot be read or has more than `max_boxes` boxes.
   """
   check_integer('seed', seed, 0)
   check_integer('batch_size', batch_size, 1)
@@ -79,7 +79,7 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
         return read_example(source, index, ops,
                             np.random.default_rng((_AUGMENT_TAG, seed, epoch, index)))
       except InputError as e:
-        _note(bad, e)
+        _record(bad, e)
       at = (at + 1) % len(source)
     raise InputError(f'none of the {len(source):,} images can be read')
 
@@ -90,15 +90,17 @@ def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size:
                  rows: Rows = None, threads: int = 0, resize: str = 'area',
                  reduced_decoding: bool = True, bad: BadExamples | None = None
                  ) -> Iterator[Batch]:
-  """Every image once, in order, in `num_eval_batches` batches; arguments as `train_batches`.
+  """Yields each image once, in order, in `num_eval_batches` batches.
 
-  The last batch is filled up with rows of zeros whose `valid` is False; so are the places of
-  examples that cannot be read and that `bad` lets pass. All processes get the
-  same number of batches, whichever rows they ask for.
+  The last batch is padded with rows of zeros whose `valid` is False. Rows of examples that cannot
+  be read, if `bad` accepts that, are the same. All processes get the same number of batches.
+
+  Takes the arguments of `train_batches`.
   """
   check_integer('batch_size', batch_size, 1)
   rows = _row_numbers(rows, batch_size)
-  ops, rng = [Resize(image_size, resize, reduced_decoding)], np.random.default_rng(0)  # Not used.
+  ops = [Resize(image_size, resize, reduced_decoding)]
+  rng = np.random.default_rng(0)  # Resizing does not use it.
 
   def load(number: int) -> Example | None:
     step, row = divmod(number, len(rows))
@@ -108,36 +110,36 @@ def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size:
     try:
       return read_example(source, index, ops, rng)
     except InputError as e:
-      _note(bad, e)
+      _record(bad, e)
       return None
 
   steps = num_eval_batches(len(source), batch_size)
   return _batches(load, steps, len(rows), image_size, max_boxes, threads)
 
 
-def _note(bad: BadExamples | None, error: InputError) -> None:
+def _record(bad: BadExamples | None, error: InputError) -> None:
   if bad is None:
     raise error
-  bad.note(error)
+  bad.record(error)
 
 
 def num_eval_batches(num_images: int, batch_size: int) -> int:
-  """How many batches `eval_batches` yields."""
+  """Returns the number of batches that `eval_batches` yields."""
   return -(-num_images // batch_size)
 
 
 def required_boxes(source: Source, max_boxes: int = 0,
                    transforms: Sequence[Transform] = ()) -> int:
-  """G, the boxes to pad every image's truth to.
+  """Returns G, the number of boxes that the ground truth of each image is padded to.
 
   Args:
-    source: the data set.
-    transforms: of which some may put several images' boxes into one.
-    max_boxes: the config's figure; 0 means as many as the fullest image has, rounded up to a
+    source: The data set.
+    max_boxes: The config's `data.max_boxes`; 0 is the largest number of an image, rounded up to a
       multiple of 8.
+    transforms: Training transforms, some of which may combine several images.
 
   Raises:
-    InputError: some image has, or several in one can have, more than `max_boxes`.
+    InputError: If an image, or a combination of images, can have more than `max_boxes`.
   """
   check_integer('max_boxes', max_boxes, 0)
   factor = math.prod(getattr(transform, 'box_factor', 1) for transform in transforms)
@@ -152,39 +154,40 @@ def required_boxes(source: Source, max_boxes: int = 0,
 
 
 def _row_numbers(rows: Rows, batch_size: int) -> list[int]:
+  """Returns rows of a batch as numbers, after checking that they are in it."""
   every = range(batch_size)
   if rows is None or isinstance(rows, slice):
     rows = every[rows or slice(None)]
   numbers = [int(r) for r in rows]
   if not numbers or not all(r in every for r in numbers):
-    raise ValueError(f'rows {numbers} of a batch of {batch_size}; wanted: one or more of '
+    raise ValueError(f'rows {numbers} of a batch of {batch_size}; legal: one or more of '
                      f'0 to {batch_size - 1}')
   return numbers
 
 
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-  """The images 0 .. count-1 in the order of an epoch."""
-  # Hashed, because with seed + epoch the second epoch of one run is the first of the next seed.
+  """Returns the images 0 .. count-1 in the order of an epoch."""
+  # With seed + epoch, the second epoch of a run would be the first one of the next seed.
   return np.random.default_rng((_ORDER_TAG, seed, epoch)).permutation(count)
 
 
 def _batches(load: Callable[[int], Example | None], steps: int, rows: int, image_size: int,
              max_boxes: int, threads: int) -> Iterator[Batch]:
-  """Groups load(0), load(1), ... by `rows`; None makes a row that is not valid."""
+  """Groups load(0), load(1), ... into batches of `rows`; None becomes a row that is not valid."""
   check_integer('threads', threads, 0)
-  # The workers already fill the cores; OpenCV's own threads would only fight them for these.
+  # The workers keep all cores busy; OpenCV's own threads would compete with them.
   cv2.setNumThreads(1)
   return _generate(load, steps, rows, image_size, max_boxes, threads or _available_cores())
 
 
 def _generate(load: Callable[[int], Example | None], steps: int, rows: int, image_size: int,
               max_boxes: int, threads: int) -> Iterator[Batch]:
-  """Threads fill the rows of the batches ahead in place; a batch is yielded when all are full."""
+  """Yields batches whose rows are filled in place by threads that work ahead."""
   workers = concurrent.futures.ThreadPoolExecutor(threads, 'loader')
   ahead: collections.deque[tuple[Batch, list[concurrent.futures.Future]]] = collections.deque()
-  # What lies behind it is no longer wanted. What lies before it still is: the batches before, and
-  # the first error of a batch rather than the one that happens to come first.
+  # Rows from this number on are not needed any more. Earlier rows are: they complete earlier
+  # batches, and the first error of a batch is raised rather than the one that occurs first.
   end, lock = [sys.maxsize], threading.Lock()
 
   def stop_at(number: int) -> None:
@@ -206,7 +209,7 @@ def _generate(load: Callable[[int], Example | None], steps: int, rows: int, imag
 
   def begin(step: int) -> None:
     batch = _empty(rows, image_size, max_boxes)
-    # Fine enough that no thread is left with the last few images of a batch for long.
+    # Small chunks, so that no thread works long on the last few images of a batch.
     size = max(1, rows // (4 * threads))
     chunks = [range(first, min(first + size, rows)) for first in range(0, rows, size)]
     ahead.append((batch, [workers.submit(fill, batch, step, chunk) for chunk in chunks]))
@@ -230,13 +233,14 @@ def _generate(load: Callable[[int], Example | None], steps: int, rows: int, imag
 
 
 def _available_cores() -> int:
-  if hasattr(os, 'sched_getaffinity'):  # Linux: a container may own fewer cores than there are.
+  """Returns the number of processor cores that this process may use."""
+  if hasattr(os, 'sched_getaffinity'):  # On Linux, a container may have only some of the cores.
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
 
 
 def _empty(rows: int, image_size: int, max_boxes: int) -> Batch:
-  """New arrays for every batch: JAX on a CPU may go on using the memory it is handed."""
+  """Makes an empty batch, in new arrays since JAX on a CPU may keep using those it is given."""
   return Batch(
       images=np.zeros((rows, image_size, image_size, 3), np.uint8),
       truth=GroundTruth(boxes=np.zeros((rows, max_boxes, 4), np.float32),

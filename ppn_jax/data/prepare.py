@@ -1,14 +1,14 @@
-"""Writes any data set in TFDS's format, with a TFDS builder that reads one of the sources.
+"""Writes data sets in TFDS's format, with a TFDS builder that reads from a source.
 
   OUTPUT/NAME/VERSION/
     NAME-SPLIT.array_record-*         the records
     features.json dataset_info.json   what TFDS reads
     instances_SPLIT.json              the ground truth in COCO's format, exact, with the data's ids
-    prepared.json                     the options, what was left out, and checksums of all files
+    prepared.json                     the options, images left out, and checksums of all files
 
-TFDS writes into OUTPUT/NAME/incomplete.XXXXXX_VERSION and renames that when all is done. The
-builder is a ShardBasedBuilder: a GeneratorBasedBuilder sorts each split, for which it needs
-TensorFlow from 1 GB on and memory for the whole split.
+TFDS writes into OUTPUT/NAME/incomplete.XXXXXX_VERSION, which is renamed at the end. The builder is
+a ShardBasedBuilder because a GeneratorBasedBuilder sorts each split, for which it needs memory for
+the whole split, and TensorFlow from 1 GB on.
 """
 
 import collections
@@ -33,30 +33,36 @@ import numpy as np
 
 from ppn_jax import storage
 from ppn_jax.data.checks import check_integer
+from ppn_jax.data.contents import SHOWN
 from ppn_jax.data.images import decoding as image_files
-from ppn_jax.data.source import Source, check_categories, spread
+from ppn_jax.data.source import (
+  Source,
+  check_categories,
+  encoded_of,
+  evenly_spaced,
+  stamp_of,
+)
 from ppn_jax.data.sources import tfds_records
-from ppn_jax.data.sources.annotations import SHOWN
 from ppn_jax.errors import InputError
 
 _SHARD_BYTES = 128 << 20
-_SAMPLE = 20  # Images that tell how many bytes all will take.
-_READ_AHEAD = 64  # Images that are read before they are written.
+_SAMPLE = 20  # Images from which the size of all is estimated.
+_READ_AHEAD = 64  # Images that may be read before they are written.
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Describes what to make of the data.
+  """Options of `prepare`.
 
   Attributes:
-    name: Of the data set; small letters, digits and _, and not one of TFDS's own.
+    name: Name of the data set: lower-case letters, digits and _, and not one of TFDS's own.
     version: Three numbers.
     max_side: Images with a longer side of more pixels are stored smaller; 0 leaves the files as
-      they are. The original size stays known, and scoring goes by it.
-    quality: Of JPEG files that are made then, 1 to 100.
-    shards: Files for each split; 0 for as many as are of about 128 MB.
-    threads: That read, check and encode images; 0 for a few more than there are cores.
-    on_bad_image: 'raise' if an image cannot be read, once all have been tried, or 'skip' it.
+      they are. The original size is kept and used for scoring.
+    quality: Quality of the smaller JPEG files, 1 to 100.
+    shards: Number of files for each split; 0 makes files of about 128 MB.
+    threads: Threads that read, check and encode images; 0 for a few more than there are cores.
+    on_bad_image: 'raise' if images cannot be read, after all have been tried, or 'skip' them.
     max_bad: The share of bad images above which 'skip' raises too.
   """
   name: str
@@ -89,31 +95,31 @@ class _Shard(NamedTuple):
   split: str
   indices: range
   skipped: list[list]  # [image id, reason] of images that could not be read.
-  digests: list[bytes]  # Of the other images' own files.
+  digests: list[bytes]  # Digests of the other images' own files.
 
   @property
   def contents(self) -> str:
-    """Digest of the images' own files, '' for a source that can tell nothing of them."""
+    """Digest of the images' own files, '' if the source gives no access to them."""
     return hashlib.sha256(b''.join(self.digests)).hexdigest() if any(self.digests) else ''
 
 
 def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: Options, *,
             say: Callable[[str], None], progress: Callable[[int, int], None]) -> pathlib.Path:
-  """Writes a data set in TFDS's format, or checks the one that is there.
+  """Writes a data set in TFDS's format, or checks an existing one.
 
   Args:
     sources: The data of each split; all with the same classes.
     output: A local folder of data sets, TFDS's data_dir.
-    options: What to make of the data.
-    say: Takes a line for the user.
-    progress: Called with images done and images in all.
+    options: See `Options`.
+    say: Called with a line for the user.
+    progress: Called with the number of images done and of all images.
 
   Returns:
     The folder of the data set, which TFDS and the source 'tfds' read.
 
   Raises:
-    InputError: If other data is there, or images or files are bad, or something cannot be
-      written. What was there is as it was, and nothing is left of what was begun.
+    InputError: If the folder has other data, images or files are bad, or writing fails. Existing
+      data is unchanged then, and nothing new is left.
   """
   if '://' in os.fspath(output):
     raise InputError(f'output {output}: data is prepared in a local folder; copy it from there')
@@ -126,7 +132,7 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
     closing.callback(pool.shutdown, cancel_futures=True)
     for left in target.parent.glob(f'incomplete.*_{target.name}') if locked else ():
       shutil.rmtree(left)
-      say(f'removed {left}, which a call that was stopped had left')
+      say(f'removed {left}, left by a call that was stopped')
     if target.exists():
       _check_finished(target, sources, truths, options, pool, say)
       return target
@@ -139,6 +145,7 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
 
 
 def _check_sources(sources: Mapping[str, Source], name: str) -> None:
+  """Raises InputError unless there are sources with the same, distinct classes, and a new name."""
   tfds = tfds_records.load_tfds()
   if not sources:
     raise InputError('no data to prepare: the config names no source')
@@ -150,7 +157,7 @@ def _check_sources(sources: Mapping[str, Source], name: str) -> None:
   names = [c.name for c in reference.categories]
   if len(set(names)) < len(names):
     twice = next(n for n in names if names.count(n) > 1)
-    raise InputError(f'two classes are called {twice!r}; TFDS wants different names')
+    raise InputError(f'two classes are called {twice!r}; TFDS needs different names')
 
 
 @contextlib.contextmanager
@@ -165,7 +172,7 @@ def _lock(folder: pathlib.Path) -> Iterator[bool]:
     try:
       fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-      raise InputError(f'{folder}: another `ppn prepare` is at work there') from e
+      raise InputError(f'{folder}: another `ppn prepare` is writing there') from e
     except OSError:
       locked = False
     yield locked
@@ -175,11 +182,12 @@ def _lock(folder: pathlib.Path) -> Iterator[bool]:
 
 def _make_plan(sources: Mapping[str, Source], truths: Mapping[str, dict], options: Options,
                shards: Mapping[str, int]) -> dict[str, Any]:
-  """Returns all that decides what is in the files, as it is written to prepared.json.
+  """Returns everything that decides what is in the files, for prepared.json.
 
   Args:
-    sources, truths, options: As in `prepare`.
-    shards: How many files a split has, where that is decided already.
+    sources, options: As in `prepare`.
+    truths: Ground truth of each split.
+    shards: Number of files of a split, if it is known already.
   """
   splits = {}
   for split, truth in truths.items():
@@ -194,14 +202,15 @@ def _make_plan(sources: Mapping[str, Source], truths: Mapping[str, dict], option
 
 
 def _number_of_shards(source: Source, options: Options) -> int:
+  """Returns the number of files of a split, estimated from a sample unless it is an option."""
   if options.shards:
     return min(options.shards, len(source))
   sizes = []
-  for index in spread(len(source), _SAMPLE):
+  for index in evenly_spaced(len(source), _SAMPLE):
     with contextlib.suppress(InputError):
       sizes.append(len(_encode(source, index, np.asarray(source[index].image), options)))
   if not sizes:
-    raise InputError(f'none of {_SAMPLE} images looked at can be read')
+    raise InputError(f'none of {_SAMPLE} sampled images can be read')
   return min(len(source), max(1, -int(-np.mean(sizes) * len(source) // _SHARD_BYTES)))
 
 
@@ -230,7 +239,7 @@ def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, 
     source, images = sources[shard.split], truths[shard.split]['images']
 
     def read(index: int) -> tuple[bytes, dict | InputError]:
-      # The digest first, so that a change in between shows.
+      # The digest comes first, so that a change in between is noticed.
       return _digest(source, index), _read_example(
           source, index, images[index], areas.get((shard.split, images[index]['id']), ()),
           shard.split, options)
@@ -242,32 +251,32 @@ def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, 
       else:
         shard.digests.append(digest)
         yield index, example
-        example.clear()  # TFDS keeps the examples of a shard until it has counted them.
+        example.clear()  # Saves memory, since TFDS keeps all examples of a shard for counting.
       done += 1
       progress(done, total)
 
   class Writer(writer.ExampleWriter):
-    """Writes shards that have the same bytes in every process and are on the disk."""
+    """Writes shards that are the same in every process, and flushes them to disk."""
 
     def write(self, path: os.PathLike, examples: Iterable[tuple[int, bytes]]) -> None:
       try:
         super().write(path, ((key, tfds_records.sort_features(data)) for key, data in examples))
         with open(path, 'rb') as file:
           os.fsync(file.fileno())
-      except (OSError, RuntimeError) as e:  # The latter is ArrayRecord's.
+      except (OSError, RuntimeError) as e:  # ArrayRecord raises RuntimeError.
         reason = getattr(e, 'strerror', None) or ' '.join(str(e).split())
         raise InputError(f'{os.fspath(path)}: cannot be written: {reason}') from e
 
   class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Builds the data set."""
     name, VERSION = plan['name'], tfds.core.Version(plan['version'])
-    code_path = None  # No checksums of downloads lie beside this module.
+    code_path = None  # There are no checksums of downloads beside this module.
 
     def _info(self):
       info = tfds.core.DatasetInfo(
           builder=self, disable_shuffling=True,
           features=_detection_features([c['name'] for c in plan['categories']]))
-      # Else TFDS may ask Google for a data set of this name, and leaves a folder in /tmp.
+      # Otherwise TFDS may ask Google for a data set of this name and leave a folder in /tmp.
       info.initialize_from_bucket = lambda: None
       return info
 
@@ -281,11 +290,11 @@ def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, 
     def _download_and_prepare(self, dl_manager, download_config=None):
       super()._download_and_prepare(dl_manager, download_config)
       _check_skipped(shards, total, options)
-      self.info.write_to_directory(self.data_dir)  # TFDS would, but after the checksums.
+      self.info.write_to_directory(self.data_dir)  # TFDS would do so after the checksums.
       _finish(pathlib.Path(self.data_dir), plan, truths, shards, pool)
 
     def _log_download_bytes(self):
-      """Prints nothing; TFDS would, on stdout."""
+      """Prints nothing, whereas TFDS prints on stdout."""
 
     _log_download_done = _log_download_bytes
 
@@ -296,7 +305,7 @@ def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, 
 
 
 def _detection_features(classes: Sequence[str]) -> Any:
-  """Returns the features of COCO in TFDS, and the size of the original image."""
+  """Returns TFDS's features of COCO and the size of the original image."""
   features = tfds_records.load_tfds().features
   return features.FeaturesDict({
       'image': features.Image(),
@@ -313,7 +322,7 @@ def _detection_features(classes: Sequence[str]) -> Any:
 
 def _map_ahead(pool: concurrent.futures.Executor, function: Callable[[int], Any],
                indices: Iterable[int]) -> Iterator[Any]:
-  """Yields results in order, of which a limited number are computed ahead."""
+  """Yields results in order, while a limited number of them are computed ahead."""
   waiting = collections.deque()
   for index in indices:
     waiting.append(pool.submit(function, index))
@@ -325,7 +334,7 @@ def _map_ahead(pool: concurrent.futures.Executor, function: Callable[[int], Any]
 
 def _read_example(source: Source, index: int, image: Mapping[str, Any], areas: Sequence[float],
                   split: str, options: Options) -> dict[str, Any] | InputError:
-  """Returns what TFDS is to encode, or why the image cannot be read.
+  """Returns the features of an image for TFDS, or the error if it cannot be read.
 
   Raises:
     InputError: If the source contradicts its own ground truth.
@@ -337,7 +346,7 @@ def _read_example(source: Source, index: int, image: Mapping[str, Any], areas: S
     return e
   if example.image_id != image['id']:
     raise InputError(f'image {index} of {split} has the id {example.image_id}, but ground_truth '
-                     f'lists {image["id"]} there; they must be in one order')
+                     f'lists {image["id"]} there; they must be in the same order')
   height, width = example.size
   if len(areas) != len(example.boxes):
     sides = (example.boxes[:, 2:] - example.boxes[:, :2]) * np.float32([height, width])
@@ -353,19 +362,19 @@ def _read_example(source: Source, index: int, image: Mapping[str, Any], areas: S
 
 
 def _encode(source: Source, index: int, image: np.ndarray, options: Options) -> bytes:
-  """Returns the file to store for an image, the source's own where that will do."""
+  """Returns the file to store for an image, the source's own if its size is not changed."""
   height, width = image.shape[:2]
   if 0 < options.max_side < max(height, width):
     factor = options.max_side / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-  elif hasattr(source, 'encoded'):
-    return source.encoded(index)
+  elif encoded := encoded_of(source):
+    return encoded(index)
   return image_files.encode_jpeg(image, options.quality)
 
 
 def _check_skipped(shards: Sequence[_Shard], total: int, options: Options) -> None:
-  """Raises InputError if there are images that cannot be read and must not be left out."""
+  """Raises InputError if more images cannot be read than may be left out."""
   reasons = [reason for shard in shards for _, reason in shard.skipped]
   if not reasons:
     return
@@ -374,12 +383,12 @@ def _check_skipped(shards: Sequence[_Shard], total: int, options: Options) -> No
     raise InputError(f'{found}; leave these out with --on_bad_image=skip')
   if len(reasons) > options.max_bad * total or any(
       len(shard.skipped) == len(shard.indices) for shard in shards):
-    raise InputError(f'{found}; more than a share of {options.max_bad}, which --max_bad allows')
+    raise InputError(f'{found}; more than the share {options.max_bad} that --max_bad allows')
 
 
 def _finish(folder: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, dict],
             shards: Sequence[_Shard], pool: concurrent.futures.Executor) -> None:
-  """Writes the ground truth and prepared.json beside the records, and counts these."""
+  """Counts the records, and writes the ground truth and prepared.json beside them."""
   from array_record.python.array_record_module import ArrayRecordReader
   left_out = {}
   builder = tfds_records.load_tfds().builder_from_directory(os.fspath(folder))
@@ -388,10 +397,10 @@ def _finish(folder: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, 
     info = builder.info.splits[split]
     counts = [ArrayRecordReader(os.fspath(path)).num_records() for path in info.filepaths]
     if not counts == info.shard_lengths == [len(shard.digests) for shard in of_split]:
-      raise RuntimeError(f'{split}: TFDS counts other records than were written')
-    gone = left_out[split] = [image for shard in of_split for image, _ in shard.skipped]
+      raise RuntimeError(f'{split}: the records of TFDS are not those that were written')
+    skipped = left_out[split] = [image for shard in of_split for image, _ in shard.skipped]
     storage.write_text(folder / tfds_records.truth_name(split),
-                     json.dumps(_without(truth, set(gone))))
+                     json.dumps(_without(truth, set(skipped))))
   paths = sorted(folder.iterdir())
   checksums = dict(zip([path.name for path in paths], pool.map(_checksum, paths), strict=True))
   storage.write_text(folder / 'prepared.json', json.dumps({
@@ -400,19 +409,19 @@ def _finish(folder: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, 
       'images': [[shard.contents, shard.skipped] for shard in shards]}, indent=1) + '\n')
 
 
-def _without(truth: dict[str, Any], gone: set[int]) -> dict[str, Any]:
-  """Returns the ground truth of a split less some images."""
-  if not gone:
+def _without(truth: dict[str, Any], skipped: set[int]) -> dict[str, Any]:
+  """Returns the ground truth of a split without some images."""
+  if not skipped:
     return truth
-  kept = [a for a in truth['annotations'] if a['image_id'] not in gone]
-  return truth | {'images': [i for i in truth['images'] if i['id'] not in gone],
+  kept = [a for a in truth['annotations'] if a['image_id'] not in skipped]
+  return truth | {'images': [i for i in truth['images'] if i['id'] not in skipped],
                   'annotations': [a | {'id': n} for n, a in enumerate(kept, start=1)]}
 
 
 def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
                     truths: Mapping[str, dict], options: Options,
                     pool: concurrent.futures.Executor, say: Callable[[str], None]) -> None:
-  """Raises InputError unless finished data is whole and what this call would make."""
+  """Raises InputError unless finished data is complete and what this call would make."""
   try:
     prepared = json.loads((folder / 'prepared.json').read_text('utf-8'))
     there, checksums = prepared['plan'], dict(prepared['sha256'])
@@ -421,7 +430,7 @@ def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     if isinstance(e, InputError):
       raise
-    raise InputError(f'{folder} is there, but not made by `ppn prepare`; give another name or '
+    raise InputError(f'{folder} exists, but was not made by `ppn prepare`; give another name or '
                      'version') from e
   for key, value in json.loads(json.dumps(plan)).items():
     if there.get(key) != value:
@@ -431,37 +440,36 @@ def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
   paths = [folder / name for name in checksums]
   for path, found in zip(paths, pool.map(_checksum, paths), strict=True):
     if found != checksums[path.name]:
-      raise InputError(f'{path} is missing or not as it was made; remove {folder} and prepare '
+      raise InputError(f'{path} is missing or has changed; remove {folder} and prepare '
                        'again')
   made_of = prepared.get('images') or []
   for shard, (contents, skipped) in zip(_make_shards(plan), made_of, strict=bool(made_of)):
     source, images = sources[shard.split], truths[shard.split]['images']
-    gone = {image for image, _ in skipped}
-    kept = [i for i in shard.indices if images[i]['id'] not in gone]
+    skipped_ids = {image for image, _ in skipped}
+    kept = [i for i in shard.indices if images[i]['id'] not in skipped_ids]
     shard.digests.extend(pool.map(lambda i, source=source: _digest(source, i), kept))
     if shard.contents != contents:
       first, last = (images[i]['id'] for i in (shard.indices[0], shard.indices[-1]))
-      raise InputError(f'{folder} was made of other images than those that are there now: of split '
-                       f'{shard.split!r}, some of image {first} to image {last} have changed; '
+      raise InputError(f'{folder} was made from other images than the present ones: of split '
+                       f'{shard.split!r}, some of images {first} to {last} have changed; '
                        f'remove {folder} and prepare again, or give another version')
-  say(f'{folder} is there already, and every file has its checksum')
+  say(f'{folder} exists already, and every file has its checksum')
   left_out = {split: set(ids) for split, ids in prepared.get('left_out', {}).items() if ids}
   if left_out:
-    say(f'{sum(map(len, left_out.values()))} images were left out of it, since they could not be '
-        'read')
+    say(f'{sum(map(len, left_out.values()))} images were left out because they could not be read')
   if readable := sum(_is_readable(sources[split], i) for split, ids in left_out.items()
                      for i, image in enumerate(truths[split]['images']) if image['id'] in ids):
-    say(f'{readable} of them can be read now; remove {folder} and prepare again to take them in')
+    say(f'{readable} of them can be read now; remove {folder} and prepare again to add them')
 
 
 def _digest(source: Source, index: int) -> bytes:
-  """Returns a digest of an image's own file, which changes with it; b'' if that is not known."""
-  tell = getattr(source, 'encoded', None) or getattr(source, 'stamp', None)
-  if tell is None:
+  """Returns a digest that changes with an image's own file; b'' if the source has none."""
+  identify = encoded_of(source) or stamp_of(source)
+  if identify is None:
     return b''
   try:
-    return hashlib.sha256(tell(index)).digest()
-  except (InputError, AttributeError):  # A file that is gone, or a source that cannot tell.
+    return hashlib.sha256(identify(index)).digest()
+  except InputError:  # The file cannot be read any more.
     return bytes(32)
 
 
@@ -472,7 +480,7 @@ def _is_readable(source: Source, index: int) -> bool:
 
 
 def _checksum(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a file, '' if it is not there."""
+  """Returns the SHA-256 of a file, '' if it does not exist."""
   try:
     with path.open('rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()

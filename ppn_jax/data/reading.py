@@ -1,4 +1,4 @@
-"""One augmented Example of a source, its image decoded no earlier and no larger than needed."""
+"""Reads and augments single examples, decoding each image as late and as small as possible."""
 
 from collections.abc import Sequence
 
@@ -13,34 +13,35 @@ from ppn_jax.detection.structures import Example
 
 def read_example(source: Source, index: int, transforms: Sequence[Transform],
                  rng: np.random.Generator) -> Example:
-  """Image `index` of a source, sent through transforms: a function of index and `rng`.
+  """Reads an image of a source and applies transforms.
 
-  The image may be a `LazyImage` if the last of the transforms takes one.
+  The result depends on `index` and `rng` only. Its image may be a `LazyImage` if the last
+  transform accepts one.
 
   Raises:
-    InputError: this image, or another that a transform mixes with it, cannot be read.
+    InputError: If this image, or another that a transform mixes with it, cannot be read.
   """
-  example = _undrawn(open_example(source, index))
+  example = _as_lazy(open_example(source, index))
   lazy = [getattr(transform, 'takes_lazy_image', False) for transform in transforms]
   for at, (transform, lazily) in enumerate(zip(transforms, lazy, strict=True)):
     if not lazily:
       example = materialise(example)
-    elif any(lazy[at + 1:at + 2]):  # Else nothing that it draws can be cut off.
-      example = _undrawn(example)
+    elif any(lazy[at + 1:at + 2]):  # Otherwise nothing can be gained by waiting.
+      example = _as_lazy(example)
     arguments = [example, rng]
     if getattr(transform, 'takes_others', False):
-      arguments.append(_Draw(source, transforms[:at], rng, lazily))
+      arguments.append(_OtherExamples(source, transforms[:at], rng, lazily))
     example = transform(*arguments)
   return example
 
 
-def _undrawn(example: Example) -> Example:
-  """The Example with a lazy image, so that no op draws what the next one cuts off."""
+def _as_lazy(example: Example) -> Example:
+  """Makes the image lazy, so that no transform computes pixels that the next one cuts off."""
   return example._replace(image=LazyImage.of(example.image))
 
 
-class _Draw:
-  """Called, gives a random Example of a source, sent through transforms."""
+class _OtherExamples:
+  """Function without arguments that draws a random example of a source and transforms it."""
 
   def __init__(self, source: Source, transforms: Sequence[Transform], rng: np.random.Generator,
                lazily: bool):

@@ -1,4 +1,4 @@
-"""What a data set must offer, and the data sets that configs know by name."""
+"""The interface of a data source, and the sources that configs select by name."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ppn_jax import registry
-from ppn_jax.data.contents import Contents
+from ppn_jax.data.contents import Contents, contents_from_ground_truth
 from ppn_jax.detection.structures import Category, Example
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.storage import expand_home
@@ -20,91 +20,134 @@ SOURCES = {
     'yolo_txt': 'ppn_jax.data.sources.yolo:YoloTxt',
 }
 
-# What `data.train` has beside the source's own options: see `training.feeds`.
-_TRAIN_OPTIONS = {'cache': '', 'cache_size': 0, 'resident': False, 'resident_size': 0}
-
 
 class Source(Protocol):
-  """A data set with random access. Threads call `__getitem__` at the same time.
+  """A data set with random access, whose `__getitem__` is called by several threads at a time.
 
-  All that can be wrong with a user's annotations is found when a source is made; only what an
-  image's bytes decide is found by `__getitem__`. Both raise InputError. A source that looks at
-  image files when it is made takes the argument `on_bad_example`: with 'skip', an image that is
-  missing or unreadable is left for `__getitem__` to raise for.
+  The constructor finds every error in the annotations; `__getitem__` finds only those that depend
+  on the bytes of an image. Both raise InputError. A constructor that looks at image files takes the
+  argument `on_bad_example`: with 'skip', it accepts missing and unreadable images, and
+  `__getitem__` raises for them.
 
-  A source may have an attribute `contents`, a `contents.Contents`, which says more of its data
-  than `ground_truth` can; None keeps a report from asking for that. See `report`.
-
-  Three more methods are of use to some and needed by none:
-
-    open_example(index)  as source[index], but the image may be a `LazyImage`: see `open_example`.
-    encoded(index)       bytes, the file of the image: `ppn prepare` stores it as it is, and a cache
-                         on disk compares it.
-    stamp(index)         bytes that are others once the image may have changed, b'' if that cannot
-                         be told; a cache on disk goes by them. Of an image that is drawn, all that
-                         it depends on.
+  `OptionalMembers` lists what a source may have in addition.
 
   Attributes:
-    categories: the classes; label k stands for categories[k]. Ordered by id.
-    max_boxes: the most boxes that one image has.
+    categories: The C classes, ordered by id; label k stands for categories[k].
+    max_boxes: The largest number of boxes of an image.
   """
   categories: tuple[Category, ...]
   max_boxes: int
 
   def __len__(self) -> int:
-    """The number of images, those without boxes included."""
+    """Returns the number of images, including those without boxes."""
+    ...
 
   def __getitem__(self, index: int) -> Example:
-    """Image `index` of 0 .. len-1 with its truth: always the same."""
+    """Returns image `index`, 0 to len - 1, with its annotations; always the same for an index."""
+    ...
 
   def ground_truth(self) -> dict[str, Any]:
-    """The truth to score against, a COCO instances dict.
+    """Returns the ground truth for scoring, a COCO instances dict.
 
-    'images' has every image (id, height, width, file_name), 'categories' every class, and
-    'annotations' each box: id from 1 without gaps, image_id, category_id, bbox [x, y, width,
-    height] in pixels of the original image, area and iscrowd.
+    'images' has every image in the order of the indices (id, height, width, file_name),
+    'categories' every class, and 'annotations' every box: id from 1 without gaps, image_id,
+    category_id, bbox [x, y, width, height] in pixels of the original image, area and iscrowd.
     """
+    ...
 
 
-def split_train_block(block: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The config block `data.train` -> that of `build_source`, and how training holds the images.
+class OptionalMembers(Source, Protocol):
+  """The members that a source may have or lack; only the functions of this module look for them.
 
-  The latter are the keys of `_TRAIN_OPTIONS`, with its values where they are absent. In paths `~`
-  stands for the home folder.
+  Attributes:
+    contents: A summary of the data with more detail than `ground_truth`, for reports; None if
+      nothing is to be reported. See `contents_of`.
+    file_ids: Maps category ids of `ground_truth` to those of the data's files. See `file_ids`.
   """
-  block = expand_home(dict(block))
-  return ({key: value for key, value in block.items() if key not in _TRAIN_OPTIONS},
-          {key: block.get(key, default) for key, default in _TRAIN_OPTIONS.items()})
+  contents: Contents | None
+  file_ids: Mapping[int, int]
+
+  def open_example(self, index: int) -> Example:
+    """Returns `self[index]`, in which the image may be a `LazyImage`. See `open_example`."""
+    ...
+
+  def encoded(self, index: int) -> bytes:
+    """Returns the image file. `ppn prepare` stores it and a cache on disk compares it."""
+    ...
+
+  def stamp(self, index: int) -> bytes:
+    """Returns bytes that differ if the image may have changed, b'' if that is not known.
+
+    A cache on disk compares them. For a drawn image, they name everything that it depends on.
+    """
+    ...
 
 
 def open_example(source: Source, index: int) -> Example:
-  """As source[index], but the image may be a `LazyImage`, for those who want less than all of it.
+  """Returns `source[index]`, not decoded yet if the source supports that.
 
-  A source that can put off decoding has a method `open_example(index)` for it.
+  The image may then be a `LazyImage`, which saves time if only a part of it is needed.
   """
   return getattr(source, 'open_example', source.__getitem__)(index)
 
 
-def spread(total: int, count: int) -> list[int]:
-  """At most `count` indices of `total`, ascending and evenly apart, the first and last among
-  them."""
+def encoded_of(source: Source) -> Callable[[int], bytes] | None:
+  """Returns the method `encoded` of a source, None if it has none."""
+  return getattr(source, 'encoded', None)
+
+
+def stamp_of(source: Source) -> Callable[[int], bytes] | None:
+  """Returns the method `stamp` of a source, None if it has none."""
+  return getattr(source, 'stamp', None)
+
+
+def contents_of(source: Source) -> Contents | None:
+  """Returns the summary of a source, computed from its ground truth if it has no `contents`.
+
+  Returns None if `contents` is None, or if there is no ground truth either.
+
+  Raises:
+    InputError: If the ground truth is not what `Source.ground_truth` describes.
+  """
+  if hasattr(source, 'contents'):
+    return source.contents
+  if not hasattr(source, 'ground_truth'):
+    return None
+  return contents_from_ground_truth(source.ground_truth(), source.categories, len(source),
+                                    name=type(source).__name__)
+
+
+def known_unreadable(source: Source) -> tuple[tuple[int, str], ...]:
+  """Returns (image, reason) for the images that a source has found to be unreadable."""
+  contents = getattr(source, 'contents', None)
+  return () if contents is None else contents.unreadable
+
+
+def file_ids(source: Source) -> dict[int, int]:
+  """Returns a one-to-one map from category ids of the ground truth to those of the data's files."""
+  return getattr(source, 'file_ids', None) or {c.id: c.id for c in source.categories}
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+  """Returns at most `count` ascending indices below `total`, with the first and the last."""
   return sorted({round(i) for i in np.linspace(0, total - 1, count)})
 
 
 def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | None = None,
                  key: str = '', on_bad_example: str = 'raise') -> Source:
-  """The source of a config block; see `registry.build`.
+  """Builds the source of a config block.
 
   Args:
     block: {'name': a key of SOURCES or a dotted path, **keyword_arguments}.
-    categories: the classes of the run. Those of the data must be among them, by id and name or by
-      name alone, and are given the run's labels: a detector of COCO's 90 ids can be scored on a
-      file that lists the 80 in use, or on one that numbers them otherwise. None takes any.
-    key: where the block stands in the config, such as 'data.eval', for errors.
-    on_bad_example: the config's `data.on_bad_example`, for sources that take it.
+    categories: Classes of the run. Those of the data must be among them, by id and name or by name
+      alone, and get the run's labels: a detector of COCO's 90 ids can be scored on a file that
+      lists the 80 in use, or on one that numbers them differently. None accepts any classes.
+    key: The place of the block in the config, such as 'data.eval', for error messages.
+    on_bad_example: The config's `data.on_bad_example`, for sources that take it.
 
   Raises:
-    InputError: no such source or option, bad data, or a class that the run does not have.
+    InputError: If there is no such source or option, the data is wrong, or has a class that the run
+      does not have.
   """
   try:
     if isinstance(block, Mapping):
@@ -124,88 +167,77 @@ def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | N
     raise InputError(f'{key}: {text}' if key else text) from e
 
 
-def match_categories(what: str, found: Sequence[Category], wanted: Sequence[Category]
-                     ) -> tuple[list[int], list[str]]:
-  """Finds the classes of one data set among those of another, by name where their ids differ.
+class SourceView:
+  """Base of sources that show another source differently.
 
-  Args:
-    what: the data set that has `found`, for messages.
-    found: classes to look for.
-    wanted: classes to look among.
-
-  Returns:
-    The position in `wanted` of each that was found, and notes on those with another id.
-
-  Raises:
-    InputError: a class that `wanted` does not have, or whose name is there more than once.
-  """
-  exact = {tuple(c): k for k, c in enumerate(wanted)}
-  by_id, names = {c.id: c for c in wanted}, [c.name for c in wanted]
-  places, renumbered = [], []
-  for label, category in enumerate(found):
-    place = exact.get(tuple(category))
-    if place is None:
-      if (names.count(category.name) != 1
-          or sum(c.name == category.name for c in found) != 1):
-        raise _other_classes(what, label, category, by_id.get(category.id), found, wanted)
-      place = names.index(category.name)
-      renumbered.append(f'{category.name!r} has the id {category.id} here and '
-                        f'{wanted[place].id} in the run')
-    places.append(place)
-  if not renumbered:
-    return places, []
-  more = f' ({len(renumbered)} classes in all)' if len(renumbered) > 1 else ''
-  return places, [f'classes are matched by name: {renumbered[0]}{more}']
-
-
-class _Relabelled:
-  """A source whose classes are some of a run's, with the run's labels and ids.
-
-  Attributes:
-    file_ids: the run's category ids -> those of the data's own files, in which results are
-      written; classes that the data does not have keep theirs if it is free.
+  Sub-classes override `_index` and `_change`. An optional member that the other source lacks raises
+  AttributeError, so this one lacks it too.
   """
 
-  def __init__(self, what: str, source: Source, categories: Sequence[Category]):
-    places, self._notes = match_categories(what, source.categories, categories)
-    self._source, self._labels = source, np.array(places, np.int32)
-    self.categories, self.max_boxes = tuple(categories), source.max_boxes
-    self.bad_boxes = getattr(source, 'bad_boxes', None)
-    own = {self.categories[k].id: c.id for k, c in zip(places, source.categories, strict=True)}
-    self.file_ids = _complete(own, [c.id for c in categories])
-    self._run_ids = {theirs: ours for ours, theirs in own.items()}
+  def __init__(self, source: Source):
+    self._source = source
+    self.categories, self.max_boxes = source.categories, source.max_boxes
+    self.file_ids = file_ids(source)
+
+  def _index(self, index: int) -> int:
+    """Maps an index of this source to one of the other source."""
+    return index
+
+  def _change(self, example: Example) -> Example:
+    """Maps an example of the other source to one of this source."""
+    return example
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Example:
-    return self._relabel(self._source[index])
+    return self._change(self._source[self._index(index)])
 
   def open_example(self, index: int) -> Example:
-    return self._relabel(open_example(self._source, index))
+    """See `OptionalMembers`."""
+    return self._change(open_example(self._source, self._index(index)))
 
   @property
   def encoded(self) -> Callable[[int], bytes]:
-    """As the source's own, absent where it has none; see `shards.encode`."""
-    return self._source.encoded
+    """See `OptionalMembers`."""
+    encoded = self._source.encoded
+    return lambda index: encoded(self._index(index))
 
   @property
   def stamp(self) -> Callable[[int], bytes]:
-    """The source's own, absent where it has none."""
-    return self._source.stamp
+    """See `OptionalMembers`."""
+    stamp = self._source.stamp
+    return lambda index: stamp(self._index(index))
 
-  def _relabel(self, example: Example) -> Example:
+
+class _Relabelled(SourceView):
+  """A source with the labels and category ids of a run, whose classes include those of the data.
+
+  Attributes:
+    file_ids: See `OptionalMembers`. Classes that the data lacks keep their id if it is not in use.
+  """
+
+  def __init__(self, what: str, source: Source, categories: Sequence[Category]):
+    super().__init__(source)
+    places, self._notes = match_categories(what, source.categories, categories)
+    self._labels = np.array(places, np.int32)
+    self.categories = tuple(categories)
+    own = {self.categories[k].id: c.id for k, c in zip(places, source.categories, strict=True)}
+    self.file_ids = _complete_ids(own, [c.id for c in categories])
+    self._run_ids = {theirs: ours for ours, theirs in own.items()}
+
+  def _change(self, example: Example) -> Example:
     return example._replace(labels=self._labels[example.labels])
 
   @property
   def contents(self) -> Contents | None:
-    """As the source's own, absent where it has none."""
+    """See `OptionalMembers`."""
     contents = self._source.contents
     return contents and contents._replace(labels=self._labels[contents.labels],
-                             notes=(*contents.notes, *self._notes))
+                                          notes=(*contents.notes, *self._notes))
 
   def ground_truth(self) -> dict[str, Any]:
-    """The data's own, with all classes of the run and the run's ids: detections may be of any."""
+    """Returns the ground truth with the run's ids and all its classes, which may be detected."""
     truth = self._source.ground_truth()
     return truth | {
         'categories': [c._asdict() for c in self.categories],
@@ -213,13 +245,8 @@ class _Relabelled:
                         for a in truth['annotations']]}
 
 
-def file_ids(source: Source) -> dict[int, int]:
-  """The category ids of `source.ground_truth()` -> those of the data's files, one to one."""
-  return getattr(source, 'file_ids', None) or {c.id: c.id for c in source.categories}
-
-
-def _complete(own: Mapping[int, int], ids: Sequence[int]) -> dict[int, int]:
-  """`own` with the other `ids` too, each its own or, where that is taken, the next that is free."""
+def _complete_ids(own: Mapping[int, int], ids: Sequence[int]) -> dict[int, int]:
+  """Adds `ids` that `own` lacks: each stands for itself or, if in use, for the next free id."""
   taken, result = set(own.values()), dict(own)
   free = max([*taken, *ids], default=0)
   for i in ids:
@@ -233,23 +260,63 @@ def _complete(own: Mapping[int, int], ids: Sequence[int]) -> dict[int, int]:
   return result
 
 
-def check_categories(what: str, found: Sequence[Category], wanted: Sequence[Category]) -> None:
-  """Raises InputError, with the first difference, unless both have the same ids and names."""
-  for label in range(max(len(found), len(wanted))):
+def match_categories(what: str, found: Sequence[Category], expected: Sequence[Category]
+                     ) -> tuple[list[int], list[str]]:
+  """Finds the classes of one data set among those of another, by name where their ids differ.
+
+  Args:
+    what: The data set with the classes `found`, for messages.
+    found: Classes to look up.
+    expected: Classes to look among.
+
+  Returns:
+    The position in `expected` of each class, and notes about those with another id.
+
+  Raises:
+    InputError: If `expected` lacks a class, or a class to be matched by name has a name that
+      occurs more than once.
+  """
+  exact = {tuple(c): k for k, c in enumerate(expected)}
+  by_id, names = {c.id: c for c in expected}, [c.name for c in expected]
+  places, renumbered = [], []
+  for label, category in enumerate(found):
+    place = exact.get(tuple(category))
+    if place is None:
+      if (names.count(category.name) != 1
+          or sum(c.name == category.name for c in found) != 1):
+        raise _other_classes(what, label, category, by_id.get(category.id), found, expected)
+      place = names.index(category.name)
+      renumbered.append(f'{category.name!r} has the id {category.id} here and '
+                        f'{expected[place].id} in the run')
+    places.append(place)
+  if not renumbered:
+    return places, []
+  more = f' ({len(renumbered)} classes in all)' if len(renumbered) > 1 else ''
+  return places, [f'classes are matched by name: {renumbered[0]}{more}']
+
+
+def check_categories(what: str, found: Sequence[Category], expected: Sequence[Category]) -> None:
+  """Checks that two lists of classes have the same ids and names.
+
+  Raises:
+    InputError: If they differ, with the first difference.
+  """
+  for label in range(max(len(found), len(expected))):
     ours = tuple(found[label]) if label < len(found) else None
-    theirs = tuple(wanted[label]) if label < len(wanted) else None
+    theirs = tuple(expected[label]) if label < len(expected) else None
     if ours != theirs:
-      raise _other_classes(what, label, ours, theirs, found, wanted)
+      raise _other_classes(what, label, ours, theirs, found, expected)
 
 
 def _other_classes(what: str, label: int, ours: tuple[int, str] | None,
                    theirs: tuple[int, str] | None, found: Sequence[Category],
-                   wanted: Sequence[Category]) -> InputError:
-  hint = did_you_mean(ours[1], [c.name for c in wanted]) if ours and not theirs else ''
+                   expected: Sequence[Category]) -> InputError:
+  """Makes the error about a class that differs from the run's."""
+  hint = did_you_mean(ours[1], [c.name for c in expected]) if ours and not theirs else ''
   hint = f'; {hint}' if hint.startswith('did') else ''
   return InputError(
-      f'{what}: its classes are not those of the run: label {label} is {_show(ours)} here '
-      f'and {_show(theirs)} in the run ({len(found)} classes here, {len(wanted)} in the run){hint}')
+      f'{what}: its classes are not those of the run: label {label} is {_show(ours)} here and '
+      f'{_show(theirs)} in the run ({len(found)} classes here, {len(expected)} in the run){hint}')
 
 
 def _show(category: tuple[int, str] | None) -> str:

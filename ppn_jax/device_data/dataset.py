@@ -67,17 +67,17 @@ def check_plan(plan: Plan, mesh: Mesh, steps: int) -> None:
   """
   if steps * plan.batch_size >= 2**32:
     raise InputError(f'train.steps={steps} of train.batch_size={plan.batch_size} are more than '
-                     '2**32 images, which data.train.resident=True cannot count')
+                     '2**32 images, which data.resident.enabled=True cannot count')
   data = bytes_of_data(plan, mesh)
   step = (plan.batch_size // mesh.size * plan.augmentation.image_size**2 * _STEP_BYTES_PER_PIXEL
           + 2 * plan.batch_size * 3 * plan.stored_size**2)
   free = min(map(_free_memory, mesh.local_devices))
   if data + step > free:
     raise InputError(
-        f'data.train.resident: {plan.num_images:,} images of {plan.stored_size} px take '
+        f'data.resident: {plan.num_images:,} images of {plan.stored_size} px take '
         f'{_gigabytes(data)} on each of {mesh.size} device{"s" if mesh.size > 1 else ""} and a '
         f'step about {_gigabytes(step)}, but {_gigabytes(free)} are free; use more devices, a '
-        'smaller data.train.resident_size, or data.train.resident=False')
+        'smaller data.resident.size, or data.resident.enabled=False')
 
 
 def bytes_of_data(plan: Plan, mesh: Mesh) -> int:

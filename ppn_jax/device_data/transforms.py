@@ -98,12 +98,12 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
   for block, op in zip(blocks, ops, strict=True):
     if type(op) not in (*_GEOMETRY, *_COLOR):  # Not isinstance: a subclass does something else.
       raise InputError(f'transform {block["name"]!r} has no form on the device; leave it out, or '
-                       'train with data.train.resident=False')
+                       'train with data.resident.enabled=False')
     if isinstance(op, (Resize, LargeScaleJitter)):
       kernel = op.method
       if op.size < image_size:
         raise InputError(f'{block["name"]}.size is {op.size}, below model.image_size={image_size}, '
-                         'which has no form on the device; train with data.train.resident=False')
+                         'which has no form on the device; train with data.resident.enabled=False')
   if kernel not in KERNELS:
     raise InputError(f'resize method {kernel!r} has no form on the device; '
                      f'{did_you_mean(kernel, KERNELS)}')
@@ -111,7 +111,7 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
              if isinstance(op, _FILLING)]
   if len(filling) > 1:
     raise InputError(f'transforms {filling[0]!r} and {filling[1]!r} both show more than the image; '
-                     'with data.train.resident=True one may')
+                     'with data.resident.enabled=True one may')
   return Augmentation(ops, image_size, kernel)
 
 

@@ -1,7 +1,7 @@
 """A data set as a network would meet it: boxes of augmented images, and the anchors they get.
 
 Nothing is trained. Images come from the same functions as in training, so the first of a survey are
-the first of a run with the same config. (With `data.train.resident` the devices draw their own,
+the first of a run with the same config. (With `data.resident` the devices draw their own,
 from the same distributions.)
 """
 
@@ -99,7 +99,7 @@ def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
   config = resolve_classes(config, source.categories)
   detector, data = build_detector(config), config.data
   bad = BadExamples(f'data.{split}', len(source), data.on_bad_example, data.max_bad_share)
-  bad.note_known(source)
+  bad.record_known(source)
   count, seen, crowds, parts, kept = min(samples, len(source)), 0, 0, [], []
   measure = _measurer(detector, config.matching.to_dict())
   for batch in _batches(config, split, source, min(_BATCH, count), bad):
@@ -117,7 +117,7 @@ def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
                 image_size=detector.image_size if split == 'train' else 0)
   return Survey(split, detector.image_size, tuple(source.categories), detector.anchors,
                 config.matching.to_dict(), seen, len(source), crowds, boxes, tuple(kept),
-                said, tuple(bad.news()), _changes(config, detector, boxes))
+                said, tuple(bad.new_reasons()), _changes(config, detector, boxes))
 
 
 def _changes(config: ConfigDict, detector: Detector, boxes: Boxes) -> tuple[Change, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ppn_jax import storage
 from ppn_jax.checkpoints import retention
-from ppn_jax.data.bad_examples import spread_examples
+from ppn_jax.data.bad_examples import evenly_spaced_examples
 from ppn_jax.data.report import report
 from ppn_jax.data.source import Source, file_ids
 from ppn_jax.detection.structures import Array, Category
@@ -139,7 +139,7 @@ class Job:
     total = len(evaluator.source)
     self.say(f'evaluating step {step:,} on {total:,} images')
     rows = evaluator.rows(variables, on_images=_every_tenth(total, self.say))
-    for reason in dict.fromkeys(coordination.gather_lines(evaluator.bad.news())):
+    for reason in dict.fromkeys(coordination.gather_lines(evaluator.bad.new_reasons())):
       self.say(f'skipped: {reason}')
     scores = evaluator.score(rows)
     if jax.process_index() == 0:
@@ -243,7 +243,7 @@ def picture(source: Source, rows: list[dict[str, Any]], categories: tuple[Catego
   names = [c.name for c in categories]
   label_of = {c.id: label for label, c in enumerate(categories)}
   drawn, reasons = [], []
-  for _, example in spread_examples(source, count, reasons.append):
+  for _, example in evenly_spaced_examples(source, count, reasons.append):
     found = [r for r in rows if r['image_id'] == example.image_id and r['score'] >= threshold]
     height, width = example.size
     xywh = np.array([r['bbox'] for r in found], np.float32).reshape(-1, 4)

@@ -119,7 +119,7 @@ def build_evaluator(run: Run, detector: Detector, mesh: Mesh, *, scorer: str = '
   if source is None:
     source = open_split(run.config, 'eval', categories=run.categories)
   bad = BadExamples('data.eval', len(source), data.on_bad_example, data.max_bad_share)
-  bad.note_known(source)
+  bad.record_known(source)
   return Evaluator(
       source=source, categories=run.categories, detect=jit_detect(detector, mesh), mesh=mesh,
       batch_size=batch_size, scorer=scorer,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ppn_jax import storage
-from ppn_jax.data.bad_examples import BadExamples, spread_examples
+from ppn_jax.data.bad_examples import BadExamples, evenly_spaced_examples
 from ppn_jax.data.images import decoding as images_lib
 from ppn_jax.data.images import folders
 from ppn_jax.data.source import Source
@@ -204,9 +204,9 @@ class _Pictures:
       source, data = self._source(split), self.run.config.data
       policy, share = data.on_bad_example, data.max_bad_share
     bad = BadExamples(f'data.{split}', len(source), policy, share)
-    for _, example in spread_examples(source, count, bad.note):
+    for _, example in evenly_spaced_examples(source, count, bad.record):
       yield example
-    for reason in bad.news():
+    for reason in bad.new_reasons():
       self.say(f'skipped: {reason}')
 
   def _source(self, split: str) -> Source:
@@ -222,7 +222,7 @@ class _Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class _Folder:
-  """Pictures of a folder, as `spread_examples` takes them."""
+  """Pictures of a folder, as `evenly_spaced_examples` takes them."""
   files: Sequence[str]
   others: str  # What else is there.
 

@@ -185,7 +185,7 @@ class Steps:
 
   def _tell(self, bad: BadExamples) -> None:
     """Names what could not be read since the last time, in any process and in the workdir."""
-    for reason in dict.fromkeys(coordination.gather_lines(bad.news())):
+    for reason in dict.fromkeys(coordination.gather_lines(bad.new_reasons())):
       self.progress.say(f'skipped: {reason}')
       if self.writer:
         with self._informing():

@@ -9,10 +9,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes
-from ppn_jax.data.cache import CachedSource
+from ppn_jax.data.cache import cache_source
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import required_boxes, train_batches
-from ppn_jax.data.source import Source, split_train_block
+from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, build_transforms
 from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.detector import Detector
@@ -115,25 +115,22 @@ class ResidentFeed:
 
 
 def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | ResidentFeed:
-  """The feed that `data.train.resident` asks for.
+  """Builds the feed that `data.resident` asks for.
 
   Raises:
     InputError: an option of the input is bad, or the data do not fit into device memory.
   """
   data, size = config.data, config.model.image_size
-  _, options = split_train_block(data.train.to_dict())
   Resize(size, data.resize, data.reduced_decoding)
   check_integer('data.threads', data.threads, 0)
-  check_integer('data.train.resident_size', options['resident_size'], 0)
-  check_integer('data.train.cache_size', options['cache_size'], 0)
-  if options['cache']:
-    source = CachedSource(source, options['cache'], options['cache_size'] or size)
+  check_integer('data.resident.size', data.resident.size, 0)
+  source = cache_source(source, **data.cache, image_size=size)
   transforms = build_transforms(data.transforms)
   max_boxes = required_boxes(source, data.max_boxes, transforms)
   batch_size, seed = config.train.batch_size, config.seed
   bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
-  bad.note_known(source)
-  if not options['resident']:
+  bad.record_known(source)
+  if not data.resident.enabled:
     return HostFeed(source, mesh, bad, {
         'transforms': transforms, 'resize': data.resize,
         'reduced_decoding': data.reduced_decoding,
@@ -141,7 +138,7 @@ def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | Res
         'max_boxes': max_boxes})
   augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize)
   plan = dataset.Plan(num_images=len(source), batch_size=batch_size, max_boxes=max_boxes,
-                       stored_size=options['resident_size'] or size, augmentation=augmentation,
+                       stored_size=data.resident.size or size, augmentation=augmentation,
                        seed=seed)
   dataset.check_plan(plan, mesh, config.train.steps)
   return ResidentFeed(source, mesh, bad, plan, data.threads)

@@ -1,14 +1,24 @@
 """Config files and overrides from the command line."""
 
+import json
 import pathlib
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from ppn_jax import registry
 from ppn_jax.cli import values
 from ppn_jax.cli.flags import load_config, override
-from ppn_jax.config import COMPONENTS, FUNCTIONS, GIVEN, base_config, complete, component_table
+from ppn_jax.config import (
+  COMPONENTS,
+  FUNCTIONS,
+  GIVEN,
+  base_config,
+  complete,
+  component_table,
+  plain,
+)
 from ppn_jax.errors import InputError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
@@ -58,7 +68,17 @@ def entry(config, key):
     (['data.train.name=synthetic_shapes', 'data.train.image_size=48,64'], 'data.train.image_size',
      (48, 64)),
     (['data.train.name=synthetic_shapes', 'data.train.image_size=48'], 'data.train.image_size', 48),
-    (['data.train.name=tfds', 'data.train.cache=memory'], 'data.train.cache', 'memory'),
+    (['data.cache.where=memory'], 'data.cache.where', 'memory'),
+    # Keys of earlier versions.
+    (['data.train.name=tfds', 'data.train.cache=memory'], 'data.cache.where', 'memory'),
+    (['data.train.cache=memory', 'data.train.cache_size=400'], 'data.cache',
+     {'where': 'memory', 'size': 400}),
+    (['data.train.resident=True', 'data.train.resident_size=64'], 'data.resident',
+     {'enabled': True, 'size': 64}),
+    (['data.train.resident=True', 'data.resident.enabled=0'], 'data.resident.enabled', False),
+    (["data.train=dict(name='tfds', cache='memory')"], 'data.train', {'name': 'tfds'}),
+    (["data.train=dict(name='tfds', cache='memory')"], 'data.cache',
+     {'where': 'memory', 'size': 0}),
     # Blocks.
     (['data.transforms=horizontal_flip,photometric_distortion'], 'data.transforms',
      ({'name': 'horizontal_flip'}, {'name': 'photometric_distortion'})),
@@ -76,9 +96,7 @@ def entry(config, key):
      {'name': 'conv_pyramid', 'depths': (64, 32)}),
     (['model.neck.name=pooling_pyramid', 'model.neck.stride=8'], 'model.neck',
      {'name': 'pooling_pyramid', 'stride': 8, 'num_levels': 6, 'projection': 0}),
-    (['data.train.cache=memory', 'data.train.name=coco_json'], 'data.train',
-     {'name': 'coco_json', 'cache': 'memory', 'cache_size': 0, 'resident': False,
-      'resident_size': 0}),
+    (['data.train.name=coco_json'], 'data.train', {'name': 'coco_json'}),
 ])
 def test_overrides(entries, key, value):
   config = override(base_config(), [f'--config.{e}' for e in entries])
@@ -172,7 +190,9 @@ def test_a_config_imports_its_neighbours_and_no_other_folders(tmp_path):
     ('config.loss = dict(alpha=.5)', {'loss.name': 'focal', 'loss.gamma': 2.0}),
     ('config.model.head = dict(depth=64)', {'model.head.name': 'shared_box_predictor'}),
     ('config.data = dict(train=dict(name="tfds", dataset="a"))',
-     {'data.train.cache': '', 'data.train.dataset': 'a', 'data.resize': 'supersample'}),
+     {'data.cache.where': '', 'data.train.dataset': 'a', 'data.resize': 'supersample'}),
+    ('config.data.train = dict(name="tfds", dataset="a", cache="memory", resident_size=9)',
+     {'data.cache.where': 'memory', 'data.resident.size': 9, 'data.train.dataset': 'a'}),
     ('config = dict(seed=3)', {'seed': 3, 'train.keep_best': 1})])
 def test_what_a_file_leaves_out_has_its_default(tmp_path, line, expected):
   if line.startswith('config = '):
@@ -193,6 +213,8 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path, line, expected):
     ('config.data.eval = dict(name="cocojson")', "did you mean 'coco_json'"),
     ('config.train = dict(steps="2")', "config.train.steps='2' must be a whole number"),
     ('config.train = dict(steps=2.5)', 'config.train.steps=2.5 must be a whole number'),
+    ('config.data.train.cache = 3', "config.data.cache.where=3 must be text"),
+    ('config.data.train.cache = "a"; config.data.cache.where = "b"', 'give one of the two'),
     ('config.data = 3', 'cannot be loaded|config.data=3 must be a block')])
 def test_what_does_not_belong_in_a_file_is_named(tmp_path, line, said):
   with pytest.raises(InputError, match=said):
@@ -205,9 +227,10 @@ def test_completing_twice_changes_nothing():
 
 
 @pytest.mark.parametrize('path', [
-    *FUNCTIONS, *(path for path in COMPONENTS if not path.startswith('data.'))])
+    *FUNCTIONS, *(path for path in COMPONENTS if not path.startswith('data.')),
+    'data.transforms.0', 'data.transforms.1'])
 def test_the_base_config_has_the_defaults_of_the_signatures(path):
-  block = entry(complete(base_config()), path).to_dict()
+  block = plain(entry(complete(base_config()), path))
   table = component_table(path)
   function = (registry.resolve(path, block.pop('name'), registry.load(path, table)) if table
               else registry.load(path, FUNCTIONS[path]))
@@ -220,10 +243,35 @@ def test_the_base_config_has_the_defaults_of_the_signatures(path):
   assert values_here <= set(options.types)
 
 
-def test_the_training_block_has_the_defaults_of_how_images_are_held():
-  from ppn_jax.data.source import split_train_block
-  assert split_train_block({})[1] == {
-      key: value for key, value in base_config().data.train.items() if key != 'name'}
+def test_every_block_is_known():
+  blocks = [path for path, value in _entries(base_config()) if isinstance(value, ConfigDict)]
+  assert {'model.neck', 'data.cache', 'data.resident'} <= set(blocks)
+  # These are read by several functions, or by none that has all of them as arguments.
+  assert set(blocks) - {*FUNCTIONS, *COMPONENTS} == {'data', 'data.resident', 'train', 'eval'}
+
+
+def _entries(block, prefix=''):
+  for key, value in block.items():
+    yield prefix + key, value
+    if isinstance(value, ConfigDict):
+      yield from _entries(value, f'{prefix}{key}.')
+
+
+def test_a_config_json_of_0_1_means_the_same():
+  path = CONFIGS.parent / 'tests' / 'data' / 'config_of_0_1.json'
+  written, unknown = json.loads(path.read_text()), []
+  config = complete(written, unknown=unknown)
+  assert not unknown
+  held = {key: written['data']['train'].pop(key) for key in (
+      'cache', 'cache_size', 'resident', 'resident_size')}
+  assert config.data.cache.to_dict() == {'where': held['cache'], 'size': held['cache_size']}
+  assert config.data.resident.to_dict() == {
+      'enabled': held['resident'], 'size': held['resident_size']}
+  assert (held['cache'], held['cache_size'], held['resident_size']) == ('~/cache', 320, 256)
+  # All other keys are as they were written.
+  now = json.loads(json.dumps(config.to_dict()))
+  del now['data']['cache'], now['data']['resident']
+  assert now == written
 
 
 # The rate at step 0.

@@ -47,7 +47,7 @@ def argv(tmp_path):
 def test_a_missing_image_is_left_out_as_the_message_says(argv, tmp_path, capsys):
   (tmp_path / 'in' / '3.jpg').unlink()
   assert main(argv) == 2
-  assert '3.jpg; a few such images can be passed over (--on_bad_image=skip)' in (
+  assert '3.jpg; a few such images can be skipped (--on_bad_image=skip)' in (
       capsys.readouterr().err)
   assert main([*argv, '--on_bad_image=skip', '--max_bad=0.5']) == 0
   err = capsys.readouterr().err
@@ -63,7 +63,7 @@ def test_prepares_both_splits(argv, tmp_path, capsys):
   assert source[0].image.shape == (43, 64, 3) and source[0].size == (200, 300)
   assert [tuple(c) for c in source.categories] == [(7, 'noise')]
   assert main([*argv, '--max_side=64']) == 0
-  assert 'is there already' in capsys.readouterr().err
+  assert 'exists already' in capsys.readouterr().err
 
 
 def test_the_config_s_skip_holds_and_the_count_is_of_what_is_stored(argv, tmp_path, capsys):
@@ -72,7 +72,7 @@ def test_the_config_s_skip_holds_and_the_count_is_of_what_is_stored(argv, tmp_pa
   assert '--on_bad_image=skip' in capsys.readouterr().err
   argv = [*argv, '--splits=train', '--config.data.on_bad_example=skip']
   assert main(argv) == 2
-  assert 'more than a share of 0.01, which --max_bad allows' in capsys.readouterr().err
+  assert 'more than the share 0.01 that --max_bad allows' in capsys.readouterr().err
   assert main([*argv, '--config.data.max_bad_share=0.2']) == 0
   out, err = capsys.readouterr()
   assert "5 images in 'train' (1 left out): " in out and 'left out image 3: ' in err

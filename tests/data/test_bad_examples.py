@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_config
 
 from ppn_jax import storage
-from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes, spread_examples
+from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes, evenly_spaced_examples
 from ppn_jax.data.images import decoding
 from ppn_jax.data.loader import eval_batches, train_batches
 from ppn_jax.data.sources.synthetic import SyntheticShapes
@@ -56,12 +56,12 @@ def test_a_disk_in_trouble_makes_no_image_a_bad_one(policy, cause, bad):
   error.__cause__ = cause
   examples = BadExamples('data.train', 10, policy, 0.5)
   if bad and policy == 'skip':
-    examples.note(error)
-    assert examples.news() == ['5.jpg: cannot be read']
+    examples.record(error)
+    assert examples.new_reasons() == ['5.jpg: cannot be read']
   else:
     with pytest.raises(InputError if bad else StoreError, match=r'5\.jpg: cannot be read'):
-      examples.note(error)
-    assert not examples.news()
+      examples.record(error)
+    assert not examples.new_reasons()
 
 
 def test_an_image_is_read_again_when_the_disk_is_in_trouble(tmp_path, monkeypatch):
@@ -98,7 +98,8 @@ def test_skipped_images_are_named_once_and_replaced_by_the_next_of_the_order():
         at += 1
       expected.append(then[at % 10])
     assert seen[epoch] == expected
-  assert sorted(bad.news()) == ['0.jpg: damaged', '5.jpg: damaged'] and bad.news() == []
+  assert sorted(bad.new_reasons()) == ['0.jpg: damaged', '5.jpg: damaged']
+  assert bad.new_reasons() == []
 
 
 @pytest.mark.parametrize('threads', [1, 4])
@@ -130,7 +131,7 @@ def test_in_evaluation_the_place_stays_empty():
   bad = skipping()
   batches = list(eval_batches(Damaged(), bad=bad, **OPTIONS))
   assert np.concatenate([b.valid for b in batches]).tolist() == [i % 5 != 0 for i in range(10)]
-  assert len(bad.news()) == 2
+  assert len(bad.new_reasons()) == 2
 
 
 def test_substitutes_are_the_next_images():
@@ -153,7 +154,7 @@ def test_a_run_goes_on_and_says_which(tmp_path, capsys, resident):
   with config.unlocked():
     for split in ('train', 'eval'):
       config.data[split] = dict(name='test_bad_examples:Damaged', split=split)
-    config.data.train.resident = resident
+    config.data.resident.enabled = resident
     config.data.on_bad_example, config.data.max_bad_share = 'skip', 0.5
   scores = train(config, tmp_path / 'w')
   assert scores.num_images == 10
@@ -168,7 +169,7 @@ def test_a_run_goes_on_and_says_which(tmp_path, capsys, resident):
     (11, 1, [1])])
 def test_samples_are_spread_and_others_take_the_place_of_bad_ones(step, count, expected):
   reasons = []
-  found = list(spread_examples(Damaged(step), count, reasons.append))
+  found = list(evenly_spaced_examples(Damaged(step), count, reasons.append))
   assert sorted(index for index, _ in found) == expected
   ids = [SyntheticShapes(**SHAPES)[index].image_id for index, _ in found]
   assert [example.image_id for _, example in found] == ids
@@ -177,4 +178,4 @@ def test_samples_are_spread_and_others_take_the_place_of_bad_ones(step, count, e
 
 def test_samples_of_a_set_that_must_be_whole():
   with pytest.raises(InputError, match=r'0\.jpg: damaged'):
-    list(spread_examples(Damaged(), 3, BadExamples('data.eval', 10).note))
+    list(evenly_spaced_examples(Damaged(), 3, BadExamples('data.eval', 10).record))

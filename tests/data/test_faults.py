@@ -274,7 +274,7 @@ def test_skip_means_skip(make, spoil, tmp_path):
   assert gone not in ids
   valid = np.concatenate([b.valid for b in eval_batches(source, **options)])
   assert valid.tolist() == [i != 3 for i in range(10)]
-  assert len(bad.news()) == 1  # Named once, whoever met it.
+  assert len(bad.new_reasons()) == 1  # Named once, whoever met it.
   # What it shows counts as not found.
   assert len(source.ground_truth()['annotations']) == 10
 
@@ -289,7 +289,7 @@ def test_too_many_missing_images_are_an_error_before_the_first_step(make, tmp_pa
   source = build_source(block, on_bad_example='skip')
   assert '2 images cannot be read and skipped, such as: ' in told(source)
   with pytest.raises(InputError, match='2 of 4 examples cannot be read'):
-    BadExamples('data.train', 4, 'skip', 0.3).note_known(source)
+    BadExamples('data.train', 4, 'skip', 0.3).record_known(source)
   with pytest.raises(InputError, match="on_bad_example='skp'; did you mean 'skip'"):
     build_source(block, on_bad_example='skp')
 
@@ -318,7 +318,7 @@ def test_hidden_and_stray_files_stop_nothing(make, tmp_path):
     for name in ('._0', 'stray'):
       (tmp_path / f'Annotations/{name}.xml').write_bytes(b'\0\5\26\7')
     whole = build_source(block | {'split': ''})
-    assert len(whole) == 2 and '1 xml files without an image are passed over' in told(whole)
+    assert len(whole) == 2 and '1 xml files without an image are ignored' in told(whole)
   source = build_source(block)
   assert len(source) == 2 and source[1].image.shape == (HEIGHT, WIDTH, 3)
   if make is not coco:  # Whose folder may hold other sets.
@@ -429,5 +429,5 @@ def test_images_drawn_on_demand_are_not_laid_out_for_a_report():
 
 def test_a_part_of_the_contents(tmp_path):
   contents = build_source(yolo(tmp_path, [[BOX], [], [BOX, (1, 1, 5, 5)]])).contents
-  part = contents.take([2, 0])
+  part = contents.select([2, 0])
   assert part.owners.tolist() == [0, 0, 1] and len(part.sides) == 3 and len(part.without) == 2

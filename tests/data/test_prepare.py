@@ -177,7 +177,7 @@ def test_data_of_an_earlier_version(earlier):
   kept = [a['bbox'] for a in source.ground_truth()['annotations'] if a['image_id'] != 36]
   assert [a['bbox'] for a in ours.ground_truth()['annotations']] == kept
   assert make({'train': source}, earlier, said) == folder
-  assert 'is there already' in said[0] and said[1].startswith('1 images were left out of it')
+  assert 'exists already' in said[0] and said[1].startswith('1 images were left out because')
   (earlier / 'out').rename(earlier / 'before')
   made = make({'train': source}, earlier, shards=2, on_bad_image='skip', max_bad=0.5)
   for file in sorted((earlier / 'before' / 'toy' / '1.0.0').iterdir()):
@@ -188,7 +188,7 @@ def test_data_of_an_earlier_version(earlier):
   assert theirs.keys() == ours.keys() and theirs['plan'] == ours['plan']
   assert [digest for digest, _ in theirs['images']] == [digest for digest, _ in ours['images']]
   change_image(earlier, '0.jpg')
-  with pytest.raises(InputError, match='was made of other images'):
+  with pytest.raises(InputError, match='was made from other images'):
     make({'train': source}, earlier)
 
 
@@ -206,7 +206,7 @@ def test_again_is_a_check(coco):
   assert not said
   times = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
   assert make({'train': load(coco)}, coco, said, shards=0) == folder
-  assert 'is there already' in said[0]
+  assert 'exists already' in said[0]
   assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == times
   for options, message in (({'max_side': 32}, 'data made with max_side=0, not 32'),
                            ({'quality': 50}, 'data made with quality=90, not 50')):
@@ -218,10 +218,10 @@ def test_again_is_a_check(coco):
   data = bytearray(shard.read_bytes())
   data[200] ^= 1
   shard.write_bytes(data)
-  with pytest.raises(InputError, match=r'00001-of-00003 is missing or not as it was made'):
+  with pytest.raises(InputError, match=r'00001-of-00003 is missing or has changed'):
     make({'train': load(coco)}, coco)
   (folder / 'prepared.json').write_text('{}')
-  with pytest.raises(InputError, match='not made by `ppn prepare`'):
+  with pytest.raises(InputError, match='was not made by `ppn prepare`'):
     make({'train': load(coco)}, coco)
 
 
@@ -273,7 +273,7 @@ def test_what_a_kill_has_left_is_no_data_and_is_removed(coco):
     Tfds('toy', data_dir=str(coco / 'out'))
   said = []
   assert contents(make({'train': load(coco)}, coco, said)) == expected
-  assert said == [f'removed {left}, which a call that was stopped had left']
+  assert said == [f'removed {left}, left by a call that was stopped']
   assert sorted(os.listdir(coco / 'out' / 'toy')) == ['1.0.0', 'incomplete.A1B2C3_2.0.0']
 
 
@@ -302,7 +302,7 @@ def test_what_came_to_be_there_meanwhile_is_not_overwritten(coco):
 
 def test_two_at_once(coco):
   def second(done, total):
-    with pytest.raises(InputError, match='another `ppn prepare` is at work there'):
+    with pytest.raises(InputError, match='another `ppn prepare` is writing there'):
       make({'train': load(coco)}, coco)
     second.tried = True
   make({'train': load(coco)}, coco, progress=second)
@@ -349,7 +349,7 @@ def test_an_image_that_was_repaired_is_taken_in(coco, policy):
     return
   folder = make({'train': source}, coco, on_bad_image='skip', max_bad=1)
   make({'train': source}, coco, said, on_bad_image='skip', max_bad=1)
-  assert said[1:] == ['1 images were left out of it, since they could not be read']
+  assert said[1:] == ['1 images were left out because they could not be read']
   path.write_bytes(whole)
   make({'train': source}, coco, said)
   assert said[-1] == (f'1 of them can be read now; remove {folder} and prepare again to take them '

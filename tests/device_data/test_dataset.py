@@ -15,7 +15,7 @@ import pytest
 from tiny import tiny_config
 
 from ppn_jax.cli.flags import load_config
-from ppn_jax.data.source import build_source, split_train_block
+from ppn_jax.data.source import build_source
 from ppn_jax.data.transforms.basic import Resize
 from ppn_jax.device_data import dataset
 from ppn_jax.device_data.transforms import build_augmentation
@@ -33,8 +33,7 @@ CONFIGS = sorted((TESTS.parent / 'configs').glob('*.py'))
 
 def resident_config(**train):
   config = tiny_config(**train).unlock()
-  config.data.train.resident = True
-  config.data.train.resident_size = 80
+  config.data.resident.update(enabled=True, size=80)
   config.data.transforms = ({'name': 'horizontal_flip'},)
   return config.lock()
 
@@ -210,7 +209,7 @@ def test_device_memory_counts_where_there_is_some():
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'data.train.resident_size': -1}, 'data.train.resident_size is -1'),
+    ({'data.resident.size': -1}, 'data.resident.size is -1'),
     ({'data.transforms': ({'name': 'mosaic', 'size': 64},)}, "'mosaic' has no form on the device"),
     ({'train.steps': 2**31}, 'more than 2\\*\\*32 images')])
 def test_what_cannot_be_done_is_said_at_once(change, message, tmp_path):
@@ -225,9 +224,8 @@ def test_what_cannot_be_done_is_said_at_once(change, message, tmp_path):
 def test_every_config_has_the_flags(file):
   config = load_config(str(file), ['--config.data.train.resident=True',
                                    '--config.data.train.resident_size=320'])
-  block, options = split_train_block(config.data.train.to_dict())
-  assert options['resident'] is True and options['resident_size'] == 320
-  assert 'name' in block and not set(block) & set(options)
+  assert config.data.resident.enabled is True and config.data.resident.size == 320
+  assert 'name' in config.data.train and 'resident' not in config.data.train
 
 
 def test_configs_without_the_options_train_from_the_host():

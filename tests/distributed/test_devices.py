@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import tiny_config
 from ppn_jax.data.loader import train_batches
-from ppn_jax.data.source import build_source, split_train_block
+from ppn_jax.data.source import build_source
 from ppn_jax.run import build_detector
 from ppn_jax.distributed import sharding
 from ppn_jax.training.optimizer import build_optimizer
@@ -32,7 +32,7 @@ config.model.num_classes = 5
 config.model.layers.dtype = 'float64'
 detector = build_detector(config)
 optimizer = build_optimizer(steps=3, batch_size=8, learning_rate=.1, ema_decay=.9)
-source = build_source(split_train_block(config.data.train.to_dict())[0])
+source = build_source(config.data.train.to_dict())
 
 
 def widen(x):

@@ -10,7 +10,7 @@ from test_coco_scores import random_problem
 from tiny import tiny_config
 
 from ppn_jax.data.loader import required_boxes, train_batches
-from ppn_jax.data.source import build_source, split_train_block
+from ppn_jax.data.source import build_source
 from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import calibration_report
@@ -295,7 +295,7 @@ def test_names_that_a_plotting_library_may_choke_on(tmp_path, recwarn):
 @pytest.mark.slow
 def test_positives_are_those_of_the_batches_that_training_draws():
   config = tiny_config()
-  source = build_source(split_train_block(config.data.train.to_dict())[0])
+  source = build_source(config.data.train.to_dict())
   config = resolve_classes(config, source.categories)
   detector = build_detector(config)
   batches = train_batches(

@@ -12,10 +12,11 @@ from ppn_jax.run import open_run
 from ppn_jax.training.train_step import abstract_state
 
 
-def trained(workdir, **options):
-  """Parameters after a tiny run with these entries of data.train."""
+def trained(workdir, cache='', **options):
+  """Returns parameters after a tiny run with a cache and these entries of data.train."""
   config = tiny_config()
   with config.unlocked():
+    config.data.cache.where = cache
     config.data.train.update(options)
   train(config, workdir)
   run = open_run(workdir)

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> pixels: whole, upright, RGB, 8 bits; or an error naming the file."""
+"""Decodes image files to whole, upright, 8-bit RGB pixels, or raises an error naming the file."""
 
 import contextlib
 import io
@@ -19,44 +19,44 @@ from ppn_jax.data.images import jpeg_segments
 from ppn_jax.data.images.lazy import LazyImage, StoredImage
 from ppn_jax.errors import InputError, InputTypeError
 
-# Formats whose decoders notice a truncated file (JPEG 2000 does not always). Not EPS, for which
-# Pillow would start Ghostscript on a stranger's file.
+# Formats whose decoders notice a truncated file (that of JPEG 2000 does not always). Not EPS, for
+# which Pillow would start Ghostscript on an untrusted file.
 PIL.Image.init()
 _FORMATS = tuple(f for f in ('JPEG', 'PNG', 'WEBP', 'AVIF', 'BMP', 'GIF', 'TIFF', 'PPM')
                  if f in PIL.Image.OPEN)
-# What such files are called, in small letters: Pillow's list, with two other names of formats that
-# it opens, and without PFM, whose pixels are floating-point numbers of no stated range.
+# File name suffixes of these formats in lower case: Pillow's list and two more suffixes of formats
+# that it opens, without PFM, whose pixels are floating-point numbers of unknown range.
 SUFFIXES = frozenset({suffix for suffix, kind in PIL.Image.registered_extensions().items()
                       if kind in _FORMATS} | {'.dib', '.mpo'}) - {'.pfm'}
 
 _ORIENTATION_TAG = 0x0112
-# Of the rules by which pixels are made of files: which way is up, what becomes of transparency and
-# of 16 bits, ... A higher one makes caches of decoded images useless.
+# Version of the rules of decoding: orientation, transparency, 16 bits and so on. A higher number
+# invalidates caches of decoded images.
 DECODING = 1
-# Seconds for which a file may change again without another time of change, on any file system.
+# Seconds within which a file may change again and keep its time of change, on any file system.
 _CLOCK_TICK = 2.0
 _TIFF_WIDTH_TAG, _TIFF_HEIGHT_TAG = 0x0100, 0x0101
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:\s*=\s*["\']|>)\s*([1-8])')
-# Orientation -> what undoes `PIL.ImageOps.exif_transpose`.
+# Orientation -> inverse of `PIL.ImageOps.exif_transpose`.
 _INVERSE = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTATE_180,
             4: PIL.Image.Transpose.FLIP_TOP_BOTTOM, 5: PIL.Image.Transpose.TRANSPOSE,
             6: PIL.Image.Transpose.ROTATE_90, 7: PIL.Image.Transpose.TRANSVERSE,
             8: PIL.Image.Transpose.ROTATE_270}
 
 _END_MARKER = b'\xff\xd9'
-_NAMED = 5  # Files without an end marker that are named in the log of one process.
+_NAMED = 5  # Number of files without an end marker that a process names in its log.
 _log = logging.getLogger(__name__)
 
-# Pillow warns of many pixels, which are counted here, and of metadata, which do not touch the
-# pixels. A filter for good: `warnings.catch_warnings` is not safe in threads.
+# Pillow warns about large images, which are checked here, and about metadata, which do not affect
+# the pixels. The filter is permanent since `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 def read(path: str) -> bytes:
-  """What a file holds.
+  """Reads a file.
 
   Raises:
-    InputError: it cannot be read.
+    InputError: If it cannot be read.
   """
   try:
     return storage.retried(pathlib.Path(path).read_bytes)
@@ -65,16 +65,16 @@ def read(path: str) -> bytes:
 
 
 def stamp(path: str) -> bytes:
-  """Returns what is another after a file was changed, replaced or moved, without reading it.
+  """Returns bytes that differ after a file was changed, replaced or moved, without reading it.
 
-  Empty if that cannot be told: there is no such file, or it was changed a moment ago and may change
-  again unnoticed.
+  They are empty if that is not certain: there is no such file, or it was changed a moment ago, so
+  that another change could go unnoticed.
   """
   try:
     stat = os.stat(path)
   except OSError:
     return b''
-  # The time of the last change of its inode cannot be set back, as that of its contents can.
+  # The time of its inode's last change cannot be set back, unlike that of its contents.
   if time.time() - max(stat.st_mtime, stat.st_ctime) < _CLOCK_TICK:
     return b''
   return repr((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns,
@@ -82,10 +82,10 @@ def stamp(path: str) -> bytes:
 
 
 def read_sizes(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
-  """(height, width) of an image file as it is stored and as it is seen upright, by its header.
+  """Reads (height, width) of an image as stored, and of the upright image, from the file's header.
 
   Raises:
-    InputError: no such file, or not an image.
+    InputError: If there is no such file, or it is not an image.
   """
   try:
     with open(path, 'rb') as f:
@@ -95,19 +95,19 @@ def read_sizes(path: str) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def header_sizes(file: BinaryIO, name: str) -> tuple[tuple[int, int], tuple[int, int]]:
-  """As `read_sizes`, of an open file called `name`."""
+  """Reads the sizes of an open file called `name`; see `read_sizes`."""
   try:
     with PIL.Image.open(file, formats=_FORMATS) as image:
       stored, orientation = _stored_size(image), _orientation(image)
   except PIL.UnidentifiedImageError as e:
     raise InputError(f'{name}: not an image that can be read') from e
-  except Exception as e:  # Pillow's plugins raise whatever a damaged file makes them stumble on.
+  except Exception as e:  # Pillow's plugins raise exceptions of any type for damaged files.
     raise InputError(f'{name}: damaged image: {_line(e)}') from e
   return stored, stored[::-1] if orientation >= 5 else stored
 
 
 def stored_size(data: bytes, name: str) -> tuple[int, int]:
-  """(height, width) of an image file's bytes as it is stored, by its header."""
+  """Returns (height, width) of an image as it is stored, from the header of its bytes."""
   try:
     return _simplejpeg().decode_jpeg_header(data)[:2]
   except ValueError:
@@ -118,52 +118,51 @@ def decode(data: bytes, *, name: str, size: tuple[int, int] | None = None,
            max_pixels: int = 178_956_970) -> np.ndarray:
   """Decodes an image file.
 
-  Grey and palette images become RGB, CMYK is converted without a colour profile, 16-bit
-  channels keep their upper byte, transparent pixels are laid over white, of an animation the
-  first frame counts.
+  Grey and palette images become RGB, CMYK is converted without a colour profile, 16-bit channels
+  keep their upper byte, transparent pixels are placed on white, and an animation is its first
+  frame.
 
-  An image whose orientation turns it is turned upright if that gives `size`, and left as it is
-  stored if only that gives `size`: the pixels must be the ones that were annotated. Its
-  orientation is that of its EXIF block, else of its XMP block, in every format and also for
-  `read_sizes`.
+  An image with an orientation is turned upright if the result has `size`, and left as it is stored
+  if only that has `size`, since the pixels must be those that were annotated. The orientation is
+  that of the EXIF block, otherwise that of the XMP block, in every format and in `read_sizes` too.
 
-  A JPEG that lacks nothing but its end marker is decoded, and named in this module's log, once.
+  A JPEG that lacks only its end marker is decoded and named in this module's log, once.
 
   Args:
-    data: what the file holds.
-    name: the file's name, for error messages.
-    size: (height, width) that the annotations state; None takes the upright image.
-    max_pixels: of the header's height x width, checked before anything is decoded. Files other
-      than JPEG are also under Pillow's own limit, which is this default.
+    data: Contents of the file.
+    name: Name of the file, for error messages.
+    size: (height, width) according to the annotations; None returns the upright image.
+    max_pixels: Largest height x width, checked in the header before anything is decoded. For
+      files other than JPEG, Pillow's own limit, which is this default, applies too.
 
   Returns:
     u8 [H, W, 3], RGB, C-contiguous.
 
   Raises:
-    InputError: not an image, truncated, damaged, too large, or of another size than stated.
+    InputError: If the data is not an image, truncated, damaged, too large, or has another size.
   """
   return open_image(data, name=name, size=size, max_pixels=max_pixels).pixels()
 
 
 def load(path: str) -> np.ndarray:
-  """`decode` of a file, which its errors name."""
+  """Reads and decodes a file; see `decode`. Errors name the file."""
   return decode(read(path), name=path)
 
 
 def to_pixels(image: Any, name: str = 'the image') -> np.ndarray:
-  """Returns the pixels of an image in any of the forms that Python programs hold one.
+  """Returns the pixels of a file, PIL image, array or tensor.
 
   Args:
-    image: the path of an image file; a PIL image of any mode, which is turned upright as its
-      orientation says; or an array or tensor, u8 [H, W, 3] RGB, [H, W, 4] RGBA, which is laid
-      over white, or [H, W] or [H, W, 1] grey.
-    name: what errors call it.
+    image: The path of an image file; a PIL image of any mode, which is turned upright by its
+      orientation; or an array or tensor, u8 [H, W, 3] RGB, [H, W, 4] RGBA, which is placed on
+      white, or [H, W] or [H, W, 1] grey.
+    name: Name of the image in error messages.
 
   Returns:
     u8 [H, W, 3], RGB.
 
   Raises:
-    InputTypeError: If `image` is none of these, also an array of another type.
+    InputTypeError: If `image` is none of these, or an array of another type.
     InputError: If a file cannot be read, or an array has another shape or no pixels.
   """
   if isinstance(image, (str, os.PathLike)):
@@ -192,10 +191,10 @@ def is_array(value: Any) -> bool:
 
 def open_image(data: bytes, *, name: str, size: tuple[int, int] | None = None,
                max_pixels: int = 178_956_970) -> LazyImage:
-  """As `decode`, but a JPEG's pixels are made when they are asked for.
+  """Opens an image file as `decode` does, but decodes a JPEG only when its pixels are needed.
 
-  What the header tells is checked now; that a file is truncated or damaged is found when the
-  pixels are made, whether all of them or fewer.
+  The header is checked now. That a file is truncated or damaged is found when pixels are decoded,
+  whether all or some of them.
   """
   if not data:
     raise InputError(f'{name}: the file is empty')
@@ -207,20 +206,20 @@ def open_image(data: bytes, *, name: str, size: tuple[int, int] | None = None,
 
 
 def _simplejpeg() -> Any:
-  import simplejpeg  # Not above: an exported detector that is given arrays needs no decoder.
+  import simplejpeg  # Not above, since an exported detector needs no decoder for arrays.
   return simplejpeg
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 92) -> bytes:
-  """u8 [H, W, 3] RGB -> a JPEG file without EXIF."""
+  """Encodes u8 [H, W, 3] RGB as a JPEG file without EXIF."""
   return _simplejpeg().encode_jpeg(np.ascontiguousarray(image), quality=quality)
 
 
 def _open_jpeg(data: bytes, name: str, max_pixels: int) -> tuple[StoredImage, int]:
-  """The image as stored, and the EXIF orientation 1..8."""
+  """Returns the image as stored, and the EXIF orientation 1..8."""
   try:
     height, width, color, _ = _simplejpeg().decode_jpeg_header(data)
-  except ValueError:  # Also a legal file of a kind that libjpeg's short interface does not know.
+  except ValueError:  # Some legal files are not supported by libjpeg's simple interface.
     return _stored(*_decode_other(data, name, max_pixels))
   _check_pixels(height, width, name, max_pixels)
   cmyk = color in ('CMYK', 'YCCK')
@@ -235,13 +234,13 @@ def _open_jpeg(data: bytes, name: str, max_pixels: int) -> tuple[StoredImage, in
       return load_from(data, factor)
     except ValueError as e:
       if 'Premature end' in str(e) and jpeg_segments.scans_are_complete(data):
-        # With an end marker the decoder complains only if bits of the image are missing.
+        # With an end marker the decoder fails only if bits of the image are missing.
         with contextlib.suppress(ValueError):
           pixels = load_from(data + _END_MARKER, factor)
           _note_missing_end(name)
           return pixels
-      # Two complaints that cost no pixel: padding before the end marker, and a header that some
-      # telephones write. Pillow shrugs at both and still refuses a truncated file.
+      # Two defects that affect no pixel: padding before the end marker, and a header that some
+      # phones write. Pillow ignores both and still rejects a truncated file.
       if 'before marker 0xd9' in str(e) or 'Invalid SOS parameters' in str(e):
         return _decode_other(data, name, max_pixels)[0]
       raise InputError(f'{name}: damaged or truncated JPEG: {_line(e)}') from e
@@ -252,7 +251,7 @@ def _open_jpeg(data: bytes, name: str, max_pixels: int) -> tuple[StoredImage, in
 
 
 def _load_cmyk(data: bytes) -> np.ndarray:
-  # Every writer of such files follows Adobe and stores 255 minus the ink.
+  # Like Adobe's programs, all writers of such files store 255 minus the ink.
   cmyk = _simplejpeg().decode_jpeg(data, colorspace='CMYK').astype(np.uint16)
   return ((cmyk[..., :3] * cmyk[..., 3:] + 127) // 255).astype(np.uint8)
 
@@ -262,7 +261,7 @@ def _stored(pixels: np.ndarray, orientation: int) -> tuple[StoredImage, int]:
 
 
 def _decode_other(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, int]:
-  """Pixels as stored, and the EXIF orientation 1..8, of what Pillow opens."""
+  """Decodes a file with Pillow to pixels as stored, and the EXIF orientation 1..8."""
   try:
     image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
     height, width = image.height, image.width
@@ -271,7 +270,7 @@ def _decode_other(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, 
   except PIL.UnidentifiedImageError as e:
     raise InputError(f'{name}: not an image that can be read; it starts with {data[:8]!r}, '
                      f"legal: {', '.join(_FORMATS)}") from e
-  except Exception as e:  # Pillow's plugins raise whatever a damaged file makes them stumble on.
+  except Exception as e:  # Pillow's plugins raise exceptions of any type for damaged files.
     raise InputError(f'{name}: damaged or truncated image: {_line(e)}') from e
   _check_pixels(height, width, name, max_pixels)
   return _pixels_of(image, name)
@@ -288,16 +287,16 @@ def _pixels_of(image: PIL.Image.Image, name: str) -> tuple[np.ndarray, int]:
   except Exception as e:
     raise InputError(f'{name}: damaged or truncated {image.format or "image"}: {_line(e)}') from e
   if orientation != 1 and _orientation(image) == 1:
-    # Pillow turns some formats (TIFF) when they are loaded. The file's own pixels are wanted here,
-    # for annotations that were made on them.
+    # Pillow turns some formats (TIFF) while loading them. The pixels as stored are needed here, for
+    # annotations that were made on them.
     turned = PIL.Image.fromarray(pixels).transpose(_INVERSE[orientation])
     pixels = np.array(turned)
   return pixels, orientation
 
 
 def _stored_size(image: PIL.Image.Image) -> tuple[int, int]:
-  """Returns (height, width) of a file that has been opened, but not loaded, as it is stored."""
-  if image.format == 'TIFF':  # Pillow swaps these as soon as it has read the orientation.
+  """Returns (height, width), as stored, of a file that has been opened but not loaded."""
+  if image.format == 'TIFF':  # Pillow swaps the sides as soon as it has read the orientation.
     return int(image.tag_v2[_TIFF_HEIGHT_TAG]), int(image.tag_v2[_TIFF_WIDTH_TAG])
   return image.height, image.width
 
@@ -309,25 +308,25 @@ def _check_pixels(height: int, width: int, name: str, max_pixels: int) -> None:
 
 
 def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
-  """A loaded image of any mode -> u8 [H, W, 3]."""
+  """Converts a loaded image of any mode to u8 [H, W, 3]."""
   if image.mode.startswith('I'):
     return _high_byte(np.asarray(image))
   if image.mode == 'F':
-    raise InputError('pixels are floating-point numbers of no stated range; convert to 8 bits')
+    raise InputError('pixels are floating-point numbers of unknown range; convert to 8 bits')
   if 'A' in image.mode or 'a' in image.mode or 'transparency' in image.info:
     return _over_white(np.asarray(image.convert('RGBA')))
   return np.array(image.convert('RGB'))
 
 
 def _over_white(rgba: np.ndarray) -> np.ndarray:
-  """RGBA u8 [H, W, 4] -> RGB u8 [H, W, 3]."""
+  """Converts RGBA u8 [H, W, 4] to RGB u8 [H, W, 3] on a white background."""
   rgba = rgba.astype(np.uint16)
   color, alpha = rgba[..., :3], rgba[..., 3:]
   return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _high_byte(grey: np.ndarray) -> np.ndarray:
-  """16-bit grey [H, W], in whatever integer Pillow holds it -> u8 [H, W, 3]."""
+  """Converts 16-bit grey [H, W], of any integer type, to u8 [H, W, 3]."""
   low, high = int(grey.min()), int(grey.max())
   if low < 0 or high > 0xffff:
     raise InputError(f'grey values from {low} to {high}, legal: 0 to 65535; convert to 8 bits')
@@ -339,7 +338,7 @@ _without_end_lock = threading.Lock()
 
 
 def _note_missing_end(name: str) -> None:
-  """Logs, once for each file and for the first few files, that a JPEG has no end marker."""
+  """Logs that a JPEG has no end marker, once per file and for the first few files only."""
   with _without_end_lock:
     if name in _without_end or len(_without_end) > _NAMED:
       return
@@ -352,8 +351,8 @@ def _note_missing_end(name: str) -> None:
 
 
 def _orientation(image: PIL.Image.Image) -> int:
-  """Returns the orientation 1..8 of an open PIL image, 1 where it says nothing that is legal."""
-  with contextlib.suppress(Exception):  # A garbled block does not make the pixels worse.
+  """Returns the orientation 1..8 of an open PIL image, 1 if it has none that is legal."""
+  with contextlib.suppress(Exception):  # A damaged block does not affect the pixels.
     if orientation := _legal(image.getexif().get(_ORIENTATION_TAG)):
       return orientation
   xmp = image.info.get('xmp') or image.info.get('XML:com.adobe.xmp') or b''
@@ -361,7 +360,7 @@ def _orientation(image: PIL.Image.Image) -> int:
 
 
 def _orientation_of_blocks(exif_block: bytes, xmp_block: bytes) -> int:
-  """As `_orientation`, of the blocks of a JPEG; b'' for one that is not there."""
+  """Returns the orientation 1..8 from the blocks of a JPEG, which are b'' if it has none."""
   with contextlib.suppress(Exception):
     exif = PIL.Image.Exif()
     exif.load(exif_block)
@@ -381,7 +380,7 @@ def _legal(orientation: Any) -> int:
 
 def _upright(stored: StoredImage, orientation: int, name: str,
              size: tuple[int, int] | None) -> LazyImage:
-  """The stored image, turned where `decode` says so."""
+  """Turns a stored image upright where `decode` does so."""
   upright = stored.size[::-1] if orientation >= 5 else stored.size
   if size is not None and tuple(size) not in (stored.size, upright):
     raise InputError(f'{name}: the image is {_show(upright)}, but the annotations say '

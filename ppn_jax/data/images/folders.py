@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and what else is in it."""
+"""Lists the image files of folders, and describes the other files."""
 
 import os
 from collections import Counter
@@ -7,21 +7,21 @@ from collections.abc import Collection, Iterable
 from ppn_jax.data.images.decoding import SUFFIXES
 from ppn_jax.errors import InputError
 
-_SHOWN = 5  # How many names a sentence has.
+_SHOWN = 5  # Number of suffixes or names in a sentence.
 
 
 def list_folder(folder: str | os.PathLike[str], suffixes: Collection[str] = SUFFIXES
                 ) -> tuple[list[str], str]:
-  """Returns the files of a folder with given suffixes, and a sentence on what else is in it.
+  """Lists the files of a folder that have one of some suffixes, and describes the others.
 
-  Links are followed. Files and folders whose names begin with a dot are not data.
+  Links are followed. Files and folders whose names begin with a dot are ignored.
 
   Args:
-    folder: it must exist; the folders in it are not looked into.
-    suffixes: in small letters, with the dot; names may have them in any case.
+    folder: An existing folder; the folders in it are not searched.
+    suffixes: Lower case, with the dot; file names may have them in any case.
 
   Returns:
-    Paths in order of name, and what `describe_others` says of the rest.
+    Paths in order of name, and a sentence about the other files; see `describe_others`.
 
   Raises:
     InputError: If the folder cannot be read.
@@ -35,30 +35,64 @@ def list_folder(folder: str | os.PathLike[str], suffixes: Collection[str] = SUFF
   return kept, describe_others(sorted(set(paths).difference(kept)))
 
 
+def list_tree(folder: str) -> tuple[list[str], list[str]]:
+  """Lists the files below a folder: images by their suffix, and all others.
+
+  Links to folders are followed, each folder once, so that a loop ends. Names that begin with a dot
+  are ignored, such as macOS' `._x.jpg` and copies in `.ipynb_checkpoints`.
+
+  Returns:
+    Paths of the images and of the other files, both in order of name.
+  """
+  images, others = [], []
+  root = os.path.realpath(folder)
+  seen = {root}
+
+  def follow(path: str) -> bool:
+    target = os.path.realpath(path)
+    # A folder that a link leads to inside `folder` is listed where it really is, near its labels.
+    again = target in seen or (os.path.islink(path) and target.startswith(root + os.sep))
+    if not again:
+      seen.add(target)
+    return not again
+
+  for inside, folders, names in os.walk(folder, followlinks=True):
+    folders[:] = [f for f in sorted(folders)
+                  if not f.startswith('.') and follow(os.path.join(inside, f))]
+    for name in names:
+      if not name.startswith('.'):
+        (images if has_suffix(name) else others).append(os.path.join(inside, name))
+  return sorted(images), sorted(others)
+
+
 def has_suffix(path: str | os.PathLike[str], suffixes: Collection[str] = SUFFIXES) -> bool:
-  """Returns whether a file's name ends like that of an image, or with one of `suffixes`."""
+  """Returns whether a file name has the suffix of an image, or one of `suffixes`."""
   return os.path.splitext(os.fspath(path))[1].lower() in suffixes
 
 
 def describe_others(paths: Iterable[str]) -> str:
-  """Says which files and folders were not looked at: '2 files not looked at: .heic, .txt'.
+  """Describes files and folders that are ignored: '2 files not looked at: .heic, .txt'.
 
-  '' where there are none.
+  Returns '' if there are none.
   """
   paths = list(paths)
-  folders = [path for path in paths if os.path.isdir(path)]
-  kinds = Counter(os.path.splitext(path)[1].lower() or 'without suffix'
-                  for path in paths if path not in set(folders))
-  said = []
+  folders = {path for path in paths if os.path.isdir(path)}
+  files = [path for path in paths if path not in folders]
+  nameless = os.path.basename(files[0]) if len(files) == 1 else 'without suffix'
+  kinds = Counter(os.path.splitext(path)[1].lower() or nameless for path in files)
+  parts = []
   if kinds:
-    listed = ', '.join(kind if count == 1 or len(kinds) == 1 else f'{kind} ({count})'
-                       for kind, count in sorted(kinds.items()))
-    said.append(f'{_count(kinds.total(), "file")} not looked at: {listed}')
+    listed = [kind if count == 1 or len(kinds) == 1 else f'{kind} ({count})'
+              for kind, count in sorted(kinds.items())]
+    parts.append(f'{_count(len(files), "file")} not looked at: {_join(listed)}')
   if folders:
     names = sorted(os.path.basename(path) for path in folders)
-    said.append(f'{_count(len(folders), "folder")} not looked into: '
-                + ', '.join(names[:_SHOWN]) + ', ...' * (len(names) > _SHOWN))
-  return '; '.join(said)
+    parts.append(f'{_count(len(folders), "folder")} not looked into: {_join(names)}')
+  return '; '.join(parts)
+
+
+def _join(names: list[str]) -> str:
+  return ', '.join(names[:_SHOWN]) + ', ...' * (len(names) > _SHOWN)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""The segments of a JPEG file: its metadata, and whether its scans are all there."""
+"""Reads the segments of a JPEG file for its metadata and to check that its scans are complete."""
 
 from collections.abc import Iterator
 
@@ -6,10 +6,10 @@ _XMP_START = b'http://ns.adobe.com/xap/1.0/\0'
 
 
 def read_metadata(data: bytes) -> tuple[bytes, bytes]:
-  """Returns the EXIF and the XMP block among the segments before the first scan; b'' for none.
+  """Returns the EXIF block and the XMP block before the first scan, b'' for one that is missing.
 
-  By hand because nearly no file of a data set has one, and opening every file with Pillow would
-  hold the interpreter's lock longer than all the rest does.
+  Pillow is not used because few files of a data set have these blocks, and opening every file with
+  it would hold the interpreter's lock longer than everything else.
   """
   exif = xmp = b''
   for kind, start, end in _segments(data):
@@ -26,7 +26,7 @@ def read_metadata(data: bytes) -> tuple[bytes, bytes]:
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
   """Yields (marker, start, end) of the content of each segment of a JPEG file.
 
-  The coded data of a scan is not a segment and is passed over, restart markers with it.
+  The coded data of a scan, with its restart markers, is not a segment and is skipped.
   """
   at = 2
   while at + 4 <= len(data):
@@ -50,10 +50,10 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def scans_are_complete(data: bytes) -> bool:
   """Returns whether a JPEG's scans have all bits of all coefficients of all components.
 
-  A progressive file that ends between two scans looks whole to the decoder, but is blurred. Only
-  the kinds whose decoder notices missing bits are looked at: Huffman-coded, not arithmetic ones.
+  A progressive file that ends between two scans looks complete to the decoder, but is blurred. Only
+  Huffman-coded files count as complete, since their decoder notices missing bits.
   """
-  missing: dict[int, set[int]] = {}  # Component -> coefficients whose last bit has not come.
+  missing: dict[int, set[int]] = {}  # Component -> coefficients whose last bit is missing.
   for kind, start, end in _segments(data):
     body = data[start:end]
     if kind in (0xc0, 0xc1, 0xc2) and len(body) >= 6 and len(body) >= 6 + 3 * body[5]:

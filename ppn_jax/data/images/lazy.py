@@ -1,8 +1,8 @@
-"""An image whose pixels are made late, when it is known which of them are wanted, and how large.
+"""Images that are decoded late, when it is known which of their pixels are needed, and how large.
 
-Crops, flips and borders are only noted. A JPEG of which a reduced copy is wanted is then decoded
-at a half, a quarter or an eighth of its size, straight from the coefficients (the scaled inverse
-DCT of libjpeg-turbo), and no pixel outside the window is turned or resized.
+Crops, flips and borders are only recorded. A JPEG that is to be shrunk is then decoded at a half, a
+quarter or an eighth of its size, directly from the coefficients (the scaled inverse DCT of
+libjpeg-turbo), and no pixel outside the window is turned or resized.
 """
 
 import dataclasses
@@ -16,35 +16,35 @@ import numpy as np
 
 Window = tuple[int, int, int, int]  # (y, x, height, width) in pixels.
 Frame = tuple[float, float, float, float]  # The same, with fractions of pixels.
-# image, height, width -> u8. With a fourth argument, (rows, columns) of the image as floats, the
-# result shows only so much of it, from its first corner on.
+# (image, height, width) -> u8. With a fourth argument, (rows, columns) as floats, the result shows
+# only that part of the image, from its top left corner on.
 Kernel = Callable[..., np.ndarray]
 Color = tuple[int, int, int]  # RGB.
 Region = tuple[tuple[int, int], tuple[int, int]]  # First and last + 1 of rows, then of columns.
 
 
 class StoredImage(NamedTuple):
-  """Where the pixels of an image come from."""
+  """A stored image and the function that decodes it."""
   size: tuple[int, int]  # (height, width) in pixels.
-  # load(f) -> u8 [ceil(height / f), ceil(width / f), 3], or all of the pixels whatever f is.
+  # load(f) -> u8 [ceil(height / f), ceil(width / f), 3], or all pixels for any f.
   load: Callable[[int], np.ndarray]
-  factors: tuple[int, ...] = ()  # What f may be besides 1, largest first.
+  factors: tuple[int, ...] = ()  # Values of f other than 1, largest first.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyImage:
-  """A view of a stored image; `np.asarray` makes u8 [H, W, 3] of it.
+  """A view of a stored image; `np.asarray` converts it to u8 [H, W, 3].
 
-  The view is the window, then turned: first its axes swapped, then its rows, then its columns
-  turned over.
+  The view is a window that is turned: first its axes are swapped, then its rows and its columns are
+  reversed.
 
   Attributes:
-    stored: the image.
-    window: in stored pixels.
-    visible: the stored pixels that no crop has cut off.
-    canvases: what lies around them: regions of one colour each, the innermost first.
-    fill: RGB of what lies outside them all.
-    transposed, upside_down, mirrored: how the window is turned.
+    stored: The image.
+    window: The window, in stored pixels.
+    visible: The stored pixels that no crop has cut off.
+    canvases: Regions of one colour each around the visible pixels, the innermost first.
+    fill: RGB of everything outside the canvases.
+    transposed, upside_down, mirrored: How the window is turned.
   """
   stored: StoredImage
   window: Window
@@ -57,20 +57,20 @@ class LazyImage:
 
   @classmethod
   def of(cls, image: 'np.ndarray | LazyImage') -> 'LazyImage':
-    """A lazy image of pixels that are there already, u8 [H, W, 3]."""
+    """Makes a lazy image of decoded pixels, u8 [H, W, 3]; returns a lazy image unchanged."""
     if isinstance(image, LazyImage):
       return image
     return cls.whole(StoredImage(image.shape[:2], lambda factor: image))
 
   @classmethod
   def whole(cls, stored: StoredImage, **turns: bool) -> 'LazyImage':
-    """All of a stored image."""
+    """Makes a view of a whole stored image."""
     height, width = stored.size
     return cls(stored, (0, 0, height, width), ((0, height), (0, width)), **turns)
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """(H, W, 3), known without any pixel."""
+    """(H, W, 3), known without decoding."""
     sides = self.window[2:]
     return (*(sides[::-1] if self.transposed else sides), 3)
 
@@ -78,10 +78,11 @@ class LazyImage:
     return np.array(self.pixels(), dtype=dtype, copy=copy)
 
   def crop(self, window: Window, fill: Color | None = None) -> 'LazyImage':
-    """The part in a window, which may reach beyond the view.
+    """Returns the part in a window, which may extend beyond the view.
 
     Args:
-      fill: colour of what lies outside the image; None keeps the one that is noted.
+      window: In pixels of the view.
+      fill: Colour outside the image; None keeps the present one.
     """
     y, x, height, width = window
     if self.upside_down:
@@ -96,43 +97,43 @@ class LazyImage:
     inside = all(low <= start and start + side <= high for (low, high), start, side
                  in zip(view, window[:2], window[2:], strict=True))
     fill = self.fill if fill is None or inside else tuple(fill)
-    canvases = tuple((_common(region, view), color) for region, color in self.canvases)
-    # What the view shows beside the image and its canvases keeps its colour there.
+    canvases = tuple((_intersect_regions(region, view), color) for region, color in self.canvases)
+    # What the view shows outside the image and its canvases keeps its colour.
     if fill != self.fill and any(axis.exceeds() for axis in self._axes()):
       canvases = (*canvases, (view, self.fill))
-    return dataclasses.replace(self, window=window, visible=_common(self.visible, view),
+    return dataclasses.replace(self, window=window, visible=_intersect_regions(self.visible, view),
                                canvases=canvases, fill=fill)
 
   def mirror(self) -> 'LazyImage':
-    """Left to right."""
+    """Reverses left and right."""
     return dataclasses.replace(self, mirrored=not self.mirrored)
 
   def pixels(self) -> np.ndarray:
-    """u8 [H, W, 3], possibly a view of the stored pixels.
+    """Returns u8 [H, W, 3], possibly a view of the stored pixels.
 
     Raises:
-      InputError: the file turns out to be damaged.
+      InputError: If the file is damaged.
     """
     return self._draw(self._axes(), None, 1)[0]
 
   def resize(self, height: int, width: int, kernel: Kernel, *, reduce: bool
              ) -> tuple[np.ndarray, Frame]:
-    """The view at another size.
+    """Returns the view at another size.
 
     Args:
-      height, width: of the result.
-      kernel: makes pixels of another size of given ones.
-      reduce: load the stored image at a part of its size if what is wanted of it is then still
-        no smaller than the result.
+      height, width: Size of the result in pixels.
+      kernel: Function that resizes pixels.
+      reduce: Whether to load the stored image at a fraction of its size if the needed part of it is
+        then still no smaller than the result.
 
     Returns:
-      u8 [height, width, 3], and the frame that it shows, in pixels of the view: all of it,
-      (0, 0, H, W), unless it has borders, or edges that a crop made of an image that was loaded
-      at a part of its size. These edges are rounded, by half a pixel of the result at most; the
-      image's own stay where they are, between two loaded pixels if need be.
+      u8 [height, width, 3], and the frame that it shows, in pixels of the view. That is the whole
+      view, (0, 0, H, W), unless it has borders, or edges of a crop from an image that was loaded at
+      a fraction of its size. These edges are rounded, by at most half a pixel of the result; the
+      image's own edges stay exact, if necessary between two loaded pixels.
 
     Raises:
-      InputError: the file turns out to be damaged.
+      InputError: If the file is damaged.
     """
     axes = self._axes((width, height) if self.transposed else (height, width))
     factors = [f for f in self.stored.factors if all(axis.may_reduce(f) for axis in axes)]
@@ -148,14 +149,14 @@ class LazyImage:
 
   def _axes(self, out: tuple[int, int] | None = None, region: Region | None = None
             ) -> list['_Axis']:
-    """y and x of the window and of a region, `visible` unless given, in stored pixels."""
+    """Returns the y and x axes of the window and a region, by default `visible`."""
     return [_Axis(*axis) for axis in zip(
         self.window[:2], self.window[2:], region or self.visible, out or self.window[2:],
         self.stored.size, strict=True)]
 
   def _draw(self, axes: list['_Axis'], kernel: Kernel | None, factor: int
             ) -> tuple[np.ndarray, int]:
-    """The view in the size that the axes ask for, and the factor that the image was loaded at."""
+    """Returns the view in the size of the axes, and the factor at which the image was loaded."""
     stored = self.stored.load(factor)
     if stored.shape[:2] == self.stored.size:
       factor = 1
@@ -178,19 +179,19 @@ class LazyImage:
 
   def _resize_part(self, stored: np.ndarray, axes: list['_Axis'], kernel: Kernel | None,
                    factor: int) -> np.ndarray:
-    """What the window shows of the image as loaded, turned, in the size that the axes ask for."""
+    """Returns the part of the loaded image in the window, turned, in the size of the axes."""
     parts = [axis.part(factor) for axis in axes]
     pixels = stored[tuple(slice(first, math.ceil(last)) for first, last in parts)]
     sizes = [last - first for first, last in (axis.place for axis in axes)]
     shown = [last - first for first, last in parts]
     if kernel and any(side != int(side) for side in shown):
-      # Before turning, which would put the fraction of a pixel at the other end.
+      # Before turning, which would move the fraction of a pixel to the other end.
       return self._turn(kernel(pixels, *sizes, tuple(shown)))
     pixels = self._turn(pixels)
     return kernel(pixels, *(sizes[::-1] if self.transposed else sizes)) if kernel else pixels
 
   def _places(self, axes: list['_Axis']) -> list[tuple[int, int]]:
-    """First and last + 1 of the rows, then of the columns, of the result that a region fills."""
+    """Returns first and last + 1 of the result's rows, then columns, that a region fills."""
     places, sides = [axis.place for axis in axes], [axis.out for axis in axes]
     if self.transposed:
       places, sides = places[::-1], sides[::-1]
@@ -200,7 +201,7 @@ class LazyImage:
     return places
 
   def _canvas(self, sides: list[int]) -> np.ndarray:
-    """u8 [H, W, 3] as the view is without the image."""
+    """Returns the view without the image, u8 [H, W, 3]."""
     canvas = np.full((*sides, 3), self.fill, np.uint8)
     out = tuple(sides[::-1] if self.transposed else sides)
     for region, color in reversed(self.canvases):
@@ -209,7 +210,7 @@ class LazyImage:
     return canvas
 
   def _turn(self, pixels: np.ndarray) -> np.ndarray:
-    # Not views: those with a negative stride are copied by every later operation.
+    # Not NumPy views, because a negative stride makes every later operation copy.
     if self.transposed:
       pixels = cv2.transpose(pixels)
     if self.upside_down or self.mirrored:
@@ -220,13 +221,13 @@ class LazyImage:
 
 @dataclasses.dataclass(frozen=True)
 class _Axis:
-  """One axis of a window that is to become `out` pixels, in the order of the stored pixels.
+  """One axis of a window that is resized to `out` pixels, in the order of the stored pixels.
 
   Attributes:
-    start, length: of the window, in stored pixels.
-    region: first and last + 1 of the stored pixels that may be shown.
-    out: pixels of the result.
-    side: all stored pixels.
+    start, length: Position and size of the window in stored pixels.
+    region: First and last + 1 of the stored pixels that may be shown.
+    out: Number of pixels of the result.
+    side: Number of stored pixels.
   """
   start: int
   length: int
@@ -235,14 +236,14 @@ class _Axis:
   side: int
 
   def exceeds(self) -> bool:
-    """Whether the window reaches beyond the region."""
+    """Returns whether the window extends beyond the region."""
     return self.start < self.region[0] or self.start + self.length > self.region[1]
 
   def part(self, factor: int) -> tuple[int, float]:
-    """First and end of what the window shows, in pixels loaded at 1 / factor.
+    """Returns the first and the end of the shown pixels, in pixels loaded at 1 / factor.
 
-    Rounded to whole pixels, but for the image's own end: a side that the factor does not divide
-    has a last pixel of which only a part is the image.
+    They are rounded to whole pixels, except for the end of the image: if the factor does not divide
+    the side, only a part of the last pixel belongs to the image.
     """
     first, last = self._shown
     if factor == 1 or first == last:
@@ -251,27 +252,27 @@ class _Axis:
 
   @functools.cached_property
   def _shown(self) -> tuple[int, int]:
-    return _overlap((self.start, self.start + self.length), self.region)
+    return _intersect((self.start, self.start + self.length), self.region)
 
   @functools.cached_property
   def place(self) -> tuple[int, int]:
-    """First and last + 1 of the result's pixels that they fill."""
+    """First and last + 1 of the result's pixels that the shown pixels fill."""
     first, last = self._shown
     if first == last:
       return 0, 0
     scale = self.out / self.length
     to_first, to_last = (_nearest((at - self.start) * scale) for at in (first, last))
-    if to_first == to_last:  # Less than half a pixel, but to be seen all the same.
+    if to_first == to_last:  # Less than half a pixel, which must be visible nevertheless.
       to_first = min(to_first, self.out - 1)
     return to_first, max(to_last, to_first + 1)
 
   def may_reduce(self, factor: int) -> bool:
-    """Whether there is still a pixel for each of the result's."""
+    """Returns whether at least one loaded pixel is left for each pixel of the result."""
     (first, last), (to_first, to_last) = self.part(factor), self.place
     return last - first >= to_last - to_first
 
   def frame(self, factor: int) -> tuple[float, float]:
-    """Start, counted from the window's, and length of what the result shows, in stored pixels."""
+    """Returns start, relative to the window, and length of the shown part, in stored pixels."""
     (first, last), (to_first, to_last) = self.part(factor), self.place
     exact = (first * factor, last * factor) == self._shown
     if first == last or (exact and not self.exceeds()):
@@ -280,16 +281,16 @@ class _Axis:
     return first * factor - to_first * scale - self.start, self.out * scale
 
 
-def _overlap(span: tuple[int, int], region: tuple[int, int]) -> tuple[int, int]:
-  """What two spans have in common; where that is nothing, a span of no length."""
+def _intersect(span: tuple[int, int], region: tuple[int, int]) -> tuple[int, int]:
+  """Returns the intersection of two spans, of length 0 if it is empty."""
   low, high = region
   first = min(max(span[0], low), high)
   return first, max(min(span[1], high), first)
 
 
-def _common(a: Region, b: Region) -> Region:
-  """What two regions have in common."""
-  return tuple(_overlap(span, region) for span, region in zip(b, a, strict=True))
+def _intersect_regions(a: Region, b: Region) -> Region:
+  """Returns the intersection of two regions."""
+  return tuple(_intersect(span, region) for span, region in zip(b, a, strict=True))
 
 
 def _nearest(value: float) -> int:

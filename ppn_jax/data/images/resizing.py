@@ -1,4 +1,4 @@
-"""Kernels that make pixels of another size."""
+"""Kernels that resize images."""
 
 from collections.abc import Mapping
 
@@ -8,22 +8,22 @@ import numpy as np
 from ppn_jax.data.images.lazy import Kernel
 from ppn_jax.errors import InputError, did_you_mean
 
-# Ratios of a side to that of the result. Below the first, interpolation sees every pixel about
-# alike; above the second, two points would leave pixels out.
+# Ratios of a side to that of the result. Below the first, interpolation weights all pixels about
+# equally; above the second, two points would skip pixels.
 _SUPERSAMPLED = 1.5, 3.0
 
 
 def check_method(what: str, method: str) -> None:
-  """Raises InputError unless `method` is a key of `KERNELS`."""
+  """Raises InputError unless `method` is in `KERNELS`."""
   if method not in KERNELS:
     raise InputError(f'unknown {what} {method!r}; {did_you_mean(str(method), KERNELS)}')
 
 
 def _area(image: np.ndarray, height: int, width: int,
           extent: tuple[float, float] | None = None) -> np.ndarray:
-  if extent:  # No side of which grows.
+  if extent:  # No side grows.
     return _interpolate(image, height, width, cv2.INTER_AREA, extent)
-  # OpenCV averages only if no side grows, so what grows waits for the second call.
+  # OpenCV averages only if no side grows, so the second call enlarges.
   small = min(image.shape[0], height), min(image.shape[1], width)
   if image.shape[:2] != small:
     image = cv2.resize(image, small[::-1], interpolation=cv2.INTER_AREA)
@@ -49,23 +49,24 @@ def _supersample(image: np.ndarray, height: int, width: int,
 
 def _interpolate(image: np.ndarray, height: int, width: int, method: int,
                  extent: tuple[float, float] | None) -> np.ndarray:
-  """OpenCV's resize of as many rows and columns of an image as `extent` says, or of all."""
+  """Resizes the first rows and columns of an image, as many as `extent` says, with OpenCV."""
   if extent is None:
     return cv2.resize(image, (width, height), interpolation=method)
-  # Asked by factors, OpenCV keeps to them; what the rest of the last pixels makes is cut off.
+  # With factors OpenCV does not round the scale; the surplus of the last pixels is cut off.
   image = cv2.resize(image, None, fx=width / extent[1], fy=height / extent[0],
                      interpolation=method)
   return np.ascontiguousarray(image[:height, :width])
 
 
 def legacy_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """TensorFlow 1's bilinear kernel: no half-pixel centres, no antialiasing.
+  """Resizes with TensorFlow 1's bilinear kernel: no half-pixel centres, no antialiasing.
 
-  Output index i looks at source coordinate i * (in / out), computed in float32, and mixes the
-  two pixels around it, along x first.
+  Output index i reads source coordinate i * (in / out), computed in float32, and interpolates
+  between the two pixels around it, along x first.
 
   Args:
     image: u8 or f32 [H, W, 3].
+    height, width: Size of the result in pixels.
 
   Returns:
     f32 [height, width, 3], not rounded.
@@ -80,7 +81,7 @@ def legacy_resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _legacy_taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Lower and upper source index and the share of the upper one, [out] each."""
+  """Returns lower and upper source indices and the weight of the upper ones, [out] each."""
   at = np.arange(out, dtype=np.float32) * (np.float32(size) / np.float32(out))
   low = np.floor(at).astype(np.int64)
   return low, np.minimum(low + 1, size - 1), at - low.astype(np.float32)
@@ -90,9 +91,9 @@ def _legacy(image: np.ndarray, height: int, width: int) -> np.ndarray:
   return np.rint(legacy_resize(image, height, width)).astype(np.uint8)
 
 
-# See `transforms.Resize`. Each takes and gives u8 [H, W, 3]; those that may be given a reduced
-# image also take its extent (`lazy_image.Kernel`), which is no smaller than the result.
+# See `transforms.basic.Resize`. Each maps u8 [H, W, 3] to u8 [height, width, 3]. Those that accept
+# a reduced image also take its extent (`lazy.Kernel`), which is no smaller than the result.
 KERNELS: Mapping[str, Kernel] = {
     'area': _area, 'supersample': _supersample, 'bilinear': _bilinear, 'legacy': _legacy}
-# Parity with released checkpoints needs the very pixels.
+# For exact parity with released checkpoints.
 NEVER_REDUCED = frozenset({'legacy'})

@@ -1,4 +1,4 @@
-"""Video files: frames in, frames out, by OpenCV's FFmpeg. Sound is left behind."""
+"""Reads and writes the frames of video files with OpenCV's FFmpeg, without sound."""
 
 import os
 import pathlib
@@ -10,22 +10,22 @@ import numpy as np
 
 from ppn_jax.errors import InputError
 
-# Where a file does not say.
+# For files that do not state it.
 _FRAMES_PER_SECOND = 25.0
 
 
 class VideoReader:
-  """The frames of a video file, in order; once.
+  """Reads the frames of a video file in order, once.
 
   Attributes:
     size: (height, width) in pixels, upright.
-    frames_per_second: of the whole file; files of varying rate are taken to have a constant one.
-    stated: how many frames the file says that it has, 0 if it does not.
-    count: frames read so far.
+    frames_per_second: Rate of the whole file; a varying rate is treated as constant.
+    stated: Number of frames according to the file, 0 if it does not state it.
+    count: Number of frames read so far.
   """
 
   def __init__(self, path: pathlib.Path):
-    """Raises InputError if the file is no video that can be read."""
+    """Opens the file; raises InputError if it is no readable video."""
     _quiet()
     self._path, self.count = path, 0
     self._capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
@@ -39,7 +39,7 @@ class VideoReader:
     self.frames_per_second = rate if 0 < rate < 1000 else _FRAMES_PER_SECOND
 
   def __iter__(self) -> Iterator[np.ndarray]:
-    """Frames u8 [H, W, 3], RGB."""
+    """Yields frames u8 [H, W, 3], RGB."""
     frame, self._first = self._first, None
     while frame is not None:
       self.count += 1
@@ -48,7 +48,7 @@ class VideoReader:
 
   @property
   def cut_short(self) -> bool:
-    """Whether, read to the end, it had fewer frames than it states, to within a second."""
+    """True if the file ended more than a second before its stated number of frames."""
     return self.count < self.stated - self.frames_per_second
 
   def _read(self) -> np.ndarray | None:
@@ -63,13 +63,13 @@ class VideoReader:
 
 
 class VideoWriter:
-  """Writes frames to an MP4 (MPEG-4 part 2), which is there only when all of it is.
+  """Writes frames to an MP4 file (MPEG-4 part 2), which appears when it is complete.
 
   Args:
-    path: to end with .mp4; its folder is made.
-    size: (height, width) in pixels, at least 2 each; frames of another size are scaled. The
-      format has even sides only, so that of an odd one the last pixel is left out.
-    frames_per_second: constant.
+    path: Ends with .mp4; its folder is created.
+    size: (height, width) in pixels, at least 2 each; frames of another size are scaled. The format
+      has even sides only, so the last pixel of an odd side is cut off.
+    frames_per_second: Constant rate.
   """
 
   def __init__(self, path: pathlib.Path, size: tuple[int, int], frames_per_second: float):
@@ -84,7 +84,7 @@ class VideoWriter:
       raise InputError(f'{path}: cannot write a video of {size[1]}x{size[0]} pixels there')
 
   def write(self, frame: np.ndarray) -> None:
-    """Adds u8 [H, W, 3], RGB."""
+    """Appends a frame u8 [H, W, 3], RGB."""
     if frame.shape[1::-1] != self._shape:
       frame = cv2.resize(frame, self._shape, interpolation=cv2.INTER_AREA)
     self._count += 1
@@ -98,25 +98,25 @@ class VideoWriter:
     self._writer.release()
     try:
       if kind is None:
-        self._check_whole()
+        self._check_complete()
         os.replace(self._part, self._path)
     finally:
       self._part.unlink(missing_ok=True)
 
-  def _check_whole(self) -> None:
-    """OpenCV tells nobody of a full disk."""
+  def _check_complete(self) -> None:
+    """Raises InputError unless all frames were written; OpenCV does not report a full disk."""
     try:
       with VideoReader(self._part) as reader:
         written = reader.stated
     except InputError:
       written = 0
     if written != self._count:
-      raise InputError(f'{self._path}: could not be written, {written} of {self._count} frames '
-                       'arrived; is the disk full?')
+      raise InputError(f'{self._path}: could not be written: it has {written} of '
+                       f'{self._count} frames; is the disk full?')
 
 
 def _quiet() -> None:
-  """Keeps decoders from writing to stderr, and files from having others opened over a network."""
+  """Keeps decoders from writing to stderr, and files from opening others over the network."""
   os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
   os.environ.setdefault('OPENCV_FFMPEG_CAPTURE_OPTIONS', 'protocol_whitelist;file')
   cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

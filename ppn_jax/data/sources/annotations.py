@@ -1,4 +1,4 @@
-"""What all data sets of images with boxes share: boxes checked once, in columns, and looked up."""
+"""The base of all sources that read annotations: checks all boxes once and looks them up later."""
 
 import collections
 import os
@@ -10,8 +10,8 @@ import numpy as np
 
 from ppn_jax.data.contents import (
   ALL_LEFT_OUT,
+  NO_BOXES,
   SHOWN,
-  WITHOUT,
   BadBoxes,
   Contents,
   Tally,
@@ -21,35 +21,35 @@ from ppn_jax.data.images.lazy import LazyImage
 from ppn_jax.detection.structures import Category, Example
 from ppn_jax.errors import InputError
 
-# Pixels that a box may reach beyond its image before it counts as wrong. Exporters that count
-# pixels from 1, or round corners and sides apart, overshoot by up to one.
+# Pixels by which a box may extend beyond its image. Exporters that count pixels from 1, or round
+# corners and sides separately, overshoot by up to one.
 BORDER_TOLERANCE = 1.0
-KEPT_SHARE = 0.5  # Of its area, which a box must keep to be cut at the edge of its image.
+KEPT_SHARE = 0.5  # Share of its area that a box must keep to be cut at the edge of its image.
 ON_BAD_BOX = ('clip', 'drop', 'raise')
 DUPLICATES = ('merge', 'keep')
 _REASONS = ('', 'not four numbers', 'not finite', 'no area', 'outside the image')
 _NUMBERS = frozenset((int, float))  # Not bool, which is an int to isinstance.
-_SHARES = -0.05, 1.05  # Between which shares of an image lie, with what exporters overshoot.
+_SHARES = -0.05, 1.05  # Range of shares of an image, including the overshoot of exporters.
 
 
 class Images(NamedTuple):
   """The images of a data set."""
-  ids: np.ndarray  # i64 [N], all different.
-  names: Sequence[str]  # What `ground_truth` calls them.
-  files: Sequence[str]  # Where they are: what errors call them.
-  sizes: np.ndarray  # i64 [N, 2], (height, width) in pixels of the originals.
+  ids: np.ndarray  # i64 [N], unique.
+  names: Sequence[str]  # Their names in `ground_truth`.
+  files: Sequence[str]  # Their paths, and names in errors.
+  sizes: np.ndarray  # i64 [N, 2], (height, width) of the originals in pixels.
 
 
 class Boxes(NamedTuple):
-  """Boxes that passed, in the order of their images."""
-  rows: np.ndarray  # i64 [K], which of the rows that were checked.
-  counts: np.ndarray  # i64 [N], boxes of each image.
-  boxes: np.ndarray  # f32 [K, 4], [ymin, xmin, ymax, xmax] of the image, cut at its border.
-  bboxes: np.ndarray  # f64 [K, 4], x, y, width, height in pixels, as they were given.
+  """Boxes that passed the checks, in the order of their images."""
+  rows: np.ndarray  # i64 [K], positions among the boxes that were checked.
+  counts: np.ndarray  # i64 [N], number of boxes of each image.
+  boxes: np.ndarray  # f32 [K, 4], [ymin, xmin, ymax, xmax] in 0 to 1, cut at the border.
+  bboxes: np.ndarray  # f64 [K, 4], x, y, width, height in pixels, as in the data.
 
 
-class Columns(NamedTuple):
-  """A data set of N images and K boxes."""
+class AnnotationTable(NamedTuple):
+  """The annotations of a data set of N images and K boxes."""
   images: Images
   boxes: Boxes
   labels: np.ndarray  # i32 [K].
@@ -58,38 +58,36 @@ class Columns(NamedTuple):
 
 
 class Findings(NamedTuple):
-  """What checking the boxes of N images found."""
+  """Results of checking the boxes of N images."""
   bad: BadBoxes
   clipped: Tally
   tiny: Tally  # Boxes smaller than a pixel.
   emptied: np.ndarray  # bool [N], whether all boxes of an image were left out.
-  notes: tuple[str, ...] = ()  # What else a report must say.
+  notes: tuple[str, ...] = ()  # Further lines for a report.
 
 
 class AnnotatedImages:
-  """A `sources.Source` made of columns; its sub-classes read them from a format.
+  """Base of sources with annotations in memory; sub-classes read them from a file format.
 
   Attributes:
-    categories, max_boxes: see `sources.Source`.
-    bad_boxes: what was dropped.
-    contents: what the data set holds and what was done to its boxes.
+    categories, max_boxes: See `Source`.
+    contents: See `OptionalMembers`.
   """
   categories: tuple[Category, ...]
-  bad_boxes: BadBoxes
   contents: Contents
 
-  def _fill(self, columns: Columns, findings: Findings, *, duplicates: str,
-            without: str | np.ndarray = WITHOUT[0], unreadable: Mapping[int, str] | None = None,
-            notes: Sequence[str] = ()) -> None:
-    """Takes the columns of a data set.
+  def _set_data(self, columns: AnnotationTable, findings: Findings, *, duplicates: str,
+                no_boxes: str | np.ndarray = NO_BOXES[0],
+                unreadable: Mapping[int, str] | None = None, notes: Sequence[str] = ()) -> None:
+    """Takes the annotations of a data set, after sub-classes have set `categories`.
 
     Args:
-      columns: of N images.
-      findings: of `check_boxes`.
+      columns: Annotations of N images.
+      findings: Results of `check_boxes`.
       duplicates: 'merge' removes repetitions of a box, 'keep' leaves them.
-      without: why images have no boxes, one of WITHOUT, or i8 [N] positions in it.
-      unreadable: image -> why it cannot be read, of those that are known and let pass.
-      notes: what else a report must say, a line each.
+      no_boxes: The reason for images to have no boxes, one of NO_BOXES, or i8 [N] positions in it.
+      unreadable: Image -> reason, for images that are known to be unreadable and accepted.
+      notes: Further lines for a report.
     """
     merged = Tally()
     if duplicates == 'merge':
@@ -99,14 +97,13 @@ class AnnotatedImages:
     counts = columns.boxes.counts
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     self.max_boxes = int(counts.max(initial=0))
-    self.bad_boxes = findings.bad
-    if isinstance(without, str):
-      without = np.full(len(counts), WITHOUT.index(without), np.int8)
+    if isinstance(no_boxes, str):
+      no_boxes = np.full(len(counts), NO_BOXES.index(no_boxes), np.int8)
     owners = np.repeat(np.arange(len(counts)), counts)
     corners = columns.boxes.boxes.astype(np.float64)
     shares = corners[:, 2:] - corners[:, :2]
     self.contents = Contents(
-        np.where(findings.emptied, ALL_LEFT_OUT, without).astype(np.int8), owners, columns.labels,
+        np.where(findings.emptied, ALL_LEFT_OUT, no_boxes).astype(np.int8), owners, columns.labels,
         columns.crowd, shares, shares * columns.images.sizes[owners], findings.bad,
         findings.clipped, merged, tuple(self._unreadable.items()),
         (*_note_tiny(findings.tiny, len(owners)), *findings.notes, *notes))
@@ -119,7 +116,7 @@ class AnnotatedImages:
     return example._replace(image=np.asarray(example.image))
 
   def open_example(self, index: int) -> Example:
-    """See `sources.open_example`."""
+    """See `OptionalMembers`."""
     height, width = self._images.sizes[index].tolist()
     if self._unreadable and (why := self._unreadable.get(range(len(self))[index])):
       raise InputError(why)
@@ -129,28 +126,28 @@ class AnnotatedImages:
                    self._table.crowd[rows].copy(), int(self._images.ids[index]), (height, width))
 
   def _pixels(self, index: int, size: tuple[int, int]) -> LazyImage:
-    """Image `index`, whose original has `size`."""
+    """Opens image `index`, whose original has `size`."""
     return image_files.open_image(self.encoded(index), name=self._images.files[index], size=size)
 
   def encoded(self, index: int) -> bytes:
-    """The bytes of the image file `index`.
+    """Returns the bytes of an image file.
 
     Raises:
-      InputError: they cannot be read.
+      InputError: If they cannot be read.
     """
     return image_files.read(self._images.files[index])
 
   def stamp(self, index: int) -> bytes:
-    """See `sources.Source`."""
+    """See `OptionalMembers`."""
     return image_files.stamp(self._images.files[index])
 
   def ground_truth(self) -> dict[str, Any]:
-    """The boxes that the data set goes by; see `sources.Source`.
+    """Returns the ground truth for scoring; see `Source`.
 
-    They stand as they were given, also where they overshoot the image by up to BORDER_TOLERANCE.
-    Those that were dropped and repetitions that were merged are left out, and those that were
-    clipped are given as they were cut: no detection can leave its image, so that one that finds
-    all of the object that can be seen scores an IoU of 1.
+    Boxes are as in the data, even if they overshoot the image by up to BORDER_TOLERANCE. It lacks
+    boxes that were dropped and repetitions that were merged. Boxes that were clipped are given as
+    they were cut: since no detection can leave its image, one that finds all of the visible part
+    then has an IoU of 1.
     """
     images = [{'id': i, 'file_name': name, 'height': h, 'width': w} for i, name, (h, w)
               in zip(self._images.ids.tolist(), self._images.names, self._images.sizes.tolist(),
@@ -159,7 +156,7 @@ class AnnotatedImages:
     columns = (np.repeat(self._images.ids, self._table.boxes.counts),
                category_ids[self._table.labels], self._table.boxes.bboxes, self._table.areas,
                self._table.crowd.astype(int))
-    # Numbered from 1: pycocotools takes an annotation id of 0 for "not matched".
+    # Numbered from 1, since pycocotools takes an annotation id of 0 for "not matched".
     annotations = [
         {'id': n, 'image_id': image, 'category_id': category, 'bbox': bbox, 'area': area,
          'iscrowd': crowd}
@@ -170,7 +167,7 @@ class AnnotatedImages:
 
 
 def parse_boxes(written: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-  """Lists of four numbers -> f64 [M, 4], and i64 [M] reasons (0: none yet) for `check_boxes`."""
+  """Converts lists of four numbers to f64 [M, 4], and i64 [M] reasons for `check_boxes`."""
   reasons = np.zeros(len(written), np.int64)
   values = list(written)
   for i, v in enumerate(written):
@@ -186,25 +183,28 @@ def parse_boxes(written: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 def check_boxes(bboxes: np.ndarray, reasons: np.ndarray, owners: np.ndarray, images: Images, *,
                 on_bad_box: str, show: Callable[[int], str], written: np.ndarray | None = None,
                 advice: str = '') -> tuple[Boxes, Findings]:
-  """Sorts the good boxes by image, cuts those at the edge, and sorts the bad ones out.
+  """Sorts boxes by image, cuts those at the edge, and removes or rejects bad ones.
 
   Args:
     bboxes: f64 [M, 4], x, y, width, height in pixels.
     reasons: i64 [M] of `parse_boxes`; changed in place.
     owners: int [M], positions in `images`.
-    images: N of them.
-    on_bad_box: 'clip' cuts a box that reaches over the edge of its image by more than
-      `BORDER_TOLERANCE` pixels and keeps at least `KEPT_SHARE` of its area, and raises for others
-      that are not four finite numbers, have no area or lie outside; 'drop' cuts the same and
-      leaves the others out; 'raise' raises for all of them.
-    show: the file and the written box of row i, for messages.
-    written: f64 [M, 4], the four numbers of each box as the file has them, of formats that count
-      in pixels: those that lie between 0 and 1 are more likely shares of the image.
-    advice: what else to do about bad boxes, for the message.
+    images: The N images.
+    on_bad_box: 'clip' cuts a box that extends beyond its image by more than `BORDER_TOLERANCE`
+      pixels and keeps at least `KEPT_SHARE` of its area, and raises for other boxes that are not
+      four finite numbers, have no area or are outside. 'drop' cuts the same boxes and leaves the
+      others out. 'raise' raises for all of them.
+    show: Returns the file and the written box of row i, for messages.
+    written: f64 [M, 4], the four numbers of each box in the file, for formats in pixels. Those
+      between 0 and 1 are then probably shares of the image.
+    advice: Further advice about bad boxes, for the message.
+
+  Returns:
+    The good boxes, and what was found.
 
   Raises:
-    InputError: there are bad boxes and `on_bad_box` says so, or all boxes are shares of the image
-      where pixels are wanted.
+    InputError: If there are bad boxes that `on_bad_box` does not accept, or all boxes are shares of
+      the image instead of pixels.
   """
   shares = np.zeros(len(bboxes), bool)
   if written is not None:
@@ -216,7 +216,7 @@ def check_boxes(bboxes: np.ndarray, reasons: np.ndarray, owners: np.ndarray, ima
             if on_bad_box == 'raise' and 'outside the image' in bad.reasons else '')
     raise InputError(f'{bad.first[0]} ({bad.count} bad boxes in all); correct the file, {clip}or '
                      f"leave such boxes out with on_bad_box='drop' "
-                     f'({option_on_the_command_line("on_bad_box", "drop")}){advice}')
+                     f'({command_line_flag("on_bad_box", "drop")}){advice}')
   rows = np.argsort(owners, kind='stable')
   rows = rows[reasons[rows] == 0]
   counts = np.bincount(owners[rows], minlength=len(images.ids))
@@ -229,8 +229,9 @@ def check_boxes(bboxes: np.ndarray, reasons: np.ndarray, owners: np.ndarray, ima
   return Boxes(rows, counts, corners[rows], kept[rows]), findings
 
 
-def merge_duplicates(columns: Columns, categories: Sequence[Category]) -> tuple[Columns, Tally]:
-  """Removes all but the first of boxes that are the same: image, class, coordinates and crowd."""
+def merge_duplicates(columns: AnnotationTable, categories: Sequence[Category]
+                     ) -> tuple[AnnotationTable, Tally]:
+  """Removes repeated boxes, which have the same image, class, coordinates and crowd flag."""
   boxes = columns.boxes
   owners = np.repeat(np.arange(len(boxes.counts)), boxes.counts)
   order = np.lexsort((*boxes.bboxes.T, columns.crowd, columns.labels, owners))  # It is stable.
@@ -246,24 +247,24 @@ def merge_duplicates(columns: Columns, categories: Sequence[Category]) -> tuple[
       f'(x, y, width, height) in {columns.images.files[owners[k]]}' for k in again[:SHOWN])
   counts = np.bincount(owners[kept], minlength=len(boxes.counts))
   merged = Boxes(boxes.rows[kept], counts, boxes.boxes[kept], boxes.bboxes[kept])
-  return Columns(columns.images, merged, columns.labels[kept], columns.crowd[kept],
+  return AnnotationTable(columns.images, merged, columns.labels[kept], columns.crowd[kept],
                  columns.areas[kept]), Tally(len(again), first)
 
 
-def join(parts: Sequence[Columns]) -> Columns:
-  """One data set after the other; what `Boxes.rows` says is lost."""
+def join(parts: Sequence[AnnotationTable]) -> AnnotationTable:
+  """Concatenates data sets; `Boxes.rows` has no meaning in the result."""
   images = Images(np.concatenate([p.images.ids for p in parts]),
                   [name for p in parts for name in p.images.names],
                   [file for p in parts for file in p.images.files],
                   np.concatenate([p.images.sizes for p in parts]))
   boxes = Boxes(*(np.concatenate([getattr(p.boxes, field) for p in parts])
                   for field in Boxes._fields))
-  return Columns(images, boxes, *(np.concatenate([getattr(p, field) for p in parts])
+  return AnnotationTable(images, boxes, *(np.concatenate([getattr(p, field) for p in parts])
                                   for field in ('labels', 'crowd', 'areas')))
 
 
 def join_findings(parts: Sequence[Findings]) -> Findings:
-  """Of several files, in the order of their images."""
+  """Joins the findings of several files, in the order of their images."""
   reasons = sum((collections.Counter(p.bad.reasons) for p in parts), collections.Counter())
   first = tuple(line for p in parts for line in p.bad.first)
   return Findings(
@@ -273,13 +274,19 @@ def join_findings(parts: Sequence[Findings]) -> Findings:
 
 
 def fill_in_sizes(sizes: Sequence[tuple[int, int] | None], why: Mapping[int, str]) -> np.ndarray:
-  """i64 [N, 2], (height, width) of images, some of which cannot be read.
+  """Fills in the sizes of images that cannot be read with the median of the others.
 
-  Those of unknown size are taken to have the median of the others: their boxes are in the truth
-  that is scored against, where they count as not found.
+  Their boxes need a size since they are in the ground truth, where they count as not detected.
+
+  Args:
+    sizes: (height, width) of N images, None for those that cannot be read.
+    why: Image -> reason why it cannot be read.
+
+  Returns:
+    i64 [N, 2], (height, width).
 
   Raises:
-    InputError: no image can be read.
+    InputError: If no image can be read.
   """
   known = [size for size in sizes if size]
   if not known:
@@ -288,8 +295,8 @@ def fill_in_sizes(sizes: Sequence[tuple[int, int] | None], why: Mapping[int, str
   return np.array([size or usual for size in sizes], np.int64)
 
 
-def option_on_the_command_line(option: str, value: Any) -> str:
-  """How a user sets an option of a source; `sources.build_source` knows which block it is in."""
+def command_line_flag(option: str, value: Any) -> str:
+  """Returns the flag that sets an option; `build_source` changes the block to the right one."""
   return f'--config.data.train.{option}={value}'
 
 
@@ -302,65 +309,35 @@ def check_choices(on_bad_box: Any, duplicates: Any) -> None:
 
 
 def check_paths(source: str, **options: Any) -> None:
-  """Raises InputError unless every option of the source is a path."""
+  """Raises InputError unless all options are paths."""
   for option, value in options.items():
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
       raise InputError(f'{source}.{option} is {value!r}, legal: a path')
 
 
 def stays_inside(path: Any) -> bool:
-  """Whether a file name leads to a file below the folder that it is joined to."""
+  """Returns whether a file name stays below the folder that it is joined to."""
   if not isinstance(path, str) or not path or '\0' in path or os.path.isabs(path):
     return False
   return '..' not in path.replace('\\', '/').split('/') and not path.endswith('/')
 
 
-def some(names: Sequence[str]) -> str:
-  """The first few of `names` in a message, no end of a long one."""
+def join_names(names: Sequence[str]) -> str:
+  """Joins the first few names for a message, and shortens long ones."""
   shown = [name if len(name) <= 300 else f'{name[:297]}...' for name in names[:SHOWN]]
   return ', '.join(shown) + (', ...' if len(names) > SHOWN else '')
 
 
-def list_files(folder: str) -> tuple[list[str], list[str]]:
-  """The files below a folder: images by their suffix, in order of name, and all others.
-
-  Links to folders are followed, each folder once, so that a loop ends. What begins with a dot is
-  hidden and passed over: macOS' `._x.jpg`, copies in `.ipynb_checkpoints`.
-  """
-  images, others = [], []
-  root = os.path.realpath(folder)
-  seen = {root}
-
-  def follow(path: str) -> bool:
-    there = os.path.realpath(path)
-    # What a link finds again inside the folder has its labels where it really is.
-    again = there in seen or (os.path.islink(path) and there.startswith(root + os.sep))
-    if not again:
-      seen.add(there)
-    return not again
-
-  for inside, folders, names in os.walk(folder, followlinks=True):
-    folders[:] = [f for f in sorted(folders)
-                  if not f.startswith('.') and follow(os.path.join(inside, f))]
-    for name in names:
-      if not name.startswith('.'):
-        known = os.path.splitext(name)[1].lower() in image_files.SUFFIXES
-        (images if known else others).append(os.path.join(inside, name))
-  return sorted(images), sorted(others)
-
-
-def note_others(files: Sequence[str]) -> list[str]:
-  """A line on files of a folder of images that were not looked at; none if there are none."""
-  if not files:
-    return []
-  kinds = sorted({os.path.splitext(f)[1].lower() or os.path.basename(f) for f in files})
-  return [f'{len(files):,} file{"s" if len(files) > 1 else ""} not looked at: {some(kinds)}']
+def quote(value: Any) -> str:
+  """Returns what a file says as one line of limited length, for a message."""
+  text = ' '.join(repr(value).split())
+  return text if len(text) <= 100 else text[:97] + '...'
 
 
 def number_images(names: Sequence[str]) -> np.ndarray:
-  """Ids for images that have only names, i64 [N].
+  """Returns ids for images that have only file names, i64 [N].
 
-  The digits of the files' names, if all have some and no two the same, else 1, 2, ...
+  These are the digits of the names if all names have digits and no two the same, else 1, 2, ...
   """
   digits = [''.join(re.findall('[0-9]', os.path.splitext(os.path.basename(n))[0])) for n in names]
   if all(0 < len(d) <= 18 for d in digits) and len({int(d) for d in digits}) == len(digits):
@@ -370,16 +347,17 @@ def number_images(names: Sequence[str]) -> np.ndarray:
 
 def _normalise(bboxes: np.ndarray, sizes: np.ndarray, reasons: np.ndarray, *, clip: bool
                ) -> tuple[np.ndarray, np.ndarray]:
-  """x, y, width, height in pixels -> f32 [M, 4] of the image; marks the bad ones in `reasons`.
+  """Converts boxes in pixels to shares of the image, and marks the bad ones in `reasons`.
 
   Args:
-    bboxes: f64 [M, 4].
+    bboxes: f64 [M, 4], x, y, width, height in pixels.
     sizes: i64 [M, 2], (height, width) of each box's image.
     reasons: i64 [M], positions in _REASONS; changed in place where it is still 0.
-    clip: whether boxes that keep `KEPT_SHARE` of their area inside the image are good.
+    clip: Whether boxes that keep `KEPT_SHARE` of their area inside the image are good.
 
   Returns:
-    The boxes, cut at the border, and bool [M]: which reach farther over it than the tolerance.
+    [ymin, xmin, ymax, xmax], f32 [M, 4], cut at the border, and bool [M], whether a box extends
+    beyond it by more than the tolerance.
   """
   def mark(reason: str, where: np.ndarray) -> None:
     reasons[(reasons == 0) & where] = _REASONS.index(reason)
@@ -391,29 +369,29 @@ def _normalise(bboxes: np.ndarray, sizes: np.ndarray, reasons: np.ndarray, *, cl
     mark('no area', (w <= 0) | (h <= 0))
     over = ((np.minimum(x, y) < -BORDER_TOLERANCE)
             | (x + w > width + BORDER_TOLERANCE) | (y + h > height + BORDER_TOLERANCE))
-    # Shares of the sides, not of areas, which may be too large for a float.
+    # From shares of the sides, since areas may be too large for a float.
     inside = (np.clip(np.minimum(x + w, width) - np.maximum(x, 0), 0, None) / w
               * (np.clip(np.minimum(y + h, height) - np.maximum(y, 0), 0, None) / h))
     mark('outside the image', over & ~(inside >= KEPT_SHARE) if clip else over)
     corners = np.stack([y / height, x / width, (y + h) / height, (x + w) / width], axis=-1)
     boxes = np.clip(corners, 0, 1).astype(np.float32)
-  # Thinner than float32 can tell, or wholly in the strip beyond the border.
+  # Thinner than float32 resolves, or completely in the strip beyond the border.
   mark('no area', ~((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])))
   return boxes, over & (reasons == 0)
 
 
 def _to_pixels(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-  """[ymin, xmin, ymax, xmax] of the image -> f64 x, y, width, height in pixels."""
+  """Converts [ymin, xmin, ymax, xmax] in 0 to 1 to f64 x, y, width, height in pixels."""
   ymin, xmin, ymax, xmax = (corners.astype(np.float64) * sizes[:, [0, 1, 0, 1]]).T
   return np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=-1)
 
 
 def _find_shares(written: np.ndarray, reasons: np.ndarray, owners: np.ndarray, images: Images,
                  show: Callable[[int], str]) -> np.ndarray:
-  """bool [M]: which boxes, in a file of pixels, look like shares of their image.
+  """Finds boxes in a file of pixels that look like shares of their image, bool [M].
 
   Raises:
-    InputError: all of them do.
+    InputError: If all of them do.
   """
   rows = np.flatnonzero(reasons == 0)
   low, high = _SHARES
@@ -424,7 +402,7 @@ def _find_shares(written: np.ndarray, reasons: np.ndarray, owners: np.ndarray, i
     height, width = images.sizes[owners[i]].tolist()
     raise InputError(
         f'all {len(rows)} boxes have numbers between 0 and 1, such as {show(i)} of '
-        f'{images.files[owners[i]]}: these look like shares of the image, but pixels are wanted; '
+        f'{images.files[owners[i]]}: these look like shares of the image instead of pixels; '
         f'multiply them by the width and height of the image, here {width} and {height}')
   return shares
 

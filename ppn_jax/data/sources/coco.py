@@ -1,4 +1,4 @@
-"""Images in a folder with a COCO instances file: read once, checked whole, then only looked up."""
+"""Images in folders with COCO instances files, which are read and checked once."""
 
 import itertools
 import os
@@ -9,87 +9,85 @@ import numpy as np
 
 from ppn_jax.data.checks import SKIP_IMAGES, check_bool, check_on_bad_example
 from ppn_jax.data.source import check_categories, match_categories
-from ppn_jax.data.sources import coco_json, image_ids
+from ppn_jax.data.sources import coco_json
 from ppn_jax.data.sources.annotations import (
   BORDER_TOLERANCE,
   AnnotatedImages,
+  AnnotationTable,
   Boxes,
-  Columns,
   Findings,
   Images,
   check_boxes,
   check_choices,
   check_paths,
+  command_line_flag,
   join,
   join_findings,
-  option_on_the_command_line,
+  join_names,
   parse_boxes,
-  some,
+  quote,
   stays_inside,
 )
-from ppn_jax.data.sources.coco_json import quote
-from ppn_jax.data.sources.polygons import box_around
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
 Paths = str | Sequence[str]
-WITHOUT = 'without annotations'  # What a report says of images without boxes.
+_NO_BOXES = 'without annotations'  # See `contents.NO_BOXES`.
 
 
 class CocoFile(NamedTuple):
-  """One instances file, its annotations not read yet."""
+  """An instances file whose annotations are not read yet."""
   file: str
   images: Images
   categories: tuple[Category, ...]
   annotations: coco_json.Table
-  # What the file writes for an id -> the id, where `Table.ids` numbers them; else empty.
+  # Id in the file -> number, if `Table.ids` numbers them; else empty.
   image_numbers: dict[str, int]
   category_numbers: dict[str, int]
   notes: tuple[str, ...]
 
 
 class CocoJson(AnnotatedImages):
-  """Folders of images and their boxes in COCO's instances format; a `sources.Source`.
+  """Folders of images with boxes in COCO's instances format.
 
   Category ids may have gaps and start anywhere; label k is the k-th in order of id. Crowds keep
-  their flag and images without boxes stay. Boxes that overshoot the image by up to
-  `annotations.BORDER_TOLERANCE` pixels are cut at its border for training, and stand as they are
-  in `ground_truth`. Ids of annotations are not used: files exist in which they repeat or are
-  absent. Ids of images and categories that are strings stand for their numbers, or are numbered
-  in the order of the file. File names may have backslashes, or begin with the folder of images.
+  their flag, and images without boxes are kept. Boxes that overshoot the image by up to
+  `annotations.BORDER_TOLERANCE` pixels are cut at its border for training and unchanged in
+  `ground_truth`. Ids of annotations are not used, since some files repeat or lack them. Ids of
+  images and categories that are strings stand for their numbers, or are numbered in the order of
+  the file. File names may have backslashes, or begin with the folder of images.
 
-  Several folders with a file each make one data set, in their order. COCO's usual training set
-  of 2014 is that of train and val less the ids of minival, and minival those of val alone:
+  Several folders with one file each form one data set, in this order. COCO's usual training set of
+  2014 consists of train and val without the ids of minival, which are ids of val:
 
     images=('train2014', 'val2014'), annotations=(TRAIN, VAL), exclude_ids='minival_ids.txt'
     images='val2014', annotations=VAL, include_ids='minival_ids.txt'
 
   Args:
-    images: folder that the file names are relative to, or several.
-    annotations: the json file, or as many as there are folders, with the same categories.
-    on_bad_box: what to do with boxes that are not four finite numbers, have no area or lie
-      outside their image. 'clip' cuts those that reach over the edge and keep half of their area,
-      and raises for the others; 'drop' leaves the others out; 'raise' raises for all.
-    categories: the classes of the run, if they are settled; the file must have the same.
-    exclude_ids: a text file of image ids to leave out; see `image_ids.read`.
-    include_ids: a text file of the image ids to take, all of which must be there.
+    images: The folder that file names are relative to, or several folders.
+    annotations: The JSON file, or one for each folder, with the same categories.
+    on_bad_box: For boxes that are not four finite numbers, have no area or are outside their image.
+      'clip' cuts those that extend beyond the edge and keep half of their area, and raises for the
+      others; 'drop' leaves the others out; 'raise' raises for all.
+    categories: The classes of the run, if they are known; the file must have the same.
+    exclude_ids: A text file of image ids to leave out; see `coco_json.read_ids`.
+    include_ids: A text file of the image ids to keep, all of which must be in the data.
     boxes_from: 'bbox', or 'segmentation' for the box around each object's polygons or mask; an
       object without one has its bbox.
-    merge_images: whether entries of one image file, such as one for each box, become one image,
-      which has the id of the first.
-    duplicates: 'merge' counts a box once that is there twice: same image, class and coordinates;
-      'keep' leaves both.
-    on_bad_example: what to do about images that are not in the folder: 'raise', or 'skip' until
-      they are indexed.
+    merge_images: Whether entries of one image file, such as one for each box, become one image,
+      with the id of the first.
+    duplicates: 'merge' counts repeated boxes once (same image, class and coordinates); 'keep'
+      leaves all.
+    on_bad_example: For images that are not in the folder: 'raise', or 'skip' until they are
+      indexed.
 
   Attributes:
-    categories, max_boxes: see `sources.Source`.
-    bad_boxes: what was dropped.
-    contents: what the data set holds and what was done to its boxes.
+    categories, max_boxes: See `Source`.
+    contents: See `OptionalMembers`.
 
   Raises:
-    InputError: at construction, for anything wrong with the file and for images that are not
-      in the folder; by indexing, for an image that cannot be decoded whole.
+    InputError: At construction, for errors in the file and images that are not in the folder; by
+      indexing, for an image that cannot be decoded completely.
   """
 
   def __init__(self, images: Paths, annotations: Paths, on_bad_box: str = 'clip',
@@ -109,8 +107,9 @@ class CocoJson(AnnotatedImages):
         *part.notes, *match_categories(part.file, part.categories, self.categories)[1])]
     if categories is not None:
       check_categories(files[0], self.categories, categories)
-    kept = np.split(image_ids.select(_join_ids(parts), exclude=exclude_ids, include=include_ids),
-                    np.cumsum([len(part.images.ids) for part in parts])[:-1])
+    kept = np.split(
+        coco_json.select_ids(_join_ids(parts), exclude=exclude_ids, include=include_ids),
+        np.cumsum([len(part.images.ids) for part in parts])[:-1])
     read, missing = [], {}
     for part, folder, chosen in zip(parts, folders, kept, strict=True):
       columns, findings = read_boxes(part, chosen, self.categories, on_bad_box=on_bad_box,
@@ -124,15 +123,20 @@ class CocoJson(AnnotatedImages):
       columns, findings, missing = _merge_images(columns, findings, missing)
     else:
       notes += _note_repeated_files(columns.images)
-    self._fill(columns, findings, duplicates=duplicates, without=WITHOUT, unreadable=missing,
-               notes=notes)
+    self._set_data(columns, findings, duplicates=duplicates, no_boxes=_NO_BOXES, unreadable=missing,
+                   notes=notes)
 
 
 def read_file(file: str, folder: str, tables: Mapping[str, coco_json.Table]) -> CocoFile:
-  """Reads the images and classes of an instances file, whose images are in `folder`.
+  """Reads the images and classes of an instances file.
+
+  Args:
+    file: The file, for messages.
+    folder: The folder of the images.
+    tables: The contents of the file.
 
   Raises:
-    InputError: something is wrong with one of them.
+    InputError: If one of them is wrong.
   """
   categories, category_numbers = _read_categories(file, tables['categories'])
   images, image_numbers = _read_images(file, folder, tables['images'])
@@ -151,17 +155,17 @@ def read_file(file: str, folder: str, tables: Mapping[str, coco_json.Table]) -> 
 
 
 def read_boxes(part: CocoFile, kept: np.ndarray, categories: Sequence[Category], *,
-               on_bad_box: str, boxes_from: str = 'bbox') -> tuple[Columns, Findings]:
-  """Reads the annotations of the images of one file that are `kept`, bool [N].
+               on_bad_box: str, boxes_from: str = 'bbox') -> tuple[AnnotationTable, Findings]:
+  """Reads the annotations of some images of one file.
 
   Args:
-    part: the file.
-    kept: which images.
-    categories: the classes of the data set, among which are those of the file.
-    on_bad_box, boxes_from: see `CocoJson`.
+    part: The file, with N images.
+    kept: bool [N], whether to read the annotations of an image.
+    categories: The classes of the data set, which include those of the file.
+    on_bad_box, boxes_from: See `CocoJson`.
 
   Raises:
-    InputError: something is wrong with the annotations.
+    InputError: If annotations are wrong.
   """
   file, images, table = part.file, part.images, part.annotations
   owners = table.references('image_id', images.ids, part.image_numbers)
@@ -170,7 +174,7 @@ def read_boxes(part: CocoFile, kept: np.ndarray, categories: Sequence[Category],
                                              part.category_numbers)]
   written = (table.column('bbox') if boxes_from == 'bbox' else
              [box if box is not None else given for box, given in zip(
-                 map(box_around, table.optional('segmentation')), table.optional('bbox'),
+                 map(coco_json.box_around, table.optional('segmentation')), table.optional('bbox'),
                  strict=True)])
   entries = np.flatnonzero(kept[owners])
   place = np.cumsum(kept) - 1
@@ -188,12 +192,12 @@ def read_boxes(part: CocoFile, kept: np.ndarray, categories: Sequence[Category],
     findings = findings._replace(notes=(f'{file}: {corners}',))
   rows = entries[boxes.rows]
   cut = (boxes.bboxes != given[boxes.rows]).any(axis=-1)
-  return Columns(images, boxes, labels[rows].astype(np.int32), _crowd(table, rows),
+  return AnnotationTable(images, boxes, labels[rows].astype(np.int32), _crowd(table, rows),
                  _areas(table, boxes.bboxes, rows, cut)), findings
 
 
 def _list_paths(images: Paths, annotations: Paths) -> tuple[list[str], list[str]]:
-  """Folders and json files, as many of one as of the other."""
+  """Returns folders and JSON files, one file for each folder."""
   both = []
   for option, value in (('images', images), ('annotations', annotations)):
     paths = value if isinstance(value, (list, tuple)) else [value]
@@ -212,20 +216,20 @@ def _list_paths(images: Paths, annotations: Paths) -> tuple[list[str], list[str]
 
 
 def _describe_corners(given: np.ndarray, reasons: np.ndarray, sizes: np.ndarray) -> str:
-  """What to say if all boxes can be corners and not all can be corner and size; else ''."""
+  """Returns advice if all boxes can be two corners and not all corner and size; else ''."""
   given, sizes = given[reasons == 0], sizes[reasons == 0]
   with np.errstate(invalid='ignore', over='ignore'):
     as_corners = (given[:, 2:] > given[:, :2]).all() and (given[:, 2:] <= sizes[:, ::-1] + 1).all()
     as_given = (given[:, :2] + given[:, 2:] <= sizes[:, ::-1] + BORDER_TOLERANCE).all()
   if len(given) < 2 or not as_corners or as_given:
     return ''
-  return ('all boxes fit into their images if they are corners, xmin, ymin, xmax, ymax, but x, y, '
-          'width, height are wanted: subtract the first two numbers from the others')
+  return ('all boxes fit into their images if they are corners, xmin, ymin, xmax, ymax, but '
+          'must be x, y, width, height: subtract the first two numbers from the others')
 
 
 def _read_categories(file: str, table: coco_json.Table
                      ) -> tuple[tuple[Category, ...], dict[str, int]]:
-  """The classes of a file by id, and see `CocoFile.category_numbers`."""
+  """Reads the classes of a file, ordered by id, and `CocoFile.category_numbers`."""
   if not len(table):
     raise InputError(f'{file}: no categories')
   names = table.column('name', lambda v: isinstance(v, str) and v, 'a name')
@@ -235,7 +239,7 @@ def _read_categories(file: str, table: coco_json.Table
 
 def _read_images(file: str, folder: str, table: coco_json.Table
                  ) -> tuple[Images, dict[str, int]]:
-  """The images of a file, which are in `folder`, and see `CocoFile.image_numbers`."""
+  """Reads the images of a file, which are in `folder`, and `CocoFile.image_numbers`."""
   if not len(table):
     raise InputError(f'{file}: no images')
   ids, numbers = table.ids()
@@ -252,19 +256,19 @@ def _read_images(file: str, folder: str, table: coco_json.Table
 
 
 def _inside(path: str, folder: str) -> str:
-  """An absolute path as seen from the folder that it is in; as it is if it is elsewhere."""
+  """Makes an absolute path relative to the folder, if it is in it."""
   start = os.path.join(os.path.abspath(folder), '')
   return path[len(start):] if path.startswith(start) else path
 
 
 def _suggest(name: str, folder: str) -> str:
-  """The hint that ends an error about an image that is not where its name leads."""
+  """Returns a hint about similar file names, for the end of an error about a missing image."""
   try:
     there = os.listdir(folder)
   except OSError:
     return ''
   base = name.replace('\\', '/').rpartition('/')[2]
-  # The same name in another case or with another suffix; others that are near mean nothing.
+  # The same name in another case or with another suffix; other similar names mean nothing.
   for part in (lambda name: name.casefold(), lambda name: os.path.splitext(name)[0].casefold()):
     for entry in there:
       if part(entry) == part(base):
@@ -273,7 +277,7 @@ def _suggest(name: str, folder: str) -> str:
 
 
 def _renumber(parts: list[CocoFile]) -> list[CocoFile]:
-  """Moves the ids of images that `Table.ids` numbered behind all others."""
+  """Moves image ids that `Table.ids` assigned behind all others."""
   if len(parts) < 2:
     return parts
   top = max((int(p.images.ids.max()) for p in parts if not p.image_numbers), default=0)
@@ -289,7 +293,7 @@ def _renumber(parts: list[CocoFile]) -> list[CocoFile]:
 
 
 def _join_ids(parts: Sequence[CocoFile]) -> np.ndarray:
-  """The image ids of all files, i64 [N], no two the same."""
+  """Joins the image ids of all files, i64 [N], and checks that they are unique."""
   ids = np.concatenate([part.images.ids for part in parts])
   values, counts = np.unique(ids, return_counts=True)
   for value in values[counts > 1][:1].tolist():
@@ -300,10 +304,10 @@ def _join_ids(parts: Sequence[CocoFile]) -> np.ndarray:
 
 def _find_files(images: Images, file: str, folder: str, on_bad_example: str
                 ) -> tuple[list[str], dict[int, str]]:
-  """The path of every image, and which cannot be found, with the reason for each.
+  """Returns the path of every image, and image -> reason for those that are missing.
 
-  Folders are listed, which is cheaper than asking for every file. File names may have been written
-  on Windows, or begin with the folder of images itself.
+  Folders are listed, which is cheaper than checking every file. File names may come from Windows,
+  or begin with the folder of images itself.
   """
   listed: dict[str, frozenset[str]] = {}
 
@@ -321,17 +325,17 @@ def _find_files(images: Images, file: str, folder: str, on_bad_example: str
     found = next((n for n in itertools.chain([name], _readings(name, folder)) if exists(n)), None)
     files.append(os.path.join(folder, found or name))
     if found is None:
-      missing[i] = f'{some([os.path.join(folder, name)])}: no such image'
+      missing[i] = f'{join_names([os.path.join(folder, name)])}: no such image'
   if missing and on_bad_example == 'raise':
     names = [images.names[i] for i in missing]
     raise InputError(f'{len(missing)} of the {len(images.names)} images that {file} lists are not '
-                     f'in {folder!r}: {some(names)}{_suggest(names[0], folder)}; '
+                     f'in {folder!r}: {join_names(names)}{_suggest(names[0], folder)}; '
                      f'{SKIP_IMAGES}')
   return files, missing
 
 
 def _readings(name: str, folder: str) -> list[str]:
-  """What else a file name can stand for: with slashes, and without the folder of images."""
+  """Returns other interpretations of a file name: with slashes, without the folder of images."""
   parts = [p for p in name.replace('\\', '/').split('/') if p not in ('', '.')]
   around = os.path.abspath(folder).split(os.sep)
   return ['/'.join(parts), *('/'.join(parts[n:]) for n in range(1, len(parts))
@@ -339,13 +343,14 @@ def _readings(name: str, folder: str) -> list[str]:
 
 
 def _same_files(images: Images) -> np.ndarray:
-  """i64 [N], the first image that has the same file."""
+  """Returns the first image that has the same file, i64 [N]."""
   first: dict[str, int] = {}
   return np.array([first.setdefault(os.path.normpath(f), i) for i, f in enumerate(images.files)],
                   np.int64)
 
 
 def _note_repeated_files(images: Images) -> list[str]:
+  """Returns a note if several images have the same file."""
   first = _same_files(images)
   again = np.flatnonzero(first != np.arange(len(first)))
   if not len(again):
@@ -353,14 +358,14 @@ def _note_repeated_files(images: Images) -> list[str]:
   ids = images.ids[first == first[again[0]]]
   count = len(np.unique(first[again]))
   return [f'{count:,} {"file is" if count == 1 else "files are"} listed as several images, such as '
-          f'{images.files[first[again[0]]]} with the ids {some([str(i) for i in ids])}: what has '
-          'a box in one is background in the other; merge_images=True makes them one '
-          f'({option_on_the_command_line("merge_images", True)})']
+          f'{images.files[first[again[0]]]} with the ids {join_names([str(i) for i in ids])}: an '
+          'object with a box in one is background in the other; merge_images=True joins them '
+          f'({command_line_flag("merge_images", True)})']
 
 
-def _merge_images(columns: Columns, findings: Findings, missing: dict[int, str]
-                  ) -> tuple[Columns, Findings, dict[int, str]]:
-  """Makes one image of all that have the same file."""
+def _merge_images(columns: AnnotationTable, findings: Findings, missing: dict[int, str]
+                  ) -> tuple[AnnotationTable, Findings, dict[int, str]]:
+  """Joins images that have the same file."""
   images, boxes, first = columns.images, columns.boxes, _same_files(columns.images)
   kept = first == np.arange(len(first))
   place = (np.cumsum(kept) - 1)[first]
@@ -371,16 +376,22 @@ def _merge_images(columns: Columns, findings: Findings, missing: dict[int, str]
   emptied = (np.bincount(place, findings.emptied) > 0) & (merged.counts == 0)
   images = Images(images.ids[kept], list(itertools.compress(images.names, kept)),
                   list(itertools.compress(images.files, kept)), images.sizes[kept])
-  return (Columns(images, merged, *(column[order] for column in (
+  return (AnnotationTable(images, merged, *(column[order] for column in (
       columns.labels, columns.crowd, columns.areas))), findings._replace(emptied=emptied),
           {int(place[i]): why for i, why in missing.items()})
 
 
 def _areas(table: coco_json.Table, bboxes: np.ndarray, rows: np.ndarray, cut: np.ndarray
            ) -> np.ndarray:
-  """f64 of the entries `rows`, whose boxes are `bboxes`: the file's, else width x height.
+  """Returns the areas of entries, f64 [K]: those of the file, else width x height.
 
-  That of a box which was cut at the edge is at most its own.
+  The area of a box that was cut is at most that of the cut box.
+
+  Args:
+    table: The entries.
+    bboxes: f64 [K, 4], their boxes.
+    rows: int [K], their positions.
+    cut: bool [K], whether a box was cut at the edge.
   """
   areas = bboxes[:, 2] * bboxes[:, 3]
   written = table.optional('area')
@@ -393,7 +404,7 @@ def _areas(table: coco_json.Table, bboxes: np.ndarray, rows: np.ndarray, cut: np
 
 
 def _crowd(table: coco_json.Table, rows: np.ndarray) -> np.ndarray:
-  """bool of the entries `rows`; absent means not a crowd."""
+  """Returns whether the entries `rows` are crowds, bool [K]; by default they are not."""
   written = table.optional('iscrowd')
   for i in rows.tolist():
     if written[i] not in (None, 0, 1):

@@ -1,4 +1,7 @@
-"""The json of a COCO instances file -> checked columns. Errors name the file and the entry."""
+"""Reads COCO's files: instances, segmentations, and lists of image ids.
+
+Errors name the file and the entry or line.
+"""
 
 import json
 import re
@@ -7,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ppn_jax.data.images import decoding as image_files
+from ppn_jax.data.sources.annotations import quote
 from ppn_jax.errors import InputError
+
+_MAX_DIGITS = 12  # Digits, of five bits, of a run's length in COCO's compressed form.
 
 # Advice about annotations that have outlines and no boxes.
 USE_SEGMENTATION = ("boxes_from='segmentation' takes the box around its segmentation "
@@ -15,10 +22,10 @@ USE_SEGMENTATION = ("boxes_from='segmentation' takes the box around its segmenta
 
 
 def read(file: str) -> dict[str, 'Table']:
-  """The tables 'images', 'annotations' and 'categories' of a COCO instances file.
+  """Reads the tables 'images', 'annotations' and 'categories' of a COCO instances file.
 
   Raises:
-    InputError: no such file, not JSON, or not a file of this sort.
+    InputError: If there is no such file, or it is not JSON or not an instances file.
   """
   try:
     with open(file, 'rb') as f:
@@ -28,7 +35,7 @@ def read(file: str) -> dict[str, 'Table']:
 
 
 def parse(text: bytes | str, file: str) -> dict[str, 'Table']:
-  """As `read`, of the text of a file."""
+  """Parses the text of a file; see `read`."""
   try:
     content = json.loads(text)
   except (ValueError, RecursionError) as e:
@@ -46,8 +53,8 @@ def parse(text: bytes | str, file: str) -> dict[str, 'Table']:
 class Table:
   """One list of a COCO file, read by columns.
 
-  Columns are taken from all entries at once, and a culprit is searched for only when there is
-  one: a file has up to a million annotations.
+  A column is taken from all entries at once, and the entry with an error is searched for only if
+  there is one, since a file has up to a million annotations.
   """
 
   def __init__(self, file: str, name: str, entries: list):
@@ -57,15 +64,20 @@ class Table:
     return len(self._entries)
 
   def error(self, index: int, message: str) -> InputError:
+    """Makes an error about an entry."""
     return InputError(f'{self._file}: {self._name}[{index}]: {message}')
 
   def column(self, key: str, legal: Callable[[Any], Any] | None = None,
-             wanted: str = '') -> list:
-    """entry[key] of every entry.
+             description: str = '') -> list:
+    """Returns entry[key] of every entry.
+
+    Args:
+      key: The key.
+      legal: Returns whether a value is legal.
+      description: The legal values in words.
 
     Raises:
-      InputError: an entry has no such key, or a value that `legal` refuses; `wanted` says in
-        words what it takes.
+      InputError: If an entry lacks the key or has a value that is not legal.
     """
     try:
       values = [entry[key] for entry in self._entries]
@@ -75,34 +87,35 @@ class Table:
       raise self.error(i, f'no {key!r} in {quote(entry)}; {_guess(entry, key)}') from None
     for i, value in enumerate(values if legal else ()):
       if not legal(value):
-        raise self.error(i, f'{key} is {quote(value)}, legal: {wanted}')
+        raise self.error(i, f'{key} is {quote(value)}, legal: {description}')
     return values
 
   def optional(self, key: str) -> list:
-    """entry[key] of every entry, None where there is none."""
+    """Returns entry.get(key) of every entry."""
     return [entry.get(key) for entry in self._entries]
 
   def integers(self, key: str) -> np.ndarray:
-    """As `column`, i64 [N]; whole floats count as integers, strings are refused."""
+    """Returns a column as i64 [N]; whole floats count as integers, strings are rejected."""
     return np.array([int(v) for v in self.column(key, _is_whole, 'an integer')], np.int64)
 
   def ids(self) -> tuple[np.ndarray, dict[Any, int]]:
-    """The entries' own ids, i64 [N], all different.
+    """Returns the entries' own ids.
 
-    Whole floats and strings of digits stand for their number. If some are other strings, or
-    strings that differ have the same number, all are numbered from 1 in the order of the file.
+    Whole floats and strings of digits stand for their number. If some ids are other strings, or
+    different strings have the same number, all are numbered from 1 in the order of the file.
 
     Returns:
-      The ids, and what the file writes for each -> id, if they are numbered here; else empty.
+      The ids, i64 [N], unique, and a map from what the file has to the id, which is empty unless
+      ids are numbered here.
 
     Raises:
-      InputError: an id that is neither a whole number nor a string, or that is there twice.
+      InputError: If an id is neither a whole number nor a string, or is repeated.
     """
     written = self.column('id', lambda v: _is_whole(v) or (isinstance(v, str) and v.strip()),
                           'an integer or a string')
     numbers, texts = [_to_number(v) for v in written], [_to_text(v) for v in written]
     names = {}
-    # Also '7' and '007' of one file are two names.
+    # '7' and '007' in one file are two names.
     if None in numbers or len(set(numbers)) < len(set(texts)):
       names = {text: n for n, text in reversed(list(enumerate(texts, start=1)))}
       numbers = [names[text] for text in texts]
@@ -115,7 +128,7 @@ class Table:
 
   def references(self, key: str, ids: Sequence[int] | np.ndarray,
                  names: Mapping[Any, int] | None = None) -> np.ndarray:
-    """The position in `ids` of every entry's `key`, i64 [N]; both as `ids` returns them."""
+    """Returns positions in `ids` of each entry's `key`, i64 [N], with the results of `ids()`."""
     written = self.column(key, lambda v: _is_whole(v) or isinstance(v, str),
                           'the id of an entry')
     numbers = ([names.get(_to_text(v)) for v in written] if names else
@@ -131,14 +144,14 @@ class Table:
 
 
 def _is_whole(value: Any) -> bool:
-  """Whether a number is an integer of 64 bits, or a float that stands for one exactly."""
+  """Returns whether a value is an integer of 64 bits, or a float that equals one exactly."""
   if type(value) is float:
     return value.is_integer() and abs(value) <= 2**53
   return type(value) is int and -2**63 <= value < 2**63
 
 
 def _to_number(value: Any) -> int | None:
-  """The number that an id stands for, None for other strings."""
+  """Returns the number that an id stands for, None for other strings."""
   if not isinstance(value, str):
     return int(value)
   text = value.strip()
@@ -148,32 +161,163 @@ def _to_number(value: Any) -> int | None:
 
 
 def _to_text(value: Any) -> str:
-  """An id as a name."""
+  """Converts an id to a name."""
   return value.strip() if isinstance(value, str) else str(int(value))
 
 
 def _guess_file(content: Any) -> str:
+  """Describes a file that is no instances file."""
   if not isinstance(content, dict):
     return f'it holds {quote(content)}'
   annotations = content.get('annotations')
   if isinstance(annotations, list) and annotations:
     return _guess(annotations[0])
   if 'images' in content and 'categories' in content:
-    return 'it looks like an image_info file, which has no truth'
+    return 'it looks like an image_info file, which has no annotations'
   return f'its keys: {quote(sorted(content))}'
 
 
 def _guess(entry: Any, key: str = '') -> str:
-  """What sort of COCO file an entry that lacks something comes from, or what helps."""
+  """Guesses which kind of COCO file an entry comes from, or gives advice."""
   if key == 'bbox' and isinstance(entry, dict) and entry.get('segmentation'):
     return USE_SEGMENTATION
   for key, kind in (('caption', 'captions'), ('segments_info', 'panoptic')):
     if isinstance(entry, dict) and key in entry:
-      return f'it looks like a {kind} file; wanted: an instances file'
-  return 'wanted: the entries of a COCO instances file'
+      return f'it looks like a {kind} file; needed: an instances file'
+  return 'needed: the entries of a COCO instances file'
 
 
-def quote(value: Any) -> str:
-  """What a file says, in a message: on one line and not at any length."""
-  text = ' '.join(repr(value).split())
-  return text if len(text) <= 100 else text[:97] + '...'
+def box_around(segmentation: Any) -> list[float] | None:
+  """Computes the box around a segmentation.
+
+  Args:
+    segmentation: Polygons [[x1, y1, x2, y2, ...], ...] in pixels, or a run-length encoded mask
+      {'size': [height, width], 'counts': list or COCO's compressed string}.
+
+  Returns:
+    x, y, width, height in pixels, for masks as pycocotools' `toBbox` computes them; None for
+    anything else and for an empty mask.
+  """
+  if isinstance(segmentation, dict):
+    return _box_of_mask(segmentation)
+  if not isinstance(segmentation, list) or not segmentation:
+    return None
+  polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
+  if not all(isinstance(p, list) and len(p) >= 4 and len(p) % 2 == 0
+             and all(type(n) in (int, float) for n in p) for p in polygons):
+    return None
+  try:
+    points = np.array([n for p in polygons for n in p], np.float64).reshape(-1, 2)
+  except OverflowError:  # An integer of hundreds of digits.
+    return None
+  low, high = points.min(axis=0), points.max(axis=0)
+  with np.errstate(invalid='ignore', over='ignore'):
+    return [*low.tolist(), *(high - low).tolist()]
+
+
+def _box_of_mask(mask: dict) -> list[float] | None:
+  """Computes the box around a run-length encoded mask."""
+  size, counts = mask.get('size'), mask.get('counts')
+  if not isinstance(size, list) or len(size) != 2 or not all(
+      type(n) is int and 0 < n < 2**31 for n in size):
+    return None
+  runs = _decompress(counts) if isinstance(counts, str) else counts
+  if not isinstance(runs, list) or not all(type(n) is int and 0 <= n < 2**62 for n in runs):
+    return None
+  height, width = size
+  if sum(runs) > height * width:
+    return None
+  # Runs go down the columns and alternate between 0 and 1.
+  ends = np.cumsum(np.array(runs, np.int64))
+  first, last = ends[:-1:2], ends[1::2] - 1
+  filled = last >= first
+  first, last = first[filled], last[filled]
+  if not len(first):
+    return None
+  across = first // height != last // height
+  top = np.where(across, 0, first % height).min()
+  bottom = np.where(across, height - 1, last % height).max()
+  left, right = (first // height).min(), (last // height).max()
+  return [float(v) for v in (left, top, right - left + 1, bottom - top + 1)]
+
+
+def _decompress(text: str) -> list[int] | None:
+  """Returns the runs of COCO's compressed string, None if it is not one."""
+  runs, at = [], 0
+  while at < len(text):
+    value = digits = 0
+    more = True
+    while more:
+      if at == len(text) or digits == _MAX_DIGITS:
+        return None
+      code = ord(text[at]) - 48
+      if not 0 <= code < 64:
+        return None
+      value |= (code & 31) << 5 * digits
+      more = code & 32
+      at, digits = at + 1, digits + 1
+    if code & 16:
+      value -= 1 << 5 * digits
+    # From the fourth run on, the difference from the run two before.
+    runs.append(value + runs[-2] if len(runs) > 2 else value)
+  return runs
+
+
+def read_ids(file: str) -> np.ndarray:
+  """Reads image ids, which define published splits, from a text file.
+
+  Each line has one integer; empty lines and text after a # are ignored.
+
+  Returns:
+    i64 [M], sorted and unique.
+
+  Raises:
+    InputError: If it cannot be read, has no ids, or has a line with something else.
+  """
+  lines = image_files.read(file).decode('utf-8', 'replace').splitlines()
+  ids = []
+  for number, line in enumerate(lines, start=1):
+    text = line.partition('#')[0].strip()
+    if text:
+      try:
+        ids.append(np.int64(int(text)))
+      except (ValueError, OverflowError):
+        raise InputError(f'{file}:{number}: {text[:50]!r}, legal: an image id, one per '
+                         'line') from None
+  if not ids:
+    raise InputError(f'{file}: no image ids')
+  return np.unique(np.array(ids))
+
+
+def select_ids(ids: np.ndarray, *, exclude: str, include: str) -> np.ndarray:
+  """Selects images by lists of ids.
+
+  Args:
+    ids: i64 [N], ids of all images.
+    exclude: File of ids to leave out, '' for none.
+    include: File of ids to keep, '' for all.
+
+  Returns:
+    bool [N], whether an image is kept.
+
+  Raises:
+    InputError: If a file is wrong (see `read_ids`), an id of `include` or all ids of `exclude` are
+      not in the data, or no image is left.
+  """
+  kept = np.ones(len(ids), bool)
+  if include:
+    listed = read_ids(include)
+    absent = np.setdiff1d(listed, ids)
+    if len(absent):
+      raise InputError(f'{include}: {len(absent)} of its {len(listed)} ids are not in the data, '
+                       f'such as {absent[0]}')
+    kept &= np.isin(ids, listed)
+  if exclude:
+    listed = read_ids(exclude)
+    if not np.isin(ids, listed).any():
+      raise InputError(f'{exclude}: none of its {len(listed)} ids is in the data, such as '
+                       f'{listed[0]}; it belongs to other data')
+    kept &= ~np.isin(ids, listed)
+  if not kept.any():
+    raise InputError(f'{exclude or include}: leaves no images')
+  return kept

@@ -1,4 +1,4 @@
-"""Images drawn on demand: geometric shapes on textured backgrounds, with exact boxes."""
+"""Images that are drawn on demand: shapes on textured backgrounds, with exact boxes."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,41 +13,41 @@ from ppn_jax.errors import InputError
 
 _NAMES = ('circle', 'square', 'triangle', 'star', 'cross')
 _SPLITS = ('train', 'eval')
-_DRAWING = 1  # To be raised when images come to be drawn in another way.
-_TAG = 0x5ba9e5  # Keeps these random streams apart from others that start from the same seed.
+_DRAWING = 1  # Version of the drawing; increases if the same arguments give other images.
+_TAG = 0x5ba9e5  # Separates these random streams from others of the same seed.
 _SUBPIXEL_BITS = 4  # OpenCV draws at sixteenths of a pixel.
-_TRIES = 12  # Places tried for a shape before it is left out.
-_OVERLAP = 0.15  # Most that two boxes may share, of the smaller one's area.
+_TRIES = 12  # Positions to try for a shape before it is left out.
+_OVERLAP = 0.15  # Largest overlap of two boxes, as a share of the smaller one's area.
 
 
 class _Shape(NamedTuple):
   label: int
-  outline: np.ndarray  # f64 [P, 2], (x, y) in pixels, corner of the image at 0.
-  box: np.ndarray  # f64 [4], the outline's, in pixels.
+  outline: np.ndarray  # f64 [P, 2], (x, y) in pixels from the corner of the image.
+  box: np.ndarray  # f64 [4], [ymin, xmin, ymax, xmax] of the outline in pixels.
 
 
 class SyntheticShapes:
-  """Circles, squares, triangles, stars and crosses; a `sources.Source` that needs no files.
+  """Images of circles, squares, triangles, stars and crosses, which need no files.
 
-  Image i is a function of (seed, split, i): shapes of log-uniform size, turned, mildly stretched,
-  own colour and shading, drawn over a mottled background and through a JPEG file, so
-  that it takes the same way as a photograph. Boxes overlap by little, and a shape drawn later
-  hides part of an earlier one.
+  Image i is a function of (seed, split, i). Its shapes have log-uniform sizes, are rotated and
+  slightly stretched, and have colours and shading of their own. They are drawn on a mottled
+  background and encoded as JPEG, so that they are processed like photographs. Boxes overlap little,
+  and a shape that is drawn later hides a part of an earlier one.
 
   Args:
-    num_images: how many there are.
-    seed: 0 and more.
-    split: 'train' or 'eval'. No image of one is in the other, whatever the seeds.
+    num_images: Number of images.
+    seed: At least 0.
+    split: 'train' or 'eval', which have no image in common, whatever the seeds.
     image_size: (height, width) in pixels, or the side of a square.
-    max_shapes: shapes an image, from 1 to this many.
-    scale: least and greatest extent of a shape, of the image's shorter side.
-    max_turn: how far a shape may be turned from upright either way, in degrees, 0 to 180.
+    max_shapes: Largest number of shapes in an image; the smallest is 1.
+    scale: Smallest and largest extent of a shape, as shares of the image's shorter side.
+    max_turn: Largest rotation of a shape to either side in degrees, 0 to 180.
 
   Raises:
-    InputError: an argument outside its range.
+    InputError: If an argument is outside its range.
   """
   categories = tuple(Category(i, name) for i, name in enumerate(_NAMES, start=1))
-  contents = None  # A report would have to lay out every image, and nothing can be wrong with them.
+  contents = None  # No report, which would have to lay out all images; none can be wrong.
 
   def __init__(self, num_images: int, seed: int = 0, split: str = 'train',
                image_size: int | Sequence[int] = 160, max_shapes: int = 6,
@@ -88,12 +88,12 @@ class SyntheticShapes:
                    np.zeros(len(shapes), bool), index + 1, self._size)
 
   def stamp(self, index: int) -> bytes:
-    """See `sources.Source`."""
+    """See `OptionalMembers`."""
     return repr((_DRAWING, self._key, index, self._size, self._scale, float(self._max_turn),
                  self.max_boxes)).encode()
 
   def ground_truth(self) -> dict[str, Any]:
-    """See `sources.Source`; lays out every image and draws none."""
+    """Returns the ground truth, for which images are laid out but not drawn; see `Source`."""
     height, width = self._size
     images = [{'id': i + 1, 'file_name': f'{i:06d}.jpg', 'height': height, 'width': width}
               for i in range(len(self))]
@@ -110,7 +110,7 @@ class SyntheticShapes:
             'categories': [c._asdict() for c in self.categories]}
 
   def _layout(self, index: int) -> list[_Shape]:
-    """The shapes of an image, largest first; at least one."""
+    """Returns the shapes of an image, at least one, the largest first."""
     rng = np.random.default_rng((*self._key, index, 0))
     number = rng.integers(1, self.max_boxes + 1)
     extents = np.sort(np.exp(rng.uniform(*np.log(self._scale), number)))[::-1] * min(self._size)
@@ -128,7 +128,7 @@ class SyntheticShapes:
 
 def _outline(rng: np.random.Generator, name: str, extent: float,
              max_turn: float) -> np.ndarray:
-  """f64 [P, 2] of a shape turned and stretched at random, longer side `extent`, corner at 0."""
+  """Makes a randomly rotated and stretched outline, f64 [P, 2], of longer side `extent`."""
   stretch = np.exp(rng.uniform(-0.18, 0.18))
   points = _turn(_POLYGONS[name], rng.uniform(-max_turn, max_turn)) * [stretch, 1 / stretch]
   points -= points.min(axis=0)
@@ -136,22 +136,22 @@ def _outline(rng: np.random.Generator, name: str, extent: float,
 
 
 def _turn(points: np.ndarray, angle: float) -> np.ndarray:
-  """Points [P, 2] turned about the origin, `angle` in radians."""
+  """Rotates points [P, 2] about the origin, by `angle` in radians."""
   return points @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
 def _regular(corners: int, radii: Sequence[float] = (1.0,)) -> np.ndarray:
-  """A polygon with corners around the origin, the first at the right; f64 [corners, 2].
+  """Makes a polygon around the origin, f64 [corners, 2], with the first corner on the right.
 
-  The corners' distances from the origin are `radii` over and over.
+  The distances of the corners from the origin are `radii`, repeated.
   """
   angle = np.arange(corners) * 2 * np.pi / corners
   radius = np.resize(radii, corners)
   return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
 
 
-_ARM = 0.3  # Half the width of the cross's arms, of their length.
-_POLYGONS = {  # Upright; y points down.
+_ARM = 0.3  # Half the width of the cross's arms, relative to their length.
+_POLYGONS = {  # Upright, with y pointing down.
     'circle': _regular(48),
     'square': _turn(_regular(4), np.pi / 4),
     'triangle': _turn(_regular(3), -np.pi / 2),
@@ -164,7 +164,7 @@ _POLYGONS = {  # Upright; y points down.
 
 def _place(rng: np.random.Generator, sides: np.ndarray, size: tuple[int, int],
            taken: list[np.ndarray]) -> np.ndarray | None:
-  """(x, y) of the corner of a shape with sides (x, y) that overlaps none of `taken` by much."""
+  """Finds a position for a shape with sides (x, y), None if it would overlap others too much."""
   corners = rng.random((_TRIES, 2)) * (np.array(size[::-1]) - 1 - sides) + 0.5
   free = np.ones(_TRIES, bool)
   for ymin, xmin, ymax, xmax in taken:
@@ -175,7 +175,7 @@ def _place(rng: np.random.Generator, sides: np.ndarray, size: tuple[int, int],
 
 
 def _background(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-  """u8 [H, W, 3]: coarse and fine blotches between two muted colours."""
+  """Draws coarse and fine blotches between two muted colours, u8 [H, W, 3]."""
   height, width = size
   mix = np.zeros(size, np.float32)
   for cells, strength in ((3, 0.6), (9, 0.35), (27, 0.25)):
@@ -189,18 +189,18 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
 
 def _color(rng: np.random.Generator, saturation: tuple[int, int],
            value: tuple[int, int]) -> np.ndarray:
-  """f32 [3], RGB of 0..255, of any hue."""
+  """Draws a colour of any hue, f32 [3], RGB in 0..255."""
   hsv = np.uint8([[[rng.integers(256), rng.integers(*saturation), rng.integers(*value)]]])
   return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)[0, 0].astype(np.float32)
 
 
 def _draw(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape) -> None:
-  """Paints a shape with a shaded or striped colour that its surroundings do not have."""
+  """Draws a shape with shading or stripes in a colour that differs from its surroundings."""
   top, left = np.floor(shape.box[:2]).astype(int)
   bottom, right = np.ceil(shape.box[2:]).astype(int)
   patch = canvas[top:bottom, left:right]
   mask = np.zeros(patch.shape[:2], np.uint8)
-  # OpenCV puts whole coordinates at the centres of pixels, half a pixel from their corners.
+  # In OpenCV whole coordinates are the centres of pixels, half a pixel from their corners.
   points = np.rint((shape.outline - [left, top] - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
   cv2.fillPoly(mask, [points], 255, cv2.LINE_AA, _SUBPIXEL_BITS)
   around = patch.mean(axis=(0, 1))
@@ -212,7 +212,7 @@ def _draw(rng: np.random.Generator, canvas: np.ndarray, shape: _Shape) -> None:
 
 
 def _shading(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-  """f32 [h, w] brightness around 1: stripes in one of three shapes, a slope in the others."""
+  """Draws brightness around 1, f32 [h, w]: stripes with probability 1/3, else a gradient."""
   angle = rng.uniform(0, 2 * np.pi)
   y = np.linspace(-1, 1, size[0], dtype=np.float32)[:, None] * np.float32(np.sin(angle))
   x = np.linspace(-1, 1, size[1], dtype=np.float32)[None] * np.float32(np.cos(angle))

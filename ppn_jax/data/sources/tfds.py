@@ -13,7 +13,7 @@ from ppn_jax.data.images.lazy import LazyImage
 from ppn_jax.data.sources import coco_json, tfds_records
 from ppn_jax.data.sources.annotations import (
   AnnotatedImages,
-  Columns,
+  AnnotationTable,
   Images,
   check_boxes,
   check_choices,
@@ -21,52 +21,51 @@ from ppn_jax.data.sources.annotations import (
   fill_in_sizes,
   join,
   join_findings,
+  join_names,
   number_images,
-  some,
 )
 from ppn_jax.data.sources.coco import read_boxes, read_file
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
-_THREADS = 16  # They wait for files, on a network file system above all.
+_THREADS = 16  # They mostly wait for files, above all on a network file system.
 
 
 class Tfds(AnnotatedImages):
-  """A split of a TFDS data set with the features of object detection; a `sources.Source`.
+  """A split of a TFDS data set with the features of object detection.
 
-  Its images are in one feature, its objects in a sequence with a BBoxFeature and a ClassLabel;
-  is_crowd or is_difficult, area, image/id and image/filename count where they exist. TFDS numbers
-  classes from 0 without gaps, so category ids here are 1 .. C in that order (COCO's own ids are
-  lost). Image ids are image/id, else as in `annotations.number_images`. Boxes are normalised and
-  in float32 there: `ground_truth` gives pixels that are off by rounding.
+  Images are one feature, and objects are a sequence with a BBoxFeature and a ClassLabel. The
+  features is_crowd or is_difficult, area, image/id and image/filename are used if they exist. TFDS
+  numbers classes from 0 without gaps, so category ids are 1 .. C in that order (COCO's own ids are
+  lost). Image ids are image/id, else those of `annotations.number_images`. As boxes are normalised
+  and in float32, `ground_truth` has pixels with rounding errors.
 
-  What `ppn prepare` wrote has the truth beside it, so that ids and boxes are those of the data it
-  was made from, and a start need not look at every record; other data sets are read through once
-  when the source is made, and slices of a split too. Where splits that are joined, as by
-  'train+eval', have ids in common, images are numbered from 1 in their order.
+  Data of `ppn prepare` comes with its ground truth, so ids and boxes are those of the original data
+  and the records need not be read at the start. Other data sets, and slices of their splits, are
+  read completely when the source is built. If splits that are joined, as by 'train+eval', have ids
+  in common, images are numbered from 1 in their order.
 
   Args:
-    dataset: name as TFDS takes it, such as 'coco/2017' or 'voc/2007:5.0.0', below `data_dir`; ''
-      if `data_dir` is itself the folder with dataset_info.json.
-    split: a split, a slice of one, or several of them, such as 'train', 'validation[:500]' or
+    dataset: TFDS's name, such as 'coco/2017' or 'voc/2007:5.0.0', below `data_dir`; '' if
+      `data_dir` is itself the folder with dataset_info.json.
+    split: A split, a slice of one, or several of them, such as 'train', 'validation[:500]' or
       'train+validation[500:]'.
-    data_dir: local or gs://; '' is TFDS's own default.
-    on_bad_box: what to do with boxes that are not finite, have no area or lie outside their
-      image. 'clip' cuts those that reach over the edge and keep half of their area, and raises
-      for the others; 'drop' leaves the others out; 'raise' raises for all.
-    objects: the feature that holds the objects, if there are several such.
-    duplicates: 'merge' counts a box once that is there twice: same image, class and coordinates;
-      'keep' leaves both.
-    on_bad_example: what to do about records that cannot be read and images without a size:
-      'raise', or 'skip' until they are indexed.
+    data_dir: A local folder or gs://; '' is TFDS's own default.
+    on_bad_box: For boxes that are not finite, have no area or are outside their image. 'clip' cuts
+      those that extend beyond the edge and keep half of their area, and raises for the others;
+      'drop' leaves the others out; 'raise' raises for all.
+    objects: The feature with the objects, if there are several candidates.
+    duplicates: 'merge' counts repeated boxes once (same image, class and coordinates); 'keep'
+      leaves all.
+    on_bad_example: For records that cannot be read and images without a size: 'raise', or 'skip'
+      until they are indexed.
 
   Attributes:
-    categories, max_boxes: see `sources.Source`.
-    bad_boxes: what was dropped.
-    contents: what the data set holds and what was done to its boxes.
+    categories, max_boxes: See `Source`.
+    contents: See `OptionalMembers`.
 
   Raises:
-    InputError: at construction, for data that is not there, not of this sort or not in
+    InputError: At construction, for data that does not exist, has other features or is not in
       ArrayRecord files, and for wrong records; by indexing, for an image that cannot be decoded.
   """
 
@@ -87,10 +86,11 @@ class Tfds(AnnotatedImages):
       self._scan(on_bad_box, duplicates, on_bad_example)
 
   def encoded(self, index: int) -> bytes:
+    """Returns the bytes of the image file in a record."""
     return self._stored(index)[0]
 
   def stamp(self, index: int) -> bytes:
-    """That of all shards."""
+    """Returns the stamp of all shards together; see `OptionalMembers`."""
     return self._stamp
 
   @functools.cached_property
@@ -102,10 +102,10 @@ class Tfds(AnnotatedImages):
     data, _, image_id = self._stored(index)
     name = self._images.files[index]
     if image_id not in (None, self._record_ids[index]):
-      raise InputError(f'{name} has the id {image_id}, but the truth beside it says '
+      raise InputError(f'{name} has the id {image_id}, but its ground truth says '
                        f'{self._record_ids[index]}; prepare the data again')
     stored = image_files.stored_size(data, name)
-    # An image that was stored smaller has the size of no annotation, and was turned then.
+    # An image that was stored smaller was turned at that time and has no annotated size.
     if sorted(stored) != sorted(size):
       size = stored
     return image_files.open_image(data, name=name, size=size)
@@ -122,7 +122,7 @@ class Tfds(AnnotatedImages):
                        f'{" ".join(str(e).split())}') from e
 
   def _read_beside(self, builder: Any, on_bad_box: str, duplicates: str) -> bool:
-    """Takes the truth that `ppn prepare` wrote beside the records; False if there is none."""
+    """Takes the ground truth that `ppn prepare` wrote; returns False if there is none."""
     read = []
     for name, first, last in self._parts:
       file = f'{builder.data_dir}/{tfds_records.truth_name(name)}'
@@ -137,17 +137,18 @@ class Tfds(AnnotatedImages):
     columns = join([columns for columns, _ in read])
     if (tuple(c.name for c in self.categories) != self._schema.classes
         or len(columns.images.ids) != len(self._records)):
-      raise InputError(f'{self._where}: the truth beside the records is of '
+      raise InputError(f'{self._where}: the ground truth has '
                        f'{len(columns.images.ids)} images and {len(self.categories)} classes, the '
-                       f'records are {len(self._records)} of {len(self._schema.classes)}; prepare '
-                       'the data again')
+                       f'records have {len(self._records)} and {len(self._schema.classes)}; '
+                       'prepare the data again')
     images = columns.images._replace(ids=self._distinct(columns.images.ids))
-    self._fill(columns._replace(images=images), join_findings([findings for _, findings in read]),
-               duplicates=duplicates, without='without objects')
+    self._set_data(columns._replace(images=images),
+                   join_findings([findings for _, findings in read]), duplicates=duplicates,
+                   no_boxes='without objects')
     return True
 
   def _distinct(self, ids: np.ndarray) -> np.ndarray:
-    """Returns the records' ids, or other ones where joined splits have some in common.
+    """Returns the records' ids, or new ones if joined splits have some in common.
 
     Raises:
       InputError: If an id is repeated within a split.
@@ -160,7 +161,7 @@ class Tfds(AnnotatedImages):
     return ids if len(np.unique(ids)) == len(ids) else np.arange(1, len(ids) + 1)
 
   def _scan(self, on_bad_box: str, duplicates: str, on_bad_example: str) -> None:
-    """Takes the truth from the records themselves."""
+    """Takes the annotations from the records themselves."""
     self.categories = tuple(
         Category(i, name) for i, name in enumerate(self._schema.classes, 1))
     unreadable = {}
@@ -200,12 +201,13 @@ class Tfds(AnnotatedImages):
     if self._schema.area:
       cut = (boxes.bboxes != bboxes[boxes.rows]).any(axis=-1)
       areas = np.where(cut, np.minimum(column('areas'), areas), column('areas'))
-    self._fill(Columns(images, boxes, column('labels').astype(np.int32), column('crowd'), areas),
-               findings, duplicates=duplicates, without='without objects',
-               unreadable=dict(sorted(unreadable.items())))
+    table = AnnotationTable(images, boxes, column('labels').astype(np.int32), column('crowd'),
+                            areas)
+    self._set_data(table, findings, duplicates=duplicates, no_boxes='without objects',
+                   unreadable=dict(sorted(unreadable.items())))
 
   def _number(self, read: list[tfds_records.Record], names: list[str]) -> np.ndarray:
-    """The image ids, i64 [N]; records that cannot be read get the next that are free."""
+    """Returns image ids, i64 [N]; records that cannot be read get the next free ones."""
     if not self._schema.image_id:
       return number_images(names) if self._schema.file_name else np.arange(1, len(read) + 1)
     known = [record.image_id for record in read if record.image_id is not None]
@@ -215,7 +217,7 @@ class Tfds(AnnotatedImages):
 
 
 def _find_builder(dataset: str, data_dir: str) -> Any:
-  """The builder of a data set that is on disk; its own code is not needed."""
+  """Finds the builder of a prepared data set, whose own code is not needed."""
   tfds = tfds_records.load_tfds()
   from tensorflow_datasets.core import read_only_builder
   _check_remote(data_dir)
@@ -226,8 +228,7 @@ def _find_builder(dataset: str, data_dir: str) -> Any:
       return read_only_builder.builder_from_files(dataset, data_dir=data_dir or None)
   except InputError as e:
     raise InputError(f'tfds {dataset or data_dir!r}: {e}') from e
-  # Whatever a wrong name or a folder of another shape leads to.
-  except Exception as e:
+  except Exception as e:  # A wrong name or folder leads to exceptions of any type.
     if not dataset:
       raise InputError(f'tfds.data_dir {data_dir!r}: no data set there: {_line(e)}; give the '
                        'folder with dataset_info.json, or the name as `dataset`') from e
@@ -247,10 +248,10 @@ def _check_remote(data_dir: str) -> None:
 
 
 def _open_split(builder: Any, split: str) -> Any:
-  """Random access to the bytes of the records of a split."""
+  """Returns random access to the bytes of the records of a split."""
   tfds = tfds_records.load_tfds()
   if not isinstance(split, str) or not split:
-    raise InputError(f'tfds.split is {split!r}, legal: {some(list(builder.info.splits))}')
+    raise InputError(f'tfds.split is {split!r}, legal: {join_names(list(builder.info.splits))}')
   try:
     return builder.as_data_source(
         split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES).data_source
@@ -258,13 +259,13 @@ def _open_split(builder: Any, split: str) -> Any:
     raise InputError(f'{builder.data_dir} has no ArrayRecord files; make them with `tfds '
                      f'convert_format --dataset_version_dir={builder.data_dir} '
                      '--out_file_format=array_record`') from e
-  except Exception as e:  # Of the split's name, or of a shard that is missing or damaged.
+  except Exception as e:  # The split's name is wrong, or a shard is missing or damaged.
     raise InputError(f'{builder.data_dir}: split {split!r} cannot be read: {_line(e)} (splits: '
-                     f'{some(list(builder.info.splits))})') from e
+                     f'{join_names(list(builder.info.splits))})') from e
 
 
 def _stamp(path: str) -> bytes:
-  """As `images.stamp`, also of a file in a bucket, where one is replaced as a whole."""
+  """Returns the stamp of a file, also in a bucket; see `decoding.stamp`."""
   if '://' not in path:
     return image_files.stamp(path)
   from etils import epath
@@ -273,10 +274,10 @@ def _stamp(path: str) -> bytes:
 
 
 def _read_parts(builder: Any, split: str) -> list[tuple[str, int, int]]:
-  """The slices that a split is made of: name, first and last + 1 of the records.
+  """Returns the slices of a split: name, first and last + 1 of the records.
 
   Raises:
-    InputError: If two of them have records in common.
+    InputError: If two of them overlap.
   """
   tfds, parts = tfds_records.load_tfds(), []
   for part in tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits):

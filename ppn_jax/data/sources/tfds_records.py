@@ -1,8 +1,8 @@
-"""TensorFlow Datasets' records of object detection: what is where in them, and how it is read.
+"""Finds and reads object annotations in the records of TensorFlow Datasets.
 
-A record is a tf.Example whose features are the flattened features.json: 'objects/bbox' holds the
-boxes of an image one after the other. It is parsed here by its protobuf alone, which takes a
-third of the time of TFDS's own decoding, and TensorFlow is never imported.
+A record is a tf.Example whose features are the flattened features.json: 'objects/bbox' has all
+boxes of an image in a row. It is parsed with protobuf alone, which takes a third of the time of
+TFDS's own decoding and never imports TensorFlow.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from ppn_jax.errors import InputError
 
 
 class Schema(NamedTuple):
-  """Names of the features that matter, '' for those that a data set does not have."""
+  """Names of the features that are used, '' for those that a data set lacks."""
   image: str
   bbox: str
   label: str
@@ -31,7 +31,7 @@ class Schema(NamedTuple):
 
 
 class Record(NamedTuple):
-  """What one record says; N boxes."""
+  """The contents of a record with N boxes."""
   image: bytes  # The image file.
   boxes: np.ndarray  # f32 [N, 4], [ymin, xmin, ymax, xmax] in 0 to 1.
   labels: np.ndarray  # i64 [N].
@@ -42,16 +42,16 @@ class Record(NamedTuple):
   size: tuple[int, int] | None  # (height, width) in pixels of the original image.
 
 
-# In place of a record that cannot be read.
+# Stands for a record that cannot be read.
 NOTHING = Record(b'', np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool),
                  np.zeros(0), None, '', None)
 
 
 def load_tfds() -> ModuleType:
-  """The library, which is an extra.
+  """Imports TensorFlow Datasets, which is an optional dependency.
 
   Raises:
-    InputError: it is not installed.
+    InputError: If it is not installed.
   """
   try:
     import tensorflow_datasets
@@ -65,13 +65,13 @@ _import_lock = threading.Lock()
 
 @contextlib.contextmanager
 def without_foreign_imports() -> Iterator[None]:
-  """Keeps TFDS from importing what a features.json names, but for its own modules.
+  """Keeps TFDS from importing modules other than its own that a features.json names.
 
-  A data set is data, wherever it comes from; TFDS would run any module that its file names.
-  Features that this process has imported already are taken.
+  TFDS would run any module that such a file names, and a data set can come from anywhere. Features
+  that this process has already imported are accepted.
 
   Raises:
-    InputError: Inside, if a feature is of another module.
+    InputError: Inside the context, if a feature is from another module.
   """
   connector = load_tfds().features.FeatureConnector
   original = vars(connector)['cls_from_name']
@@ -92,35 +92,35 @@ def without_foreign_imports() -> Iterator[None]:
 
 
 def sort_features(data: bytes) -> bytes:
-  """Returns a serialized tf.Example with its features in the order of their names.
+  """Sorts the features of a serialized tf.Example by name.
 
-  Else they are in that of a hash table, another one in each process.
+  Otherwise they have the order of a hash table, which differs between processes.
   """
   return _parse_example(data).SerializeToString(deterministic=True)
 
 
 def find_schema(features: Any, where: str, objects: str = '') -> Schema:
-  """Where images, boxes and classes are among the features of a data set.
+  """Finds images, boxes and classes among the features of a data set.
 
   Args:
-    features: a tfds FeaturesDict.
-    where: the data set, for messages.
-    objects: the sequence of boxes to take if there are several, '' for the only one.
+    features: A tfds FeaturesDict.
+    where: Name of the data set, for messages.
+    objects: The sequence of boxes to use if there are several, '' for the only one.
 
   Raises:
-    InputError: none fit, or several do.
+    InputError: If there are none, or several.
   """
   kinds = load_tfds().features
   images = [name for name, f in features.items() if type(f) is kinds.Image]
   if len(images) != 1:
-    raise InputError(f'{where}: {len(images)} features are images, wanted: 1 '
+    raise InputError(f'{where}: {len(images)} features are images, needed: 1 '
                      f'({_kinds(features)})')
   found = {name: parts for name, f in features.items() if (parts := _box_parts(f, kinds))}
   if objects:
     found = {name: parts for name, parts in found.items() if name == objects}
   if len(found) != 1:
     raise InputError(f"{where}: {len(found)} features are sequences of boxes with classes"
-                     f"{f' called {objects!r}' if objects else ''}, wanted: 1, which the option "
+                     f"{f' called {objects!r}' if objects else ''}, needed: 1, which the option "
                      f"objects names ({_kinds(features)})")
   (name, (bbox, label, inner)), = found.items()
   crowd = next((f'{name}/{key}' for key in ('is_crowd', 'is_difficult') if key in inner), '')
@@ -132,10 +132,10 @@ def find_schema(features: Any, where: str, objects: str = '') -> Schema:
 
 
 def read_record(data: bytes, schema: Schema) -> Record:
-  """Parses one record.
+  """Parses a record.
 
   Raises:
-    ValueError: it is not of this schema.
+    ValueError: If it does not have this schema.
   """
   features = _parse(data)
   boxes = np.array(_values(features, schema.bbox), np.float32)
@@ -157,7 +157,7 @@ def read_record(data: bytes, schema: Schema) -> Record:
 
 
 def read_image(data: bytes, schema: Schema) -> tuple[bytes, tuple[int, int] | None, int | None]:
-  """As `read_record`, of the image file, the original's size and the image id alone."""
+  """Returns the image file, the original's (height, width) and the image id of a record."""
   features = _parse(data)
   return (_image(features, schema), _size(features, schema), _single(features, schema.image_id))
 
@@ -176,7 +176,7 @@ def _parse_example(data: bytes) -> Any:
 
 
 def _values(features: Any, key: str) -> Sequence:
-  """The list of a feature; empty if there is none."""
+  """Returns the list of a feature, empty if there is none."""
   if not key or key not in features:
     return ()
   kind = features[key].WhichOneof('kind')
@@ -184,12 +184,12 @@ def _values(features: Any, key: str) -> Sequence:
 
 
 def _single(features: Any, key: str) -> Any:
-  """The only value of a feature, None if the schema has no such feature."""
+  """Returns the only value of a feature, None if the schema has no such feature."""
   if not key:
     return None
   values = _values(features, key)
   if len(values) != 1:
-    raise ValueError(f'{len(values)} values of {key!r}, wanted: 1')
+    raise ValueError(f'{len(values)} values of {key!r}, needed: 1')
   return values[0]
 
 
@@ -210,7 +210,7 @@ def _size(features: Any, schema: Schema) -> tuple[int, int] | None:
 
 
 def _box_parts(feature: Any, kinds: ModuleType) -> tuple[str, str, Any] | None:
-  """Names of the boxes and their classes in a sequence of objects; None if it is something else."""
+  """Returns the names of boxes and classes in a sequence of objects, None for other features."""
   inner = getattr(feature, 'feature', None)
   if not isinstance(feature, kinds.Sequence) or not isinstance(inner, kinds.FeaturesDict):
     return None
@@ -227,12 +227,12 @@ def _kinds(features: Any) -> str:
 
 
 def truth_name(split: str) -> str:
-  """The file beside the shards that has the truth of a split in COCO's format."""
+  """Returns the name of the file beside the shards with a split's ground truth in COCO's format."""
   return f'instances_{split}.json'
 
 
 def read_beside(file: str) -> bytes | None:
-  """What a file of a data set holds, local or gs://; None if it is not there."""
+  """Reads a file of a data set, local or gs://; None if it does not exist."""
   from etils import epath
   try:
     return epath.Path(file).read_bytes()

@@ -1,79 +1,89 @@
-"""Pascal VOC's layout: an xml file for each image, lists of names for the splits."""
+"""Pascal VOC's layout: an XML file for each image and a list of names for each split."""
 
 import concurrent.futures
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 
 from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
 from ppn_jax.data.images import decoding as image_files
+from ppn_jax.data.images import folders
 from ppn_jax.data.sources.annotations import (
   AnnotatedImages,
-  Columns,
+  AnnotationTable,
   Images,
   check_boxes,
   check_choices,
   check_paths,
+  command_line_flag,
   fill_in_sizes,
-  note_others,
+  join_names,
   number_images,
-  option_on_the_command_line,
   parse_boxes,
-  some,
+  quote,
   stays_inside,
 )
-from ppn_jax.data.sources.coco_json import quote
-from ppn_jax.data.sources.voc_xml import CORNERS, Annotation, read_xml
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
 
-_THREADS = 16  # They wait for files, on a network file system above all.
+_THREADS = 16  # They mostly wait for files, above all on a network file system.
+_CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
+_MAX_XML_BYTES = 16 << 20  # Thousands of times the size of a large file.
+
+
+class _Annotation(NamedTuple):
+  """The contents of an XML file."""
+  file: str
+  size: tuple[int, int]  # (height, width); zeros if it states none.
+  classes: list[str]
+  corners: list  # [xmin, ymin, xmax, ymax] as floats; shorter if some are not numbers.
+  difficult: list[bool]
 
 
 class PascalVoc(AnnotatedImages):
-  """A folder in Pascal VOC's layout; a `sources.Source`.
+  """A folder in Pascal VOC's layout.
 
-  Image NAME of a split has its truth in Annotations/NAME.xml and its pixels in
-  JPEGImages/NAME.jpg, or with another suffix of an image: what the xml says of file names and
-  paths is often stale and not used. Image ids are the digits of the names, if all have some and
-  no two the same, else positions in the split from 1.
+  Image NAME of a split has its annotations in Annotations/NAME.xml and its pixels in
+  JPEGImages/NAME.jpg, or a file with another suffix of an image. File names and paths in the XML
+  are often outdated and are not used. Image ids are the digits of the names if all names have
+  digits and no two the same, else positions in the split from 1.
 
-  The boxes are in pixels of the image file. An xml that states no size, or 0 x 0, is taken at
-  that; one that states another size than the file has may belong to a copy of other size, whose
-  boxes would be elsewhere, and is an error unless `check_size` is off.
+  Boxes are in pixels of the image file. An XML file may state no size, or 0 x 0. One that states
+  another size than that of the image may belong to a scaled copy, whose boxes would be elsewhere,
+  so it is an error unless `check_size` is False.
 
   Args:
-    folder: has Annotations, JPEGImages and ImageSets.
-    split: reads ImageSets/Main/<split>.txt; '' takes every xml file.
-    on_bad_box: what to do with boxes that are not four finite numbers, have no area (also where
-      xmax is xmin, a click without a drag) or lie outside their image. 'clip' cuts those that
-      reach over the edge and keep half of their area, and raises for the others; 'drop' leaves
-      the others out; 'raise' raises for all.
-    classes: names in order of label; ids count from 1. Empty: all names in the xml files of the
+    folder: Contains Annotations, JPEGImages and ImageSets.
+    split: Name of a list, ImageSets/Main/<split>.txt; '' takes all XML files.
+    on_bad_box: For boxes that are not four finite numbers, have no area (also if xmax is xmin, a
+      click without a drag) or are outside their image. 'clip' cuts those that extend beyond the
+      edge and keep half of their area, and raises for the others; 'drop' leaves the others out;
+      'raise' raises for all.
+    classes: Names in order of label; ids count from 1. By default all names in the XML files of the
       split and of the other lists in ImageSets/Main, so that the splits agree, in alphabetical
       order.
-    corners: 'pixels' are counted from 1 and both ends belong to the box, as in VOC and LabelImg,
-      so its edges are xmin - 1 and xmax; 'edges' are counted from 0 and taken as they are.
-    difficult_as_crowd: whether objects marked difficult count as crowds, which are neither
-      trained on nor asked for in scoring; else they are objects like others.
-    check_size: whether the size in an xml must be that of its image.
-    annotations, images: names of the folders, '.' for `folder` itself.
-    duplicates: 'merge' counts a box once that is there twice: same image, class and coordinates;
-      'keep' leaves both.
-    on_bad_example: what to do about images that are missing, or whose header cannot be read
-      though their xml states no size: 'raise', or 'skip' until they are indexed.
+    corners: 'pixels' are counted from 1 and both ends belong to the box, as in VOC and LabelImg, so
+      its edges are xmin - 1 and xmax; 'edges' are counted from 0 and used as they are.
+    difficult_as_crowd: Whether objects marked difficult count as crowds, which are ignored in
+      training and scoring, or as objects like any other.
+    check_size: Whether the size in an XML file must be that of its image.
+    annotations, images: Names of the folders, '.' for `folder` itself.
+    duplicates: 'merge' counts repeated boxes once (same image, class and coordinates); 'keep'
+      leaves all.
+    on_bad_example: For images that are missing, or whose header cannot be read while their XML
+      states no size: 'raise', or 'skip' until they are indexed.
 
   Attributes:
-    categories, max_boxes: see `sources.Source`.
-    bad_boxes: what was dropped.
-    contents: what the data set holds and what was done to its boxes.
+    categories, max_boxes: See `Source`.
+    contents: See `OptionalMembers`.
 
   Raises:
-    InputError: at construction, for anything wrong with the lists and xml files, and images
-      that are absent or of another size; by indexing, for an image that cannot be decoded.
+    InputError: At construction, for errors in lists and XML files and for images that are missing
+      or have another size; by indexing, for an image that cannot be decoded.
   """
 
   def __init__(self, folder: str, split: str = 'train', on_bad_box: str = 'clip',
@@ -94,7 +104,7 @@ class PascalVoc(AnnotatedImages):
     self._check_xml(names, file, found if skip else None)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
       read = list(pool.map(self._read_xml, names))
-      notes = note_others(others)
+      notes = [folders.describe_others(others)] if others else []
       if not split:
         names, read, strays = _without_strays(names, read, found)
         notes += strays
@@ -109,10 +119,10 @@ class PascalVoc(AnnotatedImages):
       notes.append(f'{len(broken)} xml files of other lists cannot be read, so their classes are '
                    f'not known: {broken[0]}')
     self.categories = _categories(classes, [
-        *read, *(a for a in more if isinstance(a, Annotation))], read)
+        *read, *(a for a in more if isinstance(a, _Annotation))], read)
     unreadable = {i: str(e) for i, e in enumerate(stored) if isinstance(e, InputError)} | missing
     if not skip:
-      # A damaged image is the reader's concern, who has a policy for it, unless its size is needed.
+      # Reading deals with damaged images by its own policy, unless their size is needed here.
       for i in (i for i in unreadable if 0 in read[i].size):
         raise InputError(f'{unreadable[i]}; {SKIP_IMAGES}')
     sizes = fill_in_sizes(_sizes(read, files, stored, check_size), unreadable)
@@ -126,23 +136,23 @@ class PascalVoc(AnnotatedImages):
   def _path(self, name: str) -> str:
     return os.path.join(self._folder, f'{name}.xml')
 
-  def _read_xml(self, name: str) -> Annotation | InputError:
-    """What the xml file of an image says, or what is wrong with it."""
+  def _read_xml(self, name: str) -> _Annotation | InputError:
+    """Reads the XML file of an image; returns the error if it is wrong."""
     path = self._path(name)
-    if not os.path.exists(path):  # `_check_xml` let it pass.
-      return Annotation(path, (0, 0), [], [], [])
+    if not os.path.exists(path):  # Accepted by `_check_xml`.
+      return _Annotation(path, (0, 0), [], [], [])
     try:
-      return read_xml(path)
+      return _read_xml(path)
     except InputError as e:
       return e
 
   def _stems(self) -> set[str]:
-    """Names of all xml files that are not hidden."""
+    """Returns the names of all XML files that are not hidden."""
     return {e[:-4] for e in _list_folder(self._folder)
             if e.endswith('.xml') and not e.startswith('.')}
 
   def _read_split(self, lists: str, split: str) -> tuple[list[str], str]:
-    """Names of the images of a split, and the file or folder that has them."""
+    """Returns the names of the images of a split, and the file or folder that lists them."""
     if not isinstance(split, str) or (split and not stays_inside(split)):
       raise InputError(f'pascal_voc.split is {split!r}, legal: the name of a list, or '' for all')
     file = os.path.join(lists, f'{split}.txt') if split else self._folder
@@ -152,29 +162,31 @@ class PascalVoc(AnnotatedImages):
     return names, file
 
   def _check_xml(self, names: Sequence[str], file: str, found: Mapping[str, Any] | None) -> None:
-    """Raises InputError if xml files are missing; those without an image too, unless `found`."""
+    """Raises InputError if XML files are missing, with `found` only for images in it."""
     missing = sorted(set(names).difference(self._stems()))
     missing = [n for n in missing if '/' not in n or not os.path.isfile(self._path(n))]
     missing = [n for n in missing if found is None or n in found]
     if missing:
       raise InputError(f'{len(missing)} of the {len(names)} images that {file} lists have no '
-                       f'xml file in {self._folder!r}: {some(missing)}')
+                       f'xml file in {self._folder!r}: {join_names(missing)}')
 
-  def _read_boxes(self, read: list[Annotation], images: Images, on_bad_box: str, corners: str,
+  def _read_boxes(self, read: list[_Annotation], images: Images, on_bad_box: str, corners: str,
                   difficult_as_crowd: bool, **options: Any) -> None:
+    """Checks the boxes of all images and sets the annotations."""
     owners = np.repeat(np.arange(len(read)), [len(a.classes) for a in read])
     written = [box for a in read for box in a.corners]
     ends, reasons = parse_boxes(written)
-    shown = ', '.join(CORNERS)
+    shown = ', '.join(_CORNERS)
     boxes, findings = check_boxes(
         _to_xywh(ends, corners), reasons, owners, images, on_bad_box=on_bad_box, written=ends,
         show=lambda i: f'{read[owners[i]].file}: box {quote(written[i])} ({shown})')
     label = {c.name: i for i, c in enumerate(self.categories)}
     labels = np.array([label[name] for a in read for name in a.classes], np.int32)
     difficult = np.array([d for a in read for d in a.difficult], bool)
-    self._fill(Columns(images, boxes, labels[boxes.rows], difficult[boxes.rows]
-                       & difficult_as_crowd, boxes.bboxes[:, 2:].prod(axis=-1)),
-               findings, without='without objects', **options)
+    table = AnnotationTable(images, boxes, labels[boxes.rows],
+                            difficult[boxes.rows] & difficult_as_crowd,
+                            boxes.bboxes[:, 2:].prod(axis=-1))
+    self._set_data(table, findings, no_boxes='without objects', **options)
 
 
 def _list_folder(folder: str) -> list[str]:
@@ -185,7 +197,7 @@ def _list_folder(folder: str) -> list[str]:
 
 
 def _read_list(file: str) -> list[str]:
-  """The names in a list of ImageSets, one a line, all different."""
+  """Reads a list of ImageSets: one name per line, all different."""
   try:
     with open(file, encoding='utf-8-sig') as f:
       names = [line.strip() for line in f if line.strip()]
@@ -209,7 +221,7 @@ def _read_list(file: str) -> list[str]:
 
 
 def _listed(lists: str) -> set[str]:
-  """All names in the lists of a folder, those of single classes too, whose lines end in 1 or -1."""
+  """Returns all names in the lists of a folder; in those of single classes, 1 or -1 follows."""
   if not os.path.isdir(lists):
     return set()
   names = set()
@@ -225,7 +237,7 @@ def _listed(lists: str) -> set[str]:
 
 
 def _list_images(folder: str, names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-  """The image files in the folders that `names` are in, by name without suffix, and the others."""
+  """Lists the folders of `names`: image files by name without suffix, and other files."""
   found: dict[str, list[str]] = {}
   others = []
   for inside in sorted({os.path.dirname(n) for n in names}):
@@ -233,60 +245,60 @@ def _list_images(folder: str, names: Sequence[str]) -> tuple[dict[str, list[str]
       stem, suffix = os.path.splitext(entry)
       if entry.startswith('.'):
         continue
-      if suffix.lower() in image_files.SUFFIXES:
+      if folders.has_suffix(entry):
         found.setdefault(os.path.join(inside, stem), []).append(entry)
       elif suffix != '.xml' and not os.path.isdir(os.path.join(folder, inside, entry)):
         others.append(os.path.join(folder, inside, entry))
   return found, others
 
 
-def _without_strays(names: list[str], read: list[Annotation | InputError],
+def _without_strays(names: list[str], read: list[_Annotation | InputError],
                     found: Mapping[str, Any]
-                    ) -> tuple[list[str], list[Annotation | InputError], list[str]]:
-  """Leaves out xml files that belong to no image and are no annotations; the notes say which."""
+                    ) -> tuple[list[str], list[_Annotation | InputError], list[str]]:
+  """Leaves out XML files without an image that are no annotations, and returns notes on them."""
   strays = [isinstance(a, InputError) and name not in found
             for name, a in zip(names, read, strict=True)]
   if all(strays):
     return names, read, []
   first = [str(a) for a, stray in zip(read, strays, strict=True) if stray]
-  notes = [f'{len(first)} xml files without an image are passed over: {first[0]}'] if first else []
+  notes = [f'{len(first)} xml files without an image are ignored: {first[0]}'] if first else []
   return ([n for n, stray in zip(names, strays, strict=True) if not stray],
           [a for a, stray in zip(read, strays, strict=True) if not stray], notes)
 
 
 def _find_images(folder: str, names: Sequence[str], found: Mapping[str, list[str]],
                  xml_folder: str, on_bad_example: str) -> tuple[list[str], dict[int, str]]:
-  """The image file of every name, whatever its suffix, and why there is none for some."""
+  """Returns the image file of every name, with any suffix, and image -> reason if it is missing."""
   absent = [n for n in names if n not in found]
   if absent and on_bad_example == 'raise':
     raise InputError(f'{len(absent)} of the {len(names)} images with an xml file in '
-                     f'{xml_folder!r} are not in {folder!r}: {some(absent)}; {SKIP_IMAGES}')
+                     f'{xml_folder!r} are not in {folder!r}: {join_names(absent)}; {SKIP_IMAGES}')
   files, missing = [], {}
   for i, name in enumerate(names):
     entries = found.get(name, ())
     if len(entries) > 1:
       raise InputError(f'{folder}: {quote(name)} is the name of {len(entries)} images, '
-                       f'{some(entries)}; keep one')
+                       f'{join_names(entries)}; keep one')
     files.append(os.path.join(folder, os.path.dirname(name), entries[0]) if entries else
                  os.path.join(folder, f'{name}.jpg'))
     if not entries:
-      missing[i] = f'{some([os.path.join(folder, name)])}: no such image, with any suffix'
+      missing[i] = f'{join_names([os.path.join(folder, name)])}: no such image, with any suffix'
   return files, missing
 
 
 def _header_sizes(file: str) -> tuple[tuple[int, int], ...] | InputError:
-  """(height, width) that the image can have; what is wrong if its header cannot be read."""
+  """Returns (height, width) as stored and upright, or the error if the header cannot be read."""
   try:
     return image_files.read_sizes(file)
   except InputError as e:
     return e
 
 
-def _sizes(read: Sequence[Annotation], files: Sequence[str],
+def _sizes(read: Sequence[_Annotation], files: Sequence[str],
            stored: Sequence[tuple | InputError], check: bool) -> list[tuple[int, int] | None]:
-  """The size in which each image's boxes are: what its xml says if that can be.
+  """Returns the size that each image's boxes refer to: that of its XML file, if it is possible.
 
-  None where the xml says nothing of an image that cannot be read.
+  It is None if the image cannot be read and the XML file states no size.
   """
   sizes, wrong = [], []
   for annotation, file, legal in zip(read, files, stored, strict=True):
@@ -302,13 +314,13 @@ def _sizes(read: Sequence[Annotation], files: Sequence[str],
     raise InputError(f'{len(wrong)} xml files state another size (height x width) than the image '
                      f'has: {wrong[0]}; correct them, or set check_size=False if the boxes are '
                      'in pixels of the image files '
-                     f'({option_on_the_command_line("check_size", False)})')
+                     f'({command_line_flag("check_size", False)})')
   return sizes
 
 
-def _categories(classes: Sequence[str], every: Sequence[Annotation], read: Sequence[Annotation]
+def _categories(classes: Sequence[str], every: Sequence[_Annotation], read: Sequence[_Annotation]
                 ) -> tuple[Category, ...]:
-  """Of the classes given, or else found in `every` xml file; ids from 1. `read` uses them."""
+  """Returns `classes`, or those of `every` XML file, with ids from 1, after checking `read`."""
   if isinstance(classes, str) or not all(isinstance(c, str) and c for c in classes):
     raise InputError(f'pascal_voc.classes is {quote(classes)}, legal: names of classes')
   names = list(classes) or sorted({name for a in every for name in a.classes})
@@ -325,8 +337,65 @@ def _categories(classes: Sequence[str], every: Sequence[Annotation], read: Seque
 
 
 def _to_xywh(ends: np.ndarray, corners: str) -> np.ndarray:
-  """xmin, ymin, xmax, ymax f64 [M, 4] -> x, y, width, height of edges."""
+  """Converts xmin, ymin, xmax, ymax, f64 [M, 4], to x, y, width, height of the edges."""
   sides = ends[:, 2:] - ends[:, :2]
   if corners == 'edges':
     return np.concatenate([ends[:, :2], sides], axis=-1)
   return np.concatenate([ends[:, :2] - 1, np.where(sides > 0, sides + 1, sides)], axis=-1)
+
+
+def _read_xml(file: str) -> _Annotation:
+  """Reads an XML file.
+
+  Raises:
+    InputError: If it is not XML or not an annotation, or has an object without a name.
+  """
+  root = _parse_xml(file)
+  if root.tag != 'annotation':
+    raise InputError(f'{file}: its outermost element is <{root.tag[:100]}>, legal: <annotation>')
+  result = _Annotation(file, _stated_size(root), [], [], [])
+  for number, found in enumerate(root.findall('object'), start=1):
+    name = (found.findtext('name') or '').strip()
+    if not name:
+      raise InputError(f'{file}: object {number} has no name')
+    difficult = (found.findtext('difficult') or '0').strip()
+    if difficult not in ('0', '1'):
+      raise InputError(f'{file}: object {number}: difficult is {quote(difficult)}, legal: 0, 1')
+    result.classes.append(name)
+    result.difficult.append(difficult == '1')
+    box = found.find('bndbox')
+    texts = () if box is None else [box.findtext(corner) for corner in _CORNERS]
+    result.corners.append([n for n in map(_number, texts) if n is not None])
+  return result
+
+
+def _parse_xml(file: str) -> ElementTree.Element:
+  """Parses an XML file with the standard library.
+
+  It never fetches external entities, and Expat since 2.4.1 limits their expansion. As no annotation
+  needs entities, they are rejected altogether.
+  """
+  data = image_files.read(file)
+  if len(data) > _MAX_XML_BYTES:
+    raise InputError(f'{file}: {len(data):,} bytes, legal: up to {_MAX_XML_BYTES:,}')
+  # Zeros are removed because of encodings with two and four bytes.
+  if re.search(rb'<!(DOCTYPE|ENTITY)', data.replace(b'\0', b'')):
+    raise InputError(f'{file}: has a document type or entities, which no annotation needs')
+  try:
+    return ElementTree.fromstring(data)
+  except (ElementTree.ParseError, LookupError, ValueError) as e:  # The last two: bad encodings.
+    raise InputError(f'{file}: not valid xml: {e}') from e
+
+
+def _stated_size(root: ElementTree.Element) -> tuple[int, int]:
+  """Returns (height, width) of an annotation's <size>; 0 for all but positive whole numbers."""
+  numbers = [_number(root.findtext(f'size/{side}')) for side in ('height', 'width')]
+  height, width = (n if n and 1 <= n < 1e9 and n.is_integer() else 0 for n in numbers)
+  return int(height), int(width)
+
+
+def _number(text: str | None) -> float | None:
+  try:
+    return float(text) if text else None
+  except ValueError:
+    return None

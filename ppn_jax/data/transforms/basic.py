@@ -1,16 +1,16 @@
-"""Changes to an Example, each a frozen dataclass called as `op(example, rng)`.
+"""Transforms of an Example, each a frozen dataclass that is called as `transform(example, rng)`.
 
-An op keeps pixels, boxes, labels and crowd flags together, changes nothing in place and takes
-every random number from the generator it is given. Put crops before `resize` and colour after
-it: both are then cheap.
+A transform keeps pixels, boxes, labels and crowd flags consistent, changes nothing in place and
+takes all random numbers from the generator that it is given. Crops before `resize` and changes of
+colour after it cost the least.
 
-Three attributes of an op mean something to the loader; ops need none of them.
+A transform may have three attributes that the loader looks for:
 
-  takes_lazy_image   True: the image may be a `LazyImage`, on which `geometry` works as on arrays,
-                     and so may that of the result. Other ops are given arrays.
-  takes_others       True: called as `op(example, rng, draw)`, where draw() gives another Example,
-                     drawn by the same generator and sent through the ops before this one.
-  box_factor         the most boxes that the result has for each that one image may have.
+  takes_lazy_image   True: the image may be a `LazyImage`, which the functions of `geometry` accept,
+                     and so may that of the result. Other transforms are given arrays.
+  takes_others       True: it is called as `transform(example, rng, draw)`, where draw() returns
+                     another Example, drawn with `rng` and sent through the transforms before it.
+  box_factor         The result has at most so many times the boxes of one image.
 """
 
 import dataclasses
@@ -40,16 +40,16 @@ TRANSFORMS = {
 
 
 def build_transforms(blocks: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
-  """The ops of a config's list of blocks, in order; see `registry.build`."""
+  """Builds the transforms of a config's list of blocks, in order; see `registry.build`."""
   return tuple(registry.build('transform', block, TRANSFORMS) for block in blocks)
 
 
 @dataclasses.dataclass(frozen=True)
 class HorizontalFlip:
-  """Mirrors left to right.
+  """Mirrors the image left to right.
 
   Attributes:
-    probability: of doing so, 0 to 1.
+    probability: Probability of mirroring, 0 to 1.
   """
   probability: float = 0.5
   takes_lazy_image: ClassVar[bool] = True
@@ -65,15 +65,15 @@ class HorizontalFlip:
 
 @dataclasses.dataclass(frozen=True)
 class PhotometricDistortion:
-  """SSD's colour changes: each with probability 1/2, in random order.
+  """Changes colours as SSD does: four changes with probability 1/2 each, in random order.
 
-  Each works on 8 bits, in HSV where needed, which costs strong colours a few levels.
+  Each change rounds to 8 bits, in HSV where needed, which costs strong colours a few levels.
 
   Attributes:
-    brightness: largest shift, in grey levels of 255.
-    contrast: range of the factor of all channels.
-    saturation: range of the factor of the S of HSV.
-    hue: largest turn of the colour circle, in degrees.
+    brightness: Largest shift, in grey levels of 255.
+    contrast: Range of the factor of all channels.
+    saturation: Range of the factor of S in HSV.
+    hue: Largest rotation of the hue, in degrees.
   """
   brightness: float = 32.0
   contrast: tuple[float, float] = (0.5, 1.5)
@@ -108,8 +108,8 @@ def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _shift_hsv(image: np.ndarray, hue: float = 0.0, saturation: float = 1.0) -> np.ndarray:
-  """Turns the hue by degrees and multiplies the saturation of u8 [H, W, 3] RGB."""
-  # FULL spreads the circle over 256 levels, so that turning it is arithmetic modulo 256.
+  """Rotates the hue by degrees and multiplies the saturation of u8 [H, W, 3] RGB."""
+  # FULL maps the circle to 256 levels, so that rotating it is arithmetic modulo 256.
   tables = np.stack([np.mod(np.rint(_LEVELS + hue * 256 / 360), 256),
                      np.clip(np.rint(_LEVELS * saturation), 0, 255), _LEVELS], axis=-1)
   hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL), tables[None].astype(np.uint8))
@@ -118,24 +118,23 @@ def _shift_hsv(image: np.ndarray, hue: float = 0.0, saturation: float = 1.0) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-  """To `size` x `size` pixels; the aspect ratio is not kept, so boxes stay as they are.
+  """Resizes to `size` x `size` pixels. The aspect ratio is not kept, so boxes do not change.
 
-  An image that is not decoded yet (`LazyImage`), a JPEG, is decoded at 1/2, 1/4 or 1/8 of its
-  size if what is left of it after crops still has a pixel for each of the result's. That looks
-  as if it were averaged from the whole, but for a few grey levels, and takes a fraction of the
-  time. The edges of a crop then end up to half a pixel off, which boxes follow; a whole image is
-  shown exactly.
+  A JPEG that is not decoded yet (`LazyImage`) is decoded at 1/2, 1/4 or 1/8 of its size if the part
+  left by crops then still has a pixel for each pixel of the result. This differs from averaging the
+  whole image by a few grey levels and takes a fraction of the time. The edges of a crop are rounded
+  by up to half a pixel, which boxes follow; a whole image is exact.
 
   Attributes:
-    size: side of the result.
-    method: 'area' averages pixels along a side that shrinks and interpolates along one that
-      grows; 'supersample' averages two interpolated points where a side shrinks by a third or
-      more, up to threefold, which differs from 'area' by half a grey level in the mean and takes
-      0.4 of the time for a whole photograph, 0.7 for SSD's crops; 'bilinear' interpolates, which
-      aliases when shrinking but takes a sixth of the time (0.2 ms for 640 x 480); 'legacy' is
+    size: Side of the result in pixels.
+    method: 'area' averages pixels along a side that shrinks and interpolates along one that grows.
+      'supersample' averages two interpolated points where a side shrinks by a third or more, up to
+      threefold; it differs from 'area' by half a grey level on average and takes 0.4 of the time
+      for a whole photograph, 0.7 for SSD's crops. 'bilinear' interpolates, which aliases when
+      shrinking but takes a sixth of the time (0.2 ms for 640 x 480). 'legacy' is
       `resizing.legacy_resize` rounded to 8 bits, the kernel that released TensorFlow checkpoints
       were trained with.
-    reduced_decoding: False always decodes the whole image; 'legacy' always does.
+    reduced_decoding: False always decodes the whole image, and so does 'legacy'.
   """
   size: int
   method: str = 'area'

@@ -1,6 +1,6 @@
-"""What moves the pixels of an Example and its boxes together.
+"""Operations that move the pixels of an Example and its boxes together.
 
-The image may be an array, and stays one, or a `LazyImage`, of which `resize` makes an array.
+The image may be an array, which stays one, or a `LazyImage`, which `resize` converts to an array.
 """
 
 import cv2
@@ -13,7 +13,7 @@ from ppn_jax.detection.structures import Example
 
 
 def mirror(example: Example) -> Example:
-  """Left to right."""
+  """Mirrors an image left to right."""
   image = example.image
   image = image.mirror() if isinstance(image, LazyImage) else cv2.flip(image, 1)
   return example._replace(image=image, boxes=box_ops.flip_horizontal(example.boxes))
@@ -21,15 +21,16 @@ def mirror(example: Example) -> Example:
 
 def crop(example: Example, window: Window, coverage: float = 0.0,
          fill: Color = (0, 0, 0)) -> Example:
-  """Returns the part of an image in a window, with the boxes of which it has at least `coverage`.
+  """Cuts out a window, and keeps the boxes of which it contains at least the share `coverage`.
 
-  Crowds stay, clipped, wherever the window overlaps them: what is seen of a crowd is no background,
-  however little of it that is.
+  Crowds are kept, clipped, wherever the window overlaps them, because even a small visible part of
+  a crowd is not background.
 
   Args:
-    window: (y, x, height, width) in pixels; may reach beyond the image.
-    coverage: share of a box's area, 0 to 1. Boxes wholly outside always go.
-    fill: colour of what lies beyond the image.
+    example: The image with its boxes.
+    window: (y, x, height, width) in pixels; may extend beyond the image.
+    coverage: Share of a box's area, 0 to 1. Boxes completely outside are always dropped.
+    fill: Colour outside the image.
   """
   y, x, height, width = window
   rows, columns = example.image.shape[:2]
@@ -43,7 +44,10 @@ def crop(example: Example, window: Window, coverage: float = 0.0,
 
 def resize(example: Example, height: int, width: int, method: str = 'area',
            reduced_decoding: bool = True) -> Example:
-  """To another size, the aspect ratio not kept; see `transforms.Resize`. Gives an array."""
+  """Resizes to height x width pixels, without keeping the aspect ratio, and returns an array.
+
+  See `basic.Resize` for `method` and `reduced_decoding`.
+  """
   image, kernel = example.image, KERNELS[method]
   if not isinstance(image, LazyImage):
     if image.shape[:2] == (height, width):
@@ -57,15 +61,15 @@ def resize(example: Example, height: int, width: int, method: str = 'area',
 
 
 def keep(example: Example, which: np.ndarray) -> Example:
-  """The Example with the boxes `which`, bool [N]."""
+  """Keeps only the boxes `which`, bool [N]."""
   return example._replace(boxes=example.boxes[which], labels=example.labels[which],
                           crowd=example.crowd[which])
 
 
 def drop_small(example: Example, least: float) -> Example:
-  """Removes boxes of which a side is under `least` pixels of the image, and those without area.
+  """Drops boxes with a side of less than `least` pixels of the image, and those without area.
 
-  Crowds stay if they have an area.
+  Crowds are dropped only if they have no area.
   """
   boxes, size = example.boxes, example.image.shape[:2]
   sides = (boxes[:, 2:] - boxes[:, :2]) * np.float32(size)
@@ -73,7 +77,7 @@ def drop_small(example: Example, least: float) -> Example:
 
 
 def materialise(example: Example) -> Example:
-  """With an array for an image."""
+  """Converts a lazy image to an array."""
   if not isinstance(example.image, LazyImage):
     return example
   return example._replace(image=example.image.pixels())
@@ -89,7 +93,7 @@ def _cut(image: np.ndarray | LazyImage, window: Window, fill: Color) -> np.ndarr
 
 
 def _reframe(example: Example, frame: Frame, size: tuple[int, int]) -> Example:
-  """Boxes of the whole image -> boxes of a frame of it, in pixels of its `size`."""
+  """Converts boxes of an image of `size` to boxes of a frame in its pixels."""
   if frame == (0, 0, *size):
     return example
   origin, sides = np.array(frame).reshape(2, 2)

@@ -1,4 +1,4 @@
-"""Four images in one."""
+"""The mosaic of four images."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,25 +15,25 @@ from ppn_jax.detection.structures import Example
 
 @dataclasses.dataclass(frozen=True)
 class Mosaic:
-  """Puts the image and three others around a random point of a square canvas.
+  """Arranges the image and three others around a random point of a square canvas.
 
-  The mosaic of YOLOv4 (Bochkovskiy et al., 2020, section 3.3). Each image is resized to a square
-  of `scale` times the canvas, as the network sees it, and laid with a corner at the point; what
-  reaches beyond the canvas is cut off, what no image covers has the colour `fill`. The others
-  are drawn at random and go through the transforms before this one.
+  Implements the mosaic of YOLOv4 (Bochkovskiy et al., 2020, section 3.3). Each image is resized to
+  a square of `scale` times the canvas, since the network sees squares, and placed with a corner at
+  the point. Parts beyond the canvas are cut off, and parts that no image covers have the colour
+  `fill`. The other images are drawn at random and go through the transforms before this one.
 
-  Boxes wholly outside are dropped, and those that `min_coverage` or `min_side` say, unless they
-  are crowds; the others are cut at the canvas. `image_id` and `size` stay those of the first image.
+  Boxes completely outside are dropped, and those below `min_coverage` or `min_side` unless they are
+  crowds; the others are cut at the canvas. `image_id` and `size` are those of the first image.
 
   Attributes:
-    size: side of the canvas in pixels, as a rule that of the network's input.
-    probability: of doing so, 0 to 1; the others are not read if not.
-    center: range of the point's coordinates, of the canvas; uniform.
-    scale: range of each image's side, of the canvas; uniform, drawn anew for each.
+    size: Side of the canvas in pixels, usually that of the network's input.
+    probability: Probability of a mosaic, 0 to 1; otherwise the other images are not read.
+    center: Range of the point's coordinates, as shares of the canvas; uniform.
+    scale: Range of each image's side, as a share of the canvas; uniform, drawn for each image.
     fill: RGB.
-    min_coverage: share of a box's area that the canvas must show.
-    min_side: pixels of the canvas that both sides of what is shown of a box must have.
-    method, reduced_decoding: as of `transforms.Resize`.
+    min_coverage: Share of a box's area that must be on the canvas.
+    min_side: Pixels of the canvas that both sides of the visible part of a box must have.
+    method, reduced_decoding: As in `Resize`.
   """
   size: int
   probability: float = 0.5
@@ -70,19 +70,23 @@ class Mosaic:
     canvas = np.empty((self.size, self.size, 3), np.uint8)
     canvas[:] = self.fill
     corners = rng.permutation(4).tolist()
-    tiles = [self._lay(canvas, tile, center, side, divmod(corner, 2))
+    tiles = [self._place(canvas, tile, center, side, divmod(corner, 2))
              for tile, side, corner in zip(examples, sides.tolist(), corners, strict=True)]
     boxes, labels, crowd = (np.concatenate(columns) for columns in zip(
         *((t.boxes, t.labels, t.crowd) for t in tiles), strict=True))
     return drop_small(example._replace(image=canvas, boxes=boxes, labels=labels, crowd=crowd),
                       self.min_side)
 
-  def _lay(self, canvas: np.ndarray, example: Example, center: np.ndarray, side: int,
+  def _place(self, canvas: np.ndarray, example: Example, center: np.ndarray, side: int,
            corner: tuple[int, int]) -> Example:
-    """Draws one image at side x side pixels; gives the boxes of what is seen, of the canvas.
+    """Draws one image at side x side pixels, and returns its visible boxes relative to the canvas.
 
     Args:
-      corner: (0 above or 1 below the center, 0 left or 1 right of it).
+      canvas: u8 [size, size, 3], changed in place.
+      example: The image with its boxes.
+      center: (y, x) of the point in pixels.
+      side: Side of the resized image in pixels.
+      corner: (0 above or 1 below the point, 0 left or 1 right of it).
     """
     window, place = [], []
     for whole, at, after in zip(example.image.shape[:2], center.tolist(), corner, strict=True):

@@ -16,19 +16,18 @@ from ppn_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class SsdRandomCrop:
-  """Cuts a random window that covers enough of some object (SSD, section 2.2).
+  """Cuts out a random window that covers enough of some object (SSD, section 2.2).
 
-  One of `coverages` is picked. The window must then contain at least that share of one box's
-  area, and every box of which it contains less is dropped; the others are cut at its border, and so
-  are crowds, however little it contains of them. All boxes may go. With probability
-  `keep_probability` the image is left alone.
+  One of `coverages` is drawn. The window must contain at least this share of one box's area. Boxes
+  of which it contains less are dropped, possibly all of them; the others, and all crowds that it
+  overlaps, are cut at its border. With probability `keep_probability` the image does not change.
 
   Attributes:
-    coverages: shares of a box's area, equally likely.
-    aspect_ratio: range of width / height of the window in pixels.
-    area: range of the window's share of the image.
-    keep_probability: of leaving the image alone, whichever coverage was picked.
-    attempts: windows to try before settling for the whole image.
+    coverages: Shares of a box's area, equally likely.
+    aspect_ratio: Range of width / height of the window in pixels.
+    area: Range of the window's share of the image's area.
+    keep_probability: Probability of no change, 0 to 1, whichever coverage was drawn.
+    attempts: Number of windows to try before the whole image is taken.
   """
   coverages: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
   aspect_ratio: tuple[float, float] = (0.5, 2.0)
@@ -60,27 +59,28 @@ def draw_window(rng: np.random.Generator, size: tuple[int, int], boxes: np.ndarr
                 coverage: float, *, aspect_ratio: tuple[float, float] = (0.5, 2.0),
                 area: tuple[float, float] = (0.1, 1.0),
                 attempts: int = 100) -> tuple[int, int, int, int]:
-  """`tf.image.sample_distorted_bounding_box`: a window that covers enough of some box.
+  """Draws a window as `tf.image.sample_distorted_bounding_box` does.
 
-  Takes the first attempt that will do; the whole image if none does.
+  Takes the first attempt that covers enough of some box, or the whole image if none does.
 
   Args:
+    rng: Source of the random numbers.
     size: (height, width) of the image in pixels.
-    boxes: f32 [N, 4]; without boxes the whole image serves as one.
-    coverage: the least share of some box's area that the window must contain, in whole pixels.
-    aspect_ratio, area, attempts: as of `SsdRandomCrop`.
+    boxes: f32 [N, 4]; if N is 0, the whole image serves as a box.
+    coverage: Share of some box's area, in whole pixels, that the window must contain.
+    aspect_ratio, area, attempts: As in `SsdRandomCrop`.
 
   Returns:
     (y, x, height, width) in pixels.
   """
-  # In plain numbers: the first attempts mostly succeed, and NumPy takes longer for a handful.
+  # Python numbers, since the first attempts mostly succeed and NumPy is slower for so few.
   objects = _in_whole_pixels(boxes, size)
   for _ in range(attempts):
     sides = _draw_sides(rng, size, aspect_ratio, area)
     if sides is None:
       continue
     height, width = sides
-    # The last position is never drawn: the reference's uniform integer excludes its bound.
+    # The last position is never drawn, since the reference's uniform integer excludes its bound.
     y = int(rng.random() * (size[0] - height))
     x = int(rng.random() * (size[1] - width))
     if any(_overlap(box, y, x, height, width) >= coverage * own for box, own in objects):
@@ -89,7 +89,7 @@ def draw_window(rng: np.random.Generator, size: tuple[int, int], boxes: np.ndarr
 
 
 def _in_whole_pixels(boxes: np.ndarray, size: tuple[int, int]) -> list[tuple[list[int], int]]:
-  """(corners, area) of the boxes that have a pixel; the whole image if there are no boxes."""
+  """Returns (corners, area) of boxes of at least a pixel; the whole image if there are no boxes."""
   if not len(boxes):
     return [([0, 0, *size], size[0] * size[1])]
   corners = (box_ops.clip(boxes) * np.float32([*size, *size])).astype(np.int64).tolist()
@@ -106,10 +106,10 @@ def _overlap(box: list[int], y: int, x: int, height: int, width: int) -> int:
 def _draw_sides(rng: np.random.Generator, size: tuple[int, int],
                 aspect_ratio: tuple[float, float], area: tuple[float, float]
                 ) -> tuple[int, int] | None:
-  """Height and width of a window in whole pixels; None if they break the rules.
+  """Draws height and width of a window in whole pixels; None if they are not legal.
 
-  The height is uniform between the ones that give the least and the greatest area at the aspect
-  ratio drawn, so the area is not uniform.
+  The height is uniform between those of the smallest and the largest area at the drawn aspect
+  ratio, so the area is not uniform.
   """
   low_area, high_area = (share * size[0] * size[1] for share in area)
   aspect = aspect_ratio[0] + rng.random() * (aspect_ratio[1] - aspect_ratio[0])
@@ -118,7 +118,7 @@ def _draw_sides(rng: np.random.Generator, size: tuple[int, int],
   highest = min(round(math.sqrt(high_area / aspect)), fitting, size[0])
   lowest = min(round(math.sqrt(low_area / aspect)), highest)
   height = lowest + int(rng.random() * (highest - lowest + 1))
-  # Rounding may have left the area just outside its range; one pixel of height mends it.
+  # Rounding can leave the area just outside its range; one pixel of height corrects it.
   if height * round(height * aspect) < low_area:
     height += 1
   if height * round(height * aspect) > high_area:

@@ -1,4 +1,4 @@
-"""Smaller and larger views of an image: SSD's zoom-out, and large-scale jittering."""
+"""Random zoom: SSD's zoom-out and large-scale jittering."""
 
 import dataclasses
 from typing import ClassVar
@@ -16,13 +16,13 @@ from ppn_jax.detection.structures import Example
 class Expand:
   """Places the image on a larger canvas of one colour (SSD, section 3.6), before any crop.
 
-  All boxes stay. A transform right after it that takes arrays only makes it draw the canvas, up
-  to ratio^2 times as large as the image; crops, flips and resizes do not.
+  No box is dropped. If the next transform accepts arrays only, the canvas is drawn, up to ratio^2
+  times as large as the image; for crops, flips and resizes it is not.
 
   Attributes:
-    probability: of doing so, 0 to 1.
-    ratio: range of the sides of the canvas, of the image's; uniform.
-    fill: RGB of the canvas; that of ImageNet's mean unless said otherwise.
+    probability: Probability of a change, 0 to 1.
+    ratio: Range of the canvas's sides relative to the image's; uniform.
+    fill: RGB of the canvas; ImageNet's mean by default.
   """
   probability: float = 0.5
   ratio: tuple[float, float] = (1.0, 4.0)
@@ -48,21 +48,21 @@ class Expand:
 class LargeScaleJitter:
   """Zooms the image by a random factor, then crops or pads it to a square frame.
 
-  Large-scale jittering as of Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation
-  Method for Instance Segmentation" (CVPR 2021), section 3: at factor 1 the image just fits the
-  frame, its aspect ratio kept. Where it is larger than the frame a random part is shown; where
-  it is smaller it lies at the top left and the rest is grey.
+  Implements large-scale jittering of Ghiasi et al., "Simple Copy-Paste is a Strong Data
+  Augmentation Method for Instance Segmentation" (CVPR 2021), section 3. At factor 1 the image just
+  fits the frame, with its aspect ratio. If it is larger than the frame, a random part is shown. If
+  it is smaller, it is at the top left and the rest has the colour `fill`.
 
-  Boxes wholly outside the frame are dropped, and those that `min_coverage` or `min_side` say,
+  Boxes completely outside the frame are dropped, and those below `min_coverage` or `min_side`
   unless they are crowds; the others are cut at the frame.
 
   Attributes:
-    size: side of the frame in pixels, as a rule that of the network's input.
-    scale: range of the factor; uniform. (0.8, 1.25) is the paper's "standard" jittering.
+    size: Side of the frame in pixels, usually that of the network's input.
+    scale: Range of the factor; uniform. (0.8, 1.25) is the paper's "standard" jittering.
     fill: RGB of the padding.
-    min_coverage: share of a box's area that the frame must show.
-    min_side: pixels of the frame that both sides of what is shown of a box must have.
-    method, reduced_decoding: as of `transforms.Resize`.
+    min_coverage: Share of a box's area that must be in the frame.
+    min_side: Pixels of the frame that both sides of the visible part of a box must have.
+    method, reduced_decoding: As in `Resize`.
   """
   size: int
   scale: tuple[float, float] = (0.1, 2.0)

@@ -58,7 +58,7 @@ def changed(*path_and_value):
 
 def test_examples(folder):
   source = load(folder)
-  assert len(source) == 3 and source.max_boxes == 2 and not source.bad_boxes
+  assert len(source) == 3 and source.max_boxes == 2 and not source.contents.left_out
   assert source.categories == (Category(3, 'cat'), Category(90, 'dog'))
   first, second, third = (source[i] for i in range(3))
   assert (first.image_id, second.image_id, third.image_id) == (30, 10, 20)
@@ -184,9 +184,9 @@ def test_bad_boxes(folder, bbox, reason, recwarn):
     assert part in message
   assert '\n' not in message
   source = load(folder, content, on_bad_box='drop')
-  assert source.bad_boxes and source.bad_boxes.count == 1
-  assert source.bad_boxes.reasons == {reason: 1}
-  assert f'1 {reason}' in str(source.bad_boxes)
+  assert source.contents.left_out and source.contents.left_out.count == 1
+  assert source.contents.left_out.reasons == {reason: 1}
+  assert f'1 {reason}' in str(source.contents.left_out)
   np.testing.assert_array_equal(source[2].labels, [1])
   assert [a['bbox'] for a in source.ground_truth()['annotations']] == [
       [10.5, 5, 20, 10], [0, 0, 10, 10.4]]
@@ -196,7 +196,7 @@ def test_bad_boxes(folder, bbox, reason, recwarn):
 def test_a_dropped_box_need_not_be_right_elsewhere(folder):
   content = changed('annotations', 0, {'image_id': 20, 'category_id': 3, 'bbox': [float('inf')] * 4,
                                        'area': float('nan')})
-  assert load(folder, content, on_bad_box='drop').bad_boxes.count == 1
+  assert load(folder, content, on_bad_box='drop').contents.left_out.count == 1
 
 
 def test_many_bad_boxes_are_counted_and_few_are_named(folder):
@@ -204,7 +204,7 @@ def test_many_bad_boxes_are_counted_and_few_are_named(folder):
   content['annotations'] += [{'image_id': 20, 'category_id': 3, 'bbox': [1, 1, 0, i]}
                              for i in range(50)]
   source = load(folder, content, on_bad_box='drop')
-  assert source.bad_boxes.count == 50 and len(source.bad_boxes.first) == 5
+  assert source.contents.left_out.count == 50 and len(source.contents.left_out.first) == 5
   with pytest.raises(InputError, match='50 bad boxes in all'):
     load(folder, content)
 
@@ -474,7 +474,7 @@ def test_outlines_that_are_none(folder, segmentation):
 def test_boxes_of_masks_are_those_of_pycocotools():
   from pycocotools import mask as masks
 
-  from ppn_jax.data.sources.polygons import box_around
+  from ppn_jax.data.sources.coco_json import box_around
   rng = np.random.default_rng(0)
   for height, width in ((1, 1), (7, 5), (40, 60)):
     for share in (.02, .3, 1):

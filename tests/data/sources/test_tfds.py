@@ -86,7 +86,7 @@ def by_id(source):
 def test_examples_of_coco_s_schema(folder):
   source = Tfds(data_dir=str(folder))
   assert [tuple(c) for c in source.categories] == [(1, 'cat'), (2, 'dog')]
-  assert len(source) == 3 and source.max_boxes == 2 and not source.bad_boxes
+  assert len(source) == 3 and source.max_boxes == 2 and not source.contents.left_out
   examples = by_id(source)
   first = examples[30]
   assert first.image.shape == (20, 40, 3) and first.size == (20, 40)
@@ -148,7 +148,7 @@ def test_bad_boxes(tmp_path, box, reason, monkeypatch):
   with pytest.raises(InputError, match=rf'box .* of image 1 .*{reason}.*on_bad_box'):
     Tfds(data_dir=where)
   source = Tfds(data_dir=where, on_bad_box='drop')
-  assert source.bad_boxes.reasons == {reason: 1}
+  assert source.contents.left_out.reasons == {reason: 1}
   np.testing.assert_array_equal(source[0].labels, [1])
 
 

@@ -52,7 +52,7 @@ def folder(tmp_path):
 
 def test_examples(folder):
   source = PascalVoc(str(folder))
-  assert len(source) == 2 and source.max_boxes == 2 and not source.bad_boxes
+  assert len(source) == 2 and source.max_boxes == 2 and not source.contents.left_out
   first, second = source[0], source[1]
   assert (first.image_id, second.image_id) == (30, 10)
   assert first.image.shape == (20, 40, 3) and first.size == (20, 40)
@@ -197,13 +197,14 @@ def test_bad_boxes(folder, box, reason):
     PascalVoc(str(folder))
   assert '\n' not in str(e.value)
   source = PascalVoc(str(folder), on_bad_box='drop')
-  assert source.bad_boxes.reasons == {reason: 1}
+  assert source.contents.left_out.reasons == {reason: 1}
   assert len(source[2].boxes) == 1
 
 
 def test_a_missing_box_is_a_bad_one(folder):
   write(folder, 'd_5', '<annotation><object><name>dog</name></object></annotation>')
-  assert PascalVoc(str(folder), on_bad_box='drop').bad_boxes.reasons == {'not four numbers': 1}
+  source = PascalVoc(str(folder), on_bad_box='drop')
+  assert source.contents.left_out.reasons == {'not four numbers': 1}
 
 
 def test_pixels_counted_from_0_are_cut_at_the_border(folder):
@@ -263,7 +264,7 @@ def test_real_blood_cells(shared, split, images, boxes, dropped):
   source = build_source(block | {'on_bad_box': 'drop'})
   assert [c.name for c in source.categories] == ['Platelets', 'RBC', 'WBC']
   assert (len(source), len(source.ground_truth()['annotations'])) == (images, boxes)
-  assert source.bad_boxes.count == dropped
+  assert source.contents.left_out.count == dropped
   example = source[0]
   assert example.image.shape == (480, 640, 3) and example.boxes.max() <= 1
   if dropped:

@@ -42,7 +42,7 @@ def load(folder, split='train', **options):
 def test_examples(folder):
   source = load(folder)
   assert source.categories == (Category(0, 'cat'), Category(2, 'dog'))
-  assert len(source) == 2 and source.max_boxes == 2 and not source.bad_boxes
+  assert len(source) == 2 and source.max_boxes == 2 and not source.contents.left_out
   first, second = source[0], source[1]
   assert (first.image_id, second.image_id) == (30, 10)
   assert first.image.shape == (20, 40, 3) and first.size == (20, 40)
@@ -112,7 +112,7 @@ def test_outlines(folder):
   for bad, reason in (('x', 'not four numbers'), ('nan', 'not finite'), ('5', 'outside the image')):
     (folder / 'labels/train/b_30.txt').write_text(row.replace('0.4', bad))
     source = load(folder, polygons='box', on_bad_box='drop')
-    assert source.bad_boxes.reasons == {reason: 1}
+    assert source.contents.left_out.reasons == {reason: 1}
 
 
 @pytest.mark.parametrize('row, reason', [
@@ -128,7 +128,7 @@ def test_bad_boxes(folder, row, reason):
     load(folder)
   assert '\n' not in str(e.value)
   source = load(folder, on_bad_box='drop')
-  assert source.bad_boxes.reasons == {reason: 1} and len(source[0].boxes) == 1
+  assert source.contents.left_out.reasons == {reason: 1} and len(source[0].boxes) == 1
 
 
 @pytest.mark.parametrize('content, message', [
