@@ -1,4 +1,4 @@
-"""The base config: all keys and their defaults, and the checks of a config file.
+"""Base config: all keys and their defaults, and the checks of a config file.
 
 Each block holds the keyword arguments of one function, which is named beside it. Its docstring says
 what a key means, which values are legal and what the default does. `complete` adds the keys that a

@@ -1,4 +1,4 @@
-"""Writers of other frameworks' weight files, in the layouts that TensorFlow and Keras write.
+"""Writers of weight files in the layouts of TensorFlow and Keras.
 
 Checked once against TensorFlow 2.21 and Keras 3.0 and 3.15.
 """
@@ -19,7 +19,7 @@ NORM = ('gamma', 'beta', 'moving_mean', 'moving_variance')
 
 def write_bundle(prefix, tensors, *, shards=1, block_size=2000, header=None, compression=0,
                  change=lambda name, entry: None):
-  """PREFIX.index and its shards; tensors are dealt to the shards in turn."""
+  """Writes PREFIX.index and its shards, over which tensors are distributed in turn."""
   entries = {b'': (header or BundleHeader(num_shards=shards)).SerializeToString()}
   data = [b''] * shards
   for i, name in enumerate(sorted(tensors)):
@@ -40,7 +40,7 @@ def write_bundle(prefix, tensors, *, shards=1, block_size=2000, header=None, com
 
 
 def table(entries, block_size=2000, compression=0):
-  """A sorted string table of several blocks whose keys share prefixes."""
+  """Makes a sorted string table of several blocks whose keys share prefixes."""
   file, handles, block, size = b'', {}, {}, 0
 
   def add(entries):
@@ -81,7 +81,7 @@ def _block(entries, restart_every=16):
 
 
 def write_graph(path, tensors):
-  """A frozen graph: constants, with an Identity that reads each."""
+  """Writes a frozen graph of constants, each read by an Identity."""
   graph = GraphDef()
   graph.node.add(name='image_tensor', op='Placeholder')
   for name, array in tensors.items():
@@ -96,7 +96,7 @@ def write_graph(path, tensors):
 
 
 def keras_mobilenet(alpha=0.25, seed=0):
-  """{(layer, weight): array} of a MobileNet without its classifier, in the order of its layers."""
+  """Makes {(layer, weight): array} of a MobileNet without classifier, in order of layers."""
   rng = np.random.default_rng(seed)
   weights = {}
 
@@ -116,7 +116,7 @@ def keras_mobilenet(alpha=0.25, seed=0):
 
 
 def write_keras_2(path, weights, *, model=False, depthwise='depthwise_kernel', suffix=':0'):
-  """Keras 2's HDF5 weights, or a whole model's; Keras 3's .h5 differs in the last two options."""
+  """Writes HDF5 weights or a model of Keras 2; for Keras 3's .h5 change the last two options."""
   import h5py
   with h5py.File(path, 'w') as file:
     group = file.create_group('model_weights') if model else file
@@ -130,7 +130,7 @@ def write_keras_2(path, weights, *, model=False, depthwise='depthwise_kernel', s
 
 
 def write_keras_3(file, weights, *, layer_names=True):
-  """Keras 3's .weights.h5; files before 3.6 have no `layer_names`."""
+  """Writes .weights.h5 of Keras 3; files before 3.6 have no `layer_names`."""
   import h5py
   counts, numbers = {}, {}
   with h5py.File(file, 'w') as h5:

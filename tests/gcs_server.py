@@ -1,6 +1,8 @@
-"""A folder of folders served as Google Cloud Storage serves buckets, for gcsfs, TensorStore and
-google-cloud-storage: objects are read in parts, listed, written in one or many pieces, copied,
-moved and deleted, under the generation that a caller asks for."""
+"""Server that imitates Google Cloud Storage, with folders as buckets.
+
+For gcsfs, TensorStore and google-cloud-storage: objects are read in parts, listed, written in one
+or many pieces, copied, moved and deleted, subject to the generation that a client requires.
+"""
 
 import contextlib
 import email
@@ -20,7 +22,7 @@ _OBJECTS = re.compile(r'(?:/(?:upload|download|resumable))?/storage/v1/b/([^/]+)
 
 
 class _Buckets:
-  """The folders, and the generation of each object that was written through the server."""
+  """Folders, and the generation of each object that was written through the server."""
 
   def __init__(self, root: pathlib.Path):
     self._root, self._generations, self._count = root, {}, itertools.count(2)
@@ -46,7 +48,7 @@ class _Buckets:
 
   def delete(self, bucket: str, path: pathlib.Path) -> None:
     path.unlink()
-    for folder in path.parents:  # A folder is there as long as something is in it.
+    for folder in path.parents:  # Folders exist only as long as something is in them.
       if folder == self._root / bucket or any(folder.iterdir()):
         break
       folder.rmdir()
@@ -158,7 +160,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return path.is_file()
 
   def _condition_holds(self, path: pathlib.Path) -> bool:
-    """Whether the object is of the generation that the caller asks for; answers if not."""
+    """Returns whether the object has the generation that the client requires; answers if not."""
     now = self.buckets.generation(path)
     if int(self.query.get('ifGenerationMatch', now)) != now:
       self._send(412)
@@ -179,7 +181,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     return {}, self.body
 
   def _last_part(self, kind: str) -> bytes:
-    """As it came: the parser of mails changes ends of lines."""
+    """Returns the body unchanged, since the parser of mails changes ends of lines."""
     boundary = re.search(r'boundary="?([^";]+)', kind)[1].encode()
     part = self.body.split(b'--' + boundary)[2]
     return re.split(rb'\r?\n\r?\n', part, maxsplit=1)[1].removesuffix(b'\n').removesuffix(b'\r')
@@ -225,15 +227,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     pass
 
   def handle(self):
-    with contextlib.suppress(ConnectionError):  # A client that hangs up early.
+    with contextlib.suppress(ConnectionError):  # The client closed the connection.
       super().handle()
 
 
 @contextlib.contextmanager
 def serve(root: pathlib.Path, refuse: Callable[[str, str, str], int] = lambda *_: 0):
-  """Serves each folder in `root` as a bucket; gives the environment by which clients find it.
+  """Serves each folder in `root` as a bucket and yields the environment for clients.
 
-  `refuse(method, bucket, object)` gives the HTTP status of a refusal, or 0.
+  `refuse(method, bucket, object)` returns the HTTP status of a refusal, or 0.
   """
   members = {'buckets': _Buckets(root), 'refuse': staticmethod(refuse)}
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), members))

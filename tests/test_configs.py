@@ -19,7 +19,7 @@ def test_there_are_configs():
   assert {'quickstart.py', 'coco_json.py', 'ppn_mobilenet_v1_coco.py'} <= {f.name for f in FILES}
 
 
-# Those that always run: each neck, head and loss once.
+# Configs that always run: each neck, head and loss once.
 ALWAYS = ('fpn_mobilenet_v1_coco', 'quickstart',
           'ssd_mobilenet_v1_coco_mined')
 
@@ -38,13 +38,13 @@ def test_builds_and_shape_evaluates_a_step(file, tmp_path):
   batch = abstract_batch(2, detector.image_size, 8, mesh)
   after, metrics = jax.eval_shape(
       lambda *arguments: train_step(detector, optimizer, *arguments), state, *batch)
-  # A step must return what it takes, or its state could not be donated and looped.
+  # A step must return what it takes, so that its state can be donated and looped.
   same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, after)
   assert jax.tree.all(same)
   assert all(m.shape == () for m in metrics)
 
 
-# What each baseline changes of the config that it is compared with, and nothing else.
+# All differences of each baseline from the config that it is compared with.
 SSD = {
     'model.anchors.min_scale': 0.2, 'model.anchors.reduce_lowest_level': True,
     'model.backbone.last_block': 13,
@@ -80,7 +80,7 @@ DIFFERENCES = [
 
 
 def differences(config, base, prefix=''):
-  """{dotted key: value in `config`} of all that differs; components of another name are whole."""
+  """Returns {dotted key: value in `config`} of all differences; other components are whole."""
   found = {}
   for key in base.keys() | config.keys():
     ours, theirs = config.get(key), base.get(key)

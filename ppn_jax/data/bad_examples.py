@@ -101,7 +101,7 @@ def evenly_spaced_examples(source: Source, count: int, record: Callable[[InputEr
 
 
 class WithSubstitutes:
-  """A source in which the next example replaces one that cannot be read, if `bad` accepts it.
+  """Source in which the next example replaces one that cannot be read, if `bad` accepts it.
 
   Args:
     source: The source of the images.

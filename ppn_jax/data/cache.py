@@ -1,4 +1,4 @@
-"""A cache of decoded images for later epochs, in memory or in a memory-mapped file.
+"""Cache of decoded images for later epochs, in memory or in a memory-mapped file.
 
 Decoding is nearly all of the cost of the input. Images that are decoded once and reduced to about
 the size of the network's input save it from the second epoch on.
@@ -51,7 +51,7 @@ def cache_source(source: Source, where: str = '', size: int = 0, *, image_size: 
 
 
 class CachedSource:
-  """A source that decodes each image once and keeps its pixels at a reduced size.
+  """Source that decodes each image once and keeps its pixels at a reduced size.
 
   The shorter side of a reduced image is `side`, or its own if that is smaller. Boxes and
   `Example.size`, which is the size of the original, do not change. A network with this input size

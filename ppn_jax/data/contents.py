@@ -18,7 +18,7 @@ ALL_LEFT_OUT = NO_BOXES.index('with all their boxes left out')
 
 
 class BadBoxes(NamedTuple):
-  """The boxes that `on_bad_box='drop'` left out; true if there are any."""
+  """Boxes that `on_bad_box='drop'` left out; true if there are any."""
   count: int
   reasons: Mapping[str, int]  # Reason -> number of boxes.
   first: tuple[str, ...]  # The first few, one line each.
@@ -33,7 +33,7 @@ class BadBoxes(NamedTuple):
 
 
 class Tally(NamedTuple):
-  """The number of times that something occurred, and the first few; true if it did."""
+  """Number of times that something occurred, and the first few; true if it did."""
   count: int = 0
   first: tuple[str, ...] = ()
 
@@ -116,7 +116,7 @@ def contents_from_ground_truth(ground_truth: Mapping[str, Any], categories: Sequ
                               *a['bbox']) for a in rows)
   again = [box for box, n in seen.items() if n > 1]
   notes = () if not again else (
-      f'{counted(len(rows) - len(seen), "box")} listed again, such as {list(again[0][3:])} (x, y, '
+      f'{counted(len(rows) - len(seen), "box")} repeated, such as {list(again[0][3:])} (x, y, '
       f'width, height) in image {again[0][0]}',)
   return Contents(np.zeros(len(place), np.int8), owners, labels, crowd,
                   sides / sizes.reshape(-1, 2)[owners], sides, notes=notes)

@@ -91,7 +91,7 @@ class Options:
 
 
 class _Shard(NamedTuple):
-  """The part of a split that one file holds."""
+  """Part of a split that one file holds."""
   split: str
   indices: range
   skipped: list[list]  # [image id, reason] of images that could not be read.
@@ -424,26 +424,27 @@ def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
   """Raises InputError unless finished data is complete and what this call would make."""
   try:
     prepared = json.loads((folder / 'prepared.json').read_text('utf-8'))
-    there, checksums = prepared['plan'], dict(prepared['sha256'])
+    made, checksums = prepared['plan'], dict(prepared['sha256'])
     plan = _make_plan(sources, truths, options,
-                      {split: int(entry['shards']) for split, entry in there['splits'].items()})
+                      {split: int(entry['shards']) for split, entry in made['splits'].items()})
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
     if isinstance(e, InputError):
       raise
     raise InputError(f'{folder} exists, but was not made by `ppn prepare`; give another name or '
                      'version') from e
   for key, value in json.loads(json.dumps(plan)).items():
-    if there.get(key) != value:
+    if made.get(key) != value:
       other = (f'other data ({key} differ)' if key in ('splits', 'categories') else
-               f'data made with {key}={there.get(key)}, not {value}')
+               f'data made with {key}={made.get(key)}, not {value}')
       raise InputError(f'{folder} holds {other}; give another name or version, or remove it')
   paths = [folder / name for name in checksums]
   for path, found in zip(paths, pool.map(_checksum, paths), strict=True):
     if found != checksums[path.name]:
       raise InputError(f'{path} is missing or has changed; remove {folder} and prepare '
                        'again')
-  made_of = prepared.get('images') or []
-  for shard, (contents, skipped) in zip(_make_shards(plan), made_of, strict=bool(made_of)):
+  images_of_shards = prepared.get('images') or []
+  for shard, (contents, skipped) in zip(_make_shards(plan), images_of_shards,
+                                       strict=bool(images_of_shards)):
     source, images = sources[shard.split], truths[shard.split]['images']
     skipped_ids = {image for image, _ in skipped}
     kept = [i for i in shard.indices if images[i]['id'] not in skipped_ids]

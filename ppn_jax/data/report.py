@@ -97,9 +97,9 @@ def _without_boxes(contents: Contents, objects: np.ndarray, total: int) -> list[
 
 
 def _classes(categories: Sequence[Category], counts: np.ndarray) -> str:
-  there = np.argsort(-counts, kind='stable')
-  there = there[counts[there] > 0]
-  show = [f'{categories[k].name} {counts[k]:,}' for k in there.tolist()]
+  present = np.argsort(-counts, kind='stable')
+  present = present[counts[present] > 0]
+  show = [f'{categories[k].name} {counts[k]:,}' for k in present.tolist()]
   which = ', '.join(show) if len(show) <= _FEW else f'from {show[0]} to {show[-1]}'
   return f'{counted(len(categories), "class")} ({which})'
 
@@ -107,8 +107,8 @@ def _classes(categories: Sequence[Category], counts: np.ndarray) -> str:
 def _warnings(contents: Contents) -> list[str]:
   lines = [str(contents.left_out)] if contents.left_out else []
   for tally, what in (
-      (contents.clipped, '{} over the edge cut there'),
-      (contents.merged, '{} listed again and counted once'),
+      (contents.clipped, '{} cut at the edge of the image'),
+      (contents.merged, '{} repeated and counted once'),
       (Tally(len(contents.unreadable), tuple(why for _, why in contents.unreadable[:SHOWN])), '')):
     if tally:
       what = (what.format(counted(tally.count, 'box')) if what else

@@ -1,4 +1,4 @@
-"""The interface of a data source, and the sources that configs select by name."""
+"""Interface of a data source, and the sources that configs select by name."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ SOURCES = {
 
 
 class Source(Protocol):
-  """A data set with random access, whose `__getitem__` is called by several threads at a time.
+  """Data set with random access, whose `__getitem__` is called by several threads at a time.
 
   The constructor finds every error in the annotations; `__getitem__` finds only those that depend
   on the bytes of an image. Both raise InputError. A constructor that looks at image files takes the
@@ -57,7 +57,7 @@ class Source(Protocol):
 
 
 class OptionalMembers(Source, Protocol):
-  """The members that a source may have or lack; only the functions of this module look for them.
+  """Members that a source may have or lack; only the functions of this module look for them.
 
   Attributes:
     contents: A summary of the data with more detail than `ground_truth`, for reports; None if
@@ -211,7 +211,7 @@ class SourceView:
 
 
 class _Relabelled(SourceView):
-  """A source with the labels and category ids of a run, whose classes include those of the data.
+  """Source with the labels and category ids of a run, whose classes include those of the data.
 
   Attributes:
     file_ids: See `OptionalMembers`. Classes that the data lacks keep their id if it is not in use.
@@ -246,7 +246,7 @@ class _Relabelled(SourceView):
 
 
 def _complete_ids(own: Mapping[int, int], ids: Sequence[int]) -> dict[int, int]:
-  """Adds `ids` that `own` lacks: each stands for itself or, if in use, for the next free id."""
+  """Adds `ids` that `own` lacks: each maps to itself or, if in use, to the next free id."""
   taken, result = set(own.values()), dict(own)
   free = max([*taken, *ids], default=0)
   for i in ids:

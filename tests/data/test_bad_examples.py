@@ -1,4 +1,4 @@
-"""Damaged images: an error, or a named skip, never a silent one."""
+"""Damaged images raise an error or are skipped and named, never silently."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ OPTIONS = dict(image_size=32, max_boxes=8, batch_size=5)
 
 
 class Damaged(SyntheticShapes):
-  """Every `step`-th image cannot be read."""
+  """Source in which every `step`-th image cannot be read."""
 
   def __init__(self, step=5, split='train', **options):
     super().__init__(split=split, **{**SHAPES, **options})

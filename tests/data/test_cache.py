@@ -1,4 +1,4 @@
-"""Cached images: the same as decoded ones, kept over restarts, never wrong."""
+"""Cached images are the same as decoded ones, and are kept for later runs unless they change."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from ppn_jax.errors import InputError
 
 
 class Counting:
-  """A source that counts how often it is read."""
+  """Source that counts how often it is read."""
 
   def __init__(self, source):
     self._source, self.reads = source, 0
@@ -151,13 +151,13 @@ def test_the_label_says_what_is_in_the_folder(tmp_path):
 
 
 def grey(level):
-  """A JPEG file; those of all levels have one size in bytes."""
+  """Makes a JPEG file of one grey level; all have the same size in bytes."""
   data = decoding.encode_jpeg(np.full((16, 24, 3), level, np.uint8))
   return data + bytes(700 - len(data))
 
 
 def write_photos(folder, *levels):
-  """Files of the given levels, all of one time, and what describes them in two formats."""
+  """Writes files of grey levels, all with the same time, and annotations in two formats."""
   folder.mkdir()
   for i, level in enumerate(levels):
     (folder / f'{i}.jpg').write_bytes(grey(level))
@@ -175,7 +175,7 @@ FORMATS = {'coco': lambda folder: CocoJson(str(folder), str(folder / 'a.json')),
 
 @pytest.fixture(params=FORMATS)
 def photos(request, monkeypatch):
-  """Opens a folder's images; what a cache asks of them is noted in `photos.asked`."""
+  """Opens the images of a folder; `photos.asked` records what a cache reads of them."""
   asked = []
 
   def open_folder(folder):
@@ -186,7 +186,7 @@ def photos(request, monkeypatch):
     return source
 
   open_folder.asked = asked
-  monkeypatch.setattr(decoding, '_CLOCK_TICK', -np.inf)  # Files of a test are always new.
+  monkeypatch.setattr(decoding, '_CLOCK_TICK', -np.inf)  # The files of a test are always new.
   return open_folder
 
 
@@ -201,7 +201,7 @@ def test_other_images_under_the_same_names_are_noticed(photos, tmp_path):
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 60]
   assert levels_of(photos(tmp_path / 'cleaned'), tmp_path) == [200, 210]
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 60]
-  # Also if the other folder takes the place of the first.
+  # Also if the other folder replaces the first.
   shutil.rmtree(tmp_path / 'raw')
   (tmp_path / 'cleaned').rename(tmp_path / 'raw')
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [200, 210]
@@ -212,9 +212,9 @@ def test_an_image_that_was_changed_in_place_is_decoded_again_and_no_other(photos
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 60, 70]
   photos.asked.clear()
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 60, 70] and not photos.asked
-  time.sleep(0.02)  # Until the clock of the file system has ticked.
+  time.sleep(0.02)  # Until the clock of the file system has advanced.
   (tmp_path / 'raw' / '1.jpg').write_bytes(grey(90))
-  os.utime(tmp_path / 'raw' / '1.jpg', (1e9, 1e9))  # Size and time are as they were.
+  os.utime(tmp_path / 'raw' / '1.jpg', (1e9, 1e9))  # Size and time do not change.
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50, 90, 70]
   assert {index for _, index in photos.asked} == {1} and ('pixels', 1) in photos.asked
 
@@ -223,7 +223,7 @@ def test_a_file_that_may_change_unnoticed_is_compared(photos, tmp_path, monkeypa
   monkeypatch.setattr(decoding, '_CLOCK_TICK', 60)
   write_photos(tmp_path / 'raw', 50)
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [50]
-  (tmp_path / 'raw' / '0.jpg').write_bytes(grey(90))  # In the same moment.
+  (tmp_path / 'raw' / '0.jpg').write_bytes(grey(90))  # At the same moment.
   assert levels_of(photos(tmp_path / 'raw'), tmp_path) == [90]
 
 
@@ -231,7 +231,7 @@ def test_a_copied_folder_is_not_decoded_again(photos, tmp_path):
   write_photos(tmp_path / 'raw', 50, 60)
   levels_of(photos(tmp_path / 'raw'), tmp_path)
   shutil.copytree(tmp_path / 'raw', tmp_path / 'copy', copy_function=shutil.copyfile)
-  for asked in ([('bytes', 0), ('bytes', 1)], []):  # The second time its stamps are known.
+  for asked in ([('bytes', 0), ('bytes', 1)], []):  # The second time the stamps are known.
     photos.asked.clear()
     assert levels_of(photos(tmp_path / 'copy'), tmp_path) == [50, 60]
     assert photos.asked == asked
@@ -247,7 +247,7 @@ def test_a_file_that_is_gone_is_an_error_as_without_a_cache(photos, tmp_path):
 
 
 class Drawn:
-  """Somebody's source of arrays, which cannot tell whether they have changed."""
+  """Source of arrays from outside the package, without `encoded` and `stamp`."""
   categories, max_boxes = (Category(1, 'a'),), 6
 
   def __init__(self, level):
@@ -269,7 +269,7 @@ def test_a_source_that_cannot_tell_is_read_once_in_each_run(tmp_path):
 
 
 def test_shapes_that_are_drawn_otherwise():
-  """By all that decides the pixels."""
+  """Checks that the stamp depends on everything that decides the pixels."""
   options = ({}, {'seed': 1}, {'split': 'eval'}, {'max_shapes': 5}, {'scale': (0.1, 0.2)},
              {'max_turn': 10}, {'image_size': 48})
   stamps = [SyntheticShapes(4, **{'image_size': 32, **o}).stamp(2) for o in options]
@@ -294,7 +294,7 @@ def test_an_earlier_version_s_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize('size', [(96, 128), (128, 96), (90, 270)])
 def test_what_the_network_sees_is_nearly_as_sharp_as_without(size):
-  """Fine stripes along each axis, at the network's own resolution."""
+  """Compares fine stripes along each axis at the network's resolution."""
   class Stripes(Drawn):
     def __getitem__(self, index):
       image = np.zeros((*size, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""What is wrong with data in every format: refused, mended or said, and never silent."""
+"""Errors in data of every format are rejected, corrected or reported, never ignored."""
 
 import json
 
@@ -24,7 +24,7 @@ def picture(path):
 
 
 def coco(folder, boxes, name='red'):
-  """A set of one list of boxes an image, and the block that reads it."""
+  """Writes a COCO data set from one list of boxes per image; returns the block that reads it."""
   for i in range(len(boxes)):
     picture(folder / f'i/{i}.jpg')
   (folder / 'a.json').write_text(json.dumps(truth(boxes, name)))
@@ -82,7 +82,7 @@ OF_FILES = pytest.mark.parametrize('make', [coco, voc, yolo])
 
 
 def lose(path):
-  """Removes an image; of YOLO, where a folder has what it has, leaves a link to nowhere."""
+  """Removes an image; for YOLO, whose folder defines the set, leaves a broken link."""
   path.unlink()
   if path.parent.name == 't':
     path.symlink_to('nowhere.jpg')
@@ -93,7 +93,7 @@ def told(source, **options):
 
 
 def perfect(source):
-  """AP of a detector that finds each object once, in the place where it can be seen."""
+  """Returns the AP of a detector that finds the visible part of each object once."""
   rows, seen = [], set()
   for a in source.ground_truth()['annotations']:
     if not a['iscrowd'] and (key := (a['image_id'], *np.round(a['bbox'], 3))) not in seen:
@@ -161,7 +161,7 @@ def test_boxes_over_the_edge_are_cut_and_counted(make, tmp_path):
       'bbox': pytest.approx([100, 20, 28, 30], abs=1e-4), 'area': pytest.approx(840, abs=.01),
       'iscrowd': 0})
   assert perfect(source) == 1
-  assert '2 boxes over the edge cut there, such as: ' in told(source)
+  assert '2 boxes cut at the edge of the image, such as: ' in told(source)
   assert source.contents.clipped.count == 2
   with pytest.raises(InputError, match=r"2 bad boxes in all.*on_bad_box='clip'"):
     build_source(block | {'on_bad_box': 'raise'})
@@ -177,7 +177,7 @@ def test_boxes_mostly_outside_stay_refused_and_can_be_left_out(make, tmp_path):
   assert source.max_boxes == 2 and len(source[1].boxes) == 0
   text = told(source)
   for part in ('1 with all their boxes left out', '1 bad box dropped (1 outside the image)',
-               '1 box over the edge cut there'):
+               '1 box cut at the edge of the image'):
     assert part in text
 
 
@@ -188,7 +188,7 @@ def test_a_box_that_is_there_twice_counts_once(make, tmp_path):
   source = build_source(block)
   assert len(source[0].boxes) == 2 and source.max_boxes == 2 and perfect(source) == 1
   assert len(source.ground_truth()['annotations']) == 3
-  assert "2 boxes listed again and counted once, such as: 'red' at [30, 20, 40, 30]" in told(source)
+  assert "2 boxes repeated and counted once, such as: 'red' at [30, 20, 40, 30]" in told(source)
   kept = build_source(block | {'duplicates': 'keep'})
   assert len(kept[0].boxes) == 4 and perfect(kept) < 1
   with pytest.raises(InputError, match="duplicates is 'x', legal: 'merge', 'keep'"):
@@ -206,7 +206,7 @@ def test_a_crowd_is_no_repetition_of_an_object(tmp_path):
 @pytest.mark.parametrize('make', [coco, voc])
 def test_shares_in_place_of_pixels_are_refused(make, tmp_path):
   shares = (.23, .2, .31, .31)
-  shares = shares if make is coco else (.23 - 1, .2 - 1, 1.31, 1.31)  # As its xml has it.
+  shares = shares if make is coco else (.23 - 1, .2 - 1, 1.31, 1.31)  # As in its XML file.
   with pytest.raises(InputError, match=r'all 2 boxes have numbers between 0 and 1, such as .*look '
                                        r'like shares .*, here 128 and 96'):
     build_source(make(tmp_path / 'all', [[shares], [shares]]))
@@ -240,7 +240,7 @@ def test_boxes_below_a_pixel(make, tmp_path):
 def test_pixels_in_place_of_shares_get_advice(tmp_path):
   block = yolo(tmp_path, [[BOX]])
   (tmp_path / 'labels/t/0.txt').write_text('0 50 40 30 20\n')
-  with pytest.raises(InputError, match='most boxes have numbers above 1, but shares'):
+  with pytest.raises(InputError, match='most boxes have numbers above 1, but must be shares'):
     build_source(block)
 
 
@@ -258,7 +258,7 @@ def test_classes_without_a_box_are_named(tmp_path):
 def test_skip_means_skip(make, spoil, tmp_path):
   block = make(tmp_path, [[BOX]] * 10)
   spoil(tmp_path / FILES[make.__name__].format(3))
-  if make is yolo:  # The others need no header while the annotations state a size.
+  if make is yolo:  # The others need no header if the annotations state a size.
     with pytest.raises(InputError, match=r'3\.jpg: .*\(--config\.data\.on_bad_example=skip\)'):
       build_source(block)
   source = build_source(block, on_bad_example='skip')
@@ -274,8 +274,8 @@ def test_skip_means_skip(make, spoil, tmp_path):
   assert gone not in ids
   valid = np.concatenate([b.valid for b in eval_batches(source, **options)])
   assert valid.tolist() == [i != 3 for i in range(10)]
-  assert len(bad.new_reasons()) == 1  # Named once, whoever met it.
-  # What it shows counts as not found.
+  assert len(bad.new_reasons()) == 1  # Named once, by whichever thread.
+  # Its objects count as not detected.
   assert len(source.ground_truth()['annotations']) == 10
 
 
@@ -321,7 +321,7 @@ def test_hidden_and_stray_files_stop_nothing(make, tmp_path):
     assert len(whole) == 2 and '1 xml files without an image are ignored' in told(whole)
   source = build_source(block)
   assert len(source) == 2 and source[1].image.shape == (HEIGHT, WIDTH, 3)
-  if make is not coco:  # Whose folder may hold other sets.
+  if make is not coco:  # Its folder may contain other sets.
     assert '2 files not looked at: .heic, .md' in told(source)
 
 
@@ -345,7 +345,7 @@ def test_linked_folders_within_a_folder(tmp_path):
   (tmp_path / 'images/t/more').symlink_to('../../store')
   (tmp_path / 'labels/t/more').symlink_to('../../rows')
   picture(tmp_path / 'images/t/own/9.jpg')
-  (tmp_path / 'images/t/again').symlink_to('own')  # Its labels are those of the folder itself.
+  (tmp_path / 'images/t/again').symlink_to('own')  # It has the labels of the folder itself.
   (tmp_path / 'labels/t/own').mkdir()
   (tmp_path / 'labels/t/own/9.txt').write_text('0 .5 .5 .1 .1\n')
   (tmp_path / 'store/round').symlink_to('..')
@@ -392,7 +392,7 @@ def test_counts_and_names_of_classes(yaml, message, tmp_path):
 
 
 class Own:
-  """A source of somebody else's: what `sources.Source` demands and no more."""
+  """Source from outside the package with the required members only."""
 
   def __init__(self, source, truth):
     self.categories, self.max_boxes, self._source, self._truth = (
@@ -416,7 +416,7 @@ def test_a_source_of_somebody_else_s_is_reported_on_by_its_ground_truth(tmp_path
   with pytest.raises(InputError, match='lists 2 images, but the source has 3'):
     report(Own(source, truth | {'images': truth['images'][:2], 'annotations': []}), 'x')
   twice = Own(source, truth | {'annotations': truth['annotations'] * 2})
-  assert '3 boxes listed again, such as [30.0, 20.0, 40.0, 30.0] (x, y' in told(twice)
+  assert '3 boxes repeated, such as [30.0, 20.0, 40.0, 30.0] (x, y' in told(twice)
 
 
 def test_images_drawn_on_demand_are_not_laid_out_for_a_report():
@@ -430,4 +430,4 @@ def test_images_drawn_on_demand_are_not_laid_out_for_a_report():
 def test_a_part_of_the_contents(tmp_path):
   contents = build_source(yolo(tmp_path, [[BOX], [], [BOX, (1, 1, 5, 5)]])).contents
   part = contents.select([2, 0])
-  assert part.owners.tolist() == [0, 0, 1] and len(part.sides) == 3 and len(part.without) == 2
+  assert part.owners.tolist() == [0, 0, 1] and len(part.sides) == 3 and len(part.no_boxes) == 2

@@ -19,7 +19,7 @@ OPS = basic.build_transforms([{'name': 'horizontal_flip'}, {'name': 'ssd_random_
 
 
 class Numbered:
-  """Image i holds i (modulo 256), id 1000 + i and i % 4 boxes; remembers what was read."""
+  """Source whose image i has level i % 256, id 1000 + i and i % 4 boxes; records what is read."""
   categories = (Category(1, 'thing'),)
   max_boxes = 3
 
@@ -45,7 +45,7 @@ def train(source, **options):
   return loader.train_batches(source, **options)
 
 
-# Every op there is, and a source that decodes late and another that does not.
+# All transforms, with a source that decodes late and one that does not.
 ALL_OPS = basic.build_transforms([
     {'name': 'expand', 'ratio': (1, 2)}, {'name': 'ssd_random_crop'}, {'name': 'horizontal_flip'},
     {'name': 'mosaic', 'size': 48}, {'name': 'large_scale_jitter', 'size': 48, 'scale': (0.5, 2)},
@@ -53,7 +53,7 @@ ALL_OPS = basic.build_transforms([
 
 
 class Photos:
-  """JPEGs of 200 x 260 pixels, decoded late and at a part of their size."""
+  """Source of JPEGs of 200 x 260 pixels, decoded late and at a fraction of their size."""
   categories = (Category(1, 'thing'),)
   max_boxes = 2
 
@@ -100,7 +100,7 @@ def assert_equal(a, b):
 
 
 def join(parts):
-  """Rows of several processes, one after the other."""
+  """Concatenates the rows of several processes."""
   return [np.concatenate(columns) for columns in zip(*map(arrays, parts), strict=True)]
 
 
@@ -182,7 +182,7 @@ def test_rows_of_processes_make_the_global_batch():
 
 @pytest.mark.parametrize('name', SOURCES)
 def test_every_op_for_any_number_of_threads_and_hosts_and_from_any_step(name):
-  """The same bits whoever does the work, mosaics included."""
+  """Checks that batches are bit-equal for any number of threads, with mosaics too."""
   source = SOURCES[name]
   whole = take(train(source, threads=1, **OPTIONS), 5)
   assert len({b.images.tobytes() for b in whole}) == 5
@@ -201,7 +201,7 @@ def test_every_op_for_any_number_of_threads_and_hosts_and_from_any_step(name):
 
 
 class Undecided:
-  """`Photos` for those who only know source[i]."""
+  """`Photos` without the optional members."""
   categories, max_boxes = Photos.categories, 2
 
   def __len__(self):
@@ -213,7 +213,7 @@ class Undecided:
 
 @pytest.mark.parametrize('resize', ['area', 'supersample', 'bilinear', 'legacy'])
 def test_reduced_decoding(resize):
-  """Changes little, nothing when turned off, and never the legacy kernel."""
+  """Checks that it changes little, nothing if it is off, and never the legacy kernel."""
   options = OPTIONS | {'transforms': OPS, 'resize': resize}
   shared_options = {k: options[k] for k in ('image_size', 'max_boxes', 'batch_size', 'resize')}
   for batches, given in ((train, options), (loader.eval_batches, shared_options)):
@@ -226,7 +226,7 @@ def test_reduced_decoding(resize):
     else:
       error = np.abs(np.stack([a.images.astype(int) - b.images
                                for a, b in zip(wanted, reduced, strict=True)]))
-      assert 0 < error.mean() < (20 if resize == 'bilinear' else 12)  # Of noise in blocks.
+      assert 0 < error.mean() < (20 if resize == 'bilinear' else 12)  # For noise in blocks.
       for a, b in zip(wanted, reduced, strict=True):
         assert np.abs(a.truth.boxes - b.truth.boxes).max() < 0.5 / 48 + 1e-6
         np.testing.assert_array_equal(a.truth.labels, b.truth.labels)
@@ -241,7 +241,7 @@ def test_evaluation_decodes_late():
 
 @pytest.mark.parametrize('resize', ['area', 'supersample', 'bilinear'])
 def test_evaluation_shows_all_of_an_image_whatever_it_is_decoded_at(resize):
-  """Detections are scaled by the original's size: boxes must lie where they do in the original."""
+  """Checks boxes relative to the original, by whose size detections are scaled."""
   class Odd(Photos):
     def open_example(self, index):
       lazy = decoding.open_image(decoding.encode_jpeg(np.zeros((683, 1021, 3), np.uint8)), name='x')
@@ -292,7 +292,7 @@ def test_evaluation_in_processes():
   whole = list(loader.eval_batches(Numbered(9), **options))
   parts = [list(loader.eval_batches(Numbered(9), rows=rows, **options))
            for rows in ([0, 1], [2, 3])]
-  assert len(whole) == len(parts[0]) == len(parts[1]) == 3  # The last of the second: all padding.
+  assert len(whole) == len(parts[0]) == len(parts[1]) == 3  # The last of the second is all padding.
   for step in range(3):
     for got, wanted in zip(join([p[step] for p in parts]), arrays(whole[step]), strict=True):
       np.testing.assert_array_equal(got, wanted)
@@ -322,12 +322,12 @@ def test_an_error_in_a_thread_is_the_original_error():
 def test_nothing_is_read_after_an_error(threads):
   options = {'image_size': 8, 'max_boxes': 4, 'batch_size': 64, 'threads': threads}
   source = Numbered(256, bad=[10, 11, 40])
-  with pytest.raises(InputError, match=r'^10\.jpg: truncated'):  # The first, however they are read.
+  with pytest.raises(InputError, match=r'^10\.jpg: truncated'):  # In any order.
     list(loader.eval_batches(source, **options))
   assert threads > 1 or sorted(source.read) == list(range(11))
   source = Numbered(256, bad=[70])
   batches = loader.eval_batches(source, **options)
-  assert next(batches).valid.all()  # The batch before the error is whole.
+  assert next(batches).valid.all()  # The batch before the error is complete.
   with pytest.raises(InputError, match=r'^70\.jpg: truncated'):
     next(batches)
   assert threads > 1 or sorted(source.read) == list(range(71))
@@ -381,7 +381,7 @@ def test_threads_end_with_the_iterator(how):
 
 
 def test_a_program_that_just_ends():
-  """Iterators half-way, one never started, one run dry: no hang, nothing printed."""
+  """Checks exits with iterators that are half-way, not started or finished: no hang, no output."""
   script = '''
 import json
 from ppn_jax.data import loader

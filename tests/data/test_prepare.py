@@ -1,4 +1,4 @@
-"""Data of several formats -> TFDS's format: the same truth and pixels, whatever comes between."""
+"""Data of several formats in TFDS's format has the same ground truth and pixels."""
 
 import json
 import os
@@ -29,7 +29,7 @@ EARLIER = pathlib.Path(__file__).with_name('prepared_by_processes.tar.gz')
 
 @pytest.fixture
 def coco(tmp_path):
-  """Seven images of several sizes and formats, ids and categories with gaps."""
+  """Writes seven images of several sizes and formats, with gaps in ids and categories."""
   (tmp_path / 'images').mkdir()
   rng, images, annotations = np.random.default_rng(0), [], []
   for i in range(7):
@@ -143,7 +143,7 @@ def test_the_same_bytes_whatever_writes_them(coco):
     assert a.read_bytes() == b.read_bytes()
   records = tfds.builder_from_directory(str(one)).as_data_source(
       'train', deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES).data_source
-  for i in range(7):  # Not in the order of a hash table, another one in each process.
+  for i in range(7):  # Not in the order of a hash table, which differs between processes.
     assert tfds_records.sort_features(records[i]) == records[i]
 
 
@@ -169,7 +169,7 @@ def earlier(tmp_path):
 
 
 def test_data_of_an_earlier_version(earlier):
-  """It is read, recognised as the same, and its records are those that are written today."""
+  """Checks that it is read and recognised, and has the records that are written today."""
   source, folder, said = load(earlier), earlier / 'out' / 'toy' / '1.0.0', []
   ours = Tfds('toy', data_dir=str(earlier / 'out'))
   assert [ours[i].image_id for i in range(len(ours))] == [50, 43, 29]
@@ -226,7 +226,7 @@ def test_again_is_a_check(coco):
 
 
 class Killed(BaseException):
-  """As abrupt as a signal."""
+  """Exception that ends the work as abruptly as a signal."""
 
 
 def killed_after(images):
@@ -267,7 +267,7 @@ def test_a_kill_at_the_end(coco, monkeypatch, step):
 def test_what_a_kill_has_left_is_no_data_and_is_removed(coco):
   folder = make({'train': load(coco)}, coco)
   expected, left = contents(folder), folder.with_name('incomplete.A1B2C3_1.0.0')
-  folder.rename(left)  # As a SIGKILL leaves it that comes last of all.
+  folder.rename(left)  # As after a SIGKILL at the very end.
   left.with_name('incomplete.A1B2C3_2.0.0').mkdir()
   with pytest.raises(InputError, match='is not prepared in'):
     Tfds('toy', data_dir=str(coco / 'out'))
@@ -278,7 +278,7 @@ def test_what_a_kill_has_left_is_no_data_and_is_removed(coco):
 
 
 def test_a_file_system_without_locks(coco, monkeypatch):
-  """Nothing is removed there: it may be another call's."""
+  """Checks that nothing is removed without a lock, since another call may use it."""
   def refuse(*arguments):
     raise OSError(95, 'Operation not supported')
   monkeypatch.setattr('fcntl.flock', refuse)
@@ -336,7 +336,7 @@ def test_bad_images(coco):
 
 @pytest.mark.parametrize('policy', ['raise', 'skip'])
 def test_an_image_that_was_repaired_is_taken_in(coco, policy):
-  """Whether the first call was refused or has left it out for good."""
+  """Checks both cases: the first call failed, or left the image out permanently."""
   path, whole = coco / 'images' / '2.jpg', (coco / 'images' / '2.jpg').read_bytes()
   path.write_bytes(whole[:-300])
   source, said = load(coco), []
@@ -358,7 +358,7 @@ def test_an_image_that_was_repaired_is_taken_in(coco, policy):
 
 
 def test_joined_splits_have_distinct_ids(coco):
-  """Prepared data keeps the ids of the data it was made from, which repeat from split to split."""
+  """Checks that prepared data keeps the original ids, which repeat from split to split."""
   source = load(coco)
   folder = str(make({'train': source, 'eval': source}, coco))
   both = Tfds(data_dir=folder, split='train+eval[:4]')
@@ -374,7 +374,7 @@ def test_joined_splits_have_distinct_ids(coco):
 
 
 class Own(SyntheticShapes):
-  """A source of somebody else's; `change` alters what it says."""
+  """Source from outside the package; `change` alters its contents."""
   change = staticmethod(lambda truth: truth)
 
   def ground_truth(self):
@@ -395,7 +395,7 @@ def test_a_source_that_cannot_be_pickled(tmp_path):
 
 
 def test_a_shard_without_images(coco):
-  """Refused: an empty file is nothing that readers expect."""
+  """Checks that empty splits are rejected, since readers do not expect empty files."""
   path = coco / 'images' / '2.jpg'
   path.write_bytes(path.read_bytes()[:-300])
   with pytest.raises(InputError, match=r'1 of 7 images cannot be read'):

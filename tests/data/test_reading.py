@@ -8,7 +8,7 @@ from ppn_jax.detection.structures import Example
 
 
 class Files:
-  """JPEG files of one grey level each, decoded late."""
+  """Source of JPEG files of one grey level each, decoded late."""
 
   def __init__(self, levels):
     self.levels, self.opened = levels, []
@@ -23,11 +23,11 @@ class Files:
                    np.zeros(0, np.int32), np.zeros(0, bool), index, (64, 64))
 
   def __getitem__(self, index):
-    raise AssertionError('was to be opened')
+    raise AssertionError('open_example must be called')
 
 
 class Watch:
-  """Somebody's op: knows arrays only."""
+  """Transform from outside the package that accepts arrays only."""
 
   def __init__(self):
     self.seen = []
@@ -38,7 +38,7 @@ class Watch:
 
 
 class Blend:
-  """Somebody's op that mixes two images."""
+  """Transform from outside the package that mixes two images."""
   takes_others = True
 
   def __call__(self, example, rng, draw):

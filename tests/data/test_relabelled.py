@@ -1,4 +1,4 @@
-"""Data whose classes are some of a run's."""
+"""Data whose classes are a subset of the run's."""
 
 import json
 import types
@@ -61,7 +61,7 @@ def test_other_classes(sources, wrong, message):
 
 
 def renumbered(sources):
-  """The same data for a run that numbers the classes otherwise, and has one of its own."""
+  """Returns the data for a run that numbers the classes differently and has another one."""
   plain, _, _ = sources
   run = tuple(Category(i, c.name) for i, c in enumerate(reversed(plain.categories), 2))
   run = (Category(1, 'own'), *run)

@@ -8,7 +8,7 @@ from ppn_jax.errors import InputError
 
 
 class Own:
-  """A source of somebody else's."""
+  """Source from outside the package."""
   categories = (Category(1, 'a'), Category(2, 'b'))
   max_boxes = 0
 

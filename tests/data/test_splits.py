@@ -1,4 +1,4 @@
-"""Images of the training data that are kept back for evaluation."""
+"""Training images that are kept for evaluation."""
 
 import numpy as np
 import pytest

@@ -185,7 +185,7 @@ def to_pixels(image: Any, name: str = 'the image') -> np.ndarray:
 
 
 def is_array(value: Any) -> bool:
-  """Returns whether `value` is an array or tensor of numbers, of whatever library."""
+  """Returns whether `value` is an array or tensor of numbers, of any library."""
   return hasattr(value, 'ndim') and hasattr(value, 'shape') and hasattr(value, '__array__')
 
 

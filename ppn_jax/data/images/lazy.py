@@ -24,7 +24,7 @@ Region = tuple[tuple[int, int], tuple[int, int]]  # First and last + 1 of rows, 
 
 
 class StoredImage(NamedTuple):
-  """A stored image and the function that decodes it."""
+  """Stored image and the function that decodes it."""
   size: tuple[int, int]  # (height, width) in pixels.
   # load(f) -> u8 [ceil(height / f), ceil(width / f), 3], or all pixels for any f.
   load: Callable[[int], np.ndarray]
@@ -33,7 +33,7 @@ class StoredImage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyImage:
-  """A view of a stored image; `np.asarray` converts it to u8 [H, W, 3].
+  """View of a stored image; `np.asarray` converts it to u8 [H, W, 3].
 
   The view is a window that is turned: first its axes are swapped, then its rows and its columns are
   reversed.

@@ -52,8 +52,8 @@ class VideoReader:
     return self.count < self.stated - self.frames_per_second
 
   def _read(self) -> np.ndarray | None:
-    there, frame = self._capture.read()
-    return np.ascontiguousarray(frame[..., ::-1]) if there else None
+    read, frame = self._capture.read()
+    return np.ascontiguousarray(frame[..., ::-1]) if read else None
 
   def __enter__(self) -> 'VideoReader':
     return self

@@ -1,4 +1,4 @@
-"""The base of all sources that read annotations: checks all boxes once and looks them up later."""
+"""Base of all sources that read annotations: checks all boxes once and looks them up later."""
 
 import collections
 import os
@@ -33,7 +33,7 @@ _SHARES = -0.05, 1.05  # Range of shares of an image, including the overshoot of
 
 
 class Images(NamedTuple):
-  """The images of a data set."""
+  """Images of a data set."""
   ids: np.ndarray  # i64 [N], unique.
   names: Sequence[str]  # Their names in `ground_truth`.
   files: Sequence[str]  # Their paths, and names in errors.
@@ -49,7 +49,7 @@ class Boxes(NamedTuple):
 
 
 class AnnotationTable(NamedTuple):
-  """The annotations of a data set of N images and K boxes."""
+  """Annotations of a data set of N images and K boxes."""
   images: Images
   boxes: Boxes
   labels: np.ndarray  # i32 [K].

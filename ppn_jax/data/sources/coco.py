@@ -36,7 +36,7 @@ _NO_BOXES = 'without annotations'  # See `contents.NO_BOXES`.
 
 
 class CocoFile(NamedTuple):
-  """An instances file whose annotations are not read yet."""
+  """Instances file whose annotations are not read yet."""
   file: str
   images: Images
   categories: tuple[Category, ...]
@@ -114,10 +114,10 @@ class CocoJson(AnnotatedImages):
     for part, folder, chosen in zip(parts, folders, kept, strict=True):
       columns, findings = read_boxes(part, chosen, self.categories, on_bad_box=on_bad_box,
                                      boxes_from=boxes_from)
-      there, absent = _find_files(columns.images, part.file, folder, on_bad_example)
+      paths, absent = _find_files(columns.images, part.file, folder, on_bad_example)
       start = sum(len(columns.images.ids) for columns, _ in read)
       missing |= {start + i: why for i, why in absent.items()}
-      read.append((columns._replace(images=columns.images._replace(files=there)), findings))
+      read.append((columns._replace(images=columns.images._replace(files=paths)), findings))
     columns, findings = join([c for c, _ in read]), join_findings([f for _, f in read])
     if merge_images:
       columns, findings, missing = _merge_images(columns, findings, missing)
@@ -264,13 +264,13 @@ def _inside(path: str, folder: str) -> str:
 def _suggest(name: str, folder: str) -> str:
   """Returns a hint about similar file names, for the end of an error about a missing image."""
   try:
-    there = os.listdir(folder)
+    entries = os.listdir(folder)
   except OSError:
     return ''
   base = name.replace('\\', '/').rpartition('/')[2]
   # The same name in another case or with another suffix; other similar names mean nothing.
   for part in (lambda name: name.casefold(), lambda name: os.path.splitext(name)[0].casefold()):
-    for entry in there:
+    for entry in entries:
       if part(entry) == part(base):
         return f'; did you mean {entry!r}?'
   return ''

@@ -37,7 +37,7 @@ class SyntheticShapes:
   Args:
     num_images: Number of images.
     seed: At least 0.
-    split: 'train' or 'eval', which have no image in common, whatever the seeds.
+    split: 'train' or 'eval', which have no image in common, for any seeds.
     image_size: (height, width) in pixels, or the side of a square.
     max_shapes: Largest number of shapes in an image; the smallest is 1.
     scale: Smallest and largest extent of a shape, as shares of the image's shorter side.

@@ -32,7 +32,7 @@ _THREADS = 16  # They mostly wait for files, above all on a network file system.
 
 
 class Tfds(AnnotatedImages):
-  """A split of a TFDS data set with the features of object detection.
+  """Split of a TFDS data set with the features of object detection.
 
   Images are one feature, and objects are a sequence with a BBoxFeature and a ClassLabel. The
   features is_crowd or is_difficult, area, image/id and image/filename are used if they exist. TFDS

@@ -31,7 +31,7 @@ class Schema(NamedTuple):
 
 
 class Record(NamedTuple):
-  """The contents of a record with N boxes."""
+  """Contents of a record with N boxes."""
   image: bytes  # The image file.
   boxes: np.ndarray  # f32 [N, 4], [ymin, xmin, ymax, xmax] in 0 to 1.
   labels: np.ndarray  # i64 [N].

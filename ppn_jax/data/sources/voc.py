@@ -36,7 +36,7 @@ _MAX_XML_BYTES = 16 << 20  # Thousands of times the size of a large file.
 
 
 class _Annotation(NamedTuple):
-  """The contents of an XML file."""
+  """Contents of an XML file."""
   file: str
   size: tuple[int, int]  # (height, width); zeros if it states none.
   classes: list[str]
@@ -45,7 +45,7 @@ class _Annotation(NamedTuple):
 
 
 class PascalVoc(AnnotatedImages):
-  """A folder in Pascal VOC's layout.
+  """Folder in Pascal VOC's layout.
 
   Image NAME of a split has its annotations in Annotations/NAME.xml and its pixels in
   JPEGImages/NAME.jpg, or a file with another suffix of an image. File names and paths in the XML
@@ -204,9 +204,9 @@ def _read_list(file: str) -> list[str]:
       names = [name for name in names if not re.match(r'\.[^./]', name)]  # Hidden files.
   except FileNotFoundError as e:
     folder = os.path.dirname(file)
-    there = sorted(n[:-4] for n in os.listdir(folder) if n.endswith('.txt')
+    known = sorted(n[:-4] for n in os.listdir(folder) if n.endswith('.txt')
                    ) if os.path.isdir(folder) else []
-    hint = did_you_mean(os.path.basename(file)[:-4], there) if there else "split='' takes all"
+    hint = did_you_mean(os.path.basename(file)[:-4], known) if known else "split='' takes all"
     raise InputError(f'no list of images at {file!r}; {hint}') from e
   except (OSError, UnicodeDecodeError) as e:
     raise InputError(f'{file}: cannot be read: {getattr(e, "strerror", None) or e}') from e

@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Found(NamedTuple):
-  """The images of a split."""
+  """Images of a split."""
   files: list[str]
   others: tuple[str, ...] = ()  # Files beside them without the suffix of an image.
   missing: str = ''  # Error about files that are listed and missing, '' if there are none.
@@ -241,8 +241,8 @@ def _read_yaml(file: str, split: str) -> tuple[Any, _Found]:
     raise InputError(f"{file}: not a data.yaml: it has no 'names'")
   places = content.get(split) if isinstance(split, str) else None
   if not places:
-    there = [k for k in content if isinstance(content[k], (str, list)) and k != 'names']
-    raise InputError(f'{file}: no split {split!r}; {did_you_mean(str(split), map(str, there))}')
+    splits = [k for k in content if isinstance(content[k], (str, list)) and k != 'names']
+    raise InputError(f'{file}: no split {split!r}; {did_you_mean(str(split), map(str, splits))}')
   places = places if isinstance(places, list) else [places]
   root = content.get('path') or ''
   if not all(isinstance(p, str) and p for p in (*places, root or '.')):

@@ -1,4 +1,4 @@
-"""The mosaic of four images."""
+"""Mosaic of four images."""
 
 import dataclasses
 from collections.abc import Callable

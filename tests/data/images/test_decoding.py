@@ -1,4 +1,4 @@
-"""Every odd image is made here, so that the right pixels are known."""
+"""Decoding of unusual images, which are made here so that the right pixels are known."""
 
 import io
 import subprocess
@@ -15,13 +15,13 @@ from ppn_jax.data.images import decoding
 from ppn_jax.data.images.decoding import SUFFIXES, decode, encode_jpeg, read_sizes, to_pixels
 from ppn_jax.errors import InputError
 
-# pytest puts its own filters in the place of the module's; `test_nothing_is_printed` has neither.
+# pytest replaces the module's filters by its own; `test_nothing_is_printed` has neither.
 pytestmark = pytest.mark.filterwarnings('ignore::UserWarning')
 
 
 @pytest.fixture
 def photo():
-  """u8 [24, 40, 3], smooth enough to survive JPEG; no symmetry that could hide a wrong turn."""
+  """Makes u8 [24, 40, 3], smooth enough for JPEG and without symmetry that hides a wrong turn."""
   y, x = np.mgrid[:24, :40]
   return np.stack([y * 10, x * 6, (x + y) * 3 + 20], axis=-1).astype(np.uint8)
 
@@ -130,7 +130,7 @@ def test_first_frame_of_an_animation(photo):
 
 
 def rotated(photo, orientation, kind):
-  """A file whose stored pixels are `photo` and whose EXIF says `orientation`."""
+  """Makes a file whose stored pixels are `photo`, with an orientation in its EXIF."""
   exif = PIL.Image.Exif()
   exif[0x0112] = orientation
   options = {'quality': 98, 'subsampling': 0} if kind == 'JPEG' else {}
@@ -170,7 +170,7 @@ def test_other_size_than_stated(photo):
     ('JPEG', {}), ('JPEG', {'progressive': True}), ('PNG', {}), ('GIF', {}), ('BMP', {}),
     ('WEBP', {}), ('TIFF', {'compression': 'tiff_lzw'}), ('PPM', {})])
 def test_truncated_anywhere(photo, kind, options):
-  """A cut file is refused or, where only trailing bytes are gone, gives the very same pixels."""
+  """Checks that a cut file is an error or, without trailing bytes only, has the same pixels."""
   data = save(photo, kind, **options)
   whole = decode(data, name='x')
   refused = 0
@@ -220,7 +220,7 @@ def test_too_many_pixels(photo, kind):
 
 
 def test_too_many_pixels_is_read_from_the_header():
-  """A header of 60,000 x 60,000 over a few bytes: decoding would fail in another way."""
+  """Checks a header of 60,000 x 60,000 and a few bytes, which decoding would reject otherwise."""
   data = bytearray(save(np.zeros((8, 8), np.uint8), 'JPEG'))
   at = data.index(b'\xff\xc0') + 5
   data[at:at + 4] = (60_000).to_bytes(2, 'big') * 2
@@ -234,7 +234,7 @@ def test_too_many_pixels_is_read_from_the_header():
 
 
 def test_nothing_is_printed():
-  """In a process of its own, where warnings are not pytest's: Pillow warns of all of these."""
+  """Decodes files that Pillow warns about in a process without pytest's warning filters."""
   script = '''
 import io, numpy as np, PIL.Image
 from ppn_jax.data.images.decoding import decode
@@ -262,7 +262,7 @@ decode(data[:at + 40] + b'\\xee' * 30 + data[at + 70:], name='x')
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('compression', [None, 'tiff_lzw'])
 def test_orientation_of_tiff(photo, orientation, compression, tmp_path):
-  """Pillow turns TIFF itself; sizes, upright pixels and those as stored must agree all the same."""
+  """Checks sizes, upright and stored pixels of TIFF, which Pillow turns by itself."""
   exif = PIL.Image.Exif()
   exif[0x0112] = orientation
   data = save(photo, 'TIFF', exif=exif, compression=compression)
@@ -327,7 +327,7 @@ def test_jpeg_without_its_end_marker_is_used_and_noted(photo, options, mode, cap
 
 
 def test_progressive_jpeg_that_lacks_its_last_scans_is_refused(photo):
-  """Such a file decodes without a complaint once it has an end marker, to a blurred image."""
+  """Checks a file that would decode to a blurred image if it had an end marker."""
   data = save(photo, 'JPEG', progressive=True, quality=95)
   scans = [i for i in range(len(data)) if data[i:i + 2] == b'\xff\xda']
   assert len(scans) > 3
@@ -349,7 +349,7 @@ def test_to_pixels(photo, tmp_path):
     assert to_pixels(PIL.Image.new(mode, (5, 4))).shape == (4, 5, 3)
   turned = PIL.Image.open(io.BytesIO(rotated(photo, 6, 'PNG')))
   np.testing.assert_array_equal(to_pixels(turned), np.rot90(photo, -1))
-  np.testing.assert_array_equal(np.asarray(turned), photo)  # The caller's own is as it was.
+  np.testing.assert_array_equal(np.asarray(turned), photo)  # The caller's image has not changed.
 
 
 @pytest.mark.parametrize('given', [None, 3, b'a', {'a': 1}, [1], np.zeros((4, 4, 3)),

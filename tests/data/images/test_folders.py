@@ -1,4 +1,4 @@
-"""What of a folder counts as images, and how the rest is described."""
+"""Listing of image files in folders, and the description of other files."""
 
 import os
 

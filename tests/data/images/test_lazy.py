@@ -1,4 +1,4 @@
-"""Views of images that are decoded late: against the same views of arrays."""
+"""Views of lazy images, compared with the same views of arrays."""
 
 import io
 
@@ -37,7 +37,7 @@ def turned(image, orientation, kind='PNG', **options):
 
 
 def cut(image, window, fill=FILL):
-  """The window of an array, with borders; another way than the code's."""
+  """Cuts a window out of an array, with borders, differently from the code."""
   y, x, height, width = window
   out = np.empty((height, width, 3), np.uint8)
   for i in range(height):
@@ -92,7 +92,7 @@ def test_resize_of_the_whole_is_that_of_the_array(method, orientation):
 
 
 class Recorded:
-  """A stored image that notes what was asked of it."""
+  """Stored image that records how it was loaded."""
 
   def __init__(self, height, width, factors=(8, 4, 2)):
     self.asked, self.image = [], smooth(height, width)
@@ -123,20 +123,20 @@ def test_an_image_that_cannot_be_reduced_is_not():
   pixels, frame = stored.lazy.resize(50, 50, KERNELS['area'], reduce=True)
   assert stored.asked == [1] and frame == (0, 0, 480, 640)
   whole = LazyImage.whole(StoredImage((480, 640), lambda f: stored.image, (8, 4, 2)))
-  again, frame = whole.resize(50, 50, KERNELS['area'], reduce=True)  # Asked in vain.
+  again, frame = whole.resize(50, 50, KERNELS['area'], reduce=True)  # There is nothing to reduce.
   np.testing.assert_array_equal(again, pixels)
   assert frame == (0, 0, 480, 640)
 
 
 class Ramp:
-  """Brightness grows evenly along both axes, so that pixels tell where they come from."""
+  """Checks frames with brightness that grows evenly, so that pixels show where they are from."""
 
   def __init__(self, height, width):
     y, x = np.mgrid[:height, :width] + 0.5
     self.image = np.stack([y / height, x / width, y * 0], axis=-1).astype(np.float32) * 255
 
   def load(self, factor):
-    """As a JPEG decoder does: the last pixel is of a whole block, be it beyond the image."""
+    """Reduces as a JPEG decoder does: the last pixel is a whole block, even beyond the image."""
     beyond = [-side % factor for side in self.image.shape[:2]]
     padded = np.pad(self.image, [(0, beyond[0]), (0, beyond[1]), (0, 0)], 'edge')
     return KERNELS['area'](padded, *(side // factor for side in padded.shape[:2]))
@@ -155,7 +155,7 @@ def test_the_whole_image_is_shown_exactly_however_far_it_is_reduced(size, transp
     for axis in (0, 1):
       shown = pixels[..., 1 - axis if transposed else axis].mean(axis=1 - axis)
       shown = shown[::-1] if mirrored and axis == 1 else shown
-      # Where the ramp begins and ends, but for the jitter of averaging whole pixels.
+      # Both ends of the ramp, except for the jitter of averaging whole pixels.
       line = np.polynomial.Polynomial.fit(centers, shown[2:298], 1)
       ends = line(np.array([0, 300])) / 255 * 300
       np.testing.assert_allclose(ends, [0, 300], atol=0.03, err_msg=f'{method} {axis}')
@@ -165,7 +165,7 @@ def test_the_whole_image_is_shown_exactly_however_far_it_is_reduced(size, transp
 @pytest.mark.parametrize('turns', [{}, {'transposed': True, 'upside_down': True},
                                    {'upside_down': True, 'mirrored': True}])
 def test_the_frame_is_what_is_shown(reduce, turns):
-  """Brightness grows evenly along both axes, so that pixels tell where they come from."""
+  """Checks frames with brightness that grows evenly, so that pixels show where they are from."""
   y, x = np.mgrid[:400, :400]
   image = np.stack([y / 400, x / 400, y * 0], axis=-1) * 255
   rng = np.random.default_rng(0)
@@ -207,7 +207,7 @@ def test_a_sliver_of_the_image_stays_visible():
 
 @pytest.mark.parametrize('factor', [2, 4, 8])
 def test_reduced_photographs_look_averaged(shared, factor):
-  """Against area averaging of all pixels; leaving pixels out would be far worse."""
+  """Compares with area averaging of all pixels; skipping pixels would be far worse."""
   for path in sorted((shared / 'data' / 'coco100' / 'val2017').glob('*.jpg'))[:8]:
     lazy = decoding.open_image(path.read_bytes(), name=path.name)
     whole = np.asarray(lazy)
@@ -266,7 +266,7 @@ def test_what_the_header_tells_is_checked_before_any_pixel():
     decoding.open_image(data, name='a', size=(41, 60))
   with pytest.raises(InputError, match='a: too many pixels: 40 x 60'):
     decoding.open_image(data, name='a', max_pixels=2399)
-  cut_off = decoding.open_image(data[:-20], name='a', size=(40, 60))  # Not to be known yet.
+  cut_off = decoding.open_image(data[:-20], name='a', size=(40, 60))  # The header does not show it.
   assert cut_off.shape == (40, 60, 3)
   with pytest.raises(InputError, match='a: damaged or truncated JPEG'):
     np.asarray(cut_off)

@@ -1,4 +1,4 @@
-"""CocoJson on small files that are written here, each wrong in one way, and on real ones."""
+"""CocoJson on small files with one error each, and on real data."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def load(folder, content=GOOD, **options):
 
 
 def changed(*path_and_value):
-  """GOOD with the entry at a path set to a value; a value of `...` removes it."""
+  """Returns GOOD with the entry at a path set to a value, or removed if that is `...`."""
   *path, key, value = path_and_value
   content = copy.deepcopy(GOOD)
   at = content
@@ -280,7 +280,7 @@ def test_real_data_sets_load_clean(shared, images, annotations, numbers):
 
 
 def split_in_two(folder):
-  """GOOD as two files, the third image in the second one."""
+  """Writes GOOD as two files, with the third image in the second one."""
   parts = []
   for name, ids in (('one', (30, 10)), ('two', (20,))):
     part = dict(GOOD, images=[i for i in GOOD['images'] if i['id'] in ids],
@@ -430,7 +430,7 @@ def test_file_names_that_lead_nowhere(folder, name, words):
 
 
 def outlined(*segmentations):
-  """GOOD with outlines in place of the boxes."""
+  """Returns GOOD with outlines instead of boxes."""
   content = copy.deepcopy(GOOD)
   for a, segmentation in zip(content['annotations'], segmentations, strict=True):
     del a['bbox']
@@ -448,7 +448,7 @@ def test_outlines_in_place_of_boxes(folder):
   source = load(folder, content, boxes_from='segmentation')
   assert [a['bbox'] for a in source.ground_truth()['annotations']] == [
       [10.5, 5, 20, 10], [1, 2, 3, 4], [1, 2, 2, 3]]
-  content['annotations'][0] |= {'bbox': [0, 0, 5, 5], 'segmentation': []}  # It has the bbox alone.
+  content['annotations'][0] |= {'bbox': [0, 0, 5, 5], 'segmentation': []}  # It has only a bbox.
   assert load(folder, content, boxes_from='segmentation').ground_truth(
       )['annotations'][1]['bbox'] == [0, 0, 5, 5]
   content['annotations'][1] |= {'bbox': None}
@@ -522,5 +522,5 @@ def test_the_area_of_a_box_that_is_cut(folder):
   content = changed('annotations', 1, 'bbox', [-10, 0, 40, 20])
   content['annotations'][1]['area'] = 800
   assert load(folder, content).ground_truth()['annotations'][0]['area'] == 600
-  content['annotations'][1]['area'] = 123  # That of a mask.
+  content['annotations'][1]['area'] = 123  # The area of a mask.
   assert load(folder, content).ground_truth()['annotations'][0]['area'] == 123

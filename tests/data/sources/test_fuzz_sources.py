@@ -1,4 +1,4 @@
-"""Damaged files of every format: a source that works, or one line that says what is wrong.
+"""Damaged files of every format give a source that works or an error of one line.
 
 PPN_FUZZ=N makes N mutations of each format instead of a few.
 """
@@ -33,7 +33,7 @@ TOKENS = [
 
 
 def mutate(data, rng):
-  """Bytes that differ from `data` in a few places."""
+  """Changes `data` in a few places."""
   data = bytearray(data)
   for _ in range(rng.choice([1, 1, 1, 2, 3, 8])):
     i = rng.randrange(len(data) + 1)
@@ -114,7 +114,7 @@ def tfds(folder):
 
 
 def use(source):
-  """Looks at all that a source says."""
+  """Reads everything of a source."""
   json.dumps(source.ground_truth(), allow_nan=False)
   said = report(source, 'data.train', image_size=64)
   for line in said.lines:

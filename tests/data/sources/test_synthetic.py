@@ -43,7 +43,7 @@ def test_examples(size):
 
 
 def test_boxes_are_where_the_shapes_are():
-  """The same image with and without its shapes differs inside the boxes, up to their sides."""
+  """Checks that drawing shapes changes the image inside their boxes, up to the sides."""
   source = SyntheticShapes(40, image_size=128, max_shapes=1, scale=(0.2, 0.6))
   for i in range(len(source)):
     example = source[i]
@@ -52,7 +52,7 @@ def test_boxes_are_where_the_shapes_are():
     outside = np.ones((128, 128), bool)
     ymin, xmin, ymax, xmax = np.rint(box).astype(int)
     outside[max(ymin - 2, 0):ymax + 2, max(xmin - 2, 0):xmax + 2] = False
-    # The background has muted colours and no edges: pixels unlike any near it are the shape.
+    # The background has muted colours and no edges, so pixels unlike those nearby are the shape.
     middle = pixels[(ymin + ymax) // 2 - 2:(ymin + ymax) // 2 + 2,
                     (xmin + xmax) // 2 - 2:(xmin + xmax) // 2 + 2].mean(axis=(0, 1))
     around = pixels[outside].mean(axis=0)
@@ -60,7 +60,7 @@ def test_boxes_are_where_the_shapes_are():
 
 
 def test_boxes_touch_their_shapes():
-  """With a flat background and no noise the drawn pixels reach exactly the box's sides."""
+  """Checks that, without background and noise, drawn pixels extend exactly to the box."""
   from ppn_jax.data.sources import synthetic
   source = SyntheticShapes(60, max_shapes=1, scale=(0.1, 0.6))
   for i in range(len(source)):

@@ -1,4 +1,4 @@
-"""Tfds on data sets that TFDS itself writes here, local and from a stand-in for gs://."""
+"""Tfds on data sets that TFDS writes here, local and from a stand-in for gs://."""
 
 import io
 import json
@@ -56,7 +56,7 @@ EXAMPLES = [coco_example(30, ((.1, .2, .5, .6), 1, False), ((.0, .0, 1., 1.), 0,
 
 
 def write(folder, features, examples, file_format='array_record', name='toy'):
-  """Has TFDS itself prepare a data set; returns the folder of its version."""
+  """Prepares a data set with TFDS and returns the folder of its version."""
   def info(self):
     return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict(features))
   def rewound(examples):  # A file is read once for each split.
@@ -186,9 +186,9 @@ def test_records_that_cannot_be_read_are_skipped(folder, monkeypatch):
 @pytest.mark.parametrize('features, example, message', [
     ({'image': F.Image(), 'label': F.ClassLabel(names=['a'])}, {'image': picture((4, 4)),
                                                                 'label': 0},
-     r'0 features are sequences of boxes with classes, wanted: 1.*label: ClassLabel'),
+     r'0 features are sequences of boxes with classes, needed: 1.*label: ClassLabel'),
     ({'text': F.Text(), 'objects': objects()}, {'text': '', 'objects': []},
-     r'0 features are images, wanted: 1'),
+     r'0 features are images, needed: 1'),
     ({'image': F.Image(), 'objects': objects(), 'parts': objects()},
      {'image': picture((4, 4)), 'objects': [], 'parts': []}, '2 features are sequences of boxes'),
 ])

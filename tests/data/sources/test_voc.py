@@ -1,4 +1,4 @@
-"""PascalVoc on small folders that are written here, each wrong in one way, and on real ones."""
+"""PascalVoc on small folders with one error each, and on real data."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def xml(*objects, size=(20, 40)):
 
 
 def write(folder, name, text, split='train', size=(20, 40), exif=None):
-  """One image with its xml, added to a split."""
+  """Adds an image with its XML file to a split."""
   for part in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
     (folder / part).mkdir(parents=True, exist_ok=True)
   if text is not None:
@@ -104,7 +104,7 @@ def test_an_image_with_neither_file_nor_xml_can_be_skipped(folder):
   assert len(source) == 2 and len(source.contents.unreadable) == 1
   with pytest.raises(InputError, match='zzz: no such image'):
     source[1]
-  # An xml that is missing beside its image is no matter of the image.
+  # Skipping images does not excuse a missing XML file.
   write(folder, 'd_5', None)
   with pytest.raises(InputError, match='d_5'):
     PascalVoc(str(folder), on_bad_example='skip')
@@ -136,7 +136,7 @@ def test_sizes(tmp_path):
   turned[0x0112] = 6
   write(tmp_path, 'a1', xml(DOG, size=None))
   write(tmp_path, 'a2', xml(DOG, size=(0, 0)))
-  # As seen and as stored: whichever the annotator's program showed.
+  # Upright or as stored, depending on the annotation program.
   write(tmp_path, 'a3', xml(DOG, size=(40, 20)), exif=turned)
   write(tmp_path, 'a4', xml(DOG, size=(20, 40)), exif=turned)
   for index, size in enumerate([(20, 40), (20, 40), (40, 20), (20, 40)]):

@@ -1,4 +1,4 @@
-"""YoloTxt on small folders that are written here, each wrong in one way, and on real images."""
+"""YoloTxt on small folders with one error each, and on real images."""
 
 import json
 import shutil

@@ -15,7 +15,7 @@ MARK = (250, 20, 20)
 
 
 def marked(box, size=(60, 80), extra=()):
-  """An Example of one box, painted into the pixels, and `extra` boxes that are not."""
+  """Makes an Example with one box that is painted into the pixels, and `extra` boxes."""
   image = np.full((*size, 3), 90, np.uint8)
   ymin, xmin, ymax, xmax = box
   image[ymin:ymax, xmin:xmax] = MARK
@@ -25,7 +25,7 @@ def marked(box, size=(60, 80), extra=()):
 
 
 def find_mark(image):
-  """The box of the marked pixels, in pixels."""
+  """Returns the box of the marked pixels, in pixels."""
   rows, columns = np.nonzero(image[..., 0].astype(int) - image[..., 1] > 80)
   return np.array([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1])
 
@@ -87,7 +87,7 @@ def test_a_chain_keeps_box_and_pixels_together():
 
 @pytest.mark.parametrize('shape', [(97, 45), (20, 30), (90, 20), (33, 300)])
 def test_area_resize_keeps_the_mean_brightness(shape):
-  """Aliasing would not: every pixel counts alike where a side shrinks."""
+  """Checks that all pixels count equally where a side shrinks, unlike with aliasing."""
   image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
   example = marked((1, 1, 5, 5))._replace(image=image)
   out = basic.Resize(40)(example).image
@@ -98,7 +98,7 @@ def test_area_resize_keeps_the_mean_brightness(shape):
 
 
 def test_supersampling_is_near_averaging_and_far_from_aliasing(shared):
-  """On photographs and on the worst case, single pixels of noise."""
+  """Compares on photographs and on the worst case, noise of single pixels."""
   photo = cv2.imread(str(shared / 'data' / 'coco100' / 'val2017' / '000000006818.jpg'))
   noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
   for image, most in ((photo, 1.0), (noise, 8.0)):
@@ -139,13 +139,13 @@ def test_photometric_distortion_changes_colours_only():
 
 
 def only(**options):
-  """A PhotometricDistortion that does no more than `options`."""
+  """Makes a PhotometricDistortion that only changes what `options` say."""
   nothing = {'brightness': 0, 'contrast': (1, 1), 'saturation': (1, 1), 'hue': 0}
   return basic.PhotometricDistortion(**{**nothing, **options})
 
 
 def results(op, color, times=200):
-  """All colours that a uniform image of `color` becomes, [K, 3]."""
+  """Returns all colours that a uniform image of `color` becomes, [K, 3]."""
   example = marked((1, 1, 5, 5))._replace(image=np.full((4, 4, 3), color, np.uint8))
   rng = np.random.default_rng(0)
   return np.array([op(example, rng).image[0, 0] for _ in range(times)]).astype(int)
@@ -207,7 +207,7 @@ def test_wrong_blocks(block, message):
 
 @dataclasses.dataclass(frozen=True)
 class Invert:
-  """A transform of somebody else's."""
+  """Transform from outside the package."""
 
   def __call__(self, example, rng):
     return example._replace(image=255 - example.image)
@@ -220,7 +220,7 @@ def test_transform_by_dotted_path(monkeypatch):
 
 
 def test_jax_is_not_imported():
-  """Input workers stay light."""
+  """Checks that input workers do not import JAX."""
   script = ('import sys, ppn_jax.data.source, ppn_jax.data.sources.coco; '
             'import ppn_jax.data.sources.synthetic; '
             'import ppn_jax.data.transforms.basic, ppn_jax.data.transforms.random_crop; '

@@ -1,5 +1,8 @@
-"""Rectangles painted exactly where the boxes are, each label in a colour of its own; wherever a
-transform moves a box, the paint must be."""
+"""Transforms move boxes and pixels together.
+
+Rectangles are painted exactly where the boxes are, in one colour per label. After a transform the
+paint must be where the boxes are.
+"""
 
 import itertools
 
@@ -14,13 +17,13 @@ from ppn_jax.data.transforms import basic, geometry
 from ppn_jax.detection.structures import Category, Example
 
 GREY = (128, 128, 128)
-# One end of one channel each, so that a mixture with grey tells which and how much.
+# One extreme of one channel each, so that a mixture with grey shows which and how much.
 COLOURS = np.full((6, 3), 128)
 COLOURS[range(6), [0, 0, 1, 1, 2, 2]] = [255, 0] * 3
 
 
 class Painted:
-  """Image i has one box, of label i % 6, and the crowd flag i % 2."""
+  """Source in which image i has one box, of label i % 6, and the crowd flag i % 2."""
   categories = tuple(Category(i, str(i)) for i in range(6))
   max_boxes = 1
 
@@ -54,7 +57,7 @@ class Painted:
 
 
 def painted_box(image, label):
-  """Where at least half of the paint of a label is, in pixels, or None."""
+  """Returns the box of at least half of the paint of a label, in pixels, or None."""
   channel, end = label // 2, 127 if label % 2 == 0 else -128
   rows, columns = np.nonzero((image[..., channel].astype(float) - 128) / end >= 0.5)
   if not len(rows):
@@ -63,9 +66,9 @@ def painted_box(image, label):
 
 
 def errors(example, least=4):
-  """How far each corner of each box is from the paint, in pixels: f64 [4 K].
+  """Measures the distance of each side of each box from the paint in pixels, f64 [4 K].
 
-  Boxes of a label that is there twice, or thinner than `least`, are left out.
+  Boxes of a label that occurs twice, or thinner than `least`, are left out.
   """
   image = np.asarray(example.image)
   found = [np.zeros(0)]
@@ -79,7 +82,7 @@ def errors(example, least=4):
   return np.concatenate(found)
 
 
-# Without rules that drop a box of which some paint is left.
+# Without options that drop a box of which some paint is left.
 OPS = {
     'horizontal_flip': {'probability': 1.0},
     'ssd_random_crop': {'keep_probability': 0.0, 'area': (0.3, 1.0), 'coverages': (0.0,)},
@@ -118,7 +121,7 @@ def test_other_kernels(name, method):
 
 @pytest.mark.parametrize('kind', ['array', 'jpeg'])
 def test_random_chains(kind):
-  """Any ops in any order. One pixel of an image that is enlarged later is several at the end."""
+  """Checks any transforms in any order; an image may be enlarged after a pixel was rounded."""
   source, rng, all_errors = Painted(kind), np.random.default_rng(0), []
   for trial in range(150):
     names = rng.permutation(list(OPS))[:rng.integers(1, 5)].tolist()
@@ -144,7 +147,7 @@ def test_large_images_are_reduced_and_boxes_still_follow():
 
 
 def test_boxes_follow_what_is_rounded():
-  """Where an image ends up at whole pixels, so do its boxes, to the last digit."""
+  """Checks boxes to the last digit where images are at whole pixels."""
   image = np.full((160, 200, 3), COLOURS[0], np.uint8)
   example = Example(LazyImage.of(image), np.float32([[0, 0, 1, 1]]), np.zeros(1, np.int32),
                     np.zeros(1, bool), 0, (160, 200))
@@ -189,7 +192,7 @@ WIDE = {'name': 'expand', 'probability': 1, 'ratio': (3, 3), 'fill': (9, 8, 7)}
     ('expand', 'ssd_random_crop', 'expand'), ('expand', 'expand', 'large_scale_jitter')],
     ids='-'.join)
 def test_no_op_draws_more_than_the_result(names, monkeypatch):
-  """In any order: not the canvas of one that the next cuts, nor the image outside of a crop."""
+  """Checks, for any order, that nothing is drawn that the next transform cuts off."""
   blocks = [{**WIDE} if name == 'expand' else PHOTOMETRIC if name == 'photometric'
             else {'name': name, **OPS[name]} for name in names]
   drawn, draw = [], LazyImage._draw
@@ -203,7 +206,7 @@ def test_no_op_draws_more_than_the_result(names, monkeypatch):
   source = Painted('jpeg', size=(1200, 1604), number=4)
   ops = (*basic.build_transforms(blocks), basic.Resize(240))
   out = read_example(source, 0, ops, np.random.default_rng(0))
-  if names[0] == 'photometric':  # It takes the pixels as they are.
+  if names[0] == 'photometric':  # It needs the pixels.
     assert drawn.pop(0) == (1200, 1604)
   assert drawn and np.max(drawn) <= 240 and out.image.shape == (240, 240, 3)
 

@@ -1,4 +1,4 @@
-"""What is left of a crowd is no background, whatever an op cuts off."""
+"""Visible parts of crowds never become background, whatever a transform cuts off."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from ppn_jax.detection.matching import assign
 from ppn_jax.detection.structures import Example, GroundTruth
 from ppn_jax.device_data.transforms import build_augmentation
 
-# Blue is the crowd, all of it; the rest is black, and a small object lies in the upper corner.
+# All blue pixels are the crowd; the rest is black, with a small object in the upper corner.
 SIZE = (240, 320)
 CROWD = (0.0, 0.4, 1.0, 1.0)
 OBJECT = (0.05, 0.05, 0.15, 0.2)
@@ -42,11 +42,11 @@ class Crowded:
 
 
 def blue_but_unlabelled(image, boxes):
-  """The share of blue pixels that are in none of the boxes."""
+  """Returns the share of blue pixels that are outside all boxes."""
   outside = image[..., 2] > 127
   corners = np.rint(boxes * np.tile(image.shape[:2], 2)).astype(int)
   for ymin, xmin, ymax, xmax in corners:
-    # Two pixels, since the border between two is rounded on the way.
+    # Two pixels, since the border between two is rounded.
     outside[max(ymin - 2, 0):ymax + 2, max(xmin - 2, 0):xmax + 2] = False
   return outside.mean()
 
@@ -89,7 +89,7 @@ def test_what_is_outside_goes_and_objects_keep_their_rule():
 
 
 def test_a_window_that_is_all_crowd_has_no_background():
-  """Also for anchors of which most lies beyond the border, as of the largest in the corners."""
+  """Checks anchors that are mostly beyond the border too, such as large ones in the corners."""
   out = crop(Crowded()[0], (100, 200, 50, 50), 0.5)
   truth = GroundTruth(*(a[None] for a in (out.boxes, out.labels, out.crowd, np.ones(1, bool))))
   anchors = ssd_anchors([(side, side) for side in (19, 10, 5, 3, 2, 1)])

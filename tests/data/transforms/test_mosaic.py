@@ -1,4 +1,4 @@
-"""That boxes follow pixels is in test_boxes_follow_pixels; here is what is drawn and dropped."""
+"""Mosaics: what is drawn and dropped; test_boxes_follow_pixels has the positions of boxes."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,14 @@ from ppn_jax.errors import InputError
 
 
 def plain(level, boxes=((0, 0, 1, 1),), size=(30, 50)):
-  """An image of one grey level, which is also the label of its boxes."""
+  """Makes an image of one grey level, which is also the label of its boxes."""
   n = len(boxes)
   return Example(np.full((*size, 3), level, np.uint8), np.float32(boxes).reshape(-1, 4),
                  np.full(n, level, np.int32), np.full(n, level % 2 == 1), level, size)
 
 
 def run(op, seed, others=(20, 30, 41), **options):
-  """A mosaic of the images of level 10 and `others`."""
+  """Makes a mosaic of the images of level 10 and `others`."""
   rest = iter(others)
   return op(plain(10, **options), np.random.default_rng(seed), lambda: plain(next(rest), **options))
 
@@ -58,9 +58,9 @@ def test_boxes_that_show_too_little_are_dropped():
   far = ((0, 0, 0.3, 0.3), (0.4, 0.4, 0.6, 0.6))
   full = Mosaic(60, probability=1.0, center=(0.5, 0.5), scale=(1.0, 1.0), min_coverage=0.2,
                 min_side=0)
-  out = run(full, 0, (20, 30, 40), boxes=far)  # None a crowd, which would stay.
-  # Each image shows one of its four quarters: a quarter of the box in the middle, and of the one
-  # at the top left all or nothing.
+  out = run(full, 0, (20, 30, 40), boxes=far)  # No crowds, which would be kept.
+  # Each image shows one of its quarters: of the box in the middle a quarter, of the one at the top
+  # left all or nothing.
   assert sorted(out.labels.tolist()) == sorted([10, 20, 30, 40, *out.labels[
       (out.boxes[:, 2] - out.boxes[:, 0]) > 0.25]])
   assert len(out.labels) == 5

@@ -1,4 +1,4 @@
-"""The crop against windows that the TF Object Detection API drew."""
+"""Random crops, compared with windows that the TF Object Detection API drew."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def example_of(boxes, size=(480, 640)):
 
 
 def assert_same_distribution(a, b):
-  """Two-sample Kolmogorov-Smirnov test at about one false alarm in 10,000."""
+  """Applies a two-sample Kolmogorov-Smirnov test with about one false alarm in 10,000."""
   a, b = np.sort(a), np.sort(b)
   both = np.concatenate([a, b])
   distance = np.abs(np.searchsorted(a, both, 'right') / len(a)
@@ -59,7 +59,7 @@ def test_windows_without_boxes(golden, case):
 
 
 def test_the_statistics_would_notice_a_uniform_area(golden):
-  """The check above has teeth: area drawn uniformly, all else equal, is told apart."""
+  """Checks that the test above detects an area that is drawn uniformly."""
   rng = np.random.default_rng(0)
   theirs = statistics(golden['window_y_x_h_w_nobox'][0])['area']
   with pytest.raises(AssertionError):
@@ -107,7 +107,7 @@ def test_the_window_covers_enough_of_some_box():
 
 
 def test_whole_image_when_no_window_will_do():
-  thin = np.array([[0.5, 0.5, 0.5001, 0.5001]], np.float32)  # Below one pixel: is not looked at.
+  thin = np.array([[0.5, 0.5, 0.5001, 0.5001]], np.float32)  # Below one pixel, so it is ignored.
   assert draw_window(np.random.default_rng(0), (100, 100), thin, 0.0) == (0, 0, 100, 100)
   wide = np.array([[0, 0, 1, 1]], np.float32)
   assert draw_window(np.random.default_rng(0), (100, 400), wide, 1.0) == (0, 0, 100, 400)

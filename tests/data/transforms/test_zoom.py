@@ -1,4 +1,4 @@
-"""That boxes follow pixels is in test_boxes_follow_pixels; here is what is drawn and dropped."""
+"""Zooms: what is drawn and dropped; test_boxes_follow_pixels has the positions of boxes."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_jitter_draws_the_factor_uniformly():
     out = op(example_of([[0, 0, 0.05, 0.05]], size=(100, 100)), rng)
     if len(out.boxes):
       sides.append((out.boxes[0, 2:] - out.boxes[0, :2]).max() * 200 / 10)
-  # Where the image is larger than the frame the corner is seldom in sight.
+  # If the image is larger than the frame, the corner is rarely visible.
   small = np.sort([s for s in sides if s < 0.98])
   assert small[0] < 0.15 and abs(np.mean(small) - 0.54) < 0.05
 
