@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
@@ -20,7 +20,7 @@ from ppn_jax import storage
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.contents import Contents
 from ppn_jax.data.images import decoding
-from ppn_jax.data.source import Source, encoded_of, open_example, stamp_of
+from ppn_jax.data.source import OptionalMembers, Source, encoded_of, open_example, stamp_of
 from ppn_jax.data.transforms import geometry
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError
@@ -81,7 +81,7 @@ class CachedSource:
 
   def __init__(self, source: Source, where: str, side: int):
     check_integer('data.cache.size', side, 1)
-    self._source, self._side = source, side
+    self._source, self._side = cast(OptionalMembers, source), side
     self._stamp: Callable[[int], bytes] = stamp_of(source) or (lambda index: b'')
     self._encoded = encoded_of(source)
     self._in_memory = where == MEMORY

@@ -440,8 +440,7 @@ def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
   paths = [folder / name for name in checksums]
   for path, found in zip(paths, pool.map(_checksum, paths), strict=True):
     if found != checksums[path.name]:
-      raise InputError(f'{path} is missing or has changed; remove {folder} and prepare '
-                       'again')
+      raise InputError(f'{path} is missing or has changed; remove {folder} and prepare again')
   images_of_shards = prepared.get('images') or []
   for shard, (contents, skipped) in zip(_make_shards(plan), images_of_shards,
                                        strict=bool(images_of_shards)):
@@ -452,7 +451,7 @@ def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
     if shard.contents != contents:
       first, last = (images[i]['id'] for i in (shard.indices[0], shard.indices[-1]))
       raise InputError(f'{folder} was made from other images than the present ones: of split '
-                       f'{shard.split!r}, some of images {first} to {last} have changed; '
+                       f'{shard.split!r}, some from image {first} to image {last} have changed; '
                        f'remove {folder} and prepare again, or give another version')
   say(f'{folder} exists already, and every file has its checksum')
   left_out = {split: set(ids) for split, ids in prepared.get('left_out', {}).items() if ids}

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -175,9 +175,9 @@ class SourceView:
   """
 
   def __init__(self, source: Source):
-    self._source = source
+    self._source = cast(OptionalMembers, source)
     self.categories, self.max_boxes = source.categories, source.max_boxes
-    self.file_ids = file_ids(source)
+    self.file_ids: Mapping[int, int] = file_ids(source)
 
   def _index(self, index: int) -> int:
     """Maps an index of this source to one of the other source."""

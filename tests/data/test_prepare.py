@@ -316,7 +316,7 @@ def test_bad_images(coco):
   source, said = load(coco), []
   with pytest.raises(InputError, match=r'2 of 7 images cannot be read, .*2\.jpg: .*--on_bad_image'):
     make({'train': source}, coco)
-  with pytest.raises(InputError, match=r'2 of 7 .*more than a share of 0\.01'):
+  with pytest.raises(InputError, match=r'2 of 7 .*more than the share 0\.01'):
     make({'train': source}, coco, on_bad_image='skip')
   assert not os.listdir(coco / 'out' / 'toy')
   steps = []
@@ -352,8 +352,7 @@ def test_an_image_that_was_repaired_is_taken_in(coco, policy):
   assert said[1:] == ['1 images were left out because they could not be read']
   path.write_bytes(whole)
   make({'train': source}, coco, said)
-  assert said[-1] == (f'1 of them can be read now; remove {folder} and prepare again to take them '
-                      'in')
+  assert said[-1] == (f'1 of them can be read now; remove {folder} and prepare again to add them')
   assert len(Tfds(data_dir=str(folder))) == 6
 
 
@@ -461,7 +460,7 @@ def test_images_that_changed_after_all_was_done_are_noticed(coco):
   shutil.copytree(coco / 'images', coco / 'copy')
   make({'train': CocoJson(str(coco / 'copy'), str(coco / 'truth.json'))}, coco)
   change_image(coco, '0.jpg')
-  with pytest.raises(InputError, match=r"of split 'train', some of image 100 to image 91 have "
+  with pytest.raises(InputError, match=r"of split 'train', some from image 100 to image 91 have "
                                        r'changed; remove .* and prepare again'):
     make({'train': load(coco)}, coco)
   assert contents(folder) == before

@@ -2,7 +2,16 @@ import sys
 
 import pytest
 
-from ppn_jax.data.source import build_source
+from ppn_jax.data.source import (
+  SourceView,
+  build_source,
+  contents_of,
+  encoded_of,
+  file_ids,
+  known_unreadable,
+  open_example,
+  stamp_of,
+)
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
@@ -20,6 +29,39 @@ def test_by_name():
   source = build_source({'name': 'synthetic_shapes', 'num_images': 3})
   assert len(source) == 3
   build_source({'name': 'synthetic_shapes', 'num_images': 3}, categories=source.categories)
+
+
+class Required(Own):
+  """Source with the required members only."""
+
+  def __len__(self):
+    return 1
+
+  def __getitem__(self, index):
+    return f'example {index}'
+
+  def ground_truth(self):
+    return {'images': [dict(id=7, height=10, width=20, file_name='7.jpg')],
+            'categories': [c._asdict() for c in self.categories],
+            'annotations': [dict(id=1, image_id=7, category_id=2, bbox=[0, 0, 10, 5], area=50,
+                                 iscrowd=0)]}
+
+
+def test_optional_members_may_be_missing():
+  source = Required('x')
+  for view in (source, SourceView(source)):
+    assert encoded_of(view) is stamp_of(view) is None and known_unreadable(view) == ()
+    assert open_example(view, 0) == 'example 0' and file_ids(view) == {1: 1, 2: 2}
+  contents = contents_of(source)
+  assert contents.labels.tolist() == [1] and contents.shares.tolist() == [[0.5, 0.5]]
+  assert contents_of(Own('x')) is None
+
+
+def test_views_have_the_optional_members_of_their_source():
+  source = build_source({'name': 'synthetic_shapes', 'num_images': 2})
+  view = SourceView(source)
+  assert stamp_of(view)(1) == source.stamp(1) and encoded_of(view) is None
+  assert contents_of(source) is None
 
 
 def test_by_dotted_path(monkeypatch):
