@@ -106,7 +106,7 @@ def test_a_record_that_was_half_written_is_decoded_again(tmp_path, at):
   assert same(CachedSource(source, str(tmp_path), 45)[0], expected) and source.reads == 1
 
 
-def test_a_file_that_was_cut_short_starts_anew(tmp_path):
+def test_a_truncated_file_is_started_again(tmp_path):
   CachedSource(shapes(), str(tmp_path), 45)[0]
   with open(tmp_path / 'images.bin', 'r+b') as f:
     f.truncate(1000)
@@ -133,7 +133,7 @@ def test_folders_that_hold_something_else_are_left_alone(tmp_path):
   assert [p.name for p in other.iterdir()] == ['mine.txt']
 
 
-def test_no_room_is_said_with_both_numbers(tmp_path, monkeypatch):
+def test_an_error_about_room_has_both_numbers(tmp_path, monkeypatch):
   monkeypatch.setattr(cache, 'available_memory', lambda: 1000)
   with pytest.raises(InputError, match=r'needs up to 0\.0 GB for 12 images, but 0\.0 GB'):
     CachedSource(shapes(), 'memory', 45)
@@ -237,7 +237,7 @@ def test_a_copied_folder_is_not_decoded_again(photos, tmp_path):
     assert photos.asked == asked
 
 
-def test_a_file_that_is_gone_is_an_error_as_without_a_cache(photos, tmp_path):
+def test_a_missing_file_is_an_error_as_without_a_cache(photos, tmp_path):
   write_photos(tmp_path / 'raw', 50, 60)
   levels_of(photos(tmp_path / 'raw'), tmp_path)
   source = photos(tmp_path / 'raw')

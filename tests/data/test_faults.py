@@ -213,7 +213,7 @@ def test_shares_in_place_of_pixels_are_refused(make, tmp_path):
 
 
 @pytest.mark.parametrize('make', [coco, voc])
-def test_some_shares_among_pixels_are_said(make, tmp_path):
+def test_some_shares_among_pixels_are_noted(make, tmp_path):
   shares = (.23, .2, .31, .31) if make is coco else (.23 - 1, .2 - 1, 1.31, 1.31)
   text = told(build_source(make(tmp_path, [[shares, BOX], [shares]])))
   assert '2 of 3 boxes are smaller than a pixel or written as shares of the image, such as' in text
@@ -405,7 +405,7 @@ class Own:
     return self._truth
 
 
-def test_a_source_of_somebody_else_s_is_reported_on_by_its_ground_truth(tmp_path):
+def test_a_source_without_contents_is_reported_on_by_its_ground_truth(tmp_path):
   source = build_source(coco(tmp_path, [[BOX], [], [BOX, (1, 1, 5, 5)]]))
   truth = source.ground_truth()
   assert told(Own(source, truth)).startswith('data.train: 3 images, 1 without boxes, 3 boxes')

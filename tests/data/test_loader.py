@@ -259,7 +259,7 @@ def test_rows_outside_the_batch(rows):
     train(Numbered(3), batch_size=6, rows=rows)
 
 
-def test_seeds_differ_and_the_same_image_is_augmented_anew_each_epoch():
+def test_seeds_differ_and_the_same_image_is_augmented_differently_each_epoch():
   source = SyntheticShapes(1, image_size=64)
   options = {'transforms': OPS, 'image_size': 48, 'max_boxes': 8, 'batch_size': 8}
   a, b = (take(train(source, seed=seed, **options), 1)[0] for seed in (0, 1))

@@ -335,7 +335,7 @@ def test_bad_images(coco):
 
 
 @pytest.mark.parametrize('policy', ['raise', 'skip'])
-def test_an_image_that_was_repaired_is_taken_in(coco, policy):
+def test_an_image_that_was_repaired_is_added(coco, policy):
   """Checks both cases: the first call failed, or left the image out permanently."""
   path, whole = coco / 'images' / '2.jpg', (coco / 'images' / '2.jpg').read_bytes()
   path.write_bytes(whole[:-300])

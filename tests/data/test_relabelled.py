@@ -93,7 +93,7 @@ def test_results_have_the_ids_of_the_data_s_own_file(sources):
   assert coco.renumber(rows, file_ids(plain)) == rows
 
 
-def test_that_classes_were_matched_is_said(tmp_path):
+def test_a_note_tells_that_classes_were_matched_by_name(tmp_path):
   Image.new('RGB', (40, 20)).save(tmp_path / '0.jpg')
   (tmp_path / 'a.json').write_text(json.dumps({
       'images': [dict(id=0, file_name='0.jpg', height=20, width=40)],

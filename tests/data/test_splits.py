@@ -82,7 +82,7 @@ def test_encoded_images_are_those_of_the_part():
   assert not hasattr(Subset(build_source(WHOLE), np.array([3])), 'encoded')
 
 
-def test_data_to_evaluate_on_goes_before_the_fraction():
+def test_evaluation_data_has_priority_over_the_fraction():
   config = config_with(.25).copy_and_resolve_references().unlock()
   config.data.eval = dict(WHOLE, split='eval', num_images=4)
   assert len(open_splits(config, ('eval',))['eval']) == 4

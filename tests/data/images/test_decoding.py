@@ -299,7 +299,7 @@ def test_orientation_in_xmp_alone(photo, xmp, kind, tmp_path):
   assert to_pixels(PIL.Image.open(io.BytesIO(data))).shape == (40, 24, 3)
 
 
-def test_exif_goes_before_xmp(photo):
+def test_exif_has_priority_over_xmp(photo):
   exif = PIL.Image.Exif()
   exif[0x0112] = 1
   assert decode(save(photo, 'JPEG', xmp=XMP[0], exif=exif), name='x').shape == (24, 40, 3)

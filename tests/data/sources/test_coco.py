@@ -513,7 +513,7 @@ def test_a_file_listed_as_several_images(folder):
     load(folder, merge_images=3)
 
 
-def test_two_ids_of_one_class_name_are_said(folder):
+def test_two_ids_of_one_class_name_are_noted(folder):
   source = load(folder, changed('categories', 0, 'name', 'cat'))
   assert any("2 classes are called 'cat', ids 3 and 90" in n for n in source.contents.notes)
 
