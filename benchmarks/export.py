@@ -27,7 +27,7 @@ from ppn_jax.data.source import build_source
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.export.comparison import latency
-from ppn_jax.export.formats import Options
+from ppn_jax.export.formats import ExportOptions
 from ppn_jax.export.runtimes import open_export
 from ppn_jax.jobs.evaluate import load_variables
 from ppn_jax.jobs.export import export
@@ -86,7 +86,7 @@ def train_both(folder: pathlib.Path, args: argparse.Namespace) -> list[pathlib.P
 def measure(run: Run, path: pathlib.Path, kind: tuple[str, str], args: argparse.Namespace
             ) -> dict[str, Any]:
   """One row of the table."""
-  options = Options(kind[0], 1, kind[1])
+  options = ExportOptions(kind[0], 1, kind[1])
   made = export(run, path, options, say=lambda text: None)
   exported = open_export(path, threads=args.threads)
   detector = run.detector()
