@@ -5,8 +5,8 @@
 Takes real steps of the full model, with momentum and a moving average, and saves at intervals, as
 `ppn train` does. `blocked_ms` is the time that the loop spends in `wait` and `save`, each time with
 the previous save complete; `in_background_ms` is the time until the checkpoint is on disk.
-`step_ms` and `step_ms_while_saving` show how much the saving thread slows the steps down. Prints one line of
-JSON.
+`step_ms` and `step_ms_while_saving` show how much the saving thread slows the steps down. Prints
+one line of JSON.
 """
 
 import argparse

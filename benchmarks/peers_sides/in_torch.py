@@ -22,7 +22,7 @@ def _compiled(task: Task, function):
   if not mode:
     return function
   if task.device == 'cpu' and task.kind != 'train':
-    # Weights are constants then: packed for oneDNN, batch norm folded in.
+    # Makes the weights constants, which are packed for oneDNN with batch norm folded in.
     inductor_config.freezing = True
   return torch.compile(function, mode=mode)
 
@@ -68,7 +68,7 @@ def _train(task: Task, network: Network, images: torch.Tensor, anchors: torch.Te
 
 def _infer(task: Task, network: Network, images: torch.Tensor, anchors: torch.Tensor):
   network.eval()
-  # torch.compile folds by itself where it freezes.
+  # torch.compile folds batch norm itself when it freezes the weights.
   if task.options.get('fold', True) and not (task.options.get('compile') and task.device == 'cpu'):
     network.fold()
     network.to(memory_format=torch.channels_last)
@@ -81,7 +81,7 @@ def _infer(task: Task, network: Network, images: torch.Tensor, anchors: torch.Te
 
   def once():
     nonlocal last
-    # Freezing knows no_grad only; the two cost the same.
+    # Freezing supports only no_grad; the two cost the same.
     with torch.no_grad() if task.options.get('compile') else torch.inference_mode():
       last = compiled(images)
       if task.kind == 'detect':

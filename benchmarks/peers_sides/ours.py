@@ -1,4 +1,4 @@
-"""ppn_jax as a side of benchmarks/peers.py: the package's own functions and nothing else."""
+"""ppn_jax as a side of benchmarks/peers.py, by the package's own functions."""
 
 import os
 import pathlib
@@ -81,7 +81,7 @@ def describe() -> dict:
 
 
 if __name__ == '__main__':
-  # As `train` does, and as early: it has no effect on threads that already run.
+  # As `train` does. It must come first, because it does not affect running threads.
   if os.environ.get('JAX_PLATFORMS') == 'cpu':
     keep_freed_memory()
   serve(prepare, describe)
