@@ -46,7 +46,7 @@ def main() -> None:
       'equal': fast == slow, 'AP': fast.figures['AP'], **hardware.describe()}
   for scorer, s in medians.items():
     print(f'{scorer:12} {s:8.2f} s')
-  print(f'figures {"equal bit for bit" if result["equal"] else "DIFFER"}, AP {result["AP"]:.4f}')
+  print(f'metrics {"equal bit for bit" if result["equal"] else "DIFFER"}, AP {result["AP"]:.4f}')
   if args.json:
     print(json.dumps(result))
   if not result['equal']:

@@ -133,10 +133,10 @@ def draw(kind: str, detector, batch: int, rng: np.random.Generator) -> Outputs:
   for image in range(batch):
     for _ in range(10):
       corner, side = rng.uniform(0, 0.6, 2), rng.uniform(0.1, 0.4, 2)
-      truth = np.concatenate([corner, corner + side]).astype(np.float32)
-      overlap = np.asarray(box_ops.iou(truth[None], anchors))[0]
+      ground_truth = np.concatenate([corner, corner + side]).astype(np.float32)
+      overlap = np.asarray(box_ops.iou(ground_truth[None], anchors))[0]
       near = np.flatnonzero(overlap > min(0.4, 0.9 * overlap.max()))
-      found = truth + rng.normal(0, 0.03, (len(near), 4)) * side.mean()
+      found = ground_truth + rng.normal(0, 0.03, (len(near), 4)) * side.mean()
       codes[image, near] = box_ops.encode(_ordered(found), anchors[near])
       label = rng.integers(0, classes)
       logits[image, near, label] = rng.normal(1, 1.5, len(near))

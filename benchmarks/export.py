@@ -109,7 +109,7 @@ def measure(run: Run, path: pathlib.Path, kind: tuple[str, str], args: argparse.
 
 
 def score(run: Run, detect, limit: int) -> dict[str, float]:
-  """COCO's figures of a function of images on the run's evaluation data."""
+  """Evaluates a function of images on the run's evaluation data; returns COCO's metrics."""
   source, data = build_source(run.config.data.eval.to_dict(), categories=run.categories), \
       run.config.data
   rows, seen = [], []

@@ -113,7 +113,7 @@ def measure(points: list[dict], dtype: str, rounds: int) -> tuple[dict, list[dic
 
 
 def build_config(point: dict, dtype: str):
-  """The paper's config at a point."""
+  """Returns the paper's config at a point."""
   config = load_config(str(CONFIG), [])
   with config.unlocked():
     config.model.image_size, config.model.num_classes = point['side'], point['classes']

@@ -122,10 +122,10 @@ def main() -> None:
     result = measure(args, pathlib.Path(folder))
   for name, workload in result['workloads'].items():
     print(name, f"({workload['ratio_to_best_peer'] or 'no ratio'})")
-    for side, figures in workload['sides'].items():
-      print(f'  {side:15}', figures.get('error') or
-            f'{figures["ms"]["median"]:9.1f} ms ({figures["ms"]["fastest"]:.1f} to '
-            f'{figures["ms"]["slowest"]:.1f}), {figures["images_per_s"]} images/s')
+    for side, results in workload['sides'].items():
+      print(f'  {side:15}', results.get('error') or
+            f'{results["ms"]["median"]:9.1f} ms ({results["ms"]["fastest"]:.1f} to '
+            f'{results["ms"]["slowest"]:.1f}), {results["images_per_s"]} images/s')
   if args.json:
     print(json.dumps(result))
 
@@ -223,13 +223,13 @@ def interpreter(args: argparse.Namespace, side: str) -> str:
     return given
   env = pathlib.Path(args.env) / name
   python, complete = env / 'bin' / 'python', env / 'complete'
-  wanted = getattr(args, f'{name}_requirements')
-  if not complete.exists() or complete.read_text() != wanted:
-    print(f'installing {wanted} to {env}', file=sys.stderr, flush=True)
+  requirements = getattr(args, f'{name}_requirements')
+  if not complete.exists() or complete.read_text() != requirements:
+    print(f'installing {requirements} to {env}', file=sys.stderr, flush=True)
     subprocess.run([sys.executable, '-m', 'venv', env], check=True)
     subprocess.run([python, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', 'numpy',
-                    *wanted.split()], check=True, stdout=sys.stderr)
-    complete.write_text(wanted)
+                    *requirements.split()], check=True, stdout=sys.stderr)
+    complete.write_text(requirements)
   return str(python)
 
 
@@ -238,22 +238,22 @@ def run_workload(args, pythons: Mapping[str, str], task: dict, folder: pathlib.P
   """Times all sides in turns, or one after the other if they do not fit into memory together."""
   groups, together = [list(pythons)], True
   while True:
-    figures, times = {}, {}
+    results, times = {}, {}
     for side in pythons:
       (folder / f'{side}.npz').unlink(missing_ok=True)  # Of the previous workload.
     try:
       for group in groups:
-        time_group(args, {s: pythons[s] for s in group}, task, folder, together, figures, times,
+        time_group(args, {s: pythons[s] for s in group}, task, folder, together, results, times,
                    described)
     except SideFailed:
       groups, together = [[side] for side in pythons], False
       continue
-    return {'alternating': together, 'sides': figures, **ratios(times)}
+    return {'alternating': together, 'sides': results, **ratios(times)}
 
 
 def time_group(args, pythons: Mapping[str, str], task: dict, folder: pathlib.Path, together: bool,
-               figures: dict, times: dict, described: dict) -> None:
-  """Starts, compares and times the sides of a group; fills `figures`, `times` and `described`.
+               results: dict, times: dict, described: dict) -> None:
+  """Starts, compares and times the sides of a group; fills `results`, `times` and `described`.
 
   Raises:
     SideFailed: If sides that run together on a GPU exhaust its memory.
@@ -262,7 +262,7 @@ def time_group(args, pythons: Mapping[str, str], task: dict, folder: pathlib.Pat
     if e.out_of_memory and together and task['device'] == 'cuda' and len(pythons) > 1:
       raise e
     print(f'  {side}: {e}', file=sys.stderr, flush=True)
-    figures[side] = {'error': str(e), 'out_of_memory': e.out_of_memory}
+    results[side] = {'error': str(e), 'out_of_memory': e.out_of_memory}
     running.pop(side).end()
 
   running = {}
@@ -273,9 +273,9 @@ def time_group(args, pythons: Mapping[str, str], task: dict, folder: pathlib.Pat
                            folder / f'{side}.log')
       try:
         prepared = running[side].ask(f'prepare {folder}/{side}.npz')
-        figures[side] = {'prepare_s': round(prepared['prepare_s'], 1)}
+        results[side] = {'prepare_s': round(prepared['prepare_s'], 1)}
         if side != 'ours':
-          figures[side]['differences'] = compare(folder, side, task)
+          results[side]['differences'] = compare(folder, side, task)
         once = running[side].ask('run 1')['seconds'][0]
         counts[side] = int(np.clip(args.seconds / once, 1, 50))
       except SideFailed as e:
@@ -295,7 +295,7 @@ def time_group(args, pythons: Mapping[str, str], task: dict, folder: pathlib.Pat
     for side, process in running.items():
       description = process.ask('describe')
       described[side] = description
-      figures[side] |= {'ms': summary(times[side]), 'idle_cpu': idle[side],
+      results[side] |= {'ms': summary(times[side]), 'idle_cpu': idle[side],
                         'images_per_s': round(1000 * task['batch'] / np.median(times[side]), 1),
                         **description['memory'], **achieved(description, times[side])}
   finally:

@@ -81,10 +81,10 @@ def random_data(plan: dataset.Plan, mesh: jax.sharding.Mesh) -> dataset.Resident
   shapes, rng = dataset.abstract_data(plan, mesh), np.random.default_rng(0)
   corners = np.sort(rng.uniform(size=(IMAGES, BOXES, 2, 2)), axis=2)
   corners = corners.reshape(IMAGES, 4 * BOXES)
-  truth = (corners.astype(np.float32), np.zeros((IMAGES, BOXES), np.int32),
-           np.zeros((IMAGES, BOXES), bool), np.tile(np.arange(BOXES) < 5, (IMAGES, 1)))
+  ground_truth = (corners.astype(np.float32), np.zeros((IMAGES, BOXES), np.int32),
+                  np.zeros((IMAGES, BOXES), bool), np.tile(np.arange(BOXES) < 5, (IMAGES, 1)))
   pixels = rng.integers(0, 256, shapes.images.shape, np.uint8)
-  made = dataset.ResidentData(pixels, np.tile(np.int32([480, 640]), (IMAGES, 1)), *truth)
+  made = dataset.ResidentData(pixels, np.tile(np.int32([480, 640]), (IMAGES, 1)), *ground_truth)
   return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), made, shapes)
 
 

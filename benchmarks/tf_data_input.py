@@ -69,19 +69,19 @@ def main(folder: str, annotations: str, batch: int, side: int, cores: int,
   ragged = tf.ragged.constant([b.tolist() for b in boxes], ragged_rank=1, inner_shape=(4,))
   most = max(map(len, boxes))
 
-  def load(name, truth):
-    image, truth = crop(tf.io.read_file(name), truth)
+  def load(name, ground_truth):
+    image, ground_truth = crop(tf.io.read_file(name), ground_truth)
     # Flipped after resizing, as in ppn_jax.
     image = tf.image.resize(image, (side, side), antialias=True)
-    image, truth = flip(tf.cast(tf.round(image), tf.uint8), truth)
-    return image, tf.pad(truth, [[0, most - tf.shape(truth)[0]], [0, 0]])
+    image, ground_truth = flip(tf.cast(tf.round(image), tf.uint8), ground_truth)
+    return image, tf.pad(ground_truth, [[0, most - tf.shape(ground_truth)[0]], [0, 0]])
 
   options = tf.data.Options()
   options.threading.private_threadpool_size = cores
   options.deterministic = True
   data = tf.data.Dataset.from_tensor_slices((names, ragged)).map(
-      lambda name, truth: (name, truth.to_tensor() if isinstance(truth, tf.RaggedTensor)
-                           else truth))
+      lambda name, boxes: (name, boxes.to_tensor() if isinstance(boxes, tf.RaggedTensor)
+                           else boxes))
   data = (data.shuffle(len(names), seed=0).repeat().map(load, num_parallel_calls=cores)
           .batch(batch, drop_remainder=True).prefetch(2).with_options(options))
   batches = iter(data)

@@ -114,7 +114,7 @@ class Setup(NamedTuple):
   optimizer: Optimizer
   variables: Variables
   images: jax.Array
-  truth: GroundTruth
+  ground_truth: GroundTruth
   train_step: Callable[[], None]  # Takes one and waits for it.
   compiled: jax.stages.Compiled
   compile_seconds: float
@@ -129,17 +129,19 @@ def set_up(config, batch_size: int, max_boxes: int = 100) -> Setup:
   mesh = data_mesh()
   state = jit_init(detector, optimizer, mesh)(0)
   variables = jax.tree.map(jnp.copy, state.variables)
-  images, truth = random_batch(batch_size, detector.image_size, detector.num_classes, max_boxes)
+  images, ground_truth = random_batch(batch_size, detector.image_size, detector.num_classes,
+                                      max_boxes)
   started = time.perf_counter()
-  step = jit_train_step(detector, optimizer, mesh).lower(state, images, truth).compile()
+  step = jit_train_step(detector, optimizer, mesh).lower(state, images, ground_truth).compile()
   compile_seconds = time.perf_counter() - started
 
   def train_step():
     nonlocal state
-    state, metrics = step(state, images, truth)
+    state, metrics = step(state, images, ground_truth)
     jax.block_until_ready(metrics)
 
-  return Setup(detector, optimizer, variables, images, truth, train_step, step, compile_seconds)
+  return Setup(detector, optimizer, variables, images, ground_truth, train_step, step,
+               compile_seconds)
 
 
 def loss_parts(setup: Setup) -> dict[str, Callable]:
@@ -148,9 +150,9 @@ def loss_parts(setup: Setup) -> dict[str, Callable]:
   outputs = jax.jit(detector.forward)(setup.variables, setup.images)
   assignment = jax.jit(functools.partial(detector.assign, detector.anchors))
   total = lambda o, t: sum(detector.outputs_loss(Outputs(*o), t)[:2])
-  return {'assignment': blocking(assignment, setup.truth),
+  return {'assignment': blocking(assignment, setup.ground_truth),
           'loss_with_gradient': blocking(jax.jit(jax.value_and_grad(total)), outputs,
-                                         assignment(setup.truth))}
+                                         assignment(setup.ground_truth))}
 
 
 def in_turns(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
@@ -183,11 +185,11 @@ def random_batch(batch_size: int, side: int, num_classes: int, max_boxes: int = 
   corners = np.sort(rng.uniform(0, 1, (batch_size, max_boxes, 2, 2)), axis=2)
   valid = np.arange(max_boxes) < rng.integers(1, 15, (batch_size, 1))
   shape = (batch_size, max_boxes)
-  truth = GroundTruth(corners.reshape(*shape, 4).astype(np.float32),
-                      rng.integers(0, num_classes, shape).astype(np.int32),
-                      np.zeros(shape, bool), valid)
+  ground_truth = GroundTruth(corners.reshape(*shape, 4).astype(np.float32),
+                             rng.integers(0, num_classes, shape).astype(np.int32),
+                             np.zeros(shape, bool), valid)
   images = rng.integers(0, 256, (batch_size, side, side, 3), np.uint8)
-  return jax.device_put((images, truth))
+  return jax.device_put((images, ground_truth))
 
 
 def input_times(config, batch_size: int, rounds: int) -> list[float]:

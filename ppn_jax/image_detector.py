@@ -24,7 +24,7 @@ Image = Union[Array, str, os.PathLike[str], 'PIL.Image.Image']
 
 
 class ImageDetections(NamedTuple):
-  """The N detections of one image as NumPy arrays, highest score first.
+  """Detections of one image as NumPy arrays, N of them, highest score first.
 
   Fields:
     boxes: f32 [N, 4], [ymin, xmin, ymax, xmax] in pixels of the upright image.

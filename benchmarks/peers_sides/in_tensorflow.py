@@ -125,16 +125,16 @@ def assign(anchors: tf.Tensor, boxes: tf.Tensor, labels: tf.Tensor, valid: tf.Te
 
 def objective(codes: tf.Tensor, logits: tf.Tensor, targets, spec: dict) -> tf.Tensor:
   """Computes focal loss plus smooth L1, divided by the number of positive anchors."""
-  wanted_codes, labels, positive = targets
+  target_codes, labels, positive = targets
   number = tf.maximum(tf.reduce_sum(tf.cast(positive, tf.float32)), 1)
-  wanted = tf.one_hot(tf.where(positive, labels, -1), spec['num_classes'])
-  cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits(wanted, logits)
-  missing = tf.abs(wanted - tf.sigmoid(logits))  # 1 - p_t
+  one_hot = tf.one_hot(tf.where(positive, labels, -1), spec['num_classes'])
+  cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits(one_hot, logits)
+  missing = tf.abs(one_hot - tf.sigmoid(logits))  # 1 - p_t
   if spec['gamma'] != 2:
     raise ValueError(f'written for gamma 2, not {spec["gamma"]}')
-  weight = (1 - spec['alpha']) + (2 * spec['alpha'] - 1) * wanted
+  weight = (1 - spec['alpha']) + (2 * spec['alpha'] - 1) * one_hot
   classification = tf.reduce_sum(weight * tf.square(missing) * cross_entropy)
-  size = tf.abs(codes - wanted_codes)
+  size = tf.abs(codes - target_codes)
   inside = tf.minimum(size, 1)
   errors = tf.reduce_sum(inside * (size - 0.5 * inside), -1)
   localization = tf.reduce_sum(tf.where(positive, errors, 0.0)) * spec['localization_weight'] / 4
@@ -161,16 +161,16 @@ def prepare(task: Task):
 
 def _train(task: Task, network: Network, images: tf.Tensor):
   spec, anchors = task.spec, tf.constant(task.anchors)
-  truth = [tf.constant(task.truth[name]) for name in ('boxes', 'labels', 'valid')]
+  ground_truth = [tf.constant(task.ground_truth[name]) for name in ('boxes', 'labels', 'valid')]
   params = {name: v for name, v in network.variables.items() if v.trainable}
   momenta = [tf.Variable(tf.zeros_like(v)) for v in params.values()]
   kernels = [v for name, v in params.items() if name.endswith('kernel')]
 
   @tf.function(jit_compile=False)
-  def step(images, *truth):
+  def step(images, *ground_truth):
     with tf.GradientTape() as tape:
       codes, logits = network(images, train=True)
-      loss = objective(codes, logits, assign(anchors, *truth, spec), spec)
+      loss = objective(codes, logits, assign(anchors, *ground_truth, spec), spec)
       loss += spec['weight_decay'] * tf.add_n([tf.nn.l2_loss(k) for k in kernels])
     gradients = tape.gradient(loss, list(params.values()))
     for v, a, g in zip(params.values(), momenta, gradients, strict=True):
@@ -183,7 +183,7 @@ def _train(task: Task, network: Network, images: tf.Tensor):
 
   def once():
     nonlocal last
-    last = step(images, *truth).numpy()
+    last = step(images, *ground_truth).numpy()
 
   return once, lambda: {'loss': last, **network.export()}
 

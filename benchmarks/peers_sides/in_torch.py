@@ -39,18 +39,19 @@ def _wait(task: Task) -> None:
 def _train(task: Task, network: Network, images: torch.Tensor, anchors: torch.Tensor):
   network.train()
   spec = task.spec
-  truth = {name: torch.from_numpy(a).to(task.device) for name, a in trimmed(task.truth).items()}
-  truth['labels'] = truth['labels'].long()
+  ground_truth = {name: torch.from_numpy(a).to(task.device)
+                  for name, a in trimmed(task.ground_truth).items()}
+  ground_truth['labels'] = ground_truth['labels'].long()
   kernels = [p for name, p in network.named_tensors() if name.endswith('kernel')]
   others = [p for p in network.parameters() if not any(p is k for k in kernels)]
   optimizer = torch.optim.SGD(
       [{'params': kernels, 'weight_decay': spec['weight_decay']}, {'params': others}],
       lr=spec['learning_rate'], momentum=spec['momentum'], fused=True)
 
-  def loss_of(images, truth):
+  def loss_of(images, ground_truth):
     with _autocast(task):
       codes, logits = network(images)
-    return torch_detection.objective(codes, logits, anchors, truth, spec)
+    return torch_detection.objective(codes, logits, anchors, ground_truth, spec)
 
   compiled, last = _compiled(task, loss_of), None
   penalty = 0.5 * spec['weight_decay'] * sum(float(k.detach().square().sum()) for k in kernels)
@@ -58,7 +59,7 @@ def _train(task: Task, network: Network, images: torch.Tensor, anchors: torch.Te
   def once():
     nonlocal last
     optimizer.zero_grad(set_to_none=True)
-    last = compiled(images, truth)
+    last = compiled(images, ground_truth)
     last.backward()
     optimizer.step()
     _wait(task)

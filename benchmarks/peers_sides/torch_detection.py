@@ -28,21 +28,21 @@ def _area(boxes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assign(anchors: torch.Tensor, truth: dict[str, torch.Tensor], spec: dict):
+def assign(anchors: torch.Tensor, ground_truth: dict[str, torch.Tensor], spec: dict):
   """Returns codes [B, A, 4], labels [B, A] and positive [B, A]."""
-  count = truth['labels'].shape[1]
-  overlap = iou(truth['boxes'], anchors).masked_fill(~truth['valid'][..., None], -1)
+  count = ground_truth['labels'].shape[1]
+  overlap = iou(ground_truth['boxes'], anchors).masked_fill(~ground_truth['valid'][..., None], -1)
   best, match = overlap.max(1)
   # Each ground-truth box forces its best anchor to match it; the first box wins a tie.
   best_anchor = overlap.argmax(2)
   order = torch.arange(count, device=anchors.device).expand_as(best_anchor)
-  order = order.masked_fill(~truth['valid'], count)
+  order = order.masked_fill(~ground_truth['valid'], count)
   forced_box = torch.full_like(match, count).scatter_reduce(1, best_anchor, order, 'amin')
   claimed = forced_box < count
   match = torch.where(claimed, forced_box, match)
   positive = claimed | (best >= spec['matched_iou'])
-  matched = truth['boxes'].gather(1, match[..., None].expand(-1, -1, 4))
-  return _encode(matched, anchors), truth['labels'].gather(1, match), positive
+  matched = ground_truth['boxes'].gather(1, match[..., None].expand(-1, -1, 4))
+  return _encode(matched, anchors), ground_truth['labels'].gather(1, match), positive
 
 
 def _center_and_size(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,18 +66,18 @@ def _decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
 
 
 def objective(codes: torch.Tensor, logits: torch.Tensor, anchors: torch.Tensor,
-              truth: dict[str, torch.Tensor], spec: dict) -> torch.Tensor:
+              ground_truth: dict[str, torch.Tensor], spec: dict) -> torch.Tensor:
   """Computes focal loss plus smooth L1, divided by the number of positive anchors."""
-  wanted_codes, labels, positive = assign(anchors, truth, spec)
+  target_codes, labels, positive = assign(anchors, ground_truth, spec)
   number = positive.sum().clamp_min(1)
-  wanted = torch.zeros_like(logits).scatter_(2, labels[..., None], positive[..., None].float())
-  cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction='none')
-  missing = (wanted - logits.sigmoid()).abs()  # 1 - p_t
+  one_hot = torch.zeros_like(logits).scatter_(2, labels[..., None], positive[..., None].float())
+  cross_entropy = F.binary_cross_entropy_with_logits(logits, one_hot, reduction='none')
+  missing = (one_hot - logits.sigmoid()).abs()  # 1 - p_t
   if spec['gamma'] != 2:
     raise ValueError(f'written for gamma 2, not {spec["gamma"]}')
-  weight = (1 - spec['alpha']) + (2 * spec['alpha'] - 1) * wanted
+  weight = (1 - spec['alpha']) + (2 * spec['alpha'] - 1) * one_hot
   classification = (weight * missing.square() * cross_entropy).sum()
-  errors = F.smooth_l1_loss(codes, wanted_codes, reduction='none').sum(-1)
+  errors = F.smooth_l1_loss(codes, target_codes, reduction='none').sum(-1)
   localization = (errors * positive).sum() * (spec['localization_weight'] / 4)
   return (classification + localization) / number
 

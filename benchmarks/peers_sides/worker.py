@@ -27,7 +27,7 @@ class Task:
     spec: parameters of the detector and of the step, from `material.py`.
     weights: {path: array} in the layouts of ppn_jax.
     images: u8 [batch, S, S, 3].
-    truth: boxes [batch, G, 4], labels [batch, G], valid [batch, G].
+    ground_truth: boxes [batch, G, 4], labels [batch, G], valid [batch, G].
   """
 
   def __init__(self, text: str):
@@ -42,14 +42,14 @@ class Task:
     material = np.load(f'{folder}/material.npz')
     rows = np.arange(self.batch) % len(material['images'])
     self.images = material['images'][rows]
-    self.truth = {name: material[name][rows] for name in ('boxes', 'labels', 'valid')}
+    self.ground_truth = {name: material[name][rows] for name in ('boxes', 'labels', 'valid')}
     self.anchors = material['anchors']
 
 
-def trimmed(truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def trimmed(ground_truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Removes the padding that no image of the batch needs, as a collate function would."""
-  most = max(1, int(truth['valid'].sum(axis=1).max()))
-  return {name: array[:, :most] for name, array in truth.items()}
+  most = max(1, int(ground_truth['valid'].sum(axis=1).max()))
+  return {name: array[:, :most] for name, array in ground_truth.items()}
 
 
 def serve(prepare: Callable[[Task], tuple[Callable[[], None], Callable[[], dict]]],

@@ -162,7 +162,7 @@ class Folder:
 
     Mappings, such as that of recipes to their checksums, may get further entries.
     """
-    path, wanted = self.path / 'setting.json', json.loads(json.dumps(setting))
+    path, merged = self.path / 'setting.json', json.loads(json.dumps(setting))
     if path.exists():
       there = self._read_setting(path)
     elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -170,17 +170,17 @@ class Folder:
                        'workdir of an earlier call')
     else:
       there = {}
-    for key in dict.fromkeys([*wanted, *there]) if there else ():
-      old, new = there.get(key), wanted.get(key)
+    for key in dict.fromkeys([*merged, *there]) if there else ():
+      old, new = there.get(key), merged.get(key)
       if isinstance(old, dict) and isinstance(new, dict):
-        wanted[key] = old | new
+        merged[key] = old | new
         key, old, new = next(((f'{key}.{k}', old[k], new[k]) for k in new
                               if old.get(k, new[k]) != new[k]), (key, None, None))
       if old != new:
         raise InputError(f'--workdir={self.path} has different settings: {key} is {old!r} there '
                          f'and {new!r} here; give a new folder')
-    if wanted != there:
-      storage.write_text(path, json.dumps(wanted, indent=2) + '\n')
+    if merged != there:
+      storage.write_text(path, json.dumps(merged, indent=2) + '\n')
 
   def _read_setting(self, path: pathlib.Path) -> Plain:
     try:

@@ -1,4 +1,4 @@
-"""The comparison on voc300: work over several calls, metrics and errors."""
+"""Comparison on voc300: work over several calls, metrics and errors."""
 
 import functools
 import json

@@ -229,7 +229,7 @@ def test_a_run_needs_no_import(config, imported, tmp_path, capsys):
 
 @pytest.mark.parametrize('background', [True, False])
 def test_all_that_fits_is_transferred_from_a_detectors_file(foreign, background):
-  """The file's classes have no names, so only the background column is transferred."""
+  """Only the background column is transferred, since the file's classes have no names."""
   config = tiny_config().copy_and_resolve_references().unlock()
   config.model.background_column = background
   config.model.neck.num_levels = 2
