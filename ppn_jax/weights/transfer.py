@@ -48,7 +48,7 @@ class TransferReport(NamedTuple):
     partial: number of those that were transferred in part.
     total: number of variables that the detector has.
     classes: a line on class columns; '' if the weights have none.
-    fresh: names of variables, or of whole layers, that keep their random values.
+    random: names of variables, or of whole layers, that keep their random values.
     mismatch: the first variable whose shapes differ, with both shapes; '' if there is none.
     unused: names of weights that were not transferred.
   """
@@ -58,19 +58,19 @@ class TransferReport(NamedTuple):
   partial: int
   total: int
   classes: str
-  fresh: tuple[str, ...]
+  random: tuple[str, ...]
   mismatch: str
   unused: tuple[str, ...]
 
   def lines(self, shown: int | None = None) -> tuple[str, ...]:
     """Returns the report in at most five lines, with at most `shown` names in each."""
     lines = [f'{self.origin}: {self.description}',
-             f'taken: {self.transferred} of {self.total} variables'
+             f'used: {self.transferred} of {self.total} variables'
              + (f', {self.partial} of them in part' if self.partial else '')]
     if self.classes:
       lines.append(f'class columns: {self.classes}')
-    if self.fresh:
-      lines.append(f'fresh: {_abbreviated(self.fresh, shown)}'
+    if self.random:
+      lines.append(f'random: {_abbreviated(self.random, shown)}'
                    + (f' ({self.mismatch})' if self.mismatch else ''))
     if self.unused:
       lines.append(f'unused: {_abbreviated(self.unused, shown)}')
@@ -198,14 +198,14 @@ def _describe_classes(weights: PretrainedWeights, categories: Sequence[Category]
                       common: set[str | None] | None) -> str:
   """Returns a line on which class columns were transferred, or why none were."""
   if common is None:
-    return 'all fresh, since the heads differ'
+    return 'all random, since the heads differ'
   transferred = [c.name for c in categories if c.name in common]
-  fresh = [c.name for c in categories if c.name not in common]
+  random = [c.name for c in categories if c.name not in common]
   unused = [c.name for c in weights.categories if c.name not in common]
   parts = [f'{len(transferred)} of {len(categories)} by name'
            + (f' ({_abbreviated(transferred, _SHOWN)})' if transferred else '')]
   parts += ['the background'] if _BACKGROUND in common else []
-  parts += [f'fresh: {_abbreviated(fresh, _SHOWN)}'] if fresh else []
+  parts += [f'random: {_abbreviated(random, _SHOWN)}'] if random else []
   parts += [f'unused: {_abbreviated(unused, _SHOWN)}'] if unused else []
   return '; '.join([*parts, *([weights.unnamed] if weights.unnamed else [])])
 

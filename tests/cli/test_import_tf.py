@@ -201,7 +201,7 @@ def test_training_from_a_backbone(foreign, config, tmp_path, capsys):
   record = json.loads((workdir / 'config.json').read_text())['init']
   assert record['backbone'] == str(copy) and record['weights'] == ''
   assert f'{copy}/model.ckpt: a PPN detector' in record['report'][0]
-  assert [line.split(':')[0] for line in record['report'][1:]] == ['taken', 'fresh', 'unused']
+  assert [line.split(':')[0] for line in record['report'][1:]] == ['used', 'random', 'unused']
   shutil.rmtree(copy)  # Resuming does not need it.
   shutil.rmtree(workdir / 'checkpoints/2')
   argv[3] = '--config.init.weights=/elsewhere'
@@ -236,10 +236,10 @@ def test_all_that_fits_is_transferred_from_a_detectors_file(foreign, background)
   detector = build_detector(resolve_classes(config, range(4)))
   like = jax.eval_shape(lambda: detector.init(jax.random.key(0)))
   found = initial_weights(like, [Category(i, f'{i}') for i in range(4)], weights=str(foreign[0]))
-  taken = flatten_dict(found.variables)
+  transferred = flatten_dict(found.variables)
   classes = {('params', 'head', leaf) for leaf in ('class_bias', 'class_kernel')}
-  assert taken.keys() == flatten_dict(like).keys() - classes
-  for path, value in taken.items():
+  assert transferred.keys() == flatten_dict(like).keys() - classes
+  for path, value in transferred.items():
     np.testing.assert_array_equal(value, foreign[1][path], err_msg=str(path))
   assert found.partial.keys() == (classes if background else set())
   assert 'the file does not name its classes' in str(found.report)

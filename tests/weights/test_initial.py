@@ -51,7 +51,7 @@ def test_ninety_classes_of_a_file_are_those_of_coco(tmp_path):
   indices, values = found.partial['params', 'head', 'class_bias']
   assert indices.tolist() == [0, 2, 3, 5]  # No background here; in the file it is column 0.
   np.testing.assert_array_equal(values, bias.reshape(2, 91)[:, [24, 1]].reshape(-1))
-  assert "2 of 3 by name (zebra, person); fresh: x" in str(found.report)
+  assert "2 of 3 by name (zebra, person); random: x" in str(found.report)
   assert "taken to be COCO's" in str(found.report)
 
 

@@ -83,12 +83,12 @@ def test_no_class_in_common_leaves_all_columns_fresh():
   found = transferred(network(2), ('cat', 'dog'), ours, ('red', 'blue'))
   np.testing.assert_array_equal(filled(found, ours)['params', 'head', 'class_bias'],
                                 ours['params', 'head', 'class_bias'])
-  assert '0 of 2 by name; fresh: red, blue; unused: cat, dog' in str(found.report)
+  assert '0 of 2 by name; random: red, blue; unused: cat, dog' in str(found.report)
 
 
 def test_another_number_of_anchors_leaves_the_predictors_fresh():
   found = transferred(network(1, anchors=2), ('red',), network(1), ('red',))
-  assert not found.partial and 'all fresh, since the heads differ' in str(found.report)
+  assert not found.partial and 'all random, since the heads differ' in str(found.report)
   assert 'box_kernel is [1, 1, 2, 8] there and [1, 1, 2, 12] here' in str(found.report)
 
 
@@ -99,9 +99,9 @@ def test_report_accounts_for_everything_in_five_lines():
   theirs['params', 'neck', 'extra_0', 'bias'] = np.zeros(4, np.float32)
   report = transferred(theirs, ('red', 'green', 'x'), ours, ('blue', 'red')).report
   assert str(report).splitlines() == [
-      'runs/a: a run', '  taken: 8 of 11 variables, 2 of them in part',
-      '  class columns: 1 of 2 by name (red); fresh: blue; unused: green, x',
-      '  fresh: head/norm_1, head/norm_2, head/norm_3', '  unused: neck']
+      'runs/a: a run', '  used: 8 of 11 variables, 2 of them in part',
+      '  class columns: 1 of 2 by name (red); random: blue; unused: green, x',
+      '  random: head/norm_1, head/norm_2, head/norm_3', '  unused: neck']
   assert report.lines() == tuple(line.strip() for line in str(report).splitlines())
 
 
@@ -114,7 +114,7 @@ def test_long_lists_are_cut_on_the_screen_only():
 def test_backbone_alone():
   found = transferred(network(1), ('red',), network(1), ('red',), part='backbone')
   assert set(found.variables['params']) == {'backbone'} and not found.partial
-  assert 'taken: 2 of 9' in str(found.report) and 'fresh: head' in str(found.report)
+  assert 'used: 2 of 9' in str(found.report) and 'random: head' in str(found.report)
 
 
 def test_nothing_fits():
@@ -141,7 +141,7 @@ def test_unnamed_classes_transfer_only_the_background():
       result[:, 0], weights.values['params', 'head', 'class_bias'].reshape(ANCHORS, 3)[:, 0])
   np.testing.assert_array_equal(result[:, 1],
                                 ours['params', 'head', 'class_bias'].reshape(ANCHORS, 2)[:, 1])
-  assert '0 of 1 by name; the background; fresh: red; no names' in str(found.report)
+  assert '0 of 1 by name; the background; random: red; no names' in str(found.report)
 
 
 @pytest.mark.parametrize('names, same_classes', [(('red', 'blue'), True), (('blue', 'red'), False)])

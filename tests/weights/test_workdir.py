@@ -94,9 +94,9 @@ def test_other_image_sizes_and_levels(earlier, image_size, levels):
   found = initial_weights(like(config), categories(*SHAPES), weights=str(earlier))
   total, missing = (len(flatten_dict(like(config))), 4 * max(levels - 3, 0))
   lines = str(found.report).splitlines()
-  assert f'taken: {total - missing} of {total} variables, 2 of them in part' in lines[1]
-  assert '2 of 5 by name (circle, star); fresh: square, triangle, cross; unused: moon' in lines[2]
-  assert lines[3:] == (['  fresh: head/norm_3'] if levels == 4 else
+  assert f'used: {total - missing} of {total} variables, 2 of them in part' in lines[1]
+  assert '2 of 5 by name (circle, star); random: square, triangle, cross; unused: moon' in lines[2]
+  assert lines[3:] == (['  random: head/norm_3'] if levels == 4 else
                        ['  unused: head/norm_2'] if levels == 2 else [])
 
 
