@@ -1,12 +1,13 @@
-"""Does a predictor for each level miscalibrate scores across levels, and a shared one not?
+"""Tests whether per-level predictors miscalibrate scores across levels and a shared one does not.
 
   python benchmarks/calibration.py --seeds=0,1,2 --json
 
-The paper's first claim (sections 1 and 2.1). Trains a PPN and an SSD on the same data with the
-same schedule and seeds, evaluates both with the calibration report, and prints for each run: AP,
-calibration error by level, the spread between levels, what that costs in AP, and the positives
-that each level was given. Differences within a seed are paired: same images, same order. Means
-over seeds come with their standard error, None of a single seed. With --json the last line is JSON.
+This is the paper's first claim (sections 1 and 2.1). The script trains a PPN and an SSD on the same
+data with the same schedule and seeds, evaluates both with the calibration report, and prints for
+each run: AP, calibration error by level, the spread between levels, the AP that it costs, and the
+number of positives of each level. Differences are paired by seed: same images, same order. Means
+over seeds have a standard error, which is None for a single seed. With --json the last line is
+JSON.
 """
 
 import argparse
@@ -34,11 +35,11 @@ def main() -> None:
   parser.add_argument('--shared', default=str(CONFIGS / 'quickstart.py'),
                       help='config of the model with a shared predictor (default: quickstart)')
   parser.add_argument('--separate', default=str(CONFIGS / 'quickstart_ssd.py'),
-                      help='config of the model with one for each level (default: quickstart_ssd)')
+                      help='config of the model with one per level (default: quickstart_ssd)')
   parser.add_argument('--seeds', default=[0], metavar='N,N,...', help='default: 0',
                       type=seeds)
   parser.add_argument('--steps', type=int, default=0, help="0: the configs' own")
-  parser.add_argument('--floor', type=float, default=0.05, help='least score that enters')
+  parser.add_argument('--floor', type=float, default=0.05, help='lowest score that counts')
   parser.add_argument('--train_images', type=int, default=2000, help='to count positives on')
   parser.add_argument('--workdir', help='keep the runs here (default: a temporary folder)')
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def seeds(text: str) -> list[int]:
-  """'0,1' -> [0, 1]"""
+  """Parses '0,1' as [0, 1]."""
   return [int(seed) for seed in text.split(',')]
 
 
@@ -79,7 +80,7 @@ def _load(path: str, steps: int, overrides: list[str]):
 
 
 def measure(config, seed: int, workdir: pathlib.Path, options: CalibrationOptions) -> dict:
-  """Trains and evaluates one run; what of its report the claim needs."""
+  """Trains and evaluates one run; returns the part of its report that the claim needs."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.seed = seed
@@ -101,7 +102,7 @@ def measure(config, seed: int, workdir: pathlib.Path, options: CalibrationOption
       'training': found['training']})
 
 
-FIGURES = {
+METRICS = {
     'AP': lambda r: r['AP'], 'AP50': lambda r: r['AP50'], 'ece': lambda r: r['all']['ece'],
     'gap_spread': lambda r: r['spread']['gap'],
     'spread_at_equal_score': lambda r: r['spread']['at_equal_score'],
@@ -110,9 +111,9 @@ FIGURES = {
 
 
 def summarize(runs: list[dict], models: list[str]) -> dict:
-  """{figure: {model: {mean, error}, 'separate - shared': {mean, error}}} over seeds."""
+  """Returns {metric: {model: {mean, error}, 'separate - shared': {mean, error}}} over seeds."""
   summary = {}
-  for name, read in FIGURES.items():
+  for name, read in METRICS.items():
     values = {m: [read(r) for r in runs if r['model'] == m] for m in models}
     pairs = zip(values['separate'], values['shared'], strict=True)
     values['separate - shared'] = [None if None in p else p[0] - p[1] for p in pairs]
@@ -121,7 +122,7 @@ def summarize(runs: list[dict], models: list[str]) -> dict:
 
 
 def _mean(values: list) -> dict:
-  """None unless every seed has the figure: a mean of some of them would not be paired."""
+  """Returns mean and standard error, None if a seed has no value, since pairs would be missing."""
   if None in values:
     return {'mean': None, 'error': None}
   error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
@@ -129,6 +130,7 @@ def _mean(values: list) -> dict:
 
 
 def print_summary(summary: dict) -> None:
+  """Prints a line for each metric."""
   show = lambda f: '-' if f['mean'] is None else f'{f["mean"]:+.4f}' + (
       f' ± {f["error"]:.4f}' if f['error'] is not None else '')
   for name, models in summary.items():
@@ -136,7 +138,7 @@ def print_summary(summary: dict) -> None:
 
 
 def _rounded(value):
-  """Figures to five digits, in any plain data."""
+  """Rounds all floats in plain data to five digits."""
   if isinstance(value, dict):
     return {k: _rounded(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):

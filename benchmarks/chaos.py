@@ -1,16 +1,16 @@
-"""Does a run survive being killed? Random kills, each followed by a restart, until it is done.
+"""Tests that a run survives random kills, each followed by a restart.
 
   python benchmarks/chaos.py --seed=0 --kills=100
   python benchmarks/chaos.py --seed=0 --kills=100 --config=quickstart
   python benchmarks/chaos.py --seed=0 --kills=100 --processes=2
 
-Trains one config undisturbed, then again and again while SIGKILL and SIGTERM arrive at random
-moments, every other one within a save, until so many have struck. Every disturbed run has to end
-with the undisturbed run's parameters, bit by bit, and with each step evaluated once; at no moment
-may the newest whole checkpoint be gone; SIGTERM during the steps has to end with exit code 75.
-With several processes a kill strikes one of them or all, and what is left of them after a SIGKILL
-is killed after `--grace` seconds, as launch/local_pod.sh does.
-Prints counts as JSON and exits with 1 where anything was lost.
+Trains a config undisturbed, then repeatedly while SIGKILL and SIGTERM are sent at random moments,
+about half of them during a save, until --kills signals have ended a process. Every disturbed run
+must end with the same parameters as the undisturbed run, bit for bit, and with each step evaluated
+once. The newest intact checkpoint must never be lost, and SIGTERM during the steps must end with
+exit code 75. With several processes, a signal is sent to one of them or to all, and processes that
+remain after a SIGKILL are killed after `--grace` seconds, as launch/local_pod.sh does. Prints
+counts as JSON and exits with 1 if anything was lost.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-# Long enough to be killed several times, with a save and an evaluation every so often.
+# Long enough to be killed several times, with frequent saves and evaluations.
 CONFIGS = {
     'tiny': (f'import sys\nsys.path.insert(0, {str(ROOT / "tests")!r})\n'
              'from tiny import tiny_config\n'
@@ -38,14 +38,14 @@ CONFIGS = {
              '  return tiny_config(steps=400, checkpoint_every=8, evaluate_every=40, '
              'log_every=20)\n'),
     'quickstart': (ROOT / 'configs' / 'quickstart.py').read_text()}
-# The quickstart's own model, data and rates; a shorter schedule.
+# The quickstart's model, data and learning rates with a shorter schedule.
 OVERRIDES = {'tiny': (), 'quickstart': (
     '--config.train.steps=240', '--config.train.checkpoint_every=8', '--config.train.log_every=8',
     '--config.train.evaluate_every=80', '--config.data.eval.num_images=32')}
 
 
 class Processes:
-  """Those of one run, started together.
+  """Processes of one run, started together.
 
   Attributes:
     running: the processes.
@@ -67,7 +67,7 @@ class Processes:
     self.codes: list[int] = []
 
   def ended(self) -> bool:
-    """Whether one has."""
+    """Returns whether a process has ended."""
     return any(process.poll() is not None for process in self.running)
 
   def send(self, number: int, to: list[int]) -> None:
@@ -75,7 +75,7 @@ class Processes:
       self.running[index].send_signal(number)
 
   def wait(self, grace: float) -> int:
-    """Waits for all; returns how many had to be killed `grace` seconds after one had failed."""
+    """Waits for all; returns how many had to be killed `grace` seconds after the first failure."""
     deadline, killed = time.monotonic() + 900, 0
     while any(process.poll() is None for process in self.running):
       if any(process.poll() for process in self.running):
@@ -93,7 +93,7 @@ class Processes:
 
 @dataclasses.dataclass
 class Chaos:
-  """The runs of one config in a folder, and what became of them."""
+  """Runs of one config in a folder, with counts of what happened to them."""
   folder: pathlib.Path
   config: str
   rng: random.Random
@@ -103,7 +103,7 @@ class Chaos:
   lost: list[str] = dataclasses.field(default_factory=list)
 
   def start(self, workdir: pathlib.Path) -> Processes:
-    """`ppn train` on the workdir; what it says goes to WORKDIR.log."""
+    """Starts `ppn train` on the workdir, with its output in WORKDIR.log."""
     file = self.folder / 'config.py'
     file.write_text(CONFIGS[self.config])
     environment = {**os.environ, 'PYTHONPATH': str(ROOT),
@@ -114,16 +114,16 @@ class Chaos:
     return Processes(command, workdir.with_suffix('.log'), self.processes, environment)
 
   def run(self, workdir: pathlib.Path, kills: int) -> int:
-    """Trains to the end, killed up to `kills` times; returns how often it was."""
+    """Trains to the end with up to `kills` kills; returns the number of kills."""
     struck = 0
     while True:
       before, number, struck_all = newest(workdir), None, True
       processes = self.start(workdir)
-      if struck < kills and self.strike_moment(processes, workdir):
-        number, struck_all, saving = self.strike(processes, workdir)
+      if struck < kills and self.wait_for_moment(processes, workdir):
+        number, struck_all, saving = self.send_signal(processes, workdir)
       self.counts['outlived a peer and was killed'] += processes.wait(self.grace)
       if newest(workdir) < before:
-        self.lost.append(f'{workdir.name}: checkpoint {before} gone, {newest(workdir)} is newest')
+        self.lost.append(f'{workdir.name}: checkpoint {before} lost, {newest(workdir)} is newest')
       if number is not None and any(processes.codes):
         struck += 1
         self.counts[number.name] += 1
@@ -137,9 +137,9 @@ class Chaos:
       else:
         return struck
 
-  def strike(self, processes: Processes, workdir: pathlib.Path
-             ) -> tuple[signal.Signals, bool, bool]:
-    """Sends a signal to one process or all; returns it, whether to all, and if within a save."""
+  def send_signal(self, processes: Processes, workdir: pathlib.Path
+                  ) -> tuple[signal.Signals, bool, bool]:
+    """Sends a signal to one process or all; returns it, whether to all, and if during a save."""
     everyone = list(range(self.processes))
     to = everyone if self.rng.random() < 0.5 else [self.rng.choice(everyone)]
     number, saving = self.rng.choice((signal.SIGKILL, signal.SIGTERM)), is_saving(workdir)
@@ -150,10 +150,10 @@ class Chaos:
     return number, len(to) == self.processes, saving
 
   def check_codes(self, workdir: pathlib.Path, number: int, codes: list[int]) -> None:
-    """Notes exit codes that a signal does not explain.
+    """Records exit codes that a signal does not explain.
 
-    SIGTERM's notice is taken from the first step on; before that nothing is at stake. The others
-    of a process that is killed may end in whatever way, but not as if the run were complete.
+    SIGTERM is handled only from the first step on, since nothing can be lost before. The peers of a
+    killed process may end with any code but 0, which would mean that the run is complete.
     """
     legal = {-number, 75}
     if self.processes > 1 and -number in codes:
@@ -161,13 +161,13 @@ class Chaos:
     if not set(codes) <= legal:
       self.lost.append(f'{workdir.name}: exit codes {codes} after {signal.Signals(number).name}')
 
-  def strike_moment(self, processes: Processes, workdir: pathlib.Path) -> bool:
-    """Waits for a random moment, or for a random save; False if the run ended before."""
+  def wait_for_moment(self, processes: Processes, workdir: pathlib.Path) -> bool:
+    """Waits for a random moment or a random save; returns False if the run ends before."""
     aim_at_save = self.rng.random() < 0.5
-    # Some strike while it starts, most while it steps.
+    # Some signals are sent during start-up, most during the steps.
     if self.rng.random() < 0.85:
-      told = workdir.with_suffix('.log').stat().st_size
-      while not processes.ended() and not told_since(workdir, told, 'compiled in'):
+      offset = workdir.with_suffix('.log').stat().st_size
+      while not processes.ended() and not logged_since(workdir, offset, 'compiled in'):
         time.sleep(0.01)
     end = time.monotonic() + self.rng.uniform(0, 4)
     while not processes.ended():
@@ -177,41 +177,44 @@ class Chaos:
     return False
 
   def check(self, workdir: pathlib.Path, whole: pathlib.Path) -> None:
-    """Notes what differs between a disturbed run and the undisturbed one."""
+    """Records differences between a disturbed run and the undisturbed one."""
     self.counts['runs'] += 1
     if checksums(workdir) != checksums(whole):
-      self.lost.append(f'{workdir.name}: other final state')
-    # Each step once, in the file that a restart cuts back to where it goes on from.
+      self.lost.append(f'{workdir.name}: final state differs')
+    # Each step must occur once: a restart truncates the file to the step that it resumes from.
     if evaluated_steps(workdir) != evaluated_steps(whole):
       self.lost.append(f'{workdir.name}: evaluated {evaluated_steps(workdir)}')
-    said = workdir.with_suffix('.log').read_text().count('evaluated step')
+    evaluations = workdir.with_suffix('.log').read_text().count('evaluated step')
     self.counts['evaluations'] += len(evaluated_steps(whole))
     self.counts['evaluations done again, killed before they were saved'] += (
-        said - len(evaluated_steps(whole)))
+        evaluations - len(evaluated_steps(whole)))
     if (workdir / 'damaged_checkpoints').exists():
       self.lost.append(f'{workdir.name}: a damaged checkpoint')
 
 
-def told_since(workdir: pathlib.Path, offset: int, text: str) -> bool:
+def logged_since(workdir: pathlib.Path, offset: int, text: str) -> bool:
+  """Returns whether a run's log contains a text behind an offset."""
   return text.encode() in workdir.with_suffix('.log').read_bytes()[offset:]
 
 
 def names(workdir: pathlib.Path) -> list[str]:
+  """Returns the names in the folder of checkpoints."""
   folder = workdir / 'checkpoints'
   return os.listdir(folder) if folder.exists() else []
 
 
 def newest(workdir: pathlib.Path) -> int:
+  """Returns the newest saved step, -1 if there is none."""
   return max((int(name) for name in names(workdir) if name.isdigit()), default=-1)
 
 
 def is_saving(workdir: pathlib.Path) -> bool:
-  """Whether a checkpoint is half written at this moment."""
+  """Returns whether a checkpoint is being written."""
   return any('tmp' in name for name in names(workdir))
 
 
 def checksums(workdir: pathlib.Path) -> dict:
-  """Of the final state as it is read back, which is verified on the way."""
+  """Returns checksums of the final state, which is read from the checkpoint and verified."""
   from ppn_jax.checkpoints import integrity
   from ppn_jax.distributed import sharding
   from ppn_jax.run import open_run
@@ -224,6 +227,7 @@ def checksums(workdir: pathlib.Path) -> dict:
 
 
 def evaluated_steps(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps that have been evaluated."""
   lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
   return [line['step'] for line in lines if 'eval/AP' in line]
 
@@ -234,10 +238,10 @@ def main() -> int:
   parser.add_argument('--kills', type=int, default=100)
   parser.add_argument('--kills_per_run', type=int, default=12)
   parser.add_argument('--config', choices=sorted(CONFIGS), default='tiny')
-  parser.add_argument('--processes', type=int, default=1, help='of each run, with a device each')
+  parser.add_argument('--processes', type=int, default=1, help='per run, one device each')
   parser.add_argument('--grace', type=float, default=5,
-                      help='seconds for the others once one has failed')
-  parser.add_argument('--minutes', type=float, default=60, help='begin no run after so many')
+                      help='seconds that the others have once one has failed')
+  parser.add_argument('--minutes', type=float, default=60, help='start no run after this time')
   parser.add_argument('--folder', help='keep the runs here (default: a temporary folder)')
   args = parser.parse_args()
   started = time.monotonic()

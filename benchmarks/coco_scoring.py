@@ -1,11 +1,11 @@
-"""Seconds of COCO's scoring by hotcoco and by pycocotools, and whether their figures are equal.
+"""Times COCO's scoring by hotcoco and by pycocotools, and checks that their metrics are equal.
 
   python benchmarks/coco_scoring.py --json
 
-By default of the size of COCO's validation split: 5,000 images with 100 detections each, 80
-classes, 7 boxes an image on average. Detections are truth moved by up to a fifth and, for most,
-boxes of chance. All of `coco.score` is timed, in turns. Equal means every figure, of all classes
-too, bit for bit. With --json the last line is JSON.
+The default size is that of COCO's validation split: 5,000 images with 100 detections each, 80
+classes and 7 boxes per image on average. Some detections are ground truth moved by up to a fifth of
+its size, most are random boxes. The whole of `coco.score` is timed, alternating between the two.
+Equal means bit for bit in every metric, also per class. With --json the last line is JSON.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SIDE = 640  # Pixels of an image.
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--images', type=int, default=5000)
-  parser.add_argument('--detections', type=int, default=100, help='of an image')
+  parser.add_argument('--detections', type=int, default=100, help='per image')
   parser.add_argument('--classes', type=int, default=80)
   parser.add_argument('--rounds', type=int, default=1)
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
@@ -46,7 +46,7 @@ def main() -> None:
       'equal': fast == slow, 'AP': fast.figures['AP'], **hardware.describe()}
   for scorer, s in medians.items():
     print(f'{scorer:12} {s:8.2f} s')
-  print(f'figures {"equal bit for bit" if result["equal"] else "DIFFER"}, AP {result["AP"]:.4f}')
+  print(f'metrics {"equal bit for bit" if result["equal"] else "DIFFER"}, AP {result["AP"]:.4f}')
   if args.json:
     print(json.dumps(result))
   if not result['equal']:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def problem(images: int, detections: int, classes: int) -> tuple[dict, list[dict]]:
-  """A COCO truth, with crowds and images without boxes, and rows of results; always the same."""
+  """Returns COCO ground truth, with crowds and empty images, and detections; both deterministic."""
   rng = np.random.default_rng(0)
   annotations, rows = [], []
   for image_id in range(1, images + 1):
@@ -81,7 +81,7 @@ def problem(images: int, detections: int, classes: int) -> tuple[dict, list[dict
 
 
 def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-  """[count, 4], x, y, width, height in pixels, from 8 to 400 a side, as many small as large."""
+  """Returns boxes [count, 4] as x, y, width, height in pixels, log-uniform from 8 to 400 a side."""
   sides = np.exp(rng.uniform(np.log(8), np.log(400), (count, 2)))
   return np.concatenate([rng.uniform(0, 1, (count, 2)) * (SIDE - sides), sides], axis=1)
 

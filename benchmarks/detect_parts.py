@@ -1,26 +1,26 @@
-"""What post-processing adds to the network in detect, and whether it equals plain greedy NMS.
+"""Measures the cost of post-processing in detection, and checks that it equals plain greedy NMS.
 
   python benchmarks/detect_parts.py --json
 
-PPN at 300 px with 90 classes. At each batch size three programs take turns: the network alone, the
-network with post-processing in one program (`Detector.detect`), and post-processing alone. `share`
-is (detect - network) / detect, round by round; the median of it, lowest and highest are given.
-`share_alone` is alone / (network + alone), of medians: on a machine that does other things too, a
-difference of two large times says little.
-The time of post-processing depends on what it is given, so detect is measured with each of
+Uses PPN at 300 px with 90 classes. At each batch size, three programs are timed alternately: the
+network alone, the network with post-processing in one program (`Detector.detect`), and
+post-processing alone. `share` is (detect - network) / detect in each round; its median, lowest and
+highest value are printed. `share_alone` is alone / (network + alone) of the medians, which is more
+reliable on a busy machine than a difference of two large times.
+The time of post-processing depends on its input, so detection is measured with each of
 
-  network    what random weights say;
-  trained    as of a trained network: ten objects an image, whose anchors agree on class and box,
-             among scores that are low and close;
-  close      thousands of scores within a hair of each other, boxes around few centres;
+  network    outputs of random weights;
+  trained    outputs as of a trained network: ten objects per image, whose anchors agree on class
+             and box, among low scores that are close together;
+  close      thousands of nearly equal scores, and boxes around few centres;
   ties       all scores equal, the worst case for a selection.
 
-But for `network`, class logits and codes are added to those of the network (times 1e-9) within the
-program, so that it still has to wait for them.
+Except for `network`, the class logits and box codes are added to those of the network (times 1e-9)
+within the program, so that it still has to wait for the network.
 
-Then the same outputs go through the reference's way, a loop over the classes, each a greedy loop
-over its best box, and a merge; detections have to be equal bit for bit, and its time is given.
-Exit code 1 if they are not. With --json the last line is JSON.
+The same outputs are then processed as in the reference: a greedy loop over the best box of each
+class, and a merge. Its time is printed, and its detections must be equal bit for bit, otherwise the
+exit code is 1. With --json the last line is JSON.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def measure(detector, variables, options, batch: int, rounds: int) -> dict:
-  """{kind: figures} at a batch size."""
+  """Returns the results for each kind of outputs at a batch size."""
   rng = np.random.default_rng(0)
   images = jax.device_put(rng.integers(0, 256, (batch, *[detector.image_size] * 2, 3), np.uint8))
   forward = jax.jit(detector.forward)
@@ -111,12 +111,13 @@ def measure(detector, variables, options, batch: int, rounds: int) -> dict:
 
 
 def summary(values) -> dict[str, float]:
+  """Returns median, lowest and highest value."""
   return {name: round(float(f(values)), 4)
           for name, f in (('median', np.median), ('lowest', np.min), ('highest', np.max))}
 
 
 def draw(kind: str, detector, batch: int, rng: np.random.Generator) -> Outputs:
-  """What a network may say of every anchor; see the top of this file."""
+  """Returns random outputs of a kind; see the top of this file."""
   anchors, classes = detector.anchors.boxes, detector.columns.count
   shape = (batch, len(anchors), classes)
   codes = rng.normal(0, 0.5, (*shape[:2], 4)).astype(np.float32)
@@ -132,14 +133,14 @@ def draw(kind: str, detector, batch: int, rng: np.random.Generator) -> Outputs:
   for image in range(batch):
     for _ in range(10):
       corner, side = rng.uniform(0, 0.6, 2), rng.uniform(0.1, 0.4, 2)
-      truth = np.concatenate([corner, corner + side]).astype(np.float32)
-      overlap = np.asarray(box_ops.iou(truth[None], anchors))[0]
+      ground_truth = np.concatenate([corner, corner + side]).astype(np.float32)
+      overlap = np.asarray(box_ops.iou(ground_truth[None], anchors))[0]
       near = np.flatnonzero(overlap > min(0.4, 0.9 * overlap.max()))
-      found = truth + rng.normal(0, 0.03, (len(near), 4)) * side.mean()
+      found = ground_truth + rng.normal(0, 0.03, (len(near), 4)) * side.mean()
       codes[image, near] = box_ops.encode(_ordered(found), anchors[near])
       label = rng.integers(0, classes)
       logits[image, near, label] = rng.normal(1, 1.5, len(near))
-      # A class or two that look alike.
+      # A second class that looks similar.
       logits[image, near, (label + 1) % classes] = rng.normal(-1.5, 1, len(near))
   return jax.device_put(Outputs(codes, logits.astype(np.float32)))
 
@@ -150,23 +151,23 @@ def _ordered(boxes: np.ndarray) -> np.ndarray:
 
 
 def plain_greedy(detector, outputs: Outputs, options):
-  """(anchor's level, label, score, box, valid) by a loop over classes, as the reference has it."""
+  """Runs NMS by a loop over the classes, as the reference does; the fields are as in Detections."""
   anchors = detector.anchors
   scores = detector.columns.scores(outputs.class_logits.astype(jnp.float32))
   boxes = box_ops.decode(outputs.box_codes.astype(jnp.float32), jnp.asarray(anchors.boxes))
 
   def of_class(boxes, left):
-    def take(left, _):
+    def select_best(left, _):
       best = jnp.argmax(left)
       score = left[best]
-      rivals = box_ops.iou(boxes[best][None], boxes)[0] > options.iou_threshold
-      gone = rivals | (jnp.arange(left.size) == best)
-      return jnp.where(gone & (score > -1), -1.0, left), (best, score)
-    return lax.scan(take, left, length=options.max_per_class)[1]
+      overlapping = box_ops.iou(boxes[best][None], boxes)[0] > options.iou_threshold
+      suppressed = overlapping | (jnp.arange(left.size) == best)
+      return jnp.where(suppressed & (score > -1), -1.0, left), (best, score)
+    return lax.scan(select_best, left, length=options.max_per_class)[1]
 
   def of_image(boxes, scores):
-    racing = (scores > options.score_threshold) & jnp.isfinite(boxes).all(-1, keepdims=True)
-    at, score = lax.map(lambda s: of_class(boxes, s), jnp.where(racing, scores, -1.0).T)
+    is_candidate = (scores > options.score_threshold) & jnp.isfinite(boxes).all(-1, keepdims=True)
+    at, score = lax.map(lambda s: of_class(boxes, s), jnp.where(is_candidate, scores, -1.0).T)
     label = jnp.broadcast_to(jnp.arange(len(at))[:, None], at.shape)
     at, score, label = at.ravel(), score.ravel(), label.ravel()
     clipped = box_ops.clip(boxes)
@@ -181,7 +182,7 @@ def plain_greedy(detector, outputs: Outputs, options):
 
 
 def equal(found, plain) -> bool:
-  """Bit for bit, in the order of `Detections`."""
+  """Returns whether two sets of detections are equal bit for bit."""
   return all(np.array_equal(np.asarray(a), np.asarray(b))
              for a, b in zip(found, plain, strict=True))
 

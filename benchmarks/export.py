@@ -1,13 +1,13 @@
-"""What an export costs: size, difference from JAX, mAP, latency, by format and precision.
+"""Measures size, difference from JAX, mAP and latency of exports by format and precision.
 
   python benchmarks/export.py --workdir=runs/ppn --workdir=runs/ssd --json
 
-Each run is exported in each format, compared with JAX on 20 of its evaluation images, and scored
-by its own runtime and by JAX on all of them (or --images). Without --workdir a PPN and an SSD are
-trained first, by the recipe of benchmarks/overfit.py, on the first images of coco100's training
-split, and scored on those same images: what is asked is how far an mAP moves, which one near zero
-could not tell. The JSON says which weights it was. Needs the extras export, tflite and onnx;
-formats whose libraries are missing are left out and named. With --json the last line is JSON.
+Each run is exported in each format, compared with JAX on 20 of its evaluation images, and evaluated
+by its own runtime and by JAX on all of them (or --images). Without --workdir, a PPN and an SSD are
+first trained by the recipe of benchmarks/overfit.py on the first images of coco100's training
+split, and evaluated on the same images, because an mAP near zero could not show by how much an
+export changes it. The JSON says which weights were used. Needs the extras export, tflite and onnx;
+formats whose libraries are missing are skipped and listed. With --json the last line is JSON.
 """
 
 import argparse
@@ -27,13 +27,12 @@ from ppn_jax.data.source import build_source
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.export.comparison import latency
-from ppn_jax.export.formats import Options
+from ppn_jax.export.formats import ExportOptions
 from ppn_jax.export.runtimes import open_export
-from ppn_jax.jobs.evaluate import load_variables
 from ppn_jax.jobs.export import export
 from ppn_jax.jobs.train import train
 from ppn_jax.metrics import coco
-from ppn_jax.run import Run, open_run
+from ppn_jax.run import Run, load_variables, open_run
 
 KINDS = (('stablehlo', 'float32'), ('saved_model', 'float32'), ('tflite', 'float32'),
          ('tflite', 'float16'), ('tflite', 'int8'), ('onnx', 'float32'))
@@ -42,7 +41,7 @@ KINDS = (('stablehlo', 'float32'), ('saved_model', 'float32'), ('tflite', 'float
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--workdir', action='append', help='a run (default: train two)')
-  parser.add_argument('--images', type=int, default=0, help='to score on; 0: all of data.eval')
+  parser.add_argument('--images', type=int, default=0, help='to evaluate on; 0: all of data.eval')
   parser.add_argument('--threads', type=int, default=2)
   parser.add_argument('--train_images', type=int, default=24)
   parser.add_argument('--steps', type=int, default=260)
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def train_both(folder: pathlib.Path, args: argparse.Namespace) -> list[pathlib.Path]:
-  """Runs of a PPN and of an SSD on the same images."""
+  """Trains a PPN and an SSD on the same images; returns their workdirs."""
   annotations = overfit.write_subset(folder / 'subset.json', args.train_images)
   recipe = argparse.Namespace(learning_rate=0.1, steps=args.steps, batch=8)
   workdirs = [folder / 'ppn', folder / 'ssd']
@@ -85,8 +84,8 @@ def train_both(folder: pathlib.Path, args: argparse.Namespace) -> list[pathlib.P
 
 def measure(run: Run, path: pathlib.Path, kind: tuple[str, str], args: argparse.Namespace
             ) -> dict[str, Any]:
-  """One row of the table."""
-  options = Options(kind[0], 1, kind[1])
+  """Exports and evaluates a run in one format; returns a row of the table."""
+  options = ExportOptions(kind[0], 1, kind[1])
   made = export(run, path, options, say=lambda text: None)
   exported = open_export(path, threads=args.threads)
   detector = run.detector()
@@ -110,7 +109,7 @@ def measure(run: Run, path: pathlib.Path, kind: tuple[str, str], args: argparse.
 
 
 def score(run: Run, detect, limit: int) -> dict[str, float]:
-  """COCO's figures of a function of images on the run's evaluation data."""
+  """Evaluates a function of images on the run's evaluation data; returns COCO's metrics."""
   source, data = build_source(run.config.data.eval.to_dict(), categories=run.categories), \
       run.config.data
   rows, seen = [], []
@@ -130,7 +129,7 @@ def score(run: Run, detect, limit: int) -> dict[str, float]:
 
 
 def weights(run: Run) -> dict[str, Any]:
-  """What a run was trained on, and what it was scored on."""
+  """Describes the data on which a run was trained and evaluated."""
   data, steps = run.config.data.to_dict(), run.config.train.steps
   return {'run': run.workdir.name, 'steps': steps, 'batch_size': run.config.train.batch_size,
           'trained_on': _data(data['train']), 'scored_on': _data(data['eval']),

@@ -1,23 +1,23 @@
-"""Do the forms of the convolutions train alike, to within what rounding does anyway?
+"""Checks that all forms of the convolutions train alike, to within rounding.
 
   python benchmarks/form_equality.py --json
 
 Trains the quickstart's model at 64 px with 'native' convolutions, the plain XLA operations, and
-takes each of its steps also with every other form (`model.layers.conv_form`), from the same
-weights on the same batch. Distances are of the loss, |loss - native's| / native's, and of the
-update, as vectors over all parameters, |update - native's| / |native's|. What they mean is told by
-yardsticks, which differ from 'native' by rounding alone: the images of each batch in another
-order. A form is `within_rounding` if the worst of its steps is at most --tolerance times the
-yardsticks' worst, in losses and in updates, where a loss may always be 1e-6 off.
+also takes each step with every other form (`model.layers.conv_form`), from the same weights on the
+same batch. The distance of the loss is |loss - native's| / native's, and that of the update, a
+vector over all parameters, is |update - native's| / |native's|. They are compared with yardsticks
+that differ from 'native' only by rounding: the images of each batch in another order. A form is
+`within_rounding` if the largest distance of its steps is at most --tolerance times that of the
+yardsticks, for losses and for updates. A loss may always differ by 1e-6.
 
-Each form also runs by itself. Training doubles the smallest difference every few steps, until all
-runs have parted, yardsticks too, so that these distances are shown and not judged.
+Each form is also trained separately. Training doubles the smallest difference every few steps until
+all runs diverge, the yardsticks included, so these distances are printed but not tested.
 
   python benchmarks/form_equality.py --variants model.layers.norm_decay=0.95 \\
       'model.layers.conv_form=shifted model.layers.norm_epsilon=0.001'
 
-compares other entries of the config in place of the forms, each quoted argument a variant. Exit
-code 1 if one is not within rounding. With --json the last line is JSON.
+compares other entries of the config instead of the forms; each quoted argument is a variant. The
+exit code is 1 if a variant is not within rounding. With --json the last line is JSON.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from ppn_jax.training.input_pipeline import build_feed
 from ppn_jax.training.train_step import jit_init, jit_train_step
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
-# Runs of more pixels and of the quickstart's own rate part within some steps.
+# With more pixels or the quickstart's own learning rate, runs diverge within a few steps.
 SMALLER = ('model.image_size=64', 'model.neck.num_levels=3', 'data.train.image_size=64',
            'train.batch_size=8', 'optim.rate_batch_size=8', 'optim.learning_rate=0.01',
            'optim.warmup_factor=0.1', 'optim.warmup_fraction=0.25')
@@ -53,9 +53,9 @@ _compiled = {}
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--steps', type=int, default=200)
-  parser.add_argument('--orders', type=int, default=2, help='of images, as yardsticks')
+  parser.add_argument('--orders', type=int, default=2, help='orders of the images, as yardsticks')
   parser.add_argument('--variants', nargs='+', metavar="'KEY=VALUE ...'",
-                      help='entries of the config to compare in place of the forms')
+                      help='entries of the config to compare instead of the forms')
   parser.add_argument('--tolerance', type=float, default=3.0)
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
   args = parser.parse_args()
@@ -93,7 +93,7 @@ def with_entries(config, *entries: str):
 
 
 def resolve(config):
-  """The config with the number of classes of its data."""
+  """Sets the number of classes to that of the data."""
   return resolve_classes(config, _source(config).categories)
 
 
@@ -102,14 +102,14 @@ def _source(config):
 
 
 def load_batches(config, steps: int) -> list:
-  """The first batches of training, on the device."""
+  """Returns the first batches of training, on the device."""
   feed = build_feed(config, _source(config), data_mesh())
   with feed.open(0, None) as batches:
     return [next(batches) for _ in range(steps)]
 
 
 def losses(config, batches: list, name: str, *, order: int = 0) -> np.ndarray:
-  """Loss of each step of a run, f64 [steps]; `order` as `in_order` has it."""
+  """Trains and returns the loss of each step, f64 [steps]; `order` as in `in_order`."""
   started = time.perf_counter()
   first, step = compiled(config, len(batches))
   state, taken = jax.tree.map(jnp.copy, first), []  # A step donates its state.
@@ -123,7 +123,7 @@ def losses(config, batches: list, name: str, *, order: int = 0) -> np.ndarray:
 
 
 def in_order(batch, order: int):
-  """The images of a batch in the order of that number, 0 their own."""
+  """Shuffles the images of a batch with a seed; 0 keeps their order."""
   rows = np.arange(len(batch[0]))
   if order:
     np.random.default_rng(order).shuffle(rows)
@@ -131,7 +131,11 @@ def in_order(batch, order: int):
 
 
 def same_weights(native, configs: dict, batches: list, orders: dict[str, int]) -> dict:
-  """{name: (loss, update) of each step} by distance from native's, from native's weights."""
+  """Takes each step with all forms from native's weights.
+
+  Returns:
+    {name: distances [steps, 2] of loss and update from native's}.
+  """
   state, native_step = compiled(native, len(batches))
   steps = {name: (native_step, k) for name, k in orders.items()}
   steps |= {name: (compiled(c, len(batches))[1], 0) for name, c in configs.items()}
@@ -152,13 +156,13 @@ def _take(step, state, batch, order: int) -> tuple:
 
 
 def update(before, after) -> np.ndarray:
-  """What a step did to the parameters, in one vector."""
+  """Returns the change of the parameters in a step as one vector."""
   old, new = (jax.tree.leaves(jax.device_get(s.variables['params'])) for s in (before, after))
   return np.concatenate([(n.astype(np.float64) - o).ravel() for o, n in zip(old, new, strict=True)])
 
 
 def compiled(config, steps: int) -> tuple:
-  """The first state and the jitted step of a config, each made once."""
+  """Returns the first state and the jitted step of a config, which are cached."""
   key = config.to_json()
   if key not in _compiled:
     detector, mesh = build_detector(config), data_mesh()
@@ -169,11 +173,11 @@ def compiled(config, steps: int) -> tuple:
 
 
 def compare(steps: dict, free: dict, yardsticks: list[str], tolerance: float) -> dict:
-  """What the JSON says of each run."""
+  """Returns the results for the JSON."""
   runs = {}
   for name, distances in steps.items():
-    runs[name] = {'loss': figures(distances[:, 0]), 'update': figures(distances[:, 1]),
-                  'alone': parted(free[name], free['native'])}
+    runs[name] = {'loss': summary(distances[:, 0]), 'update': summary(distances[:, 1]),
+                  'alone': largest_distances(free[name], free['native'])}
   rounding = {kind: max(runs[name][kind]['worst'] for name in yardsticks)
               for kind in ('loss', 'update')}
   allowed = {'loss': max(tolerance * rounding['loss'], 1e-6),
@@ -186,14 +190,14 @@ def compare(steps: dict, free: dict, yardsticks: list[str], tolerance: float) ->
           'yardsticks': {name: runs.pop(name) for name in yardsticks}, 'variants': runs}
 
 
-def figures(distances: np.ndarray) -> dict[str, float]:
+def summary(distances: np.ndarray) -> dict[str, float]:
   finite = np.where(np.isfinite(distances), distances, np.inf)
   return {'median': significant(np.median(finite)), 'worst': significant(finite.max())}
 
 
-def parted(of: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-  """The largest distance of two runs' losses up to some steps."""
-  d = np.abs(of - reference) / np.abs(reference)
+def largest_distances(losses: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+  """Returns the largest distance of two runs' losses up to each of the steps `SHOWN`."""
+  d = np.abs(losses - reference) / np.abs(reference)
   d = np.where(np.isfinite(d), d, np.inf)
   return {str(s): significant(d[:s].max()) for s in SHOWN if s <= len(d)}
 

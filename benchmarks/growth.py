@@ -1,19 +1,19 @@
-"""How time and memory of the training step grow with what it is given.
+"""Measures how time and memory of the training step grow with the size of its inputs.
 
   python benchmarks/growth.py --json
 
-The paper's config (configs/ppn_mobilenet_v1_coco.py, its dtype aside) from one base point, of which
-one quantity at a time is changed: images a batch, boxes that each image's truth is padded to,
-classes, and the image's side (with as many pyramid levels as it takes to shrink to one cell).
-A round takes one step at every point, so that all see the same disturbances. Of each point: median,
-fastest and slowest step, assignment and loss with its gradient timed apart, and the bytes that the
-step holds on a device by XLA's count. Of each quantity: the slope of time and of memory in log-log
-by least squares (1: proportional), that of time fitted to each round (median, lowest, highest), and
-of boxes and classes the milliseconds that 100 more add. Slopes are taken over the whole range and
-over its upper half, where fixed costs weigh less.
+Starts from the paper's config (configs/ppn_mobilenet_v1_coco.py, except for its dtype) and changes
+one quantity at a time: images per batch, boxes that the ground truth of an image is padded to,
+classes, and the side of the image (with as many pyramid levels as it takes to shrink to one cell).
+Each round takes one step at every point, so that all see the same disturbances. For each point it
+reports the median, fastest and slowest step, the times of assignment and of the loss with its
+gradient, and the bytes that the step holds on a device by XLA's count. For each quantity it reports
+the log-log slope of time and memory by least squares (1 is proportional), the slope of time in each
+round (median, lowest, highest), and for boxes and classes the milliseconds that 100 more add.
+Slopes are computed over the whole range and over its upper half, where fixed costs matter less.
 
---large is the same from a base and over ranges for a GPU. Points that do not fit into its memory
-are left out and said. With --json the last line is JSON; a picture is written to --picture.
+--large uses a base and ranges for a GPU. Points that do not fit into its memory are skipped and
+listed. With --json the last line is JSON; a picture is written to --picture.
 """
 
 import argparse
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'ppn_mobilenet_v1_coco.py'
-QUANTITIES = {'batch': 'images a batch', 'boxes': 'boxes that truth is padded to',
+QUANTITIES = {'batch': 'images per batch', 'boxes': 'boxes that ground truth is padded to',
               'classes': 'classes', 'side': 'side of the image in pixels'}
 CPU = ({'batch': 8, 'boxes': 100, 'classes': 80, 'side': 300},
        {'batch': (2, 4, 8, 16, 32), 'boxes': (10, 30, 100, 200, 500),
@@ -59,8 +59,8 @@ def main() -> None:
   parser.add_argument('--picture', metavar='FILE.png', help='draw the curves')
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
   args = parser.parse_args()
-  wanted = args.only.split(',') if args.only else list(QUANTITIES)
-  if unknown := set(wanted) - set(QUANTITIES):
+  quantities = args.only.split(',') if args.only else list(QUANTITIES)
+  if unknown := set(quantities) - set(QUANTITIES):
     parser.error(f'--only: unknown {sorted(unknown)[0]!r}; legal: {", ".join(QUANTITIES)}')
   if args.rounds < 1:
     parser.error(f'--rounds={args.rounds} must be at least 1')
@@ -69,14 +69,14 @@ def main() -> None:
   dtype = args.dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
 
   base, ranges = LARGE if args.large else CPU
-  points = {(name, value): base | {name: value} for name in wanted for value in ranges[name]}
+  points = {(name, value): base | {name: value} for name in quantities for value in ranges[name]}
   measured, too_large = measure(list(points.values()), dtype, args.rounds)
   curves = {name: curve(name, [(value, measured[_key(points[name, value])])
                                for value in ranges[name] if _key(points[name, value]) in measured])
-            for name in wanted}
+            for name in quantities}
   result = {'benchmark': 'growth', 'dtype': dtype, 'base': base, 'rounds': args.rounds,
             'curves': curves, 'does_not_fit': too_large, **hardware.describe()}
-  for name in wanted:
+  for name in quantities:
     print_curve(name, curves[name])
   if args.picture:
     draw(pathlib.Path(args.picture), result)
@@ -89,7 +89,7 @@ def _key(point: dict) -> tuple:
 
 
 def measure(points: list[dict], dtype: str, rounds: int) -> tuple[dict, list[dict]]:
-  """{a point's values: {bytes, compile_s, ms by part and round}}, and points too large."""
+  """Returns {values of a point: {bytes, compile_s, ms by part and round}}, and points too large."""
   runs, measured, too_large = {}, {}, []
   for key, point in {_key(p): p for p in points}.items():
     try:
@@ -113,7 +113,7 @@ def measure(points: list[dict], dtype: str, rounds: int) -> tuple[dict, list[dic
 
 
 def build_config(point: dict, dtype: str):
-  """The paper's config at a point."""
+  """Returns the paper's config at a point."""
   config = load_config(str(CONFIG), [])
   with config.unlocked():
     config.model.image_size, config.model.num_classes = point['side'], point['classes']
@@ -124,7 +124,7 @@ def build_config(point: dict, dtype: str):
 
 
 def curve(name: str, points: list[tuple[int, dict]]) -> dict:
-  """The figures of a quantity from what was measured at its values."""
+  """Returns times, memory and slopes of a quantity from the measurements at its values."""
   values = np.array([value for value, _ in points], float)
   times = {part: np.array([m[part] for _, m in points]) for part in PARTS}  # [values, rounds]
   upper = slice(len(values) // 2, None)
@@ -171,7 +171,7 @@ def print_curve(name: str, found: dict) -> None:
 
 
 def draw(path: pathlib.Path, result: dict) -> None:
-  """One panel for each quantity: time above, memory below, on scales of ratios that all share."""
+  """Draws time above memory for each quantity, on shared logarithmic scales."""
   curves, base = result['curves'], result['base']
   with plot(1.2 + 2.9 * len(curves), 4.6) as picture:
     rows = picture.figure.subplots(2, len(curves), sharey='row', sharex='col', squeeze=False)
@@ -185,8 +185,8 @@ def draw(path: pathlib.Path, result: dict) -> None:
         axes.axvline(base[name], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
       lower.set_xticks(values, [f'{v:,}' for v in values])
       lower.set_xlabel(QUANTITIES[name])
-    rows[0][0].set_ylabel('ms a step')
-    rows[1][0].set_ylabel("MB a step, by XLA's count")
+    rows[0][0].set_ylabel('ms per step')
+    rows[1][0].set_ylabel("MB per step, by XLA's count")
     picture.figure.suptitle(
         f'PPN, {result["dtype"]}, on {result["device"]}; dashed: batch {base["batch"]}, '
         f'{base["boxes"]} boxes, {base["classes"]} classes, {base["side"]} px, from which one '

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for the JSON that it prints."""
+"""Describes the machine that a benchmark runs on, for the JSON that it prints."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ import jax
 
 
 def describe() -> dict[str, str | int | float | None]:
-  """Machine, accelerator and versions; nothing that names the machine itself."""
+  """Returns processor, accelerator and versions, but nothing that identifies the machine."""
   device = jax.devices()[0]
   return {
       'backend': jax.default_backend(),
@@ -32,7 +32,7 @@ def _cpu_model() -> str:
 
 
 def _load() -> float | None:
-  """Processes that ran or waited in the last minute, the benchmark's own included."""
+  """Returns the load average of the last minute, which includes the benchmark itself."""
   try:
     return round(os.getloadavg()[0], 1)
   except (OSError, AttributeError):

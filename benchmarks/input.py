@@ -1,13 +1,13 @@
-"""Images/s of the host input path, stage by stage, beside the bare decoder and tf.data.
+"""Measures images/s of the host input pipeline by stage, beside the bare decoder and tf.data.
 
   python benchmarks/input.py --images=COCO/train2017 --annotations=COCO/instances.json --json
 
-Every figure is one process held to one or two cores, which reads JPEGs and makes batches of uint8
-[B, 300, 300, 3] with SSD's crop and a flip; the same files for all, in turns, medians over the
-rounds. `decoder` is simplejpeg alone at full scale, the floor. `cache` has its images in memory
-already, as from the second epoch on. tf.data runs in an environment of its own: make one with
-tensorflow-cpu in it and name its Python with --tensorflow_python; without it that figure is left
-out. With --json the last line is JSON.
+Each measurement is one process on one or two cores, which reads JPEGs and makes batches of uint8
+[B, 300, 300, 3] with SSD's crop and a flip. All use the same files and take turns; results are
+medians over the rounds. `decoder` is simplejpeg alone at full scale, the lower limit. `cache` has
+its images in memory, as from the second epoch on. tf.data runs in a separate environment: create
+one with tensorflow-cpu and give its Python as --tensorflow_python, otherwise it is skipped. With
+--json the last line is JSON.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import subprocess
 import sys
 import time
 
-# What a TPU v5e chip eats, by the compiler's estimate (images/s), and the cores of a host with
-# four of them.
+# Images/s that a TPU v5e chip consumes, by the compiler's estimate, and the cores of a host with
+# four chips.
 CHIP_RATE, HOST_CORES = 2_000, 112
 SHARED = pathlib.Path(os.environ.get('PPN_SHARED', '../shared')) / 'data' / 'coco100'
 
@@ -34,7 +34,7 @@ def main() -> None:
   parser.add_argument('--batch', type=int, default=64)
   parser.add_argument('--image_size', type=int, default=300)
   parser.add_argument('--rounds', type=int, default=3)
-  parser.add_argument('--seconds', type=float, default=4.0, help='of each measurement')
+  parser.add_argument('--seconds', type=float, default=4.0, help='duration of each measurement')
   parser.add_argument('--tensorflow_python', metavar='FILE',
                       help='python of an environment that has tensorflow-cpu')
   parser.add_argument('--worker', help=argparse.SUPPRESS)
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _measure(args: argparse.Namespace, stage: str, cores: int) -> float:
-  """Images per second of a stage, in a process of its own on the first `cores` cores."""
+  """Measures images per second of a stage in a new process on the first `cores` cores."""
   if stage == 'tf_data':
     script = pathlib.Path(__file__).with_name('tf_data_input.py')
     command = [args.tensorflow_python, str(script), args.images, args.annotations,
@@ -76,7 +76,7 @@ def report(args: argparse.Namespace, rates: dict) -> None:
     print(f'{stage:18} {cores} core{"s" if cores > 1 else " "} {rate["median"]:9,.0f} images/s   '
           f'({rate["least"]:,.0f} to {rate["most"]:,.0f})')
   median = lambda stage, cores: rates[stage, cores]['median']
-  figures = {
+  results = {
       'ratio_to_decoder': round(median('pipeline', 1) / median('decoder', 1), 3),
       'ratio_to_decoder_2_cores': round(median('pipeline', 2) / median('decoder', 2), 3),
       'ratio_to_tf_data': None, 'ratio_to_tf_data_2_cores': None,
@@ -85,20 +85,20 @@ def report(args: argparse.Namespace, rates: dict) -> None:
       'v5e_chips_fed_by_a_112_core_host': round(
           HOST_CORES * median('pipeline', 2) / 2 / CHIP_RATE, 1)}
   if args.tensorflow_python:
-    figures['ratio_to_tf_data'] = round(median('pipeline', 1) / median('tf_data', 1), 3)
-    figures['ratio_to_tf_data_2_cores'] = round(median('pipeline', 2) / median('tf_data', 2), 3)
-  for name, value in figures.items():
+    results['ratio_to_tf_data'] = round(median('pipeline', 1) / median('tf_data', 1), 3)
+    results['ratio_to_tf_data_2_cores'] = round(median('pipeline', 2) / median('tf_data', 2), 3)
+  for name, value in results.items():
     print(f'{name:34} {value}')
   if args.json:
     print(json.dumps({
         'benchmark': 'input', 'batch': args.batch, 'image_size': args.image_size,
-        'rounds': args.rounds, **figures,
+        'rounds': args.rounds, **results,
         'images_per_s': {f'{stage}_{cores}': rate for (stage, cores), rate in rates.items()},
         'chip_rate': CHIP_RATE, **hardware.describe()}))
 
 
 def _rate(step, seconds: float, warm_up: int = 1) -> float:
-  """Images per second of calls that each return how many they made."""
+  """Returns images per second of a function that returns the number of images that it made."""
   for _ in range(warm_up):
     step()
   count, started = 0, time.perf_counter()
@@ -108,7 +108,7 @@ def _rate(step, seconds: float, warm_up: int = 1) -> float:
 
 
 def decoder(args: argparse.Namespace) -> float:
-  """simplejpeg at full scale, in as many threads as there are cores; files are in memory."""
+  """Decodes with simplejpeg at full scale, in a thread per core, from files in memory."""
   import simplejpeg
   files = [p.read_bytes() for p in sorted(pathlib.Path(args.images).glob('*.jpg'))]
   with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -135,22 +135,22 @@ def _batches(args: argparse.Namespace, source, transforms=None, resize: str = 's
 
 
 def pipeline(args: argparse.Namespace) -> float:
-  """As `ppn train` reads by default."""
+  """Reads as `ppn train` does by default."""
   return _batches(args, _source(args))
 
 
 def pipeline_bilinear(args: argparse.Namespace) -> float:
-  """The same without antialiasing."""
+  """Reads without antialiasing."""
   return _batches(args, _source(args), resize='bilinear')
 
 
 def no_augmentation(args: argparse.Namespace) -> float:
-  """Decode, resize and batch."""
+  """Decodes, resizes and batches."""
   return _batches(args, _source(args), transforms=())
 
 
 def cache(args: argparse.Namespace) -> float:
-  """Crop, flip, resize and batch of images that are decoded already."""
+  """Crops, flips, resizes and batches images that are already decoded."""
   from ppn_jax.data.cache import MEMORY, CachedSource
   source = CachedSource(_source(args), MEMORY, args.image_size)
   for index in range(len(source)):

@@ -1,11 +1,11 @@
-"""Are batches a function of (seed, step) alone, and does the loader's memory stay flat?
+"""Checks that batches depend only on (seed, step), and that the loader's memory does not grow.
 
   python benchmarks/loader_checks.py --batches=1000 --images=50000 --json
 
-Hashes the first batches with every augmentation on, mosaic included: by 1, 2 and 4 threads, put
-together from the rows of 1, 2 and 4 hosts, and continued at a random step. Then reads many images
-and watches the memory of the process. Exits 1 if a hash differs or memory grows by more than 5%
-over the last four fifths. With --json the last line is JSON.
+Hashes the first batches with all augmentations, mosaic included: made by 1, 2 and 4 threads,
+assembled from the rows of 1, 2 and 4 hosts, and resumed at a random step. Then reads many images
+and records the memory of the process. Exits with 1 if a hash differs or memory grows by more than
+5% over the last four fifths. With --json the last line is JSON.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--batches', type=int, default=1000)
   parser.add_argument('--images', type=int, default=50_000)
-  parser.add_argument('--seed', type=int, default=0, help='of the step to restart at')
+  parser.add_argument('--seed', type=int, default=0, help='chooses the step to restart at')
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
   args = parser.parse_args()
   restart = int(np.random.default_rng(args.seed).integers(1, args.batches))
@@ -59,7 +59,7 @@ def _stream(source, **options):
 
 
 def digest(batches: int, *, threads: int = 2, hosts: int = 1, restart: int = 0) -> str:
-  """Hash of the first global batches, all columns."""
+  """Returns a hash of all arrays of the first global batches."""
   source = SyntheticShapes(num_images=777, image_size=(80, 96))
   rows = [slice(host, None, hosts) for host in range(hosts)]
   parts = [[_stream(source, threads=threads, rows=r, start_step=start) for r in rows]
@@ -77,7 +77,7 @@ def digest(batches: int, *, threads: int = 2, hosts: int = 1, restart: int = 0) 
 
 
 def memory(images: int) -> list[float]:
-  """Resident megabytes of this process after each twentieth of the images."""
+  """Returns the resident memory in MB after each twentieth of the images."""
   stream = _stream(SyntheticShapes(num_images=5_000, image_size=(80, 96)))
   process = psutil.Process()
   found = []

@@ -1,12 +1,12 @@
-"""Does the whole system learn? 32 real images, the full PPN at 300 px, scored on those images.
+"""Checks that the whole system learns: overfits the full PPN at 300 px on 32 real images.
 
   python benchmarks/overfit.py --json
 
-Takes the first images of ../shared/data/coco100/train2017 (PPN_SHARED names another folder),
-trains from random weights without augmentation, evaluates with pycocotools on the same images,
-and prints AP50. It goes through `train` and `evaluate` as a user would: JPEG decoding, the
-80-class problem, checkpoints. A detector that cannot do this has a bug; one that can has shown
-that it can memorise, nothing more. With --json the last line is JSON.
+Trains on the first images of ../shared/data/coco100/train2017 (PPN_SHARED names another folder)
+from random weights without augmentation, evaluates with pycocotools on the same images, and prints
+AP50. It calls `train` and `evaluate`, so it includes JPEG decoding, 80 classes and checkpoints. A
+detector that cannot do this has a bug; one that can has only shown that it can memorise. With
+--json the last line is JSON.
 """
 
 import argparse
@@ -52,6 +52,7 @@ def main() -> None:
 
 
 def coco100() -> pathlib.Path:
+  """Returns the folder of coco100."""
   default = pathlib.Path(__file__).resolve().parents[2] / 'shared'
   folder = pathlib.Path(os.environ.get('PPN_SHARED', default)) / 'data' / 'coco100'
   if not folder.is_dir():
@@ -60,7 +61,7 @@ def coco100() -> pathlib.Path:
 
 
 def write_subset(path: pathlib.Path, count: int) -> pathlib.Path:
-  """The first `count` images of coco100's train split, and the classes that they show."""
+  """Writes annotations of the first `count` images of coco100's training split."""
   full = json.loads((coco100() / 'annotations' / 'instances_train2017.json').read_text())
   images = full['images'][:count]
   kept = {image['id'] for image in images}

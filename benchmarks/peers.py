@@ -1,24 +1,26 @@
-"""Our detector beside the same network in plain TensorFlow and in PyTorch, in one run, in turns.
+"""Compares the speed of PPN with the same network in plain TensorFlow and in PyTorch.
 
   python benchmarks/peers.py --json
   python benchmarks/peers.py --device=cuda --json
 
-PPN on MobileNet-v1 at 300 px with 90 classes: the training step, the bare network (uint8 images to
-box codes and class logits), and detection with suppression (100 of a class, 100 in all, IoU .6).
-Each side is a process of its own (peers_sides/). For each workload all are started from the same
-weights, images and truth, and what they compute is compared; only sides that agree are timed. Then
-they take turns, round by round, the order turning too; those that wait are seen to be idle.
-Figures are medians over rounds of the medians within one, and `ratio_to_best_peer` is our time over
-that of the best peer of the same round: below 1 we are faster.
+Uses PPN on MobileNet-v1 at 300 px with 90 classes: the training step, the bare network (uint8
+images to box codes and class logits), and detection with suppression (100 per class, 100 in all,
+IoU 0.6).
+Each side is a separate process (peers_sides/). For each workload, all sides start from the same
+weights, images and ground truth, and their results are compared; only sides that agree are timed.
+They take turns in rounds, with the order rotating, while the others are checked to be idle. Times
+are medians over rounds of the medians within a round. `ratio_to_best_peer` is the time of ppn_jax
+divided by that of the best peer in the same round; below 1 ppn_jax is faster.
 
-Peers live in --env, which pip fills on the first run (TensorFlow 1 GB; PyTorch 1 GB as its CPU
-wheel, 5 GB as the default one; `--torch_requirements=torch==VERSION+cpu` names the former, which
-torchvision's default wheel does not fit, so suppression is then written in PyTorch). On a GPU
-there is no TensorFlow, and PyTorch is that of --torch_python or of this interpreter. Peers at
-inference have batch norm folded into their kernels (--keep_batch_norm leaves it), suppression in
-PyTorch looks at the best 512 pairs and at more until the result is that of all of them. Where all
-sides do not fit into a GPU's memory together, each runs by itself, which the JSON says. On a GPU
-XLA's count of bytes and FLOPs over our time is put beside a large copy and a large product.
+The peers are installed in --env by pip on the first run (TensorFlow takes 1 GB; PyTorch 1 GB as CPU
+wheel, 5 GB as default wheel. `--torch_requirements=torch==VERSION+cpu` selects the former, which
+does not work with torchvision's default wheel, so that suppression is then written in PyTorch). On
+a GPU, TensorFlow is left out, and PyTorch is that of --torch_python or of this interpreter. For
+inference, peers have batch norm folded into their kernels (unless --keep_batch_norm). Suppression
+in PyTorch considers the best 512 pairs, and more until the result is that of all pairs. If the
+sides do not fit into a GPU's memory together, each runs by itself, which the JSON records. On a
+GPU, XLA's counts of bytes and FLOPs per second are printed beside the rates of a large copy and a
+large product.
 """
 
 import argparse
@@ -40,15 +42,16 @@ KINDS = ('train', 'network', 'detect')
 FOLDER = pathlib.Path(__file__).resolve().parent / 'peers_sides'
 SCRIPTS = {'ours': 'ours.py', 'tensorflow': 'in_tensorflow.py', 'torch': 'in_torch.py',
            'torch_compiled': 'in_torch.py'}
-NUM_CLASSES, IMAGES = 90, 64  # More images than IMAGES are these again.
-# glibc as `ppn train` sets it for itself: freed memory is kept. Peers gain by it as well.
+NUM_CLASSES, IMAGES = 90, 64  # Larger batches repeat the images.
+# Settings of glibc that keep freed memory, as in `ppn train`. They speed up the peers too.
 MALLOC = ':'.join(f'glibc.malloc.{name}' for name in (
     'mmap_max=0', 'arena_max=1', 'trim_threshold=18446744073709551615', 'top_pad=268435456'))
 
-# What may differ. In float32 PyTorch's channels-last batch norm has the first layers' variances off
-# by up to 7e-4, and with them the gradients by some percent; its contiguous form has not, nor have
-# we, by float64. TensorFlow's updates are PyTorch's to half a percent, so it may be the same there.
-# In float64 PyTorch's loss is ours to 1e-7, its gradient to .2%.
+# Allowed differences. In float32, PyTorch's channels-last batch norm has errors of up to 7e-4 in
+# the variances of the first layers, and thus some percent in the gradients; its contiguous form and
+# ppn_jax do not, compared with float64. TensorFlow's updates agree with PyTorch's to half a
+# percent, so it may have the same errors. In float64, PyTorch's loss equals that of ppn_jax to
+# 1e-7, its gradient to 0.2%.
 TOLERANCES = {
     'float32': {'outputs': 2e-3, 'loss': 3e-4, 'update': 0.3, 'head_update': 0.02,
                 'averages': 2e-3, 'scores': 1e-3, 'boxes': 1e-3, 'unmatched': 0.02},
@@ -57,7 +60,7 @@ TOLERANCES = {
 
 
 class SideFailed(Exception):
-  """A side could not do what it was asked; `out_of_memory` says whether for want of memory."""
+  """Raised if a side fails; `out_of_memory` tells whether for lack of memory."""
 
   def __init__(self, text: str, out_of_memory: bool = False):
     super().__init__(text)
@@ -65,7 +68,7 @@ class SideFailed(Exception):
 
 
 class Side:
-  """A process that obeys lines."""
+  """Process of a side, which answers commands."""
 
   def __init__(self, name: str, python: str, task: Mapping, log: pathlib.Path):
     self.name, self._log = name, log
@@ -73,7 +76,7 @@ class Side:
     if task['device'] == 'cpu':
       environment |= {'GLIBC_TUNABLES': MALLOC, 'JAX_PLATFORMS': 'cpu', 'CUDA_VISIBLE_DEVICES': ''}
     else:
-      environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # Others need memory, too.
+      environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # The others need memory too.
     if name == 'ours':
       environment.pop('GLIBC_TUNABLES', None)
       environment['PYTHONPATH'] = os.pathsep.join(
@@ -99,7 +102,7 @@ class Side:
     return answer
 
   def cpu_seconds(self) -> float:
-    """Used so far by all of its threads."""
+    """Returns the CPU time that all threads have used so far."""
     fields = pathlib.Path(f'/proc/{self._process.pid}/stat').read_text().rpartition(')')[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
@@ -119,10 +122,10 @@ def main() -> None:
     result = measure(args, pathlib.Path(folder))
   for name, workload in result['workloads'].items():
     print(name, f"({workload['ratio_to_best_peer'] or 'no ratio'})")
-    for side, figures in workload['sides'].items():
-      print(f'  {side:15}', figures.get('error') or
-            f'{figures["ms"]["median"]:9.1f} ms ({figures["ms"]["fastest"]:.1f} to '
-            f'{figures["ms"]["slowest"]:.1f}), {figures["images_per_s"]} images/s')
+    for side, results in workload['sides'].items():
+      print(f'  {side:15}', results.get('error') or
+            f'{results["ms"]["median"]:9.1f} ms ({results["ms"]["fastest"]:.1f} to '
+            f'{results["ms"]["slowest"]:.1f}), {results["images_per_s"]} images/s')
   if args.json:
     print(json.dumps(result))
 
@@ -136,9 +139,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                       help='default: on cpu 8 to train, 1,8 else; on cuda 64,256,1024')
   parser.add_argument('--dtypes', default='', help='float32,bfloat16; default on cpu the former')
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--seconds', type=float, default=1.0, help='a side has in each round')
-  parser.add_argument('--max_boxes', type=int, default=100, help='truth boxes, padding included')
-  parser.add_argument('--keep_batch_norm', action='store_true', help='peers do not fold it')
+  parser.add_argument('--seconds', type=float, default=1.0, help='of each side in a round')
+  parser.add_argument('--max_boxes', type=int, default=100, help='boxes, padding included')
+  parser.add_argument('--keep_batch_norm', action='store_true', help='do not fold it in peers')
   parser.add_argument('--torch_mode', default='', help="torch.compile's mode")
   parser.add_argument('--env', default=str(platformdirs.user_cache_path('ppn_jax') / 'peers'),
                       metavar='FOLDER', help="environments of the peers")
@@ -161,14 +164,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
   try:
     args.batch = [int(n) for n in filter(None, args.batch.split(','))]
   except ValueError:
-    parser.error(f'--batch={args.batch} must be whole numbers with commas between')
+    parser.error(f'--batch={args.batch} must be integers separated by commas')
   for name, least in (('rounds', 1), ('max_boxes', 20), ('seconds', 0)):
     if not getattr(args, name) >= least:
       parser.error(f'--{name}={getattr(args, name)} must be at least {least}')
   if any(n < 1 for n in args.batch):
     parser.error('--batch must be at least 1')
   if 'ours' not in args.sides:
-    parser.error("--sides must have 'ours' among them, with which the others are compared")
+    parser.error("--sides must include 'ours', with which the others are compared")
   return args
 
 
@@ -176,7 +179,7 @@ def _chosen(parser, flag: str, text: str, legal: Sequence[str]) -> list[str]:
   names = text.split(',')
   for name in names:
     if name not in legal:
-      parser.error(f'{flag}={text}: {name!r} is none of {", ".join(legal)}')
+      parser.error(f'{flag}={text}: {name!r} is not one of {", ".join(legal)}')
   return [name for name in legal if name in names]
 
 
@@ -211,7 +214,7 @@ def measure(args: argparse.Namespace, folder: pathlib.Path) -> dict:
 
 
 def interpreter(args: argparse.Namespace, side: str) -> str:
-  """Python with the side's framework, made where there is none."""
+  """Returns a Python with the side's framework, installed if necessary."""
   if side == 'ours':
     return sys.executable
   name = side.partition('_')[0]
@@ -220,46 +223,46 @@ def interpreter(args: argparse.Namespace, side: str) -> str:
     return given
   env = pathlib.Path(args.env) / name
   python, complete = env / 'bin' / 'python', env / 'complete'
-  wanted = getattr(args, f'{name}_requirements')
-  if not complete.exists() or complete.read_text() != wanted:
-    print(f'installing {wanted} to {env}', file=sys.stderr, flush=True)
+  requirements = getattr(args, f'{name}_requirements')
+  if not complete.exists() or complete.read_text() != requirements:
+    print(f'installing {requirements} to {env}', file=sys.stderr, flush=True)
     subprocess.run([sys.executable, '-m', 'venv', env], check=True)
     subprocess.run([python, '-m', 'pip', 'install', '-q', '--disable-pip-version-check', 'numpy',
-                    *wanted.split()], check=True, stdout=sys.stderr)
-    complete.write_text(wanted)
+                    *requirements.split()], check=True, stdout=sys.stderr)
+    complete.write_text(requirements)
   return str(python)
 
 
 def run_workload(args, pythons: Mapping[str, str], task: dict, folder: pathlib.Path,
                  described: dict) -> dict:
-  """All sides beside each other; where they do not fit into memory, one after the other."""
+  """Times all sides in turns, or one after the other if they do not fit into memory together."""
   groups, together = [list(pythons)], True
   while True:
-    figures, times = {}, {}
+    results, times = {}, {}
     for side in pythons:
-      (folder / f'{side}.npz').unlink(missing_ok=True)  # Of the workload before.
+      (folder / f'{side}.npz').unlink(missing_ok=True)  # Of the previous workload.
     try:
       for group in groups:
-        time_group(args, {s: pythons[s] for s in group}, task, folder, together, figures, times,
+        time_group(args, {s: pythons[s] for s in group}, task, folder, together, results, times,
                    described)
     except SideFailed:
       groups, together = [[side] for side in pythons], False
       continue
-    return {'alternating': together, 'sides': figures, **ratios(times)}
+    return {'alternating': together, 'sides': results, **ratios(times)}
 
 
 def time_group(args, pythons: Mapping[str, str], task: dict, folder: pathlib.Path, together: bool,
-               figures: dict, times: dict, described: dict) -> None:
-  """Starts the sides of a group, compares and times them; fills the last three.
+               results: dict, times: dict, described: dict) -> None:
+  """Starts, compares and times the sides of a group; fills `results`, `times` and `described`.
 
   Raises:
-    SideFailed: out of memory, while sides ran together on one GPU.
+    SideFailed: If sides that run together on a GPU exhaust its memory.
   """
   def failed(side: str, e: SideFailed) -> None:
     if e.out_of_memory and together and task['device'] == 'cuda' and len(pythons) > 1:
       raise e
     print(f'  {side}: {e}', file=sys.stderr, flush=True)
-    figures[side] = {'error': str(e), 'out_of_memory': e.out_of_memory}
+    results[side] = {'error': str(e), 'out_of_memory': e.out_of_memory}
     running.pop(side).end()
 
   running = {}
@@ -270,9 +273,9 @@ def time_group(args, pythons: Mapping[str, str], task: dict, folder: pathlib.Pat
                            folder / f'{side}.log')
       try:
         prepared = running[side].ask(f'prepare {folder}/{side}.npz')
-        figures[side] = {'prepare_s': round(prepared['prepare_s'], 1)}
+        results[side] = {'prepare_s': round(prepared['prepare_s'], 1)}
         if side != 'ours':
-          figures[side]['differences'] = compare(folder, side, task)
+          results[side]['differences'] = compare(folder, side, task)
         once = running[side].ask('run 1')['seconds'][0]
         counts[side] = int(np.clip(args.seconds / once, 1, 50))
       except SideFailed as e:
@@ -290,11 +293,11 @@ def time_group(args, pythons: Mapping[str, str], task: dict, folder: pathlib.Pat
             times.pop(side, None)
             failed(side, e)
     for side, process in running.items():
-      said = process.ask('describe')
-      described[side] = said
-      figures[side] |= {'ms': spread(times[side]), 'idle_cpu': idle[side],
+      description = process.ask('describe')
+      described[side] = description
+      results[side] |= {'ms': summary(times[side]), 'idle_cpu': idle[side],
                         'images_per_s': round(1000 * task['batch'] / np.median(times[side]), 1),
-                        **said['memory'], **achieved(said, times[side])}
+                        **description['memory'], **achieved(description, times[side])}
   finally:
     for process in running.values():
       process.end()
@@ -309,7 +312,7 @@ def _options(args, side: str, task: Mapping) -> dict:
 
 
 def _idle_shares(running: Mapping[str, Side]) -> dict[str, float]:
-  """CPUs that each side uses while it waits."""
+  """Returns the number of CPUs that each side uses while it waits."""
   time.sleep(0.5)
   before = {side: p.cpu_seconds() for side, p in running.items()}
   time.sleep(1)
@@ -317,13 +320,13 @@ def _idle_shares(running: Mapping[str, Side]) -> dict[str, float]:
 
 
 def compare(folder: pathlib.Path, side: str, task: Mapping) -> dict[str, float]:
-  """The largest differences between a side's results and ours.
+  """Returns the largest differences between a side's results and those of ppn_jax.
 
   Raises:
-    SideFailed: one is beyond its tolerance.
+    SideFailed: If a difference exceeds its tolerance.
   """
   if not (folder / 'ours.npz').exists():
-    raise SideFailed('not timed: there is nothing of ours to compare with')
+    raise SideFailed('not timed: there are no results of ppn_jax to compare with')
   a, b = (dict(np.load(folder / f'{name}.npz')) for name in ('ours', side))
   if task['kind'] == 'network':
     found = {'outputs': max(float(np.abs(a[name] - b[name]).max()) for name in a)}
@@ -334,14 +337,18 @@ def compare(folder: pathlib.Path, side: str, task: Mapping) -> dict[str, float]:
   tolerances = TOLERANCES[task['dtype']]
   for name, value in found.items():
     if not value <= tolerances[name]:
-      raise SideFailed(f'not timed: {name} differ by {value:.3g} from ours, and '
+      raise SideFailed(f'not timed: {name} differ by {value:.3g} from those of ppn_jax, and '
                        f'{tolerances[name]} is allowed')
   return {name: float(f'{value:.3g}') for name, value in found.items()}
 
 
 def step_differences(a: Mapping, b: Mapping, before: Mapping) -> dict[str, float]:
-  """Of the loss (relative), the parameters' change (Euclidean, relative; also of the last layers
-  alone) and batch norm's averages (of a layer's largest)."""
+  """Compares training steps.
+
+  Returns:
+    Relative differences of the loss, of the change of the parameters (Euclidean norm), of that in
+    the last layers alone, and of batch norm's averages (relative to the largest of a layer).
+  """
   def update(prefix: str) -> float:
     names = [name for name in before if name.startswith(prefix)]
     change = [np.concatenate([np.ravel(x[n] - before[n]) for n in names]) for x in (a, b)]
@@ -354,9 +361,13 @@ def step_differences(a: Mapping, b: Mapping, before: Mapping) -> dict[str, float
 
 
 def detection_differences(a: Mapping, b: Mapping) -> dict[str, float]:
-  """Of the sorted scores, of the boxes that find their like, and the share of those that do not.
+  """Compares detections.
 
-  Rounding may let an overlap pass the threshold and another detection take a place.
+  Rounding can move an overlap across the threshold, and another detection then takes the place.
+
+  Returns:
+    Largest differences of the sorted scores and of matching boxes, and the share of detections
+    without a matching box.
   """
   unmatched, furthest = 0, 0.0
   for i in range(len(a['scores'])):
@@ -372,31 +383,32 @@ def detection_differences(a: Mapping, b: Mapping) -> dict[str, float]:
           'unmatched': unmatched / max(1, int(a['valid'].sum()))}
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
+def summary(times: Sequence[float]) -> dict[str, float]:
+  """Returns median, fastest and slowest time."""
   return {'median': round(float(np.median(times)), 3), 'fastest': round(min(times), 3),
           'slowest': round(max(times), 3)}
 
 
 def ratios(times: Mapping[str, Sequence[float]]) -> dict:
-  """Our time over the best peer's, round by round; the best is the one with the lowest median."""
+  """Returns the time of ppn_jax over that of the peer with the lowest median, by round."""
   peers = {side: t for side, t in times.items() if side != 'ours'}
   if not peers or 'ours' not in times:
     return {'best_peer': None, 'ratio_to_best_peer': None}
   best = min(peers, key=lambda side: np.median(peers[side]))
-  return {'best_peer': best, 'ratio_to_best_peer': spread(
+  return {'best_peer': best, 'ratio_to_best_peer': summary(
       [a / b for a, b in zip(times['ours'], peers[best], strict=True)])}
 
 
-def achieved(said: Mapping, times: Sequence[float]) -> dict[str, float]:
-  """What XLA counts of the program, over the median time."""
-  seconds, program = float(np.median(times)) / 1000, said.get('program') or {}
+def achieved(description: Mapping, times: Sequence[float]) -> dict[str, float]:
+  """Returns XLA's counts for the program divided by the median time."""
+  seconds, program = float(np.median(times)) / 1000, description.get('program') or {}
   names = {'flops': ('tflop_per_s', 1e12), 'bytes': ('gb_per_s', 1e9)}
   return {names[key][0]: round(count / seconds / names[key][1], 3)
           for key, count in program.items() if count and count > 0}
 
 
 def ceilings(python: str, folder: pathlib.Path) -> dict[str, float]:
-  """A large product's TFLOP/s by dtype and a large copy's GB/s, read and written."""
+  """Measures TFLOP/s of a large product by dtype, and GB/s, read and written, of a large copy."""
   done = subprocess.run([python, FOLDER / 'ceilings.py'], check=True, text=True,
                         stdout=subprocess.PIPE, cwd=folder)
   return json.loads(done.stdout.splitlines()[-1])

@@ -1,13 +1,13 @@
-"""Do several processes compute what one does, and go on with what fewer began?
+"""Checks that several processes compute what one does, and resume what fewer have started.
 
   python benchmarks/processes.py --json
 
-Trains a small PPN on the synthetic shapes by 1, 2 and 4 processes of two virtual devices each, with
-real collectives on localhost: in float64 to the end, where sums in another order differ by
-rounding, and in float32 for the first step's loss. Then 2 processes take half of the steps and
-save, and 4 take the rest. Losses, parameters, COCO's figures and the ids of every batch are held
-against those of one process. Exits 1 where more than rounding differs. With --json the last line
-is JSON.
+Trains a small PPN on the synthetic shapes with 1, 2 and 4 processes of two virtual devices each,
+with real collectives on localhost: in float64 for all steps, so that sums in another order differ
+by rounding only, and in float32 for the loss of the first step. Then 2 processes take half of the
+steps and save, and 4 processes take the rest. Losses, parameters, COCO's metrics and the image ids
+of every batch are compared with those of one process. Exits with 1 if more than rounding differs.
+With --json the last line is JSON.
 """
 
 import argparse
@@ -23,24 +23,24 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 DEVICES = 2
-BATCH = 8  # One row for each of the most devices.
-ROUNDING = 1e-6  # Relative, of float64 after all steps; steps amplify what the first differ by.
-STRAIGHT = (1, 2, 4)  # Processes of the runs without a break.
+BATCH = 8  # One row per device of the largest run.
+ROUNDING = 1e-6  # Relative, for float64 after all steps, which amplify the first difference.
+UNINTERRUPTED = (1, 2, 4)  # Numbers of processes of the uninterrupted runs.
 
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--steps', type=int, default=20)
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
-  parser.add_argument('--out', help='for the processes of a run: where the first writes')
-  parser.add_argument('--workdir', help='for them: checkpoints to go on from, and to add to')
-  parser.add_argument('--until', type=int, default=0, help='for them: the last step')
-  parser.add_argument('--dtype', default='float64', help='for them')
+  parser.add_argument('--out', help='internal: file that the first process of a run writes')
+  parser.add_argument('--workdir', help='internal: workdir to resume from and save to')
+  parser.add_argument('--until', type=int, default=0, help='internal: the last step')
+  parser.add_argument('--dtype', default='float64', help='internal: dtype of the activations')
   parser.add_argument('--joined', nargs=argparse.REMAINDER, default=[],
-                      help="for them: ppn's flags")
+                      help='internal: process flags of ppn')
   args = parser.parse_args()
   if args.out:
-    return take_part(args)
+    return run_process(args)
   with tempfile.TemporaryDirectory() as folder:
     measured = measure(pathlib.Path(folder), args.steps)
   for name, value in measured.items():
@@ -51,12 +51,12 @@ def main() -> int:
 
 
 def measure(folder: pathlib.Path, steps: int) -> dict:
-  """All runs, and what differs between them."""
+  """Runs everything and returns the differences."""
   import numpy as np
-  runs = {f'{n}': run(folder, n, steps, until=steps) for n in STRAIGHT}
+  runs = {f'{n}': run(folder, n, steps, until=steps) for n in UNINTERRUPTED}
   run(folder, 2, steps, until=steps // 2, workdir='broken')
   runs['2 then 4'] = run(folder, 4, steps, until=steps, workdir='broken')
-  first = {f'{n}': run(folder, n, steps, until=1, dtype='float32') for n in STRAIGHT}
+  first = {f'{n}': run(folder, n, steps, until=1, dtype='float32') for n in UNINTERRUPTED}
   one = runs.pop('1')
   measured = {'steps': steps, 'devices_of_each': DEVICES, 'batch': BATCH,
               'loss': [float(one['losses'][0]), float(one['losses'][-1])],
@@ -82,7 +82,7 @@ def figures(result: dict):
 
 
 def differ(one, other) -> float:
-  """The largest difference, relative to the largest value."""
+  """Returns the largest difference, relative to the largest value."""
   import numpy as np
   one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
   return float(np.max(np.abs(one - other)) / max(float(np.max(np.abs(one))), 1e-30))
@@ -90,7 +90,7 @@ def differ(one, other) -> float:
 
 def run(folder: pathlib.Path, processes: int, steps: int, *, until: int, workdir: str = '',
         dtype: str = 'float64') -> dict:
-  """Runs so many processes together; returns what the first has written."""
+  """Runs several processes together; returns the arrays that the first one writes."""
   import numpy as np
   out = folder / f'{processes}_{until}_{dtype}_{workdir}.npz'
   with socket.socket() as probe:
@@ -100,7 +100,7 @@ def run(folder: pathlib.Path, processes: int, steps: int, *, until: int, workdir
              f'--dtype={dtype}', f'--workdir={folder / (workdir or out.stem)}', '--joined',
              f'--local_devices={DEVICES}']
   together = [f'--coordinator=localhost:{port}', f'--num_processes={processes}']
-  # Compiling is most of the time here, and none of the matter.
+  # Most of the time is compilation, which does not matter here.
   environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'JAX_PLATFORMS': 'cpu'}
   children = [subprocess.Popen(
       command + ([*together, f'--process_id={i}'] if processes > 1 else []), env=environment,
@@ -111,8 +111,8 @@ def run(folder: pathlib.Path, processes: int, steps: int, *, until: int, workdir
   return dict(np.load(out))
 
 
-def take_part(args: argparse.Namespace) -> int:
-  """One process of a run: from the newest checkpoint, or the start, to step `until`."""
+def run_process(args: argparse.Namespace) -> int:
+  """Runs one process of a run, from the newest checkpoint or the start to step `until`."""
   import jax
   jax.config.update('jax_enable_x64', args.dtype == 'float64')
   from ppn_jax.cli import flags
@@ -153,7 +153,7 @@ def take_part(args: argparse.Namespace) -> int:
 
 
 def first_state(detector, optimizer, mesh, checkpoints):
-  """The newest step that is saved and its state, or a new state; in float64 where that is on."""
+  """Returns the newest saved step and its state, or a new state; in float64 if that is enabled."""
   import jax
   import jax.numpy as jnp
 
@@ -172,7 +172,7 @@ def first_state(detector, optimizer, mesh, checkpoints):
 
 
 def train(step, state, source, mesh, start: int, until: int):
-  """Takes the steps; returns the state, losses [steps] and on the first process ids [steps, B]."""
+  """Trains; returns the state, losses [steps] and, on the first process, image ids [steps, B]."""
   import numpy as np
 
   from ppn_jax.data.loader import train_batches

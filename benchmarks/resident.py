@@ -1,10 +1,10 @@
-"""What drawing a batch from device memory costs of the training step.
+"""Measures the share of the training step that drawing a batch from device memory takes.
 
   python benchmarks/resident.py --batch=8 --json
 
-PPN at 300 px and 90 classes with SSD's crop and a flip. In turns: the draw alone, the step with a
-batch that is there already, and the step that draws its own (`data.resident`); medians over
-the rounds, and the share of the arithmetic. With --json the last line is JSON.
+Uses PPN at 300 px with 90 classes, SSD's crop and a flip. Alternates between drawing a batch alone,
+the step with a given batch, and the step that draws its own batch (`data.resident`). Prints
+medians over the rounds and the share of the arithmetic. With --json the last line is JSON.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.training.optimizer import build_optimizer
 from ppn_jax.training.train_step import jit_init, jit_resident_step, jit_train_step
 
-IMAGES, BOXES = 64, 16  # Held on the device; boxes of an image are padded to so many.
+IMAGES, BOXES = 64, 16  # Images on the device, and the number of boxes that each is padded to.
 
 
 def main() -> None:
@@ -77,19 +77,19 @@ def main() -> None:
 
 
 def random_data(plan: dataset.Plan, mesh: jax.sharding.Mesh) -> dataset.ResidentData:
-  """Noise for images, five boxes in each."""
+  """Returns images of noise with five boxes each."""
   shapes, rng = dataset.abstract_data(plan, mesh), np.random.default_rng(0)
   corners = np.sort(rng.uniform(size=(IMAGES, BOXES, 2, 2)), axis=2)
   corners = corners.reshape(IMAGES, 4 * BOXES)
-  truth = (corners.astype(np.float32), np.zeros((IMAGES, BOXES), np.int32),
-           np.zeros((IMAGES, BOXES), bool), np.tile(np.arange(BOXES) < 5, (IMAGES, 1)))
+  ground_truth = (corners.astype(np.float32), np.zeros((IMAGES, BOXES), np.int32),
+                  np.zeros((IMAGES, BOXES), bool), np.tile(np.arange(BOXES) < 5, (IMAGES, 1)))
   pixels = rng.integers(0, 256, shapes.images.shape, np.uint8)
-  made = dataset.ResidentData(pixels, np.tile(np.int32([480, 640]), (IMAGES, 1)), *truth)
+  made = dataset.ResidentData(pixels, np.tile(np.int32([480, 640]), (IMAGES, 1)), *ground_truth)
   return jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), made, shapes)
 
 
 def count(function, *arguments) -> int:
-  """FLOPs of a call."""
+  """Returns the FLOPs of a call."""
   return sum(op.flops for op in operations(jax.make_jaxpr(function)(*arguments).jaxpr))
 
 

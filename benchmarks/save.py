@@ -1,12 +1,12 @@
-"""How long does a save hold up training?
+"""Measures how long a save delays training.
 
   python benchmarks/save.py
 
-Takes real steps of the full model, with momentum and a moving average, and saves now and then, as
-`ppn train` does. `blocked_ms` is what the loop spends in `wait` and `save`, each time with the
-save before complete; `in_background_ms` is from there until the checkpoint is on disk.
-`step_ms` and `step_ms_while_saving` tell what the thread that saves costs the steps beside it.
-Prints one JSON line.
+Takes real steps of the full model, with momentum and a moving average, and saves at intervals, as
+`ppn train` does. `blocked_ms` is the time that the loop spends in `wait` and `save`, each time with
+the previous save complete; `in_background_ms` is the time until the checkpoint is on disk.
+`step_ms` and `step_ms_while_saving` show how much the saving thread slows the steps down. Prints
+one line of JSON.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from ppn_jax.training.train_step import jit_init, jit_train_step  # noqa: E402
 
 
 def full_model(file: str, batch_size: int):
-  """The state and the compiled step of a config, 80 classes, with a moving average."""
+  """Returns the state and the compiled step of a config with 80 classes and a moving average."""
   spec = importlib.util.spec_from_file_location('config', file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -44,16 +44,16 @@ def full_model(file: str, batch_size: int):
   size, rng = config.model.image_size, np.random.default_rng(0)
   boxes = np.tile(np.float32([.2, .2, .7, .7]), (batch_size, 8, 1))
   valid = np.full((batch_size, 8), True)
-  truth = GroundTruth(boxes, np.ones_like(valid, np.int32), ~valid, valid)
+  ground_truth = GroundTruth(boxes, np.ones_like(valid, np.int32), ~valid, valid)
   images = rng.integers(0, 255, (batch_size, size, size, 3), np.uint8)
-  batch = sharding.to_global((images, truth), mesh, batch_size)
+  batch = sharding.to_global((images, ground_truth), mesh, batch_size)
   state = jit_init(detector, optimizer, mesh)(0)
   step = jit_train_step(detector, optimizer, mesh).lower(state, *batch).compile()
   return state, lambda state: step(state, *batch)
 
 
 def measure(state, step, folder: pathlib.Path, saves: int, between: int) -> dict:
-  """Milliseconds of each part, a value for each save or step."""
+  """Returns the milliseconds of each part, one value per save or step."""
   times = {'blocked': [], 'in_background': [], 'step': [], 'step_while_saving': []}
 
   def timed_step(state, name):
@@ -67,7 +67,7 @@ def measure(state, step, folder: pathlib.Path, saves: int, between: int) -> dict
     for number in range(saves):
       for _ in range(between):
         state = timed_step(state, 'step')
-      state, _ = step(state)  # Still under way, as in training.
+      state, _ = step(state)  # Still running, as in training.
       started = time.perf_counter()
       checkpoints.wait()
       checkpoints.save(number + 1, state)
@@ -82,7 +82,7 @@ def measure(state, step, folder: pathlib.Path, saves: int, between: int) -> dict
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--config', default=str(ROOT / 'configs' / 'ppn_mobilenet_v1_coco.py'))
-  parser.add_argument('--saves', type=int, default=21, help='the first is reported on its own')
+  parser.add_argument('--saves', type=int, default=21, help='the first is reported separately')
   parser.add_argument('--steps', type=int, default=3, help='between two saves')
   parser.add_argument('--batch_size', type=int, default=2)
   args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""How long commands take to answer: `ppn --help`, and training up to its first step.
+"""Measures the start-up time of `ppn --help` and of training up to its first step.
 
   python benchmarks/startup.py --json
 
-Each start is a process of its own. Training is the quickstart's, in a fresh workdir each time,
-first with an empty folder of compiled programs, then with what the first start left there. The
-parts are read from what the command says: until it names the model (imports, checks of the config,
-data), until it begins to compile (the first state), compiled, and the first step reported. With
---json the last line is JSON.
+Each start is a new process. It trains the quickstart in a new workdir, first with an empty cache of
+compiled programs, then with the cache that the first start filled. The parts are read from the
+command's output: until it names the model (imports, config checks, data), until it starts to
+compile (the first state), until it has compiled, and until it reports the first step. With --json
+the last line is JSON.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 import hardware
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# What a line begins with -> the part of the start that ends there.
+# Beginning of a line -> the part of the start that it ends.
 PARTS = {'pooling_pyramid on ': 'imports and checks', 'compiling ': 'first state',
          'compiled in ': 'compiling', 'step 1/': 'first step'}
 
@@ -56,7 +56,7 @@ def help_seconds() -> float:
 
 
 def train_seconds(home: str) -> dict[str, float]:
-  """Seconds of each part of a start of the quickstart, and in total, to its first step."""
+  """Starts the quickstart; returns the seconds of each part until its first step, and in total."""
   environment = {k: v for k, v in os.environ.items() if not k.startswith('JAX_COMPILATION')}
   seconds, last = {}, time.perf_counter()
   with (tempfile.TemporaryDirectory() as workdir,
@@ -74,7 +74,7 @@ def train_seconds(home: str) -> dict[str, float]:
     process.kill()
     process.wait()
   if len(seconds) < len(PARTS):
-    raise SystemExit(f'training did not reach its first step; it said last: {line}')
+    raise SystemExit(f'training did not reach its first step; its last line was: {line}')
   return seconds | {'total': round(sum(seconds.values()), 2)}
 
 

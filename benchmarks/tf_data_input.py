@@ -1,9 +1,9 @@
-"""tf.data doing what our host input does; run by input.py in an environment of its own.
+"""Implements the host input pipeline with tf.data; input.py runs it in a separate environment.
 
   python tf_data_input.py JPEG_FOLDER ANNOTATIONS BATCH SIDE CORES SECONDS
 
-Reads COCO's json, decodes, crops as SSD does, flips, resizes with antialiasing and batches uint8
-[B, S, S, 3] with padded boxes. Prints one line: images per second.
+Reads COCO's JSON, decodes, crops as SSD does, flips, resizes with antialiasing and batches uint8
+[B, S, S, 3] with padded boxes. Prints images per second.
 """
 
 import json
@@ -31,7 +31,7 @@ def examples(folder: str, annotations: str) -> tuple[list[str], list[list]]:
 
 
 def crop(image_bytes: tf.Tensor, boxes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-  """A decoded crop, by the decoder that makes no pixel outside of it, and its boxes."""
+  """Returns a random crop, decoded without the pixels outside of it, and its boxes."""
   shape = tf.image.extract_jpeg_shape(image_bytes)
   coverage = tf.gather(COVERAGES, tf.random.uniform([], 0, len(COVERAGES), tf.int32))
 
@@ -69,19 +69,19 @@ def main(folder: str, annotations: str, batch: int, side: int, cores: int,
   ragged = tf.ragged.constant([b.tolist() for b in boxes], ragged_rank=1, inner_shape=(4,))
   most = max(map(len, boxes))
 
-  def load(name, truth):
-    image, truth = crop(tf.io.read_file(name), truth)
-    # Flipped after it is small, as ours is.
+  def load(name, ground_truth):
+    image, ground_truth = crop(tf.io.read_file(name), ground_truth)
+    # Flipped after resizing, as in ppn_jax.
     image = tf.image.resize(image, (side, side), antialias=True)
-    image, truth = flip(tf.cast(tf.round(image), tf.uint8), truth)
-    return image, tf.pad(truth, [[0, most - tf.shape(truth)[0]], [0, 0]])
+    image, ground_truth = flip(tf.cast(tf.round(image), tf.uint8), ground_truth)
+    return image, tf.pad(ground_truth, [[0, most - tf.shape(ground_truth)[0]], [0, 0]])
 
   options = tf.data.Options()
   options.threading.private_threadpool_size = cores
   options.deterministic = True
   data = tf.data.Dataset.from_tensor_slices((names, ragged)).map(
-      lambda name, truth: (name, truth.to_tensor() if isinstance(truth, tf.RaggedTensor)
-                           else truth))
+      lambda name, boxes: (name, boxes.to_tensor() if isinstance(boxes, tf.RaggedTensor)
+                           else boxes))
   data = (data.shuffle(len(names), seed=0).repeat().map(load, num_parallel_calls=cores)
           .batch(batch, drop_remainder=True).prefetch(2).with_options(options))
   batches = iter(data)

@@ -1,13 +1,13 @@
-"""What each change to the training step is worth on TPUs, by their compiler.
+"""Estimates the effect of each optimisation of the training step on TPUs, by their compiler.
 
   python benchmarks/tpu_forms.py --json
 
-PPN at 300 px, 90 classes, bfloat16, compiled by `ppn plan` for one v5e and one v6e chip: the naive
-form, then each change added to those before it, as the commit that brought it has it. Needs libtpu
-(pip install 'ppn_jax[tpu]') and no TPU, takes one to three minutes a compile. Cycles are the sum of
-the compiler's estimates; bytes what the program reads from and writes to HBM; images/s follow from
-either at the chip's clock and bandwidth. With --json the last line is JSON. What is in --output is
-not compiled again, so that a run that was stopped goes on.
+Compiles PPN at 300 px with 90 classes in bfloat16 by `ppn plan` for one v5e and one v6e chip: the
+naive form, then with each change added to those before it, at the commit that introduced it. Needs
+libtpu (extra `tpu`) but no TPU, and takes one to three minutes per compilation. Cycles are the sum
+of the compiler's estimates, and bytes what the program reads from and writes to HBM; images/s
+follow from either at the chip's clock and bandwidth. With --json the last line is JSON. Results in
+--output are not compiled again, so that an interrupted call can be repeated.
 """
 
 import argparse
@@ -22,14 +22,14 @@ import tempfile
 import hardware
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# (what was changed, the commit that has it, flags). The first commit's own form is the second's.
+# (change, commit that has it, flags). The first two share a commit, whose own form is the second.
 STAGES = (
     ('naive', 'becf990', ('--config.model.layers.conv_form=native',)),
     ('narrow depthwise convolutions dense', 'becf990', ()),
     ('focal loss by cell', '6c61d10', ()),
     ('float32 kernel gradients', '6192ef4', ()),
 )
-# Every stage is compiled at the second of these, the first and the last at all.
+# The first and last stage are compiled at all of these, the others at the second only.
 BATCHES = (64, 128, 256)
 KEYS = ('cycles', 'hbm_bytes', 'images_per_second_by_cycles', 'images_per_second_by_bytes',
         'peak_hbm', 'compile_seconds', 'libtpu_version')
@@ -40,7 +40,7 @@ def main() -> None:
   parser.add_argument('--topology', action='append', metavar='NAME',
                       help='one chip (default: v5e:1x1 and v6e:1x1)')
   parser.add_argument('--output', default='', metavar='FILE',
-                      help='JSON lines of what has been compiled, read first if they are there')
+                      help='JSON lines with results, which are read first if the file exists')
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
   args = parser.parse_args()
 
@@ -61,14 +61,14 @@ def main() -> None:
 
 
 def _runs() -> list[tuple[int, int]]:
-  """(stage, images a chip)"""
+  """Returns all pairs of a stage and a number of images per chip."""
   ends = (0, len(STAGES) - 1)
   return [(stage, batch) for stage in range(len(STAGES)) for batch in BATCHES
           if stage in ends or batch == BATCHES[1]]
 
 
 def _plan(folder: pathlib.Path, topology: str, stage: int, batch: int) -> dict:
-  """What `ppn plan` of that commit says of one compile."""
+  """Returns the estimate of `ppn plan` at the commit of a stage."""
   _, commit, flags = STAGES[stage]
   tree = folder / commit
   if not tree.exists():

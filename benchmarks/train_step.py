@@ -1,13 +1,13 @@
-"""Images/s of the training step, and where its time goes.
+"""Measures images/s of the training step and the times of its parts.
 
   python benchmarks/train_step.py --batch=8 --json
 
-Each part is compiled and timed on its own, in turns with the others, on real shapes: the whole
-step, the backbone forward and backward, assignment, loss with its gradient, the optimizer, and,
-after the others have ended, the input path (images of 640 x 480 drawn, encoded to JPEG, decoded,
-cropped, flipped, resized) for one batch. Medians over the rounds. The parts do not add up to the
-step: neck and head are not among them, and the compiler fuses what is timed apart here. With --json
-the last line is JSON.
+Each part is compiled and timed separately on real shapes, alternating with the others: the whole
+step, the backbone forward and backward, assignment, the loss with its gradient, the optimizer, and,
+after the others, the input pipeline for one batch (images of 640 x 480 are drawn, encoded as JPEG,
+decoded, cropped, flipped and resized). Results are medians over the rounds. The parts do not add up
+to the step: neck and head are missing, and the compiler fuses parts that are timed separately here.
+With --json the last line is JSON.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(config, batch_size: int, rounds: int) -> tuple[dict, float]:
-  """{part: {median, fastest} in ms}, and the seconds that the step took to compile."""
+  """Returns {part: {median, fastest} in ms}, and the compile time of the step in seconds."""
   parts, compile_seconds = prepare(config, batch_size)
   times = in_turns(parts, rounds)
   times['input'] = input_times(config, batch_size, rounds)
@@ -75,7 +75,7 @@ def measure(config, batch_size: int, rounds: int) -> tuple[dict, float]:
 
 
 def prepare(config, batch_size: int) -> tuple[dict[str, Callable], float]:
-  """{part: a function that does it once}, and the seconds that the step took to compile."""
+  """Returns {part: function that runs it once}, and the compile time of the step in seconds."""
   setup = set_up(config, batch_size)
   optimizer, variables = setup.optimizer, setup.variables
   backbone = setup.detector.network.backbone
@@ -109,19 +109,19 @@ def prepare(config, batch_size: int) -> tuple[dict[str, Callable], float]:
 
 
 class Setup(NamedTuple):
-  """A detector that is ready to take steps, on noise."""
+  """Detector that is ready to take training steps on noise."""
   detector: Detector
   optimizer: Optimizer
   variables: Variables
   images: jax.Array
-  truth: GroundTruth
+  ground_truth: GroundTruth
   train_step: Callable[[], None]  # Takes one and waits for it.
   compiled: jax.stages.Compiled
   compile_seconds: float
 
 
 def set_up(config, batch_size: int, max_boxes: int = 100) -> Setup:
-  """Compiles the step for batches of noise whose truth is padded to `max_boxes`."""
+  """Compiles the step for batches of noise with ground truth padded to `max_boxes`."""
   keep_freed_memory()  # As `train` does.
   detector = build_detector(config)
   optimizer = build_optimizer(steps=1000, batch_size=batch_size, learning_rate=0.01,
@@ -129,33 +129,40 @@ def set_up(config, batch_size: int, max_boxes: int = 100) -> Setup:
   mesh = data_mesh()
   state = jit_init(detector, optimizer, mesh)(0)
   variables = jax.tree.map(jnp.copy, state.variables)
-  images, truth = random_batch(batch_size, detector.image_size, detector.num_classes, max_boxes)
+  images, ground_truth = random_batch(batch_size, detector.image_size, detector.num_classes,
+                                      max_boxes)
   started = time.perf_counter()
-  step = jit_train_step(detector, optimizer, mesh).lower(state, images, truth).compile()
+  step = jit_train_step(detector, optimizer, mesh).lower(state, images, ground_truth).compile()
   compile_seconds = time.perf_counter() - started
 
   def train_step():
     nonlocal state
-    state, metrics = step(state, images, truth)
+    state, metrics = step(state, images, ground_truth)
     jax.block_until_ready(metrics)
 
-  return Setup(detector, optimizer, variables, images, truth, train_step, step, compile_seconds)
+  return Setup(detector, optimizer, variables, images, ground_truth, train_step, step,
+               compile_seconds)
 
 
 def loss_parts(setup: Setup) -> dict[str, Callable]:
-  """Assignment and loss apart from the step, on what the network says at first."""
+  """Returns assignment and loss as separate functions, on the outputs of random weights."""
   detector = setup.detector
   outputs = jax.jit(detector.forward)(setup.variables, setup.images)
   assignment = jax.jit(functools.partial(detector.assign, detector.anchors))
   total = lambda o, t: sum(detector.outputs_loss(Outputs(*o), t)[:2])
-  return {'assignment': blocking(assignment, setup.truth),
+  return {'assignment': blocking(assignment, setup.ground_truth),
           'loss_with_gradient': blocking(jax.jit(jax.value_and_grad(total)), outputs,
-                                         assignment(setup.truth))}
+                                         assignment(setup.ground_truth))}
 
 
 def in_turns(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-  """{name: milliseconds in each round}; in a round each runs once, so that all see the same
-  disturbances. Before them each runs once to compile."""
+  """Times functions alternately, so that all see the same disturbances.
+
+  Each function runs once before, to compile.
+
+  Returns:
+    {name: milliseconds in each round}.
+  """
   times = {name: [] for name in runs}
   for run in runs.values():
     run()
@@ -168,25 +175,25 @@ def in_turns(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, li
 
 
 def blocking(function, *arguments):
-  """Calls and waits, since JAX returns before it has computed."""
+  """Returns a function that calls another and waits for the result, which JAX computes later."""
   return lambda: jax.block_until_ready(function(*arguments))
 
 
 def random_batch(batch_size: int, side: int, num_classes: int, max_boxes: int = 100):
-  """Noise, with up to `max_boxes` boxes an image; the step's time does not depend on content."""
+  """Returns noise with 1 to 14 boxes per image; the step's time does not depend on content."""
   rng = np.random.default_rng(0)
   corners = np.sort(rng.uniform(0, 1, (batch_size, max_boxes, 2, 2)), axis=2)
   valid = np.arange(max_boxes) < rng.integers(1, 15, (batch_size, 1))
   shape = (batch_size, max_boxes)
-  truth = GroundTruth(corners.reshape(*shape, 4).astype(np.float32),
-                      rng.integers(0, num_classes, shape).astype(np.int32),
-                      np.zeros(shape, bool), valid)
+  ground_truth = GroundTruth(corners.reshape(*shape, 4).astype(np.float32),
+                             rng.integers(0, num_classes, shape).astype(np.int32),
+                             np.zeros(shape, bool), valid)
   images = rng.integers(0, 256, (batch_size, side, side, 3), np.uint8)
-  return jax.device_put((images, truth))
+  return jax.device_put((images, ground_truth))
 
 
 def input_times(config, batch_size: int, rounds: int) -> list[float]:
-  """Milliseconds a batch, once what was prefetched is used up."""
+  """Returns the milliseconds per batch, after the prefetched batches."""
   batches = input_batches(config, batch_size)
   times = []
   for index in range(rounds + 4):

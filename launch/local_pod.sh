@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Several processes on this machine, joined as the hosts of a pod are, to rehearse one.
+# Runs several processes on this machine, joined like the hosts of a pod, to rehearse a pod.
 #
 #   launch/local_pod.sh [--processes=N] [--devices=D] [--port=PORT] [--dry-run] -- PPN ARGUMENTS
 #
 # such as -- train --config=configs/quickstart.py --workdir=runs/pod
 #
-#   --processes=N  how many (default: 2)
-#   --devices=D    virtual CPU devices of each (default: 1)
-#   --port=PORT    where process 0 serves the others (default: a free one)
-#   --grace=SECONDS  for the others to end when one has failed (default: 150)
-#   --dry-run      prints the commands and executes none
+#   --processes=N    number of processes (default: 2)
+#   --devices=D      virtual CPU devices per process (default: 1)
+#   --port=PORT      port of the coordinator in process 0 (default: a free one)
+#   --grace=SECONDS  time for the others to end after one has failed (default: 150)
+#   --dry-run        print the commands without executing them
 #
-# Lines are marked by process. SIGTERM goes to all. The exit code is that of the processes; where
-# they differ 2 comes before 75, and 75 before others.
+# Each line of output starts with the number of its process. SIGTERM is passed to all processes.
+# The exit code is that of the processes; if they differ, 2 takes precedence over 75, and 75 over
+# others.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -44,7 +45,7 @@ while (($#)); do
       shift
       break
       ;;
-    *) fail "unknown argument $1; ppn's own follow --" ;;
+    *) fail "unknown argument $1; arguments of ppn come after --" ;;
   esac
   shift
 done
@@ -57,7 +58,7 @@ count --grace "$grace" 0 99999
 ppn="$(command -v ppn || true)"
 ppn="${ppn:-$root/.venv/bin/ppn}"
 if [[ -z "$dry_run" ]]; then
-  [[ -x "$ppn" ]] || fail 'ppn is not installed; make .venv/base, or activate its environment'
+  [[ -x "$ppn" ]] || fail 'ppn is not installed; run make setup, or activate its environment'
   port="${port:-$(python3 -c 'import socket
 with socket.socket() as s:
   s.bind(("", 0))
@@ -74,7 +75,7 @@ for ((i = 0; i < processes; i++)); do
     echo
     continue
   fi
-  # The marks go through a pipe of their own, so that $! is the process itself.
+  # The numbers are added in a substituted process, so that $! is the process of ppn itself.
   "${command[@]}" > >(sed "s/^/[$i] /") 2> >(sed "s/^/[$i] /" >&2) &
   pids+=("$!")
 done
@@ -82,7 +83,7 @@ done
 
 trap 'kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 
-# Waits for all, but for no longer than `grace` once one has failed.
+# Waits for all processes, but at most `grace` seconds after one has failed.
 failed_at=''
 left="$processes"
 while ((left)); do

@@ -1,48 +1,48 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice, from the request to the end of a run.
+# Manages a Cloud TPU slice, from the request to the end of a run.
 #
 #   launch/tpu.sh COMMAND --name=NAME --zone=ZONE [FLAGS] [-- PPN ARGUMENTS]
 #
-# Commands, each safe to repeat:
-#   run      all of it: create, wait, setup, start, logs; starts again after every preemption, on a
-#            new slice if need be, until the command is done
-#   create   asks for the slice, as a queued resource
-#   wait     until the slice is there
-#   setup    installs this repository on all workers
-#   start    starts `ppn ARGUMENTS` on all workers; it goes on when the connection ends
-#   logs     follows what worker 0 prints
-#   status   of the slice and of the command on each worker
-#   stop     SIGTERM to the command on all workers, so that it saves and ends; `run` then ends too
-#   delete   the slice and the request
+# Commands, each of which can be repeated:
+#   run      create, wait, setup, start and logs; restart after every preemption, if necessary on a
+#            new slice, until the command is done
+#   create   request the slice as a queued resource
+#   wait     wait until the slice is ready
+#   setup    install this repository on all workers
+#   start    start `ppn ARGUMENTS` on all workers, independent of the connection
+#   logs     follow the output of worker 0
+#   status   show the state of the slice and of the command on each worker
+#   stop     send SIGTERM to the command on all workers, so that it saves and ends; also ends `run`
+#   delete   delete the slice and the request
 #
 # Flags:
-#   --name=NAME        of the slice and of its request
-#   --zone=ZONE        such as us-west4-a
-#   --project=PROJECT  other than gcloud's own
+#   --name=NAME        name of the slice and of its request
+#   --zone=ZONE        zone, such as us-west4-a
+#   --project=PROJECT  project (default: gcloud's)
 #   --type=TYPE        for create and run: v4-N, v5litepod-N (v5e), v5p-N or v6e-N
-#   --runtime=VERSION  software of the VMs (default: by the type)
-#   --spot, --reserved how to pay; on demand without either
-#   --revision=REV     which commit to install (default: HEAD)
-#   --local            installs the working tree as it is instead
+#   --runtime=VERSION  software of the VMs (default: depends on the type)
+#   --spot, --reserved use spot or reserved capacity (default: on demand)
+#   --revision=REV     commit to install (default: HEAD)
+#   --local            install the working tree instead of a commit
 #   --worker=N         for logs: another worker, or all (default: 0)
-#   --poll=SECONDS     between two looks at what is waited for (default: 30)
-#   --grace=SECONDS    for a worker to end when others have (default: 180)
-#   --retries=N        failures in a row, preemptions aside, before run gives up (default: 3)
-#   --delete           for run: deletes the slice once the command is done
-#   --dry-run          prints every command and executes none
+#   --poll=SECONDS     interval between checks while waiting (default: 30)
+#   --grace=SECONDS    time for a worker to end after others have (default: 180)
+#   --retries=N        failures in a row, without preemptions, before run gives up (default: 3)
+#   --delete           for run: delete the slice once the command is done
+#   --dry-run          print every command without executing it
 #
-# Exit codes: 0 done, 1 failed, 2 a mistake in what was given to this script or to ppn.
+# Exit codes: 0 done, 1 failed, 2 a mistake in the arguments of this script or of ppn.
 set -euo pipefail
-shopt -s extglob # Off inside [[ ]] in the bash of macOS.
+shopt -s extglob # macOS' bash does not enable it inside [[ ]].
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 name='' zone='' project='' type='' runtime='' tier='' revision='HEAD' local_tree='' worker=0
 poll=30 grace=180 retries=3 delete_after='' dry_run=''
 arguments=()
-folder=''         # For what is copied.
+folder=''         # Temporary folder of the files to copy.
 assumed='READY'   # State of the slice in a dry run.
-was_ready=''      # Whether this script has seen the slice.
+was_ready=''      # Whether the slice was ready at some time.
 
 say() { echo "tpu.sh: $1" >&2; }
 
@@ -51,7 +51,7 @@ fail() {
   exit "${2:-2}"
 }
 
-# In single quotes where need be; for any shell.
+# Quotes words for any POSIX shell, if necessary.
 quote() {
   local word text="'" escaped="'\\''"
   for word in "$@"; do
@@ -75,7 +75,7 @@ tpus() {
   execute gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"} --quiet
 }
 
-# on_workers all|N CALL...: a call of worker.sh.
+# on_workers all|N CALL...: calls worker.sh.
 on_workers() {
   local which="$1"
   shift
@@ -83,7 +83,7 @@ on_workers() {
     --ssh-flag=-oServerAliveCountMax=4 "--command=$(quote bash ppn_worker.sh "$@" | sed 's/ $//')"
 }
 
-# state_of queued-resources|tpu-vm FIELD: what the API says, NONE or UNKNOWN.
+# state_of queued-resources|tpu-vm FIELD: prints the state according to the API, NONE or UNKNOWN.
 state_of() {
   local answer
   if answer="$(tpus "$1" describe "$name" "--format=value($2)" 2>&1)"; then
@@ -96,7 +96,7 @@ state_of() {
   fi
 }
 
-# NONE, WAITING, READY, GONE (preempted or deleted), FAILED or UNKNOWN.
+# Prints NONE, WAITING, READY, GONE (preempted or deleted), FAILED or UNKNOWN.
 slice_state() {
   local request
   request="$(state_of queued-resources state.state)"
@@ -123,21 +123,21 @@ create() {
   case "$(slice_state)" in
     WAITING | READY) return ;;
     GONE) delete || return ;;
-    FAILED) fail "the request $name has failed, such as for want of quota; see \`gcloud compute tpus \
+    FAILED) fail "the request $name has failed, perhaps for lack of quota; see \`gcloud compute tpus \
 queued-resources describe $name --zone=$zone\`, and delete it" 1 ;;
     UNKNOWN)
-      # Later it is the network that is down, and not a mistake in project or rights.
+      # If it was ready before, the network is down; otherwise project or permissions may be wrong.
       [[ -n "$was_ready" ]] || fail 'the state of the request cannot be read' 1
       return
       ;;
   esac
-  say "asking for $type as $name in $zone"
+  say "requesting $type as $name in $zone"
   tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
     "--runtime-version=$runtime" ${tier:+"$tier"} || return
   assumed='READY'
 }
 
-# Returns 1 where the slice was lost meanwhile.
+# Returns 1 if the slice is lost while waiting.
 wait_for_slice() {
   local state last=''
   while :; do
@@ -170,7 +170,7 @@ setup() {
     pack_tree "$source" || return
   else
     execute git -C "$here/.." archive --format=tar.gz "--output=$source" "$revision" ||
-      fail "--revision=$revision is no commit of this repository"
+      fail "--revision=$revision is not a commit of this repository"
   fi
   [[ -n "$dry_run" ]] || id="$(git hash-object "$source")" || return
   execute cp "$here/worker.sh" "$folder/ppn_worker.sh" || return
@@ -179,7 +179,7 @@ setup() {
     on_workers all install "$id"
 }
 
-# Tracked files and new ones that are not ignored.
+# Packs tracked files and new ones that are not ignored.
 pack_tree() {
   local file files=(git -C "$here/.." ls-files -z --cached --others --exclude-standard)
   if [[ -n "$dry_run" ]]; then
@@ -188,7 +188,7 @@ pack_tree() {
     return
   fi
   "${files[@]}" |
-    while IFS= read -r -d '' file; do # Those that were deleted are still listed.
+    while IFS= read -r -d '' file; do # Deleted files are still listed.
       [[ ! -e "$here/../$file" ]] || printf '%s\0' "$file"
     done | tar -C "$here/.." --null -T - -cf - | gzip -n >"$1"
 }
@@ -204,7 +204,7 @@ logs() {
   on_workers "$worker" follow 20 "${prefix[@]+"${prefix[@]}"}"
 }
 
-# A word for each worker: none, running, exit:CODE or stopped:CODE. Fails where some do not answer.
+# Prints a word per worker: none, running, exit:CODE or stopped:CODE. Fails if one does not answer.
 worker_states() {
   local lines
   lines="$(on_workers all status 2>/dev/null)" || return
@@ -227,7 +227,7 @@ delete() {
   assumed='NONE'
 }
 
-# How one life of the command went: done, mistake, stopped, preempted or failed.
+# Result of one execution of the command: done, mistake, stopped, preempted or failed.
 verdict=''
 
 # Follows the command until it has ended on all workers, and sets `verdict`.
@@ -237,7 +237,7 @@ await_end() {
     states="$(worker_states)" || return 0
     case " $states" in
       *' running'*' '[ens]* | *' '[ens]*' running'*)
-        # The others hang in a collective until they notice.
+        # The others hang in a collective operation until they notice.
         if ((waited >= grace)); then
           on_workers all end 30 || return 0
         fi
@@ -261,7 +261,7 @@ await_end() {
   esac
 }
 
-# One life of the command on one slice; sets `verdict`.
+# Executes the command once on one slice; sets `verdict`.
 attempt() {
   local states
   verdict='failed'
@@ -270,7 +270,7 @@ attempt() {
     return 0
   fi
   wait_for_slice || return 0
-  # A worker that is new has no worker.sh yet.
+  # A new worker has no worker.sh yet.
   states="$(worker_states)" || states='none'
   if [[ " $states" != *' running'* ]]; then
     setup && start || return 0
@@ -284,7 +284,7 @@ run() {
     dry_run_all
     return
   fi
-  trap 'say "the command goes on; \`run\` follows it again, \`stop\` ends it"; exit 130' INT
+  trap 'say "the command continues; \`run\` follows it again, \`stop\` ends it"; exit 130' INT
   while ((failures <= retries)); do
     attempt
     if [[ "$verdict" == failed && "$(slice_state)" == @(GONE|NONE) && -n "$was_ready" ]]; then
@@ -296,9 +296,9 @@ run() {
         [[ -z "$delete_after" || "$verdict" == stopped ]] || delete
         return
         ;;
-      mistake) fail 'ppn refused what it was given; see its last lines above' ;;
+      mistake) fail 'ppn rejected its arguments; see its last lines above' ;;
       preempted)
-        say 'preempted; going on from the last checkpoint'
+        say 'preempted; resuming from the last checkpoint'
         failures=0
         ;;
       failed)
@@ -308,7 +308,7 @@ run() {
         ;;
     esac
   done
-  fail "given up: failed $failures times in a row" 1
+  fail "gave up: failed $failures times in a row" 1
 }
 
 dry_run_all() {
@@ -318,17 +318,17 @@ dry_run_all() {
   start
   logs
   on_workers all status
-  echo '# exit code 75 on a worker: from setup on again. The slice preempted:' >&3
+  echo '# exit code 75 on a worker: repeat from setup. If the slice is preempted:' >&3
   delete
   create
   if [[ -n "$delete_after" ]]; then
-    echo '# done:' >&3
+    echo '# when done:' >&3
     delete
   fi
 }
 
 count() { # count FLAG VALUE
-  [[ "$2" =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "$1=$2 is no whole number"
+  [[ "$2" =~ ^(0|[1-9][0-9]{0,5})$ ]] || fail "$1=$2 must be an integer of at least 0"
 }
 
 parse() {
@@ -364,17 +364,17 @@ parse() {
 
 check() {
   local letters='^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$'
-  [[ "$name" =~ $letters ]] || fail "--name=$name must be small letters, digits and hyphens"
-  [[ "$zone" =~ $letters ]] || fail "--zone=$zone is no zone, such as us-west4-a"
-  [[ -z "$project" || "$project" =~ ^[a-z0-9:.-]+$ ]] || fail "--project=$project is no project"
+  [[ "$name" =~ $letters ]] || fail "--name=$name must have lowercase letters, digits and hyphens only"
+  [[ "$zone" =~ $letters ]] || fail "--zone=$zone is not a zone; give one such as us-west4-a"
+  [[ -z "$project" || "$project" =~ ^[a-z0-9:.-]+$ ]] || fail "--project=$project is not a project"
   [[ "$worker" == all ]] || count --worker "$worker"
   count --poll "$poll"
   count --grace "$grace"
   count --retries "$retries"
-  [[ "$revision" != -* ]] || fail "--revision=$revision is no commit"
+  [[ "$revision" != -* ]] || fail "--revision=$revision is not a commit"
 }
 
-# Which software fits which generation: https://cloud.google.com/tpu/docs/runtimes
+# Software by generation: https://cloud.google.com/tpu/docs/runtimes
 check_type() {
   local default
   [[ "$type" =~ ^(v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
@@ -388,7 +388,7 @@ check_type() {
   runtime="${runtime:-$default}"
 }
 
-# On every worker the processes find each other by the slice's metadata.
+# The processes find each other through the slice's metadata.
 check_arguments() {
   [[ "${arguments[0]:-}" == [a-z]* ]] ||
     fail "give ppn's arguments at the end, such as -- train --config=FILE --workdir=gs://BUCKET/RUN"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One `ppn` command on one worker of a slice; tpu.sh copies this file there and calls it by ssh.
-# The command runs in a session of its own, so that it outlives the connection.
+# Runs a `ppn` command on one worker of a slice; tpu.sh copies this file there and calls it by ssh.
+# The command runs in a separate session, so that it outlives the connection.
 #
-#   install ID        ~/ppn_source.tar.gz, called ID, into ~/ppn/code with ~/ppn/venv around it
-#   start COMMAND...  runs it in ~/ppn/code; does nothing where the same command is running
-#   follow LINES [PREFIX]  prints the end of the log, and goes on until the command has ended
-#   status            one line: ppn-worker HOST none|running|exit CODE|stopped CODE
-#   end SECONDS       SIGTERM, and SIGKILL to what is left after so long
-#   stop SECONDS      the same, marked as somebody's wish, so that `tpu.sh run` does not restart it
+#   install ID        install ~/ppn_source.tar.gz, identified by ID, in ~/ppn/code and ~/ppn/venv
+#   start COMMAND...  run a command in ~/ppn/code; do nothing if the same command is running
+#   follow LINES [PREFIX]  print the end of the log, and follow it until the command has ended
+#   status            print one line: ppn-worker HOST none|running|exit CODE|stopped CODE
+#   end SECONDS       send SIGTERM, and SIGKILL to processes that remain after SECONDS
+#   stop SECONDS      like end, but marked as intended, so that `tpu.sh run` does not restart it
 set -euo pipefail
 
 root="$HOME/ppn"
@@ -18,7 +18,7 @@ fail() {
   exit "${2:-2}"
 }
 
-# Held by the command and all its children, whatever becomes of process ids.
+# The lock is held by the command and all its children, so it is more reliable than process ids.
 running() {
   [[ -e "$job/lock" ]] && ! flock --nonblock "$job/lock" true
 }
@@ -28,10 +28,10 @@ install() {
   if [[ -f "$root/installed" && "$(<"$root/installed")" == "$id" ]]; then
     return
   fi
-  running && fail 'a command is running on other code; stop it first'
+  running && fail 'a command is running on another version of the code; stop it first'
   rm -rf "$root/installed" "$root/code" "$root/code.new"
   mkdir -p "$root/code.new"
-  tar -xzf "$HOME/ppn_source.tar.gz" -C "$root/code.new" || fail 'the copied source is not whole' 1
+  tar -xzf "$HOME/ppn_source.tar.gz" -C "$root/code.new" || fail 'the copied source is incomplete' 1
   mv "$root/code.new" "$root/code"
   "$root/venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
   "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
@@ -39,7 +39,7 @@ install() {
   echo "$id" >"$root/installed"
 }
 
-# The images of TPU VMs come with Python 3.10, and uv brings a newer one.
+# The images of TPU VMs have Python 3.10; uv installs a newer one.
 make_venv() {
   local python
   for python in python3.13 python3.12 python3.11 python3; do
@@ -75,7 +75,7 @@ start() {
 supervise() {
   local code=0
   exec 9>"$job/lock"
-  flock --timeout 5 9 # `running` holds it for a moment when asked.
+  flock --timeout 5 9 # `running` holds it for a moment.
   cd "$root/code"
   echo "--- $(date -u '+%Y-%m-%d %H:%M:%S') $(hostname): $(<"$job/command")"
   PATH="$root/venv/bin:$PATH" PYTHONUNBUFFERED=1 "$@" &
@@ -96,7 +96,7 @@ status() {
   if running; then
     state='running'
   elif [[ -d "$job" ]]; then
-    # Without an exit code the machine was restarted, or the supervisor killed.
+    # There is no exit code if the machine was restarted or the supervisor killed.
     state="exit $(cat "$job/exit_code" 2>/dev/null || echo lost)"
     [[ -e "$job/stopped" ]] && state="stopped ${state#exit }"
   fi
@@ -105,7 +105,7 @@ status() {
 
 follow() {
   local group
-  [[ -f "$job/log" ]] || fail 'no command was started'
+  [[ -f "$job/log" ]] || fail 'no command has been started'
   group="$(cat "$job/group" 2>/dev/null || echo 0)"
   if running; then
     tail --lines="$1" --follow=name --retry --pid="$group" "$job/log" 2>/dev/null

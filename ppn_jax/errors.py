@@ -2,6 +2,9 @@
 
 import difflib
 import errno
+import pathlib
+import re
+import shlex
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -87,6 +90,21 @@ def verdict(error: BaseException) -> Verdict:
   if isinstance(error, OSError) and error.filename and is_outage(error):
     return Verdict(1, f'ppn: failed: {error.filename}: {error.strerror}')
   return Verdict(1, None)
+
+
+def install_command(extra: str) -> str:
+  """Returns the command that installs an optional extra, such as 'tpu'.
+
+  In a clone the command names the clone's folder, so that it works anywhere and does not replace
+  the clone by a package from an index.
+  """
+  root = pathlib.Path(__file__).resolve().parents[1]
+  try:
+    is_clone = re.search(r'^name = "ppn_jax"$', (root / 'pyproject.toml').read_text('utf-8'), re.M)
+  except (OSError, UnicodeDecodeError):
+    is_clone = None
+  return (f'pip install -e {shlex.quote(f"{root}[{extra}]")}' if is_clone else
+          f'pip install {shlex.quote(f"ppn_jax[{extra}]")}')
 
 
 def did_you_mean(name: str, legal: Iterable[str]) -> str:

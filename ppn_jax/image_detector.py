@@ -1,4 +1,4 @@
-"""A trained detector in other people's programs: `ppn_jax.load(workdir_or_export)(images)`."""
+"""Public Python interface of a trained detector: `ppn_jax.load(workdir_or_export)(images)`."""
 
 import dataclasses
 import io
@@ -24,31 +24,39 @@ Image = Union[Array, str, os.PathLike[str], 'PIL.Image.Image']
 
 
 class ImageDetections(NamedTuple):
-  """The N detections of one image, best score first; NumPy."""
-  boxes: np.ndarray  # f32 [N, 4], [ymin, xmin, ymax, xmax] in pixels of the upright image.
-  scores: np.ndarray  # f32 [N], 0 to 1.
-  labels: np.ndarray  # i32 [N], indices into `ImageDetector.categories`.
-  names: tuple[str, ...]  # Of those classes.
-  level: np.ndarray  # i32 [N], the pyramid level whose anchor made the box, 0 the finest.
+  """Detections of one image as NumPy arrays, N of them, highest score first.
+
+  Fields:
+    boxes: f32 [N, 4], [ymin, xmin, ymax, xmax] in pixels of the upright image.
+    scores: f32 [N], 0 to 1.
+    labels: i32 [N], indices into `ImageDetector.categories`.
+    names: N class names.
+    level: i32 [N], pyramid level of the anchor that the box comes from, 0 the finest.
+  """
+  boxes: np.ndarray
+  scores: np.ndarray
+  labels: np.ndarray
+  names: tuple[str, ...]
+  level: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageDetector:
-  """A trained detector as a function of images; see `load`.
+  """Trained detector as a function of images; see `load`.
 
   Attributes:
-    predictor: what it works with.
+    predictor: the detector that is called on batches of arrays.
   """
   predictor: Predictor
 
   @property
   def categories(self) -> tuple[Category, ...]:
-    """The classes (id, name), in order of label."""
+    """Returns the classes (id, name), in order of label."""
     return self.predictor.categories
 
   @property
   def step(self) -> int | None:
-    """Of the run that was trained; None if that is not known."""
+    """Returns the step of the run that it comes from, None if unknown."""
     return self.predictor.step
 
   def __call__(self, images: Image | Iterable[Image], *, threshold: float = 0.0
@@ -56,18 +64,18 @@ class ImageDetector:
     """Detects objects.
 
     Args:
-      images: one image or several, of any sizes. One is the path of a file or a PIL image, both of
-        which are turned upright as EXIF says, or an array u8 [H, W, 3] RGB, [H, W, 4] RGBA or
-        [H, W] grey. Several are any list, tuple, generator or other iterable of these, mixed or
-        not, or an array u8 [B, H, W, 3].
-      threshold: least score of what is returned, 0 to 1.
+      images: one image or several, of any sizes. An image is the path of a file or a PIL image,
+        both of which are rotated as their EXIF data says, or an array u8 [H, W, 3] RGB, [H, W, 4]
+        RGBA or [H, W] grey. Several images are a list, tuple, generator or other iterable of
+        these, mixed or not, or an array u8 [B, H, W, 3].
+      threshold: lowest score of a detection that is returned, 0 to 1.
 
     Returns:
-      The detections of an image; of several, a list in their order, [] for none.
+      The detections of the image, or for several images a list in their order.
 
     Raises:
-      InputTypeError: a TypeError, if an image is of another type or its pixels are not uint8.
-      InputError: an image that cannot be read, which is named, or a bad threshold.
+      InputTypeError: A TypeError, if an image has another type or its pixels are not uint8.
+      InputError: If an image cannot be read, or the threshold is not in 0 to 1.
     """
     if _is_several(images):
       return list(self.stream(images, threshold=threshold))
@@ -75,16 +83,16 @@ class ImageDetector:
 
   def stream(self, images: Iterable[Image], *, threshold: float = 0.0
              ) -> Iterator[ImageDetections]:
-    """As a call with several images, but reads and holds no more than a batch of them at a time."""
+    """Detects objects in several images, reading no more than one batch of them at a time."""
     if not _is_several(images):
-      raise InputTypeError(f'images is of type {type(images).__name__}, legal: a list or another '
+      raise InputTypeError(f'images is of type {type(images).__name__}; give a list or another '
                            'iterable of images')
     named = ((image, f'image {number}') for number, image in enumerate(images))
     return self._in_batches(named, _checked(threshold))
 
   def _in_batches(self, named: Iterable[tuple[Image, str]], threshold: float
                   ) -> Iterator[ImageDetections]:
-    """As `stream`, of images with what errors call them."""
+    """Detects objects in images that are given with their names for error messages."""
     named = iter(named)
     while group := [image_files.to_pixels(*pair)
                     for pair in itertools.islice(named, self.predictor.batch_size)]:
@@ -102,51 +110,53 @@ class ImageDetector:
 
 def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | None = None,
          batch_size: int | None = None, allow: Sequence[str] = ()) -> ImageDetector:
-  """A trained detector, ready to be called: of a run, or of a file that `ppn export` wrote.
+  """Loads a trained detector from a run, or from a file that `ppn export` wrote.
 
-  A run's is compiled on the first call, once, for `batch_size` images; fewer are padded. 1 answers
-  soonest, more give more images a second. A file is run by its own runtime, and loading it imports
-  neither models nor training; tflite and onnx not even JAX.
+  A run's detector is compiled on the first call for `batch_size` images, and fewer are padded. A
+  batch size of 1 has the lowest latency; larger ones process more images per second. A file is
+  executed by its own runtime. Loading it imports neither models nor training, and for tflite and
+  onnx not even JAX.
 
   Args:
-    path: the workdir of a `ppn train` or `ppn import-tf`, or an exported file; of a SavedModel its
-      folder.
-    step: of a run: a saved step; the newest that is whole by default.
-    ema: of a run: True for the moving average of the weights, False for the weights themselves;
-      None for the average where the run keeps one.
-    batch_size: images at a time; by default 1, or what a file takes that takes no other number.
-    allow: packages or modules of your own that a run may import, such as 'my_nets', where its
-      backbone, neck, head or loss is given by a dotted path. A workdir may come from anybody, so
-      none are imported by default.
+    path: the workdir of `ppn train` or `ppn import-tf`, or an exported file, or the folder of a
+      SavedModel.
+    step: for a run: a saved step; the newest intact one by default.
+    ema: for a run: True for the moving average of the weights, False for the weights themselves;
+      None for the average if the run keeps one.
+    batch_size: number of images that are processed at a time; by default that of the file, or 1.
+    allow: packages or modules of your own that a run may import, such as 'my_nets', if its
+      backbone, neck, head or loss is given by a dotted path. None are imported by default, because
+      a workdir may come from anyone.
 
   Raises:
-    InputError: neither there, no such checkpoint or average, a batch size below 1 or another than
-      the file's, a file that is damaged, or whose runtime is not installed.
+    InputError: If the path does not exist, there is no such checkpoint or average, the batch size
+      is below 1 or differs from the file's, the file is damaged, or its runtime is not installed.
   """
   path = expand_home(os.fspath(path))
   if not is_export(path):
     if '://' not in str(path) and not os.path.exists(path):
-      raise InputError(f'{os.fspath(path)}: there is neither a workdir nor an exported file')
-    from ppn_jax.run import open_run  # Heavy, and not for a file.
+      raise InputError(f'{os.fspath(path)} is neither a workdir nor an exported file')
+    from ppn_jax.run import open_run  # Imported here because a file does not need it.
     return ImageDetector(load_predictor(open_run(path, allow=allow), step=step, ema=ema,
                                         batch_size=1 if batch_size is None else batch_size))
   if step is not None or ema is not None:
-    raise InputError(f'step and ema choose among what a run has saved; {os.fspath(path)} is an '
-                     'exported file, leave them out')
+    raise InputError(f'step and ema choose a checkpoint of a run, but {os.fspath(path)} is an '
+                     'exported file; leave them out')
   return ImageDetector(open_predictor(path, batch_size=batch_size))
 
 
 def _checked(threshold: float) -> float:
+  """Returns a threshold; raises InputError if it is not in 0 to 1."""
   if not 0 <= threshold <= 1:
     raise InputError(f'threshold={threshold} must lie between 0 and 1')
   return threshold
 
 
 def _is_several(images: Any) -> bool:
-  """Returns whether a caller's images are several, rather than one or none at all."""
+  """Returns whether `images` is a collection of images rather than one image or another type."""
   if isinstance(images, (str, bytes, bytearray, os.PathLike, Mapping, Set, io.IOBase)):
     return False
   if image_files.is_array(images):
-    # A batch, or a column of paths as of a table.
+    # A batch of images, or an array of paths.
     return images.ndim == 4 or (images.ndim == 1 and np.asarray(images).dtype.kind in 'OU')
-  return hasattr(images, '__iter__') and not hasattr(images, 'getexif')  # As PIL's images have.
+  return hasattr(images, '__iter__') and not hasattr(images, 'getexif')  # Of PIL images.

@@ -1,4 +1,4 @@
-"""Pictures of any size in, detections out."""
+"""Detection on images of any size, by a run's checkpoint or an exported file."""
 
 import dataclasses
 import functools
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-  """A trained detector as a function of images.
+  """Trained detector as a function of images.
 
-  Compiled for one batch size on the first call; fewer images are padded to it. Threads may call
-  it at the same time.
+  It is compiled for one batch size on the first call, and fewer images are padded. Several threads
+  may call it at the same time.
 
   Attributes:
     categories: the classes, in order of label.
-    step: of the run that it comes from; None if that is not known.
-    batch_size: B, how many images go through at a time.
-    resize: an image -> the side S that the detector takes.
-    detect: u8 [B, S, S, 3] -> Detections.
+    step: step of the run that it comes from; None if unknown.
+    batch_size: B, number of images that are processed at a time.
+    resize: resizes an image to the side S that the detector takes.
+    detect: maps u8 [B, S, S, 3] to Detections.
   """
   categories: tuple[Category, ...]
   step: int | None
@@ -38,12 +38,17 @@ class Predictor:
   detect: Callable[[np.ndarray], Detections]
 
   def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]:
-    """RGB images u8 [H, W, 3] of any sizes -> for each its N detections, best score first.
+    """Detects objects in images.
 
-    The fields of a result have leading axis N, without padding; boxes are 0 to 1 of the image.
+    Args:
+      images: RGB images u8 [H, W, 3] of any sizes.
+
+    Returns:
+      For each image its N detections, highest score first. The fields have leading axis N, without
+      padding; boxes are 0 to 1 of the image.
 
     Raises:
-      InputError: an image of another type or shape, or without pixels.
+      InputError: If an image has another type or shape, or no pixels.
     """
     for image in images:
       _check(image)
@@ -64,19 +69,19 @@ class Predictor:
 
 def load_predictor(run: 'Run', *, step: int | None = None, ema: bool | None = None,
                    batch_size: int = 1) -> Predictor:
-  """The detector of a run's saved step, on one device.
+  """Loads the detector of a run's saved step, on one device.
 
   Args:
-    run: to load from.
-    step: a saved step; the newest that is whole by default.
+    run: the run.
+    step: a saved step; the newest intact one by default.
     ema: True for the moving average of the weights, False for the weights themselves; None for
-      the average where the run keeps one.
-    batch_size: images at a time.
+      the average if the run keeps one.
+    batch_size: number of images that are processed at a time.
 
   Raises:
-    InputError: no such checkpoint or average, or a batch size below 1.
+    InputError: If there is no such checkpoint or average, or the batch size is below 1.
   """
-  # Not above: what serves an exported file needs neither models nor training.
+  # Imported here because serving an exported file needs neither models nor training.
   import jax
 
   from ppn_jax.distributed import sharding
@@ -84,7 +89,7 @@ def load_predictor(run: 'Run', *, step: int | None = None, ema: bool | None = No
   _check_batch_size(batch_size)
   run.check_average(ema, 'ema')
   detector = run.detector()
-  # One device: a handful of pictures does not repay splitting.
+  # One device, because splitting a few images over several does not pay off.
   mesh = sharding.data_mesh(jax.local_devices()[:1])
   step, variables = load_variables(run, detector, mesh, step=step, ema=ema)
   return Predictor(run.categories, step, batch_size,
@@ -93,16 +98,16 @@ def load_predictor(run: 'Run', *, step: int | None = None, ema: bool | None = No
 
 
 def open_predictor(path: str | os.PathLike[str], *, batch_size: int | None = None) -> Predictor:
-  """The detector in a file of `ppn export`, run by the file's own runtime.
+  """Opens the detector in a file of `ppn export`, which its own runtime executes.
 
   Args:
-    path: of the file; of a SavedModel its folder.
-    batch_size: images at a time; by default as many as the file takes, 1 where it takes any
-      number.
+    path: path of the file, or of the folder of a SavedModel.
+    batch_size: number of images that are processed at a time; by default the file's, or 1 if the
+      file takes any number.
 
   Raises:
-    InputError: no such file, a damaged one, a runtime that is not installed (its extra is named),
-      or another batch size than the file's.
+    InputError: If there is no such file, it is damaged, its runtime is not installed, or it has
+      another batch size.
   """
   if batch_size is not None:
     _check_batch_size(batch_size)
@@ -125,4 +130,3 @@ def _check(image: Array) -> None:
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
     raise InputError(f'an image must be uint8 [height, width, 3], got {image.dtype} '
                      f'{list(image.shape)}')
-

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union
 
-from ppn_jax.errors import InputError, StoreError, is_outage
+from ppn_jax.errors import InputError, StoreError, install_command, is_outage
 
 if TYPE_CHECKING:
   from etils import epath
@@ -377,7 +377,7 @@ def _check_bucket(bucket: str) -> None:
     from google.api_core import exceptions
     from google.cloud import storage
   except ImportError as e:
-    raise InputError(f"gs://{bucket}: gcsfs is not installed; pip install 'ppn_jax[gcs]'") from e
+    raise InputError(f"gs://{bucket}: gcsfs is not installed; {install_command('gcs')}") from e
   # One client whatever else is installed, which sees what other machines write and delete.
   os.environ.setdefault('EPATH_USE_TF', 'false')
   fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False

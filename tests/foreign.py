@@ -9,8 +9,8 @@ import numpy as np
 from tensorboardX.proto import types_pb2
 from tensorboardX.proto.graph_pb2 import GraphDef
 
-from ppn_jax.weights.protos import BundleEntry, BundleHeader
-from ppn_jax.weights.sstable import MAGIC, masked_crc32c
+from ppn_jax.weights.tf_bundle import MAGIC, masked_crc32c
+from ppn_jax.weights.tf_protos import BundleEntry, BundleHeader
 
 TYPES = {'float32': 'DT_FLOAT', 'float64': 'DT_DOUBLE', 'float16': 'DT_HALF', 'int64': 'DT_INT64',
          'bfloat16': 'DT_BFLOAT16', 'int32': 'DT_INT32', 'bool': 'DT_BOOL'}

@@ -1,10 +1,12 @@
 """How commands end on what goes wrong."""
 
 import errno
+import pathlib
 
 import pytest
 
-from ppn_jax.errors import InputError, Stopped, StoreError, verdict
+from ppn_jax import errors
+from ppn_jax.errors import InputError, Stopped, StoreError, install_command, verdict
 
 
 class Refused(Exception):
@@ -31,3 +33,27 @@ Refused.__module__ = 'google.api_core.exceptions'
 ])
 def test_one_line_or_a_traceback(error, code, line):
   assert verdict(error) == (code, line)
+
+
+def test_install_command_of_a_clone_names_its_folder():
+  root = pathlib.Path(__file__).resolve().parents[1]
+  assert install_command('tpu').startswith('pip install -e ')
+  assert f'{root}[tpu]' in install_command('tpu')
+
+
+@pytest.mark.parametrize('project', [None, 'name = "other"\n', 'dependencies = ["ppn_jax"]\n'])
+def test_install_command_of_a_wheel_names_the_package(monkeypatch, tmp_path, project):
+  """An installed package has no pyproject.toml beside it, or that of another project."""
+  (tmp_path / 'ppn_jax').mkdir()
+  if project is not None:
+    (tmp_path / 'pyproject.toml').write_text(project)
+  monkeypatch.setattr(errors, '__file__', str(tmp_path / 'ppn_jax' / 'errors.py'))
+  assert install_command('tpu') == "pip install 'ppn_jax[tpu]'"
+
+
+def test_install_command_quotes_the_folder(monkeypatch, tmp_path):
+  package = tmp_path / 'my clones' / 'ppn_jax'
+  package.mkdir(parents=True)
+  (package.parent / 'pyproject.toml').write_text('[project]\nname = "ppn_jax"\n')
+  monkeypatch.setattr(errors, '__file__', str(package / 'errors.py'))
+  assert install_command('gcs') == f"pip install -e '{package.parent}[gcs]'"

@@ -1,4 +1,4 @@
-"""`ppn_jax.load`: what it takes, what it gives, and that it is what evaluation sees."""
+"""`ppn_jax.load`: its inputs and outputs, and agreement with evaluation."""
 
 import io
 import subprocess
@@ -35,7 +35,7 @@ def pictures(*sizes, seed=0):
   return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-def same(a, b):
+def assert_same(a, b):
   assert a.names == b.names
   for x, y in zip((a.boxes, a.scores, a.labels, a.level), (b.boxes, b.scores, b.labels, b.level),
                   strict=True):
@@ -70,34 +70,34 @@ def test_detections_are_those_of_the_detector_in_pixels(run, detector):
   assert detector.step == 6 and detector.categories == opened.categories
 
 
-def test_any_number_of_any_size_is_compiled_once(detector):
+def test_images_of_any_number_and_size_are_compiled_once(detector):
   images = pictures((48, 96), (10, 300), (200, 7), (64, 64), (1, 1), (33, 50), (64, 64))
   found = detector(images)
   assert len(found) == 7
   for image, one in zip(images, found, strict=True):
-    same(detector(image), one)
+    assert_same(detector(image), one)
     height, width = image.shape[:2]
     assert (one.boxes >= 0).all() and (one.boxes <= [height, width, height, width]).all()
   assert detector.predictor.detect.func._cache_size() == 1
   assert detector([]) == []
   batch = np.stack(pictures((40, 40), (40, 40)))
   for one, again in zip(detector(batch), detector(list(batch)), strict=True):
-    same(one, again)
+    assert_same(one, again)
 
 
 def test_files_and_arrays_are_the_same(detector, tmp_path):
   image, = pictures((48, 96))
   Image.fromarray(image).save(tmp_path / 'a.png')
   exif = Image.Exif()
-  exif[0x0112] = 6  # To be turned by a quarter to the right.
+  exif[0x0112] = 6  # Rotate by 90 degrees clockwise.
   Image.fromarray(np.rot90(image)).save(tmp_path / 'turned.png', exif=exif)
   expected = detector(image)
-  same(detector(str(tmp_path / 'a.png')), expected)
+  assert_same(detector(str(tmp_path / 'a.png')), expected)
   for one in detector([tmp_path / 'a.png', image, tmp_path / 'turned.png']):
-    same(one, expected)
+    assert_same(one, expected)
 
 
-def test_any_form_of_an_image_alone_and_in_any_kind_of_list(detector, tmp_path, monkeypatch):
+def test_every_form_of_an_image_alone_and_in_any_iterable(detector, tmp_path, monkeypatch):
   image, = pictures((48, 96))
   monkeypatch.setenv('HOME', str(tmp_path))
   Image.fromarray(image).save(tmp_path / 'a.png')
@@ -108,24 +108,24 @@ def test_any_form_of_an_image_alone_and_in_any_kind_of_list(detector, tmp_path, 
   forms = [image, '~/a.png', tmp_path / 'a.png', Image.fromarray(image),
            Image.open(tmp_path / 'turned.png'), np.dstack([image, image[..., 0] * 0 + 255])]
   for form in forms:
-    same(detector(form), expected)
+    assert_same(detector(form), expected)
   for several in (forms, tuple(forms), (form for form in forms), np.array(['~/a.png'] * 2)):
     for found in detector(several):
-      same(found, expected)
+      assert_same(found, expected)
   for nothing in ([], (), iter([])):
     assert detector(nothing) == []
 
 
-@pytest.mark.parametrize('given, said', [
+@pytest.mark.parametrize('given, message', [
     (None, 'the image is of type NoneType'), (7, 'of type int'), (b'a.png', 'of type bytes'),
     ({'image': 1}, 'of type dict'), ({'a.png'}, 'of type set'), ([None], 'image 0 is of type None'),
     (np.zeros((8, 8, 3), np.float32), 'float32'), (np.zeros((2, 8, 8, 3)), 'image 0 is float64'),
     (['%s', {}], 'image 1 is of type dict'), (io.BytesIO(b'x'), 'of type BytesIO')])
-def test_anything_else_is_one_clear_type_error(detector, tmp_path, given, said):
+def test_other_types_are_type_errors_of_one_line(detector, tmp_path, given, message):
   Image.new('RGB', (4, 4)).save(tmp_path / 'a.png')
   if isinstance(given, list):
     given = [tmp_path / 'a.png' if entry == '%s' else entry for entry in given]
-  with pytest.raises(TypeError, match=said) as error:
+  with pytest.raises(TypeError, match=message) as error:
     detector(given)
   assert isinstance(error.value, InputError) and '\n' not in str(error.value)
 
@@ -137,7 +137,7 @@ def test_threshold(detector):
   kept = detector(image, threshold=cut)
   count = int((every.scores >= cut).sum())
   assert 0 < len(kept.scores) == count < len(every.scores)
-  same(kept, ppn_jax.ImageDetections(*(field[:count] for field in every)))
+  assert_same(kept, ppn_jax.ImageDetections(*(field[:count] for field in every)))
   assert detector(image, threshold=1.0).boxes.shape == (0, 4)
 
 
@@ -159,26 +159,27 @@ def test_stream_reads_no_more_than_a_batch_ahead(detector):
 def test_mistakes(run, detector, tmp_path):
   (tmp_path / 'cut.jpg').write_bytes(b'\xff\xd8\xff')
   image, = pictures((8, 8))
-  for given, said in [
+  for given, message in [
       (str(tmp_path / 'cut.jpg'), 'cut.jpg'), (str(tmp_path / 'none.jpg'), 'none.jpg'),
       (tmp_path, 'cannot be read'), (image.astype(np.float32), 'float32'),
       (image[..., :2], '[8, 8, 2]'), (image[:0], '[0, 8, 3]'),
       ([image, image[..., :2]], 'image 1 is uint8 [8, 8, 2]')]:
-    with pytest.raises(InputError, match=said.replace('[', r'\[')):
+    with pytest.raises(InputError, match=message.replace('[', r'\[')):
       detector(given)
   for threshold in (-0.1, 1.5, float('nan')):
     with pytest.raises(InputError, match='threshold'):
       detector(image, threshold=threshold)
-  for options, said in [({'step': 5}, 'no checkpoint of step 5'), ({'batch_size': 0}, 'batch_size'),
-                        ({'batch_size': 2.0}, 'batch_size')]:
-    with pytest.raises(InputError, match=said):
+  for options, message in [({'step': 5}, 'no checkpoint of step 5'),
+                           ({'batch_size': 0}, 'batch_size'), ({'batch_size': 2.0}, 'batch_size')]:
+    with pytest.raises(InputError, match=message):
       ppn_jax.load(run, **options)
-  for name, said in [('', 'is not a run'), ('nothing', 'neither a workdir nor an exported file')]:
-    with pytest.raises(InputError, match=said):
+  for name, message in [('', 'is not a run'),
+                        ('nothing', 'neither a workdir nor an exported file')]:
+    with pytest.raises(InputError, match=message):
       ppn_jax.load(tmp_path / name)
   create_run(tmp_path / 'new', tiny_config(), [Category(1, 'thing')]).save()
-  for options, said in [({}, 'no checkpoint yet'), ({'ema': True}, 'ema_decay')]:
-    with pytest.raises(InputError, match=said):
+  for options, message in [({}, 'no checkpoint yet'), ({'ema': True}, 'ema_decay')]:
+    with pytest.raises(InputError, match=message):
       ppn_jax.load(tmp_path / 'new', **options)
 
 
@@ -228,11 +229,11 @@ def test_export_is_loaded_without_models_and_training(exported):
 
 
 def test_mistakes_with_exports(exported, tmp_path):
-  for options, said in [({'step': 6}, 'step and ema choose'),
+  for options, message in [({'step': 6}, 'step and ema choose'),
                         ({'ema': False}, 'step and ema choose'),
                         ({'batch_size': 2}, 'takes 3 images at a time'),
                         ({'batch_size': 0}, 'at least 1')]:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
       ppn_jax.load(exported, **options)
   (tmp_path / 'other').write_bytes(exported.read_bytes())
   with zipfile.ZipFile(tmp_path / 'other.keras', 'w') as archive:
@@ -243,8 +244,8 @@ def test_mistakes_with_exports(exported, tmp_path):
   (tmp_path / 'short.json').write_text('{"format": "tflite", "step": 1}')
   (tmp_path / 'folder').mkdir()
   (tmp_path / 'folder' / 'saved_model.pb').write_text('')
-  for name, said in [('other', 'no other.json beside it'), ('other.keras', 'no format of ours'),
-                     ('listed', 'no format of ours'), ('short', 'lacks input, labels'),
+  for name, message in [('other', 'no other.json beside it'), ('other.keras', 'not name a format'),
+                     ('listed', 'not name a format'), ('short', 'lacks input, labels'),
                      ('folder', 'not an export')]:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
       ppn_jax.load(tmp_path / name)

@@ -1,4 +1,4 @@
-"""What the device gives at best: prints JSON of a large product's TFLOP/s and a copy's GB/s."""
+"""Measures the peak rates of the device: TFLOP/s of a large product and GB/s of a large copy."""
 
 import json
 import time
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def seconds(function, *arguments) -> float:
-  """Of the fastest of ten calls."""
+  """Returns the seconds of the fastest of ten calls."""
   times = []
   for _ in range(12):
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 """TensorFlow as a side of benchmarks/peers.py: plain operations in a tf.function, no Keras.
 
-NHWC, fused batch norm, tf.nn.depthwise_conv2d, tf.image.combined_non_max_suppression. XLA stays
-off (jit_compile=False): that is what our side is.
+NHWC, fused batch norm, tf.nn.depthwise_conv2d, tf.image.combined_non_max_suppression. XLA stays off
+(jit_compile=False), because the side of ppn_jax already uses it.
 """
 
 import os
@@ -17,7 +17,7 @@ from worker import Task, serve
 
 
 class Network:
-  """u8 [B, S, S, 3] -> box codes f32 [B, A, 4], class logits f32 [B, A, C]."""
+  """Maps images u8 [B, S, S, 3] to box codes f32 [B, A, 4] and class logits f32 [B, A, C]."""
 
   def __init__(self, weights: dict[str, np.ndarray], spec: dict):
     self.spec = spec
@@ -44,7 +44,7 @@ class Network:
       maps.append(tf.nn.max_pool2d(maps[-1], 2, 2, 'SAME'))
     depth = x.shape[-1]
     cells = [level.shape[1] * level.shape[2] for level in maps]
-    # The levels side by side, so that the shared convolutions run once.
+    # The levels are concatenated, so that the shared convolutions run once.
     x = tf.concat([tf.reshape(level, [-1, n, 1, depth])
                    for level, n in zip(maps, cells, strict=True)], 1)
     x = tf.nn.conv2d(x, self.variables['params/head/tower_kernel'], 1, 'VALID')
@@ -61,7 +61,7 @@ class Network:
     return self.variables[f'params/{name}/kernel']
 
   def _norm(self, name: str, x: tf.Tensor, train: bool, own: bool = False) -> tf.Tensor:
-    """Batch norm and ReLU6; the kernel keeps the averages by itself."""
+    """Applies batch norm and ReLU6; the fused operation updates the averages."""
     name = name if own else f'{name}/norm'
     mean, var = (self.variables[f'batch_stats/{name}/{m}'] for m in ('mean', 'var'))
     y, new_mean, new_var = tf.compat.v1.nn.fused_batch_norm(
@@ -85,7 +85,7 @@ _from_tf = _to_tf
 
 
 def _iou(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-  """[B, N, 4], [M, 4] -> [B, N, M]."""
+  """Returns the IoU [B, N, M] of boxes [B, N, 4] and [M, 4]."""
   a, b = tf.unstack(a[:, :, None], axis=-1), tf.unstack(b[None, None], axis=-1)
   height = tf.maximum(tf.minimum(a[2], b[2]) - tf.maximum(a[0], b[0]), 0)
   width = tf.maximum(tf.minimum(a[3], b[3]) - tf.maximum(a[1], b[1]), 0)
@@ -100,13 +100,13 @@ def _center_and_size(boxes: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def assign(anchors: tf.Tensor, boxes: tf.Tensor, labels: tf.Tensor, valid: tf.Tensor, spec: dict):
-  """-> (codes [B, A, 4], labels [B, A], positive [B, A]); padding that no image needs is cut."""
+  """Returns codes [B, A, 4], labels [B, A] and positive [B, A]; removes unneeded padding."""
   count = tf.maximum(tf.reduce_max(tf.reduce_sum(tf.cast(valid, tf.int32), 1)), 1)
   boxes, labels, valid = boxes[:, :count], labels[:, :count], valid[:, :count]
   overlap = tf.where(valid[..., None], _iou(boxes, anchors), -1.0)
   match = tf.argmax(overlap, 1, tf.int32)
   positive = tf.reduce_max(overlap, 1) >= spec['matched_iou']
-  # Each truth box claims its best anchor; where several do, the first gets it.
+  # Each ground-truth box forces its best anchor to match it; the first box wins a tie.
   batch, number = tf.shape(labels)[0], anchors.shape[0]
   at = tf.argmax(overlap, 2, tf.int32) + tf.range(batch)[:, None] * number
   order = tf.broadcast_to(tf.range(count), tf.shape(at))
@@ -124,17 +124,17 @@ def assign(anchors: tf.Tensor, boxes: tf.Tensor, labels: tf.Tensor, valid: tf.Te
 
 
 def objective(codes: tf.Tensor, logits: tf.Tensor, targets, spec: dict) -> tf.Tensor:
-  """Focal loss and smooth L1 over the number of positive anchors."""
-  wanted_codes, labels, positive = targets
+  """Computes focal loss plus smooth L1, divided by the number of positive anchors."""
+  target_codes, labels, positive = targets
   number = tf.maximum(tf.reduce_sum(tf.cast(positive, tf.float32)), 1)
-  wanted = tf.one_hot(tf.where(positive, labels, -1), spec['num_classes'])
-  cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits(wanted, logits)
-  missing = tf.abs(wanted - tf.sigmoid(logits))  # 1 - p_t
+  one_hot = tf.one_hot(tf.where(positive, labels, -1), spec['num_classes'])
+  cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits(one_hot, logits)
+  missing = tf.abs(one_hot - tf.sigmoid(logits))  # 1 - p_t
   if spec['gamma'] != 2:
     raise ValueError(f'written for gamma 2, not {spec["gamma"]}')
-  weight = (1 - spec['alpha']) + (2 * spec['alpha'] - 1) * wanted
+  weight = (1 - spec['alpha']) + (2 * spec['alpha'] - 1) * one_hot
   classification = tf.reduce_sum(weight * tf.square(missing) * cross_entropy)
-  size = tf.abs(codes - wanted_codes)
+  size = tf.abs(codes - target_codes)
   inside = tf.minimum(size, 1)
   errors = tf.reduce_sum(inside * (size - 0.5 * inside), -1)
   localization = tf.reduce_sum(tf.where(positive, errors, 0.0)) * spec['localization_weight'] / 4
@@ -142,7 +142,7 @@ def objective(codes: tf.Tensor, logits: tf.Tensor, targets, spec: dict) -> tf.Te
 
 
 def detect(codes: tf.Tensor, logits: tf.Tensor, anchors: tf.Tensor, spec: dict):
-  """-> boxes [B, K, 4], scores [B, K], labels [B, K], how many."""
+  """Returns boxes [B, K, 4], scores [B, K], labels [B, K] and the number of detections [B]."""
   anchor_center, anchor_size = _center_and_size(anchors)
   center = codes[..., :2] / 10 * anchor_size + anchor_center
   half = tf.exp(codes[..., 2:] / 5) * anchor_size / 2
@@ -161,16 +161,16 @@ def prepare(task: Task):
 
 def _train(task: Task, network: Network, images: tf.Tensor):
   spec, anchors = task.spec, tf.constant(task.anchors)
-  truth = [tf.constant(task.truth[name]) for name in ('boxes', 'labels', 'valid')]
+  ground_truth = [tf.constant(task.ground_truth[name]) for name in ('boxes', 'labels', 'valid')]
   params = {name: v for name, v in network.variables.items() if v.trainable}
   momenta = [tf.Variable(tf.zeros_like(v)) for v in params.values()]
   kernels = [v for name, v in params.items() if name.endswith('kernel')]
 
   @tf.function(jit_compile=False)
-  def step(images, *truth):
+  def step(images, *ground_truth):
     with tf.GradientTape() as tape:
       codes, logits = network(images, train=True)
-      loss = objective(codes, logits, assign(anchors, *truth, spec), spec)
+      loss = objective(codes, logits, assign(anchors, *ground_truth, spec), spec)
       loss += spec['weight_decay'] * tf.add_n([tf.nn.l2_loss(k) for k in kernels])
     gradients = tape.gradient(loss, list(params.values()))
     for v, a, g in zip(params.values(), momenta, gradients, strict=True):
@@ -183,7 +183,7 @@ def _train(task: Task, network: Network, images: tf.Tensor):
 
   def once():
     nonlocal last
-    last = step(images, *truth).numpy()
+    last = step(images, *ground_truth).numpy()
 
   return once, lambda: {'loss': last, **network.export()}
 
@@ -198,7 +198,7 @@ def _infer(task: Task, network: Network, images: tf.Tensor):
 
   concrete = function.get_concrete_function(tf.TensorSpec(images.shape, tf.uint8))
   if task.options.get('fold', True):
-    # As a frozen graph, Grappler folds batch norm into the convolutions.
+    # Frozen, so that Grappler folds batch norm into the convolutions.
     concrete = convert_variables_to_constants_v2(concrete)
   last = None
 

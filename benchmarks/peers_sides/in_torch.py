@@ -22,7 +22,7 @@ def _compiled(task: Task, function):
   if not mode:
     return function
   if task.device == 'cpu' and task.kind != 'train':
-    # Weights are constants then: packed for oneDNN, batch norm folded in.
+    # Makes the weights constants, which are packed for oneDNN with batch norm folded in.
     inductor_config.freezing = True
   return torch.compile(function, mode=mode)
 
@@ -39,18 +39,19 @@ def _wait(task: Task) -> None:
 def _train(task: Task, network: Network, images: torch.Tensor, anchors: torch.Tensor):
   network.train()
   spec = task.spec
-  truth = {name: torch.from_numpy(a).to(task.device) for name, a in trimmed(task.truth).items()}
-  truth['labels'] = truth['labels'].long()
+  ground_truth = {name: torch.from_numpy(a).to(task.device)
+                  for name, a in trimmed(task.ground_truth).items()}
+  ground_truth['labels'] = ground_truth['labels'].long()
   kernels = [p for name, p in network.named_tensors() if name.endswith('kernel')]
   others = [p for p in network.parameters() if not any(p is k for k in kernels)]
   optimizer = torch.optim.SGD(
       [{'params': kernels, 'weight_decay': spec['weight_decay']}, {'params': others}],
       lr=spec['learning_rate'], momentum=spec['momentum'], fused=True)
 
-  def loss_of(images, truth):
+  def loss_of(images, ground_truth):
     with _autocast(task):
       codes, logits = network(images)
-    return torch_detection.objective(codes, logits, anchors, truth, spec)
+    return torch_detection.objective(codes, logits, anchors, ground_truth, spec)
 
   compiled, last = _compiled(task, loss_of), None
   penalty = 0.5 * spec['weight_decay'] * sum(float(k.detach().square().sum()) for k in kernels)
@@ -58,7 +59,7 @@ def _train(task: Task, network: Network, images: torch.Tensor, anchors: torch.Te
   def once():
     nonlocal last
     optimizer.zero_grad(set_to_none=True)
-    last = compiled(images, truth)
+    last = compiled(images, ground_truth)
     last.backward()
     optimizer.step()
     _wait(task)
@@ -68,7 +69,7 @@ def _train(task: Task, network: Network, images: torch.Tensor, anchors: torch.Te
 
 def _infer(task: Task, network: Network, images: torch.Tensor, anchors: torch.Tensor):
   network.eval()
-  # torch.compile folds by itself where it freezes.
+  # torch.compile folds batch norm itself when it freezes the weights.
   if task.options.get('fold', True) and not (task.options.get('compile') and task.device == 'cpu'):
     network.fold()
     network.to(memory_format=torch.channels_last)
@@ -81,7 +82,7 @@ def _infer(task: Task, network: Network, images: torch.Tensor, anchors: torch.Te
 
   def once():
     nonlocal last
-    # Freezing knows no_grad only; the two cost the same.
+    # Freezing supports only no_grad; the two cost the same.
     with torch.no_grad() if task.options.get('compile') else torch.inference_mode():
       last = compiled(images)
       if task.kind == 'detect':

@@ -1,11 +1,11 @@
-"""Weights, images and truth that all sides of benchmarks/peers.py share.
+"""Makes the weights, images and ground truth that all sides of benchmarks/peers.py share.
 
   python material.py FOLDER CLASSES IMAGES MAX_BOXES
 
-Writes weights.npz (kernels from He's distribution; batch norm's averages are the statistics of
-the images; the last kernels scaled until logits and box codes spread as a trained detector's do,
-so that suppression has something to do), material.npz (images of drawn shapes and their truth,
-padded to MAX_BOXES) and spec.json (the figures of configs/ppn_mobilenet_v1_coco.py).
+Writes weights.npz (kernels from He's distribution; batch norm averages from the statistics of the
+images; the last kernels scaled until logits and box codes vary as in a trained detector, so that
+suppression has work to do), material.npz (images of drawn shapes with ground truth padded to
+MAX_BOXES) and spec.json (the parameters of configs/ppn_mobilenet_v1_coco.py).
 """
 
 import json
@@ -29,7 +29,7 @@ CALIBRATION_IMAGES = 8
 
 
 def paper_config(num_classes: int, dtype: str) -> ConfigDict:
-  """configs/ppn_mobilenet_v1_coco.py, unlocked."""
+  """Returns the config of configs/ppn_mobilenet_v1_coco.py, unlocked."""
   sys.path.append(str(ROOT))
   from configs import ppn_mobilenet_v1_coco
   config = ppn_mobilenet_v1_coco.get_config().unlock()
@@ -44,13 +44,13 @@ def write(folder: pathlib.Path, num_classes: int, num_images: int, max_boxes: in
   batch = next(train_batches(source, transforms=(), image_size=config.model.image_size,
                              max_boxes=max_boxes, batch_size=len(source), seed=0))
   detector = build_detector(config)
-  # Shapes have few classes; what an anchor must predict costs the same whichever it is.
+  # Random labels, because the shapes have few classes; the cost does not depend on the class.
   labels = np.random.default_rng(0).integers(0, num_classes, batch.truth.labels.shape)
   material = {'images': batch.images, 'boxes': batch.truth.boxes, 'valid': batch.truth.valid,
               'labels': np.where(batch.truth.valid, labels, 0).astype(np.int32)}
   np.savez(folder / 'material.npz', anchors=detector.anchors.boxes,
            **{name: array[:num_images] for name, array in material.items()})
-  # Others than those of the step, which is to move the averages.
+  # Different images from those of the step, so that the step changes the averages.
   weights = traverse_util.flatten_dict(_realistic(config, batch.images[num_images:]), sep='/')
   np.savez(folder / 'weights.npz', **{name: np.asarray(w) for name, w in weights.items()})
   (folder / 'spec.json').write_text(json.dumps({
@@ -63,7 +63,7 @@ def write(folder: pathlib.Path, num_classes: int, num_images: int, max_boxes: in
 
 
 def _realistic(config: ConfigDict, images: np.ndarray) -> dict:
-  """Variables whose averages are those of `images` and whose outputs spread as asked."""
+  """Returns variables with the averages of `images` and outputs of the given deviations."""
   config = config.copy_and_resolve_references()
   config.model.layers.norm_decay = 0.0  # The averages are then the last batch's.
   detector = build_detector(config)

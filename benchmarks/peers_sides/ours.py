@@ -1,4 +1,4 @@
-"""ppn_jax as a side of benchmarks/peers.py: the package's own functions and nothing else."""
+"""ppn_jax as a side of benchmarks/peers.py, by the package's own functions."""
 
 import os
 import pathlib
@@ -50,14 +50,14 @@ def _train(task, config, detector, mesh, variables, images):
   optimizer = build_optimizer(
       steps=1_000_000, batch_size=task.batch, learning_rate=LEARNING_RATE, rate_batch_size=0,
       warmup_fraction=0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay)
-  truth = jax.device_put(GroundTruth(task.truth['boxes'], task.truth['labels'],
-                                     np.zeros_like(task.truth['valid']), task.truth['valid']))
+  boxes, labels, valid = (task.ground_truth[name] for name in ('boxes', 'labels', 'valid'))
+  ground_truth = jax.device_put(GroundTruth(boxes, labels, np.zeros_like(valid), valid))
   state, metrics = first_state(variables, optimizer), None
-  program = _compile(jit_train_step(detector, optimizer, mesh), state, images, truth)
+  program = _compile(jit_train_step(detector, optimizer, mesh), state, images, ground_truth)
 
   def once():
     nonlocal state, metrics
-    state, metrics = program(state, images, truth)
+    state, metrics = program(state, images, ground_truth)
     jax.block_until_ready(metrics)
 
   def results():
@@ -81,7 +81,7 @@ def describe() -> dict:
 
 
 if __name__ == '__main__':
-  # As `train` does, and as early: it has no effect on threads that already run.
+  # As `train` does. It must come first, because it does not affect running threads.
   if os.environ.get('JAX_PLATFORMS') == 'cpu':
     keep_freed_memory()
   serve(prepare, describe)

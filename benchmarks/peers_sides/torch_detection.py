@@ -1,6 +1,6 @@
-"""Assignment, objective and non-maximum suppression as a PyTorch user writes them.
+"""Assignment, loss and non-maximum suppression as a PyTorch user would write them.
 
-The figures are those of ppn_jax.detection; crowds are left out, since the benchmark has none.
+The results equal those of ppn_jax.detection. Crowds are left out, since the benchmark has none.
 """
 
 import torch
@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 try:
   from torchvision.ops import nms
-except (ImportError, RuntimeError):  # The latter: built for another PyTorch.
+except (ImportError, RuntimeError):  # RuntimeError if it was built for another PyTorch.
   nms = None
 
 CANDIDATES = 512
 
 
 def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-  """[..., N, 4], [M, 4] -> [..., N, M]."""
+  """Returns the IoU [..., N, M] of boxes [..., N, 4] and [M, 4]."""
   a, b = a[..., :, None, :], b[None, :, :]
   sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(0)
   overlap = sides[..., 0] * sides[..., 1]
@@ -28,21 +28,21 @@ def _area(boxes: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assign(anchors: torch.Tensor, truth: dict[str, torch.Tensor], spec: dict):
-  """-> (codes [B, A, 4], labels [B, A], positive [B, A])."""
-  count = truth['labels'].shape[1]
-  overlap = iou(truth['boxes'], anchors).masked_fill(~truth['valid'][..., None], -1)
+def assign(anchors: torch.Tensor, ground_truth: dict[str, torch.Tensor], spec: dict):
+  """Returns codes [B, A, 4], labels [B, A] and positive [B, A]."""
+  count = ground_truth['labels'].shape[1]
+  overlap = iou(ground_truth['boxes'], anchors).masked_fill(~ground_truth['valid'][..., None], -1)
   best, match = overlap.max(1)
-  # Each truth box claims its best anchor; where several do, the first gets it.
-  claims = overlap.argmax(2)
-  order = torch.arange(count, device=anchors.device).expand_as(claims)
-  order = order.masked_fill(~truth['valid'], count)
-  claimant = torch.full_like(match, count).scatter_reduce(1, claims, order, 'amin')
-  claimed = claimant < count
-  match = torch.where(claimed, claimant, match)
+  # Each ground-truth box forces its best anchor to match it; the first box wins a tie.
+  best_anchor = overlap.argmax(2)
+  order = torch.arange(count, device=anchors.device).expand_as(best_anchor)
+  order = order.masked_fill(~ground_truth['valid'], count)
+  forced_box = torch.full_like(match, count).scatter_reduce(1, best_anchor, order, 'amin')
+  claimed = forced_box < count
+  match = torch.where(claimed, forced_box, match)
   positive = claimed | (best >= spec['matched_iou'])
-  matched = truth['boxes'].gather(1, match[..., None].expand(-1, -1, 4))
-  return _encode(matched, anchors), truth['labels'].gather(1, match), positive
+  matched = ground_truth['boxes'].gather(1, match[..., None].expand(-1, -1, 4))
+  return _encode(matched, anchors), ground_truth['labels'].gather(1, match), positive
 
 
 def _center_and_size(boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,29 +66,29 @@ def _decode(codes: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
 
 
 def objective(codes: torch.Tensor, logits: torch.Tensor, anchors: torch.Tensor,
-              truth: dict[str, torch.Tensor], spec: dict) -> torch.Tensor:
-  """Focal loss and smooth L1 over the number of positive anchors."""
-  wanted_codes, labels, positive = assign(anchors, truth, spec)
+              ground_truth: dict[str, torch.Tensor], spec: dict) -> torch.Tensor:
+  """Computes focal loss plus smooth L1, divided by the number of positive anchors."""
+  target_codes, labels, positive = assign(anchors, ground_truth, spec)
   number = positive.sum().clamp_min(1)
-  wanted = torch.zeros_like(logits).scatter_(2, labels[..., None], positive[..., None].float())
-  cross_entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction='none')
-  missing = (wanted - logits.sigmoid()).abs()  # 1 - p_t
+  one_hot = torch.zeros_like(logits).scatter_(2, labels[..., None], positive[..., None].float())
+  cross_entropy = F.binary_cross_entropy_with_logits(logits, one_hot, reduction='none')
+  missing = (one_hot - logits.sigmoid()).abs()  # 1 - p_t
   if spec['gamma'] != 2:
     raise ValueError(f'written for gamma 2, not {spec["gamma"]}')
-  weight = (1 - spec['alpha']) + (2 * spec['alpha'] - 1) * wanted
+  weight = (1 - spec['alpha']) + (2 * spec['alpha'] - 1) * one_hot
   classification = (weight * missing.square() * cross_entropy).sum()
-  errors = F.smooth_l1_loss(codes, wanted_codes, reduction='none').sum(-1)
+  errors = F.smooth_l1_loss(codes, target_codes, reduction='none').sum(-1)
   localization = (errors * positive).sum() * (spec['localization_weight'] / 4)
   return (classification + localization) / number
 
 
 def detect(codes: torch.Tensor, logits: torch.Tensor, anchors: torch.Tensor, spec: dict
            ) -> tuple[torch.Tensor, ...]:
-  """-> boxes [B, K, 4], scores [B, K], labels [B, K], valid [B, K].
+  """Returns boxes [B, K, 4], scores [B, K], labels [B, K] and valid [B, K].
 
-  Greedy suppression goes from high scores to low, so the survivors among the best n pairs are
-  what it finds first on all pairs. n is enlarged until there are enough; the result is that of
-  all pairs. (No class can fill its quota before all of them together have filled theirs.)
+  Greedy suppression goes from high scores to low, so the survivors among the best n pairs are the
+  first survivors among all pairs. n is increased until there are enough, so the result is that of
+  all pairs. (No class can reach its limit before all classes together have reached theirs.)
   """
   if spec['max_per_class'] < spec['max_detections']:
     raise ValueError('written for max_per_class of at least max_detections')
@@ -103,7 +103,7 @@ def detect(codes: torch.Tensor, logits: torch.Tensor, anchors: torch.Tensor, spe
     if n >= logits[0].numel() or int(kept.sum(1).min()) >= spec['max_detections']:
       break
     n = min(4 * n, logits[0].numel())
-  # The pairs are in order of score: the first survivors are the best.
+  # The pairs are sorted by score, so the first survivors are the best.
   order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :spec['max_detections']]
   pick = lambda x: x.gather(1, order)
   return (shown.gather(1, order[..., None].expand(-1, -1, 4)), pick(scores), pick(labels),
@@ -111,7 +111,7 @@ def detect(codes: torch.Tensor, logits: torch.Tensor, anchors: torch.Tensor, spe
 
 
 def _best_pairs(logits: torch.Tensor, n: int):
-  """The n best pairs in order: the n anchors of the best maxima hold them all."""
+  """Returns the n best (anchor, class) pairs, which are in the n anchors of highest maximum."""
   num_anchors, num_classes = logits.shape[1:]
   rows = logits.amax(2).topk(min(n, num_anchors), 1).indices
   best, at = logits.gather(1, rows[..., None].expand(-1, -1, num_classes)).flatten(1).topk(n, 1)
@@ -121,15 +121,18 @@ def _best_pairs(logits: torch.Tensor, n: int):
 def _by_image(boxes, scores, labels, spec) -> torch.Tensor:
   kept = torch.zeros_like(scores, dtype=torch.bool)
   for image, of_class in enumerate(labels):
-    # Classes far apart, as torchvision's batched_nms lays them; in float64, which keeps overlaps.
+    # Boxes of different classes are moved apart, as in torchvision's batched_nms; float64 preserves
+    # the overlaps.
     apart = boxes[image].double() + 4 * of_class[:, None]
     kept[image, _nms(apart, scores[image], spec['iou_threshold'])] = True
   return kept
 
 
 def _by_group(boxes, scores, labels, spec) -> torch.Tensor:
-  """Some images at a time, since a GPU wants more than the pairs of one; their table of overlaps
-  grows with the square of their number."""
+  """Suppresses the pairs of several images at a time, because one image does not occupy a GPU.
+
+  The number is limited, because the matrix of overlaps grows with the square of the pairs.
+  """
   batch, n = scores.shape
   size, kept = max(1, 16_384 // n), torch.zeros_like(scores, dtype=torch.bool)
   of_image = torch.arange(batch, device=boxes.device)[:, None] * spec['num_classes'] + labels
@@ -147,16 +150,16 @@ def _nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.T
 
 
 def _plain_nms(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
-  """Without torchvision: one matrix of overlaps, and passes over it until nothing changes.
+  """Runs NMS without torchvision: passes over a matrix of overlaps until nothing changes.
 
-  A box stays unless an earlier one that stays overlaps it; starting from all, pass i settles the
-  first i boxes, and it takes a handful of passes.
+  A box is kept unless an earlier box that is kept overlaps it. Starting with all boxes, pass i is
+  correct for the first i boxes; in practice a few passes suffice.
   """
   order = scores.argsort(descending=True)
-  beaten_by = (iou(boxes[order], boxes[order]) > threshold).tril(-1).float()
-  kept = torch.ones_like(beaten_by[0])
+  suppressed_by = (iou(boxes[order], boxes[order]) > threshold).tril(-1).float()
+  kept = torch.ones_like(suppressed_by[0])
   while True:
-    new = (beaten_by @ kept == 0).float()
+    new = (suppressed_by @ kept == 0).float()
     if torch.equal(new, kept):
       return order[kept.bool()]
     kept = new

@@ -1,4 +1,4 @@
-"""PPN on MobileNet-v1 as a PyTorch user writes it: nn.Module, channels-last, fused batch norm."""
+"""PPN on MobileNet-v1 as a PyTorch user would write it, channels-last with fused batch norm."""
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ class ConvNorm(nn.Module):
 
 
 class FoldedConv(nn.Module):
-  """The same at inference, with batch norm in the kernel and bias."""
+  """`ConvNorm` for inference, with batch norm folded into kernel and bias."""
 
   def __init__(self, source: ConvNorm):
     super().__init__()
@@ -35,7 +35,7 @@ def batch_norm(features: int, spec: dict) -> nn.BatchNorm2d:
 
 
 def same_conv(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-  """SAME puts the odd row behind, which Conv2d cannot; where there is none it pads by itself."""
+  """Applies SAME padding, whose odd row comes last; Conv2d can only pad symmetrically."""
   side, stride = conv.kernel_size[0], conv.stride[0]
   (top, bottom), (left, right) = (_padding(n, side, stride) for n in x.shape[2:])
   if (top, left) != (bottom, right):
@@ -49,7 +49,7 @@ def _padding(size: int, side: int, stride: int) -> tuple[int, int]:
 
 
 class Network(nn.Module):
-  """u8 [B, S, S, 3] -> box codes f32 [B, A, 4], class logits f32 [B, A, C]."""
+  """Maps images u8 [B, S, S, 3] to box codes f32 [B, A, 4] and class logits f32 [B, A, C]."""
 
   def __init__(self, weights: dict[str, np.ndarray], spec: dict):
     super().__init__()
@@ -76,7 +76,7 @@ class Network(nn.Module):
     maps = [self.layers(x)]
     for _ in range(self.num_levels - 1):
       maps.append(F.max_pool2d(maps[-1], 2, ceil_mode=True))
-    # The levels side by side, so that the shared convolutions run once.
+    # The levels are concatenated, so that the shared convolutions run once.
     cells = [level.shape[2] * level.shape[3] for level in maps]
     x = self.tower(_side_by_side(maps))
     x = torch.cat([norm(level) for norm, level in zip(self.norms, x.split(cells, 2), strict=True)],
@@ -88,11 +88,11 @@ class Network(nn.Module):
     return x.permute(0, 2, 3, 1).reshape(len(x), -1, width).float()
 
   def fold(self) -> None:
-    """Batch norms of the backbone into their convolutions, for inference."""
+    """Folds the batch norms of the backbone into its convolutions, for inference."""
     self.layers = nn.Sequential(*(FoldedConv(layer) for layer in self.layers))
 
   def named_tensors(self):
-    """(name in ppn_jax, tensor) of every parameter and average."""
+    """Yields (name in ppn_jax, tensor) of every parameter and average."""
     for i, layer in enumerate(self.layers):
       yield layer_name(i) + '/kernel', layer.conv.weight
       yield from _norm_tensors(layer_name(i).removeprefix('params/') + '/norm', layer.norm)
@@ -109,19 +109,19 @@ class Network(nn.Module):
         tensor.copy_(torch.from_numpy(to_torch(name, weights[name])))
 
   def export(self) -> dict[str, np.ndarray]:
-    """Parameters and averages in the layouts of ppn_jax."""
+    """Returns parameters and averages in the layouts of ppn_jax."""
     return {name: from_torch(name, tensor.detach().float().cpu().numpy())
             for name, tensor in self.named_tensors()}
 
 
 def _side_by_side(maps: list[torch.Tensor]) -> torch.Tensor:
-  """[B, D, h, w] of each level -> [B, D, all cells, 1], channels-last."""
+  """Concatenates the levels [B, D, h, w] to [B, D, all cells, 1], channels-last."""
   rows = torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in maps], 1)
   return rows.unsqueeze(2).permute(0, 3, 1, 2)
 
 
 def layer_name(index: int) -> str:
-  """0 -> the first convolution, then depthwise and pointwise in turns."""
+  """Returns the name of a layer: first conv2d_0, then depthwise and pointwise alternating."""
   block, part = divmod(index + 1, 2)
   if not index:
     return 'params/backbone/conv2d_0'
@@ -136,7 +136,7 @@ def _norm_tensors(name: str, norm: nn.BatchNorm2d):
 
 
 def to_torch(name: str, array: np.ndarray) -> np.ndarray:
-  """HWIO -> OIHW; a depthwise kernel has one input channel in both."""
+  """Converts a kernel from HWIO to OIHW; a depthwise kernel has one input channel in both."""
   return np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if name.endswith('kernel') else array
 
 

@@ -1,10 +1,10 @@
-"""What the sides of benchmarks/peers.py have in common: a process that obeys lines.
+"""Common part of the sides of benchmarks/peers.py: a process that executes commands from stdin.
 
-A side is started with one argument, the task in JSON, and reads commands from stdin; each is
-answered by one line of JSON on stdout. `prepare FILE` builds the workload, runs it once and writes
-what came out to FILE, an npz; `run COUNT` runs it once untimed and then COUNT times;
-`describe` gives versions and memory. An error is answered by its text, and a side that ran out of
-memory says so. Knows NumPy and no framework.
+A side is started with one argument, the task in JSON, and answers each command from stdin by one
+line of JSON on stdout. `prepare FILE` builds the workload, runs it once and writes the results to
+FILE, an npz. `run COUNT` runs it once untimed and then COUNT times. `describe` returns versions and
+memory. An error is answered by its text and whether memory was exhausted. This module uses NumPy
+and no framework.
 """
 
 import json
@@ -18,16 +18,16 @@ import numpy as np
 
 
 class Task:
-  """What a side is asked for.
+  """Task of a side.
 
   Attributes:
     kind: 'train', 'network' (box codes and class logits) or 'detect'.
     batch, dtype, device, threads: as the benchmark's flags.
-    options: what only one side knows.
-    spec: figures of the detector and of the step, from `material.py`.
+    options: options of one side.
+    spec: parameters of the detector and of the step, from `material.py`.
     weights: {path: array} in the layouts of ppn_jax.
     images: u8 [batch, S, S, 3].
-    truth: boxes [batch, G, 4], labels [batch, G], valid [batch, G].
+    ground_truth: boxes [batch, G, 4], labels [batch, G], valid [batch, G].
   """
 
   def __init__(self, text: str):
@@ -42,31 +42,31 @@ class Task:
     material = np.load(f'{folder}/material.npz')
     rows = np.arange(self.batch) % len(material['images'])
     self.images = material['images'][rows]
-    self.truth = {name: material[name][rows] for name in ('boxes', 'labels', 'valid')}
+    self.ground_truth = {name: material[name][rows] for name in ('boxes', 'labels', 'valid')}
     self.anchors = material['anchors']
 
 
-def trimmed(truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Without the padding that no image of the batch needs, as a collate function leaves it."""
-  most = max(1, int(truth['valid'].sum(axis=1).max()))
-  return {name: array[:, :most] for name, array in truth.items()}
+def trimmed(ground_truth: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Removes the padding that no image of the batch needs, as a collate function would."""
+  most = max(1, int(ground_truth['valid'].sum(axis=1).max()))
+  return {name: array[:, :most] for name, array in ground_truth.items()}
 
 
 def serve(prepare: Callable[[Task], tuple[Callable[[], None], Callable[[], dict]]],
           describe: Callable[[], dict]) -> None:
-  """Obeys until stdin ends.
+  """Executes commands until stdin ends.
 
   Args:
-    prepare: task -> (once, results): `once` does the work and waits for it, `results` gives what
-      the last call of it left, as arrays in the layouts of ppn_jax.
-    describe: versions and whatever else the side can tell.
+    prepare: maps a task to (once, results): `once` does the work and waits for it, `results`
+      returns the results of its last call as arrays in the layouts of ppn_jax.
+    describe: returns versions and other information.
   """
-  # Libraries print what they like; the answers go where nobody else writes.
+  # Answers go to a copy of stdout, because libraries print to stdout too.
   answers = os.fdopen(os.dup(1), 'w', buffering=1)
   os.dup2(2, 1)
   task, once = Task(sys.argv[1]), None
 
-  def obey(command: str, argument: str) -> dict:
+  def execute(command: str, argument: str) -> dict:
     nonlocal once
     if command == 'prepare':
       started = time.perf_counter()
@@ -74,7 +74,7 @@ def serve(prepare: Callable[[Task], tuple[Callable[[], None], Callable[[], dict]
       once()
       seconds = time.perf_counter() - started
       np.savez(argument, **results())
-      once()  # A second trace, an autotuner's choice: not before the first call has ended.
+      once()  # A second trace or an autotuner's choice may come only after the first call.
       return {'prepare_s': seconds}
     if command == 'run':
       once()
@@ -86,8 +86,8 @@ def serve(prepare: Callable[[Task], tuple[Callable[[], None], Callable[[], dict]
   for line in sys.stdin:
     command, _, argument = line.strip().partition(' ')
     try:
-      answer = obey(command, argument)
-    except Exception as e:  # Whatever the framework raises is a result here.
+      answer = execute(command, argument)
+    except Exception as e:  # Any error of the framework is a result here.
       traceback.print_exc()
       answer = {'error': f'{type(e).__name__}: {_first_line(e)}', 'out_of_memory': _is_memory(e)}
     answers.write(json.dumps(answer) + '\n')

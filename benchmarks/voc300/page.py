@@ -1,4 +1,4 @@
-"""The report for people: a table in Markdown, curves, and one page of HTML in the house style."""
+"""Report for readers: tables in Markdown, curves, and a page of HTML."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from ppn_jax.visualization.plotting import MUTED, say_instead
 from ppn_jax.visualization.plotting import plot as figure
 
 TITLE = 'PPN and SSD on real photographs, from random weights'
-# Distinct to those who see colours in other ways too; by variant, in the order they come.
+# Distinguishable with colour blindness; assigned to variants in order.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 _DASHES = ('-', '--', ':')
 _ROWS = (
@@ -20,19 +20,19 @@ _ROWS = (
     ('VOC_AP50', 'AP50 (VOC, every recall)', '.4f'), ('AP75', 'AP75', '.4f'),
     ('AP_small', 'AP of small objects', '.4f'), ('AP_medium', 'AP of medium objects', '.4f'),
     ('AP_large', 'AP of large objects', '.4f'),
-    ('parameters', 'parameters', ','), ('flops', 'FLOPs of an image', ','),
+    ('parameters', 'parameters', ','), ('flops', 'FLOPs per image', ','),
     ('images_per_second', 'images/s in training', ',.0f'),
-    ('hours', 'hours a run, steps alone', '.3f'),
-    ('data_wait', 'share of them waiting for data', '.1%'),
+    ('hours', 'hours per run, steps only', '.3f'),
+    ('data_wait', 'share of that time waiting for data', '.1%'),
     ('ECE', 'expected calibration error', '.4f'),
-    ('gap_spread', 'spread of score less precision between levels', '.4f'),
+    ('gap_spread', 'spread of score minus precision between levels', '.4f'),
     ('spread_at_equal_score', 'spread of precision at equal score between levels', '.4f'),
     ('cost_AP', 'AP lost to differences between levels', '+.4f'),
-    ('cost_AP50', 'AP50 lost to them', '+.4f'))
+    ('cost_AP50', 'AP50 lost to differences between levels', '+.4f'))
 
 
 def main_table(found: Mapping[str, Any]) -> Table:
-  """Figures by variant: mean over seeds, and standard deviation where there are several."""
+  """Returns metrics by variant: the mean over seeds, with standard deviation if several."""
   variants = found['variants']
   rows = [(label, *(show(v[key], form) for v in variants.values())) for key, label, form in _ROWS]
   counts = sorted({len(v['seeds']) for v in variants.values()})
@@ -41,7 +41,7 @@ def main_table(found: Mapping[str, Any]) -> Table:
 
 
 def show(value: Any, form: str) -> str:
-  """A number, or a summary of `comparison.over_seeds`."""
+  """Formats a number, or a summary from `comparison.over_seeds`."""
   if not isinstance(value, Mapping):
     return '-' if value is None else format(value, form)
   if value['mean'] is None:
@@ -52,18 +52,18 @@ def show(value: Any, form: str) -> str:
 
 
 def difference_tables(found: Mapping[str, Any]) -> list[Table]:
-  """Paired differences with their intervals."""
+  """Returns tables of paired differences with their intervals."""
   interval = lambda i: '-' if i is None else f'{i[0]:+.4f} to {i[1]:+.4f}'
   labels = {key: label for key, label, _ in _ROWS}
   return [Table(('', 'difference', '95% over seeds', '95% over images'),
                 [(labels[k], '-' if d[k]['mean'] is None else f'{d[k]["mean"]:+.4f}',
                   interval(d[k]['interval']), interval(d[k]['images']))
-                 for k in comparison.FIGURES], f'{name}, paired by seed')
+                 for k in comparison.METRICS], f'{name}, paired by seed')
           for name, d in found['differences'].items()]
 
 
 def level_table(found: Mapping[str, Any]) -> Table:
-  """Expected calibration error, and score less precision, by level."""
+  """Returns the calibration error and the mean of score minus precision by level."""
   variants = found['variants']
   depth = max((len(v['calibration_by_level']) for v in variants.values()), default=0)
   rows = []
@@ -76,11 +76,11 @@ def level_table(found: Mapping[str, Any]) -> Table:
     rows.append(row)
   header = [text for name in variants for text in (f'{name} ECE', f'{name} gap')]
   return Table(('', *header), rows, 'Calibration by pyramid level, finest first; the gap is mean '
-               'score less precision')
+               'score minus precision')
 
 
 def other_tables(found: Mapping[str, Any]) -> list[Table]:
-  """Verdicts, what tuning compared, and runs that stopped, as far as there are any."""
+  """Returns tables of verdicts, tuned recipes and stopped runs, if there are any."""
   tables = []
   if found.get('claims'):
     tables.append(Table(('claim', 'verdict'), [(c['claim'], c['verdict'])
@@ -90,7 +90,7 @@ def other_tables(found: Mapping[str, Any]) -> list[Table]:
     tables.append(Table(('recipe', *(f'AP {m}' for m in models), 'mean'),
                         [(row['recipe'], *(show(row['AP'][m], '.4f') for m in models),
                           show(row['mean'], '.4f')) for row in found['tuning']],
-                        'Recipes, the best mean first'))
+                        'Recipes, highest mean first'))
   if found['stopped']:
     tables.append(Table(('run', 'why it stopped'), [
         (f'{r["model"]} {r["recipe"]} {r["seed"]}', r['stopped']) for r in found['stopped']],
@@ -99,11 +99,11 @@ def other_tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def setting_text(found: Mapping[str, Any]) -> str:
-  """What was done, in a few sentences; the note of a reduced profile first."""
+  """Describes the setting in a few sentences, starting with the note of a reduced profile."""
   kinds = '; '.join(f'{h["device"]} ({h["backend"]}), {h["cpu_cores"]} x {h["cpu"]}, JAX '
                     f'{h["jax"]}, commit {h["commit"]}' for h in found['hardware'])
   recipe = '' if found['tune'] else f' Recipe {found["recipe"]}.'
-  done = '' if found['complete'] else (f' NOT COMPLETE: {found["runs_finished"]} of '
+  done = '' if found['complete'] else (f' INCOMPLETE: {found["runs_finished"]} of '
                                        f'{found["runs_asked_for"]} runs are finished.')
   return (f'{found["note"]}{" " if found["note"] else ""}{found["train_images"]:,} images to train '
           f'on, {found["val_images"]:,} to score, from random weights. {found["image_size"]} px, '
@@ -112,7 +112,7 @@ def setting_text(found: Mapping[str, Any]) -> str:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-  """The tables, for a README."""
+  """Returns the tables in Markdown."""
   tables = [main_table(found), *difference_tables(found), level_table(found),
             *other_tables(found)]
   return '\n\n'.join([setting_text(found), *map(_markdown_table, tables)]) + '\n'
@@ -127,7 +127,7 @@ def _markdown_table(table: Table) -> str:
 
 def curves(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, Any]]]
            ) -> np.ndarray:
-  """Loss, AP and AP50 over epochs, a line for each seed; u8 [H, W, 3]."""
+  """Draws loss, AP and AP50 over epochs, one line per seed; returns u8 [H, W, 3]."""
   epochs = found['batch_size'] / found['train_images']
   with figure(14.5, 4.4) as made:
     axes = made.figure.subplots(1, 3)
@@ -157,15 +157,15 @@ def curves(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, 
 
 
 def html(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-  """The page, complete in itself."""
+  """Returns the page as one self-contained file."""
   text = ('Means over seeds. Intervals over seeds are Student\'s; those over images leave out '
-          'groups of images in turn. A difference is real as far as neither holds zero.')
+          'groups of images in turn. A difference is significant if neither contains zero.')
   sections = [
-      Section('Figures', text, [main_table(found), *other_tables(found)]),
+      Section('Metrics', text, [main_table(found), *other_tables(found)]),
       Section('Differences', '', difference_tables(found)),
       Section('Curves', '', groups=[plot(curves(found, groups), 'loss and AP by epoch')]),
-      Section('Calibration by level', 'Expected calibration error of detections of score '
-              '0.05 and more, right at IoU 0.5.', [level_table(found)])]
+      Section('Calibration by level', 'Expected calibration error of detections with a '
+              'score of at least 0.05, correct at IoU 0.5.', [level_table(found)])]
   for name, runs in groups.items():
     sections.append(Section(f'Reliability of {name}', f'Seed {runs[0]["seed"]}; bands of 95%.',
                             groups=[plot(calibration_plot.reliability(runs[0]['calibration']),

@@ -1,13 +1,13 @@
-"""Work in pieces: what is to be done, what is done already, and when to stop for now.
+"""Splits the runs of a comparison over several calls: remaining and finished work, and time limits.
 
-  WORKDIR/setting.json          what the runs of this folder have in common
-  WORKDIR/runs/NAME/            a run on its way; it goes when the run is trained
-  WORKDIR/trained/NAME.json     a trained run: its curves, speed, config
-  WORKDIR/trained/NAME.npz      what it found on the evaluation data
-  WORKDIR/results/NAME.json     a scored run: its figures
+  WORKDIR/setting.json          the settings that all runs in this folder share
+  WORKDIR/runs/NAME/            workdir of an unfinished run; removed once the run is trained
+  WORKDIR/trained/NAME.json     a trained run: its curves, speed and config
+  WORKDIR/trained/NAME.npz      its detections on the evaluation data
+  WORKDIR/results/NAME.json     a scored run: its metrics
 
-Scoring needs no accelerator. To go on elsewhere, carry setting.json, trained/, results/ and, if
-its checkpoints are wanted, the folder in runs/ of the run on its way.
+Scoring needs no accelerator. To continue on another machine, copy setting.json, trained/, results/
+and, to keep its checkpoints, the folder of the unfinished run in runs/.
 """
 
 import io
@@ -28,20 +28,20 @@ import numpy as np
 from ppn_jax import storage
 from ppn_jax.errors import InputError
 
-LEAST_TRAINING = 90.0  # Seconds; less would go to compiling alone.
-# What detecting on the evaluation data and scoring may take, until it has been seen.
+LEAST_TRAINING = 90.0  # Seconds; a shorter time would be spent on compiling alone.
+# Seconds reserved for detection on the evaluation data and for scoring, until they are measured.
 FIRST_DETECTION, FIRST_SCORING = 45.0, 90.0
 
 Plain = dict[str, Any]  # Plain data for JSON.
-Rows = list[dict[str, Any]]  # Detections, as of `coco.to_rows`.
+Rows = list[dict[str, Any]]  # Detections, as from `coco.to_rows`.
 
 
 class Diverged(Exception):
-  """A run's loss is not finite, and why."""
+  """Raised if the loss of a run diverges; the message says how."""
 
 
 class RunKey(NamedTuple):
-  """One run of the comparison."""
+  """Identifies a run of the comparison."""
   model: str
   recipe: str
   seed: int
@@ -52,80 +52,79 @@ class RunKey(NamedTuple):
 
 
 class Piece:
-  """The time that this call has; a context manager.
+  """Context manager for the time limit of a call.
 
-  When it is up, or SIGTERM comes, `told` is true. Training hears SIGTERM while it takes steps, so
-  from then on one is sent again and again, lest it came a moment before.
+  `stopping` becomes true when the time is up or SIGTERM arrives. Training handles SIGTERM only
+  while it takes steps, so the signal is then repeated, in case it arrived just before.
 
   Args:
-    minutes: from now; 0 for no limit.
-    clock: seconds, rising.
-    again: seconds between signals, and how long the end may be late.
+    minutes: time limit from now; 0 for none.
+    clock: returns monotonic seconds.
+    interval: seconds between signals, and how late the end may be noticed.
   """
 
   def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic,
-               again: float = 1.0):
-    self.told, self._clock, self._again = False, clock, again
+               interval: float = 1.0):
+    self.stopping, self._clock, self._interval = False, clock, interval
     self._end = clock() + 60 * minutes if minutes else None
-    self._closed = False  # No lock: a handler may interrupt itself.
-    self._teller = threading.Thread(target=self._tell, daemon=True)
-    self._before: Any = None
+    self._closed = False  # Without a lock, since a signal handler may interrupt itself.
+    self._signaller = threading.Thread(target=self._signal, daemon=True)
+    self._previous_handler: Any = None
 
   def __enter__(self) -> 'Piece':
-    self._before = signal.signal(signal.SIGTERM, self._note)
-    self._teller.start()
+    self._previous_handler = signal.signal(signal.SIGTERM, self._handle)
+    self._signaller.start()
     return self
 
   def __exit__(self, *_: Any) -> None:
     self._closed = True
-    self._teller.join()
-    signal.signal(signal.SIGTERM, self._before)
+    self._signaller.join()
+    signal.signal(signal.SIGTERM, self._previous_handler)
 
-  def _note(self, number: int, frame: FrameType | None) -> None:
-    self.told = True
+  def _handle(self, number: int, frame: FrameType | None) -> None:
+    self.stopping = True
 
-  def _tell(self) -> None:
+  def _signal(self) -> None:
     while not self._closed:
       if not self.has(0):
         os.kill(os.getpid(), signal.SIGTERM)
-      time.sleep(self._again)
+      time.sleep(self._interval)
 
   def has(self, seconds: float) -> bool:
-    """Whether something that takes so long may still begin."""
+    """Returns whether there is time left to start something of this duration."""
     in_time = self._end is None or self._end - self._clock() >= seconds
-    return in_time and not self.told
+    return in_time and not self.stopping
 
 
 def work(keys: Sequence[RunKey], folder: 'Folder', piece: Piece, *,
          train: Callable[[RunKey], bool], detect: Callable[[RunKey], tuple[Plain, Rows]],
          score: Callable[[RunKey, Rows], Plain] | None,
          clock: Callable[[], float] = time.monotonic, say: Callable[[str], None] = print) -> bool:
-  """Does what is left of the runs while there is time; True if nothing is left.
+  """Continues the runs while there is time; returns whether everything is finished.
 
-  All are trained before the first is scored, so that an accelerator is not kept waiting.
+  All runs are trained before the first is scored, so that an accelerator does not idle.
 
   Args:
-    keys: of all runs, in order.
-    folder: where they are.
-    piece: the time there is.
-    train: goes on with a run; False if it was told to end before the run's last step. Raises
-      Diverged.
-    detect: of a trained run, what is to be kept of it, and its detections.
-    score: their figures; None leaves that to another call.
-    clock: seconds, rising.
-    say: told what goes on, a line at a time.
+    keys: all runs, in order.
+    folder: the workdir.
+    piece: the time limit.
+    train: continues a run; returns False if it was stopped before the last step. Raises Diverged.
+    detect: returns the record of a trained run and its detections.
+    score: returns the metrics of detections; None leaves scoring to another call.
+    clock: returns monotonic seconds.
+    say: called with each line of progress.
   """
   reserve = FIRST_DETECTION
   for number, key in enumerate(keys, start=1):
     if folder.is_trained(key):
-      folder.drop_run(key)  # A kill may have come between the two.
+      folder.drop_run(key)  # An earlier call may have been killed before it removed the run.
       continue
     if not piece.has(LEAST_TRAINING):
       return False
     say(f'run {number} of {len(keys)}: {key.name}')
     try:
       trained = train(key)
-    except Diverged as e:  # It would again.
+    except Diverged as e:  # It would diverge again.
       folder.keep_trained(key, {'stopped': str(e)}, [])
       continue
     if not trained or not piece.has(reserve):
@@ -148,40 +147,40 @@ def work(keys: Sequence[RunKey], folder: 'Folder', piece: Piece, *,
 
 
 class Folder:
-  """The workdir. What is in it is there whole or not at all.
+  """Workdir of the comparison, whose files are written atomically.
 
   Args:
-    path: of the workdir, new or of an earlier piece.
-    keep_runs: leaves trained runs where they are, checkpoints and all.
+    path: path of the workdir, new or from an earlier call.
+    keep_runs: keeps the workdirs of trained runs, including checkpoints.
   """
 
   def __init__(self, path: pathlib.Path, *, keep_runs: bool = False):
     self.path, self._keep_runs = path, keep_runs
 
   def check_setting(self, setting: Mapping[str, Any]) -> None:
-    """Writes down what all runs share; raises InputError if it was something else before.
+    """Records the settings that all runs share; raises InputError if they were different before.
 
-    To an entry that is a mapping, such as that of recipes to their checksums, more may be added.
+    Mappings, such as that of recipes to their checksums, may get further entries.
     """
-    path, wanted = self.path / 'setting.json', json.loads(json.dumps(setting))
+    path, merged = self.path / 'setting.json', json.loads(json.dumps(setting))
     if path.exists():
       there = self._read_setting(path)
     elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-      raise InputError(f'--workdir={self.path} holds something else; give a new folder, or that of '
-                       'an earlier piece')
+      raise InputError(f'--workdir={self.path} holds something else; give a new folder, or the '
+                       'workdir of an earlier call')
     else:
       there = {}
-    for key in dict.fromkeys([*wanted, *there]) if there else ():
-      old, new = there.get(key), wanted.get(key)
+    for key in dict.fromkeys([*merged, *there]) if there else ():
+      old, new = there.get(key), merged.get(key)
       if isinstance(old, dict) and isinstance(new, dict):
-        wanted[key] = old | new
+        merged[key] = old | new
         key, old, new = next(((f'{key}.{k}', old[k], new[k]) for k in new
                               if old.get(k, new[k]) != new[k]), (key, None, None))
       if old != new:
-        raise InputError(f'--workdir={self.path} is of another setting: {key} is {old!r} there '
+        raise InputError(f'--workdir={self.path} has different settings: {key} is {old!r} there '
                          f'and {new!r} here; give a new folder')
-    if wanted != there:
-      storage.write_text(path, json.dumps(wanted, indent=2) + '\n')
+    if merged != there:
+      storage.write_text(path, json.dumps(merged, indent=2) + '\n')
 
   def _read_setting(self, path: pathlib.Path) -> Plain:
     try:
@@ -190,31 +189,31 @@ class Folder:
       raise InputError(f'{path} cannot be read: {e}; give a new --workdir') from e
 
   def run(self, key: RunKey) -> pathlib.Path:
-    """The workdir of a run on its way."""
+    """Returns the workdir of an unfinished run."""
     return self.path / 'runs' / key.name
 
   def is_trained(self, key: RunKey) -> bool:
-    """Whether nothing is left to do of a run but to score it."""
+    """Returns whether a run is trained, so that only scoring may be left."""
     return self._file('trained', key).is_file() or self.is_scored(key)
 
   def is_scored(self, key: RunKey) -> bool:
-    """Whether a run is done with."""
+    """Returns whether a run is finished."""
     return self._file('results', key).is_file()
 
   def keep_trained(self, key: RunKey, record: Plain, rows: Rows) -> None:
-    """Writes what is kept of a trained run, the record last; the rest of it is removed."""
+    """Writes the detections and then the record of a trained run, and removes its workdir."""
     path = self._file('trained', key)
     storage.write_bytes(path.with_suffix('.npz'), pack(rows))
     storage.write_text(path, json.dumps(key._asdict() | record, allow_nan=False) + '\n')
     self.drop_run(key)
 
   def drop_run(self, key: RunKey) -> None:
-    """Removes a trained run's own folder, unless it is to be kept."""
+    """Removes the workdir of a trained run, unless `keep_runs` is set."""
     if not self._keep_runs:
       shutil.rmtree(self.run(key), ignore_errors=True)
 
   def read_trained(self, key: RunKey) -> tuple[Plain, Rows]:
-    """What `keep_trained` wrote; boxes and scores as float32."""
+    """Reads the files of `keep_trained`; boxes and scores are float32."""
     path = self._file('trained', key)
     try:
       return json.loads(storage.read_text(path)), unpack(path.with_suffix('.npz').read_bytes())
@@ -222,11 +221,11 @@ class Folder:
       raise _unreadable(path, e) from e
 
   def keep_scored(self, key: RunKey, result: Plain) -> None:
-    """Writes a run's figures."""
+    """Writes the metrics of a run."""
     storage.write_text(self._file('results', key), json.dumps(result, allow_nan=False) + '\n')
 
   def read_scored(self, key: RunKey) -> Plain:
-    """What `keep_scored` wrote."""
+    """Reads the file of `keep_scored`."""
     path = self._file('results', key)
     try:
       return json.loads(storage.read_text(path))
@@ -234,7 +233,7 @@ class Folder:
       raise _unreadable(path, e) from e
 
   def megabytes(self) -> float:
-    """Of all files."""
+    """Returns the total size of all files in MB."""
     return sum(p.stat().st_size for p in self.path.rglob('*') if p.is_file()) / 1e6
 
   def _file(self, kind: str, key: RunKey) -> pathlib.Path:
@@ -242,11 +241,11 @@ class Folder:
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> InputError:
-  return InputError(f'{path} cannot be read: {error}; remove it to have it made again')
+  return InputError(f'{path} cannot be read: {error}; remove it, and it will be made again')
 
 
 def pack(rows: Rows) -> bytes:
-  """Detections as a compressed .npz, a tenth of their JSON; boxes and scores as float32."""
+  """Packs detections as a compressed .npz, a tenth the size of JSON, with float32 values."""
   columns = {'image_id': np.int64, 'category_id': np.int32, 'bbox': np.float32,
              'score': np.float32, 'level': np.uint8}
   buffer = io.BytesIO()
@@ -256,7 +255,7 @@ def pack(rows: Rows) -> bytes:
 
 
 def unpack(data: bytes) -> Rows:
-  """The rows that `pack` was given."""
+  """Returns the rows that `pack` was given."""
   with np.load(io.BytesIO(data)) as arrays:
     columns = {name: arrays[name].tolist() for name in arrays.files}
   return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -1,7 +1,7 @@
-"""What is trained: profiles (how large, how long), models, and recipes (how), as one config.
+"""Configs of the comparison, made from a profile (size and duration), a model and a recipe.
 
-A recipe is what may be tuned: augmentation, optimizer, loss. All models of a comparison share it,
-the budget and the data; they differ by the named differences of `ppn_jax.config`.
+A recipe has what may be tuned: augmentation, optimizer and loss. All models of a comparison share
+the recipe, the budget and the data. They differ by the named differences of `ppn_jax.config`.
 """
 
 import dataclasses
@@ -15,24 +15,24 @@ from ppn_jax.cli.flags import load_config
 from ppn_jax.config import fpn, ssd
 
 MODELS = ('ppn', 'ssd', 'fpn')
-TUNING_SEED = 100  # Nothing that is reported may have been chosen on its own seed.
+TUNING_SEED = 100  # Recipes are chosen on a seed that is not reported.
 _SHIPPED = pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'coco_json.py'
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """How large and how long.
+  """Size and duration of the runs.
 
   Attributes:
-    reduced: what every output says of it; '' for the real thing.
-    image_size: pixels.
-    epochs, tune_epochs: of a reported run, and of one that compares recipes.
-    batch_size: images a step.
-    recipe: of the reported runs, unless another is asked for.
-    seeds: of the reported runs.
+    reduced: warning that every output shows for a reduced comparison; '' for the full one.
+    image_size: side of the images in pixels.
+    epochs, tune_epochs: epochs of a reported run, and of one that compares recipes.
+    batch_size: images per step.
+    recipe: default recipe of the reported runs.
+    seeds: seeds of the reported runs.
     model: entries of `config.model` by dotted key, for each model.
-    dtype: of activations.
-    train_images: how many to count the positives of each level on, for the calibration report.
+    dtype: dtype of the activations.
+    train_images: number of images on which the calibration report counts positives.
   """
   reduced: str
   image_size: int
@@ -46,14 +46,14 @@ class Profile:
   train_images: int
 
   def note(self, epochs: int) -> str:
-    """What to say of runs of so many epochs; '' where nothing is reduced."""
+    """Returns the warning for runs of this many epochs, '' if nothing is reduced."""
     shorter = f'REDUCED: {epochs} epochs instead of {self.epochs}.' if epochs < self.epochs else ''
     return ' '.join(filter(None, (self.reduced, shorter)))
 
 
 def _reduced(width: float, levels: int, head: int, depths: tuple[int, ...], fpn_depth: int
              ) -> dict[str, dict[str, Any]]:
-  """Narrower networks of fewer levels, each by the same factor or so."""
+  """Returns entries for narrower networks with fewer levels, reduced by similar factors."""
   shared = {'backbone.depth_multiplier': width}
   pooled = shared | {'neck.num_levels': levels, 'head.depth': head}
   return {'ppn': pooled, 'ssd': shared | {'neck.depths': depths},
@@ -61,35 +61,35 @@ def _reduced(width: float, levels: int, head: int, depths: tuple[int, ...], fpn_
 
 
 PROFILES = {
-    # The recipe is that of detectors trained on VOC from random weights (DSOD, ScratchDet) as
-    # far as it is ours; --tune has not been run on a GPU yet.
+    # The recipe follows detectors that were trained on VOC from random weights (DSOD, ScratchDet)
+    # as far as this package supports it; --tune has not been run on a GPU yet.
     'gpu': Profile('', 300, epochs=400, tune_epochs=100, batch_size=64, recipe='decay',
                    seeds=(0, 1, 2), model={'ppn': {}, 'ssd': {}, 'fpn': {}}, dtype='bfloat16',
                    train_images=2000),
     'cpu': Profile(
-        'REDUCED for a CPU: 96 px, networks of half the width and four levels. It proves the '
+        'REDUCED for a CPU: 96 px, networks of half the width and four levels. It tests the '
         'script; it is not the comparison.', 96, epochs=32, tune_epochs=16, batch_size=16,
         recipe='shipped', seeds=(0,), model=_reduced(0.5, 4, 256, (256, 128), 128), dtype='float32',
         train_images=2000),
     'smoke': Profile(
-        'REDUCED to a smoke test. The figures mean nothing.', 64, epochs=2,
+        'REDUCED to a smoke test. The metrics are meaningless.', 64, epochs=2,
         tune_epochs=1, batch_size=4, recipe='shipped', seeds=(0,),
         model=_reduced(0.25, 3, 16, (16,), 16), dtype='float32', train_images=8),
 }
 
 
 class Recipe(NamedTuple):
-  """How to train.
+  """Training recipe.
 
   Fields:
-    about: in a few words.
-    transforms: as of `config.data.transforms`; None for the shipped ones. A size of 0 is that of
-      the network's input.
-    changes: entries of the config by dotted key, after those of configs/coco_json.py.
-    average: share of the steps that a moving average of the weights looks back on; None keeps
-      the config's own.
-    resident: False for transforms that have no form on the device; images are then cached in
-      the host's memory.
+    about: short description.
+    transforms: as `config.data.transforms`; None for those of the config. A size of 0 stands for
+      the network's input size.
+    changes: entries of the config by dotted key that replace those of configs/coco_json.py.
+    average: length of the moving average of the weights as a share of the steps; None keeps the
+      config's own.
+    resident: False for transforms that cannot run on the device; images are then cached in host
+      memory.
   """
   about: str
   transforms: tuple[dict[str, Any], ...] | None = None
@@ -107,8 +107,8 @@ _DECAY = {'optim.weight_decay': 4e-4}
 
 RECIPES = {
     'shipped': Recipe('configs/coco_json.py as it is'),
-    # Measured at 96 px, 16 epochs (results/voc300_tune_cpu_reduced.json): AP as with the shipped
-    # one, twice the calibration error.
+    # At 96 px and 16 epochs (results/voc300_tune_cpu_reduced.json) it has the AP of the shipped
+    # recipe and twice the calibration error.
     'eager': Recipe('the same with alpha 0.75, twice the rate and a moving average', None,
                     {'loss.alpha': 0.75, 'optim.learning_rate': 0.2,
                      'optim.warmup_factor': 0.1}, _AVERAGE),
@@ -126,17 +126,18 @@ RECIPES = {
 def make_config(data: pathlib.Path, profile: Profile, model: str, recipe: Recipe, *, seed: int,
                 images: int, epochs: int, batch_size: int, conv_form: str = 'auto'
                 ) -> ConfigDict:
-  """The config of one run, locked.
+  """Returns the config of a run, locked.
 
   Args:
-    data: folder with `train`, `val` and an `instances_*.json` of each.
-    profile, recipe: see there.
+    data: folder with `train`, `val` and an `instances_*.json` for each.
+    profile: size and duration.
     model: one of `MODELS`.
-    seed: of weights, order and augmentation.
-    images: of the training set.
+    recipe: training recipe.
+    seed: seed of weights, order and augmentation.
+    images: number of training images.
     epochs: passes over the training set.
-    batch_size: images a step.
-    conv_form: of `config.model.layers`.
+    batch_size: images per step.
+    conv_form: see `config.model.layers`.
   """
   config = load_config(str(_SHIPPED), []).copy_and_resolve_references().unlock()
   if model != 'ppn':
@@ -162,7 +163,7 @@ def make_config(data: pathlib.Path, profile: Profile, model: str, recipe: Recipe
 
 
 def schedule(images: int, epochs: int, batch_size: int) -> dict[str, int]:
-  """Steps, and when to report, save and evaluate: 50, 20 and 5 times a run."""
+  """Returns the steps and intervals of a run that reports 50, saves 20 and evaluates 5 times."""
   steps = max(images * epochs // batch_size, 1)
   often = lambda times: max(steps // times, 1)
   return {'steps': steps, 'batch_size': batch_size, 'log_every': often(50),
@@ -171,7 +172,7 @@ def schedule(images: int, epochs: int, batch_size: int) -> dict[str, int]:
 
 
 def _set(block: ConfigDict, entries: Mapping[str, Any]) -> None:
-  """Sets entries by dotted key; they must exist."""
+  """Sets entries by dotted key, which must exist."""
   for key, value in entries.items():
     *path, last = key.split('.')
     at = block

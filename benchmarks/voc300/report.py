@@ -1,4 +1,4 @@
-"""What came of the runs: report.json, table.md, curves.png and report.html."""
+"""Writes the report of the runs: report.json, table.md, curves.png and report.html."""
 
 import itertools
 import json
@@ -17,17 +17,17 @@ def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], no
   """Writes the report of the runs that are finished.
 
   Args:
-    folder: with the results.
-    keys: of all runs that were asked for.
-    setting: what they share.
-    note: what every output says of the profile; '' for the real thing.
+    folder: workdir with the results.
+    keys: all requested runs.
+    setting: settings that the runs share.
+    note: warning that every output shows for a reduced profile; '' for the full one.
 
   Returns:
-    What is in report.json.
+    The content of report.json.
   """
   runs = [folder.read_scored(key) for key in keys if folder.is_scored(key)]
   found = assemble(runs, keys, setting, note)
-  # The figures first: pictures and pages can be drawn again.
+  # The data first, since pictures and pages can be drawn again.
   text = json.dumps(found, indent=1, allow_nan=False)
   storage.write_text(folder.path / 'report.json', f'{text}\n')
   storage.write_text(folder.path / 'table.md', page.markdown(found))
@@ -38,7 +38,7 @@ def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], no
 
 
 def group_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-  """Runs with figures by variant: a model, in tuning with a recipe."""
+  """Groups finished runs by variant: a model, or a model with a recipe if there are several."""
   several = len({r['recipe'] for r in runs}) > 1
   groups: dict[str, list] = {}
   for r in runs:
@@ -50,7 +50,7 @@ def group_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
 
 def assemble(runs: Sequence[Mapping[str, Any]], keys: Sequence[RunKey],
              setting: Mapping[str, Any], note: str) -> dict[str, Any]:
-  """The report as plain data; see `write`."""
+  """Returns the report as plain data; see `write`."""
   groups = group_runs(runs)
   found = {
       'benchmark': 'voc300', 'note': note, **setting,
@@ -80,24 +80,24 @@ def _variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   return {
       'model': first['model'], 'recipe': first['recipe'], 'seeds': [r['seed'] for r in runs],
       'steps': first['step'], 'images': first['num_images'],
-      **{k: comparison.summarize(runs, k) for k in comparison.FIGURES},
+      **{k: comparison.summarize(runs, k) for k in comparison.METRICS},
       'parameters': first['parameters'], 'flops': first['flops'],
       **{k: time(k) for k in ('images_per_second', 'hours', 'data_wait')},
       'calibration_by_level': levels, 'config': first['config']}
 
 
 def _differences(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-  """Of variants that share a recipe, by figure."""
+  """Returns the differences of variants that share a recipe, by metric."""
   found = {}
   for (a, first), (b, second) in itertools.combinations(groups.items(), 2):
     if first[0]['recipe'] == second[0]['recipe']:
       found[f'{a} - {b}'] = {name: comparison.differences(first, second, name)
-                             for name in comparison.FIGURES}
+                             for name in comparison.METRICS}
   return found
 
 
 def _run(run: Mapping[str, Any]) -> dict[str, Any]:
-  """A run without what the report's page alone needs."""
+  """Returns a run without the data that only the HTML page needs."""
   return {k: run[k] for k in ('model', 'recipe', 'seed', 'figures', 'training')} | {
       'load_average': run['hardware'].get('load_average'),
       'voc_ap50_by_class': run['voc_ap50_by_class'],
@@ -109,7 +109,7 @@ def _run(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tuning(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Recipes by mean AP over models, the best first; those that not all models finished last."""
+  """Returns recipes by mean AP over models, highest first; unfinished recipes come last."""
   models, table = list(dict.fromkeys(r['model'] for r in runs)), []
   for recipe in dict.fromkeys(r['recipe'] for r in runs):
     there = {m: comparison.over_seeds([r.get('figures', {}).get('AP') for r in runs
@@ -122,10 +122,10 @@ def tuning(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def claims(found: Mapping[str, Any]) -> list[dict[str, str]]:
-  """What the comparison says of its goals and of the paper's claim, by its intervals.
+  """Returns verdicts on the goals of the comparison and on the paper's claim.
 
-  A statement about a difference is confirmed or refuted where the interval over images and, of
-  several seeds, that over seeds both lie on one side; else it is undecided.
+  A claim about a difference is confirmed or refuted if the interval over images and, with several
+  seeds, the interval over seeds both lie on one side of the limit. Otherwise it is undecided.
   """
   made = []
   for name, variant in found['variants'].items():
@@ -145,7 +145,7 @@ def claims(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def _verdict(difference: Mapping[str, Any], limit: float, *, below: bool = False) -> str:
   several = len(difference['values']) > 1
-  # Costs have none over images; those over seeds then speak alone.
+  # Costs have no interval over images, so only the interval over seeds counts.
   intervals = [i for i in (difference['interval'], difference['images']) if i is not None]
   if not intervals or (several and difference['interval'] is None):
     return 'undecided'
@@ -160,7 +160,7 @@ def _distinct(values: Sequence[Any]) -> list[Any]:
 
 
 def rounded(value: Any) -> Any:
-  """Figures to six digits after the point, in any plain data."""
+  """Rounds all floats in plain data to six decimal places."""
   if isinstance(value, Mapping):
     return {k: rounded(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):

@@ -1,34 +1,34 @@
-"""PPN against SSD on real photographs, trained from random weights: Table 1 of the paper in small.
+"""Compares PPN and SSD on real photographs from random weights: a small version of Table 1.
 
   python benchmarks/voc300/run.py --profile=gpu --workdir=runs/voc300 --minutes=9
 
-on one GPU, given again until it ends with 0 instead of 75; without --minutes, in one go. Six runs
-of 1.28 million images each; --epochs=N trains for less and says so. Much reduced, about 25 minutes
-on two quiet CPU cores:
+runs on one GPU. Repeat the command until it ends with 0 instead of 75, or leave out --minutes to
+run everything in one call. There are six runs of 1.28 million images each; --epochs=N shortens
+them, and the report says so. A much reduced version takes about 25 minutes on two idle CPU cores:
 
   python benchmarks/voc300/run.py --profile=cpu --workdir=runs/voc300_cpu
 
-Trains each model on 3,200 photographs of Pascal VOC 2007 (--data: a folder with train/, val/ and
-instances_{train,val}.json; by default voc300 of the folder PPN_SHARED), with the same recipe,
-budget and seeds, and scores all 800 of val: COCO's figures, VOC's AP50 (difficult objects
-ignored), calibration by level and what it costs. Figures are means over seeds; differences are
-paired by seed, with intervals of 95% over seeds and over images. It writes report.json, table.md,
-curves.png and report.html to the workdir, of what is finished so far.
+The script trains each model on 3,200 photographs of Pascal VOC 2007 (--data: a folder with train/,
+val/ and instances_{train,val}.json; by default data/voc300 in the folder PPN_SHARED) with the same
+recipe, budget and seeds, and evaluates on all 800 of val: COCO's metrics, VOC's AP50 (which ignores
+difficult objects), calibration by level and its cost. Metrics are means over seeds; differences are
+paired by seed, with 95% intervals over seeds and over images. It writes report.json, table.md,
+curves.png and report.html on the runs that are finished so far to the workdir.
 
-It may be killed at any time and given again: training goes on from its checkpoints, and what is
-finished is not done again. --minutes stops it in time, with its state saved. More seeds or models
-may be asked for later in the same workdir; another recipe, budget or data need another.
+It may be killed at any time and repeated: training resumes from its checkpoints, and finished work
+is not repeated. --minutes stops it in time, with its state saved. Seeds and models may be added
+later in the same workdir; another recipe, budget or data set needs another workdir.
 
-All runs are trained before the first is scored. Scoring takes a minute a run on one core and no
-accelerator: --train_only leaves it to the same command elsewhere, for which setting.json and
-trained/ (about 2 MB a run) have to be carried over. A run on its way has its checkpoints in runs/,
-at 300 px 24 MB for PPN, 70 for SSD and 89 for FPN, twice that while one is being saved; they go
-when it is trained, unless --keep_runs.
+All runs are trained before the first is scored. Scoring takes a minute per run on one core and no
+accelerator. --train_only leaves it to the same command on another machine, to which setting.json
+and trained/ (about 2 MB per run) must be copied. An unfinished run has its checkpoints in runs/: at
+300 px 24 MB for PPN, 70 for SSD and 89 for FPN, and twice that during a save. They are removed once
+the run is trained, unless --keep_runs is given.
 
   python benchmarks/voc300/run.py --profile=gpu --workdir=runs/voc300_tune --minutes=9 --tune
 
-compares the recipes of recipes.py on a seed that is not reported, with the same effort for all
-models; --recipe=NAME then trains the one that won. With --json the last line is JSON.
+compares the recipes in recipes.py on a seed that is not reported, with the same effort for all
+models; --recipe=NAME then trains the best one. With --json the last line is JSON.
 """
 
 import argparse
@@ -46,11 +46,11 @@ from voc300.pieces import Folder, Piece, RunKey, work
 
 from ppn_jax.errors import InputError, did_you_mean, verdict
 
-MORE_TO_DO = 75  # As `ppn train` ends when it was told to: the same command goes on.
+INCOMPLETE = 75  # As `ppn train` when it is stopped: the same command continues.
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command line and returns its exit code: 0, 2 for a mistake, 75 if there is more."""
+  """Runs a command line and returns its exit code: 0, 2 for a mistake, 75 if incomplete."""
   try:
     return _run(_parser().parse_args(argv))
   except (Exception, KeyboardInterrupt) as e:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-  """A parser whose mistakes are InputErrors, one line each."""
+  """Parser that raises InputErrors of one line."""
 
   def error(self, message: str):
     raise InputError(f'{message}; see --help')
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
   parser = _Parser(description=__doc__, allow_abbrev=False,
                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', required=True, type=pathlib.Path,
-                      help='new, or of an earlier piece')
+                      help='new, or from an earlier call')
   parser.add_argument('--data', type=pathlib.Path, default=_default_data(), metavar='FOLDER')
   parser.add_argument('--profile', default='gpu', help=f'{", ".join(recipes.PROFILES)} '
                       '(default: gpu)')
@@ -83,13 +83,13 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--epochs', type=int, default=0, help="default: the profile's")
   parser.add_argument('--batch_size', type=int, default=0, help="default: the profile's")
   parser.add_argument('--conv_form', default='auto', choices=('auto', 'native', 'shifted', 'dense'),
-                      help='of convolutions; all give the same but for rounding (default: auto)')
-  parser.add_argument('--minutes', type=float, default=0, help='stop by then; 0: no limit')
+                      help='form of the convolutions; all are equal up to rounding (default: auto)')
+  parser.add_argument('--minutes', type=float, default=0, help='time limit; 0: none')
   parser.add_argument('--tune', action='store_true', help='compare recipes')
   parser.add_argument('--keep_runs', action='store_true',
-                      help='leave the checkpoints of trained runs in the workdir')
+                      help='keep the checkpoints of trained runs in the workdir')
   parser.add_argument('--train_only', action='store_true',
-                      help='leave scoring, which needs no accelerator, to a call without this')
+                      help='leave scoring, which needs no accelerator, to another call')
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
   return parser
 
@@ -100,11 +100,11 @@ def _default_data() -> pathlib.Path:
 
 
 def _run(args: argparse.Namespace) -> int:
-  profile, keys, setting = _plan(args)
+  profile, keys, setting = _setup(args)
   with Piece(args.minutes) as piece:
     folder = Folder(args.workdir, keep_runs=args.keep_runs)
     folder.check_setting(setting)
-    # Late: what is wrong with the flags is said before the heavy libraries are there.
+    # Imported late, so that mistakes in the flags are reported before heavy libraries are loaded.
     from voc300 import report, runs
 
     from ppn_jax.distributed.compile_cache import keep_compiled_programs
@@ -124,14 +124,14 @@ def _run(args: argparse.Namespace) -> int:
         score=None if args.train_only else score)
     found = report.write(folder, keys, setting, profile.note(setting['epochs']))
   print(f'{folder.path}: {folder.megabytes():.1f} MB' +
-        ('' if complete else '; not all is done yet, give the same command again'))
+        ('' if complete else '; incomplete, repeat the same command'))
   if args.json:
     print(json.dumps(found))
-  return 0 if complete else MORE_TO_DO
+  return 0 if complete else INCOMPLETE
 
 
-def _plan(args: argparse.Namespace) -> tuple[recipes.Profile, list[RunKey], dict[str, Any]]:
-  """The profile, all runs in order, and what they share; InputError for a mistake in the flags."""
+def _setup(args: argparse.Namespace) -> tuple[recipes.Profile, list[RunKey], dict[str, Any]]:
+  """Returns the profile, all runs in order, and the settings that they share."""
   if args.profile not in recipes.PROFILES:
     raise InputError(f'unknown --profile={args.profile}; '
                      f'{did_you_mean(args.profile, recipes.PROFILES)}')
@@ -140,16 +140,16 @@ def _plan(args: argparse.Namespace) -> tuple[recipes.Profile, list[RunKey], dict
   names = _listed('--recipe', args.recipe, recipes.RECIPES) if args.recipe else (
       list(recipes.RECIPES) if args.tune else [profile.recipe])
   if len(names) > 1 and not args.tune:
-    raise InputError(f'--recipe={args.recipe}: one at a time, or several with --tune')
+    raise InputError(f'--recipe={args.recipe}: give one at a time, or several with --tune')
   seeds = _seeds(args, profile)
   for name, value in (('epochs', args.epochs), ('batch_size', args.batch_size),
                       ('minutes', args.minutes)):
     if value < 0:
-      raise InputError(f'--{name}={value} must not be below 0')
+      raise InputError(f'--{name}={value} must be at least 0')
   for file in ('instances_train.json', 'instances_val.json', 'train', 'val'):
     if not (args.data / file).exists():
       raise InputError(f'--data={args.data} has no {file}; give the folder of voc300, or set '
-                       'PPN_SHARED to the one that has data/voc300')
+                       'PPN_SHARED to the folder that contains data/voc300')
   epochs = args.epochs or (profile.tune_epochs if args.tune else profile.epochs)
   setting = {'profile': args.profile, 'image_size': profile.image_size, 'epochs': epochs,
              'batch_size': args.batch_size or profile.batch_size, 'conv_form': args.conv_form,
@@ -158,7 +158,7 @@ def _plan(args: argparse.Namespace) -> tuple[recipes.Profile, list[RunKey], dict
              **_describe(args.data)}
   if not args.tune:
     setting['recipe'] = names[0]
-  # Seeds outermost, so that whatever is finished is a fair comparison as far as it goes.
+  # Seeds are outermost, so that the finished runs are always a fair comparison.
   keys = [RunKey(model, name, seed) for seed in seeds for name in names for model in models]
   return profile, keys, setting
 
@@ -181,13 +181,13 @@ def _seeds(args: argparse.Namespace, profile: recipes.Profile) -> list[int]:
   if min(seeds) < 0 or max(seeds) >= 2**31:
     raise InputError(f'--seeds={args.seeds} must be at least 0 and below 2**31')
   if not args.tune and recipes.TUNING_SEED in seeds:
-    raise InputError(f'--seeds={args.seeds}: {recipes.TUNING_SEED} is the seed that recipes are '
-                     'compared on; report others')
+    raise InputError(f'--seeds={args.seeds}: {recipes.TUNING_SEED} is the seed on which '
+                     'recipes are compared; give others')
   return seeds
 
 
 def _checksum(profile: recipes.Profile, name: str) -> str:
-  """Of what a recipe comes to, so that no comparison is made across a change of it."""
+  """Returns a checksum of a recipe's configs, so that changed recipes are not mixed."""
   made = [recipes.make_config(pathlib.Path(), profile, model, recipes.RECIPES[name], seed=0,
                               images=1, epochs=1, batch_size=1).to_json()
           for model in recipes.MODELS]
@@ -195,14 +195,14 @@ def _checksum(profile: recipes.Profile, name: str) -> str:
 
 
 def _describe(data: pathlib.Path) -> dict[str, Any]:
-  """What the truth is, wherever it lies: numbers of images and a checksum."""
+  """Returns the numbers of images and a checksum of the ground truth, independent of its path."""
   texts = {split: (data / f'instances_{split}.json').read_bytes() for split in ('train', 'val')}
   found = {'data': hashlib.sha256(b''.join(texts.values())).hexdigest()[:16]}
   for split, text in texts.items():
     try:
       found[f'{split}_images'] = len(json.loads(text)['images'])
     except (ValueError, TypeError, KeyError) as e:
-      raise InputError(f'--data: {data / f"instances_{split}.json"} is no json in COCO\'s '
+      raise InputError(f'--data: {data / f"instances_{split}.json"} is not JSON in COCO\'s '
                        f'instances format: {e!r}') from e
   return found
 

@@ -1,4 +1,4 @@
-"""One run of the comparison: trained, scored, and told in plain data."""
+"""Trains, evaluates and describes one run of the comparison, as plain data."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ _CURVES = ('step', 'train/loss', 'train/classification', 'train/localization', '
 
 
 def advance(config: ConfigDict, workdir: pathlib.Path) -> bool:
-  """Trains from where `workdir` stands; False if it was told to end first, or raises Diverged."""
+  """Resumes training in `workdir`; returns False if it was stopped early, raises Diverged."""
   try:
     train(config, workdir)
   except Preempted as e:
@@ -38,7 +38,7 @@ def advance(config: ConfigDict, workdir: pathlib.Path) -> bool:
 
 
 def detect(workdir: pathlib.Path) -> tuple[Plain, Rows]:
-  """What a trained run finds on its evaluation data, and what is kept of it besides."""
+  """Returns the record of a trained run, and its detections on the evaluation data."""
   run = open_run(workdir)
   job = prepare(run, Options())
   step, variables = job.load()
@@ -53,13 +53,13 @@ def detect(workdir: pathlib.Path) -> tuple[Plain, Rows]:
 
 
 def score(config: ConfigDict, rows: Rows, *, train_images: int, floor: float = 0.05) -> Plain:
-  """The figures of a run's detections; needs no accelerator.
+  """Computes the metrics of a run's detections, which needs no accelerator.
 
   Args:
-    config: of the run.
+    config: config of the run.
     rows: its detections.
-    train_images: how many to count the positives of each level on.
-    floor: least score that enters calibration.
+    train_images: number of images on which to count the positives of each level.
+    floor: lowest score that counts for calibration.
   """
   source = build_source(config.data.eval.to_dict(), key='data.eval')
   config = resolve_classes(config, source.categories)
@@ -68,7 +68,7 @@ def score(config: ConfigDict, rows: Rows, *, train_images: int, floor: float = 0
                                   CalibrationOptions(floor=floor, train_images=train_images))
   counts = summarize(config).totals
   return {
-      'figures': comparison.accuracy(truth, rows) | comparison.calibration_figures(report),
+      'figures': comparison.accuracy(truth, rows) | comparison.calibration_metrics(report),
       'without_groups': comparison.without_groups(truth, rows, num_levels=detector.num_levels,
                                                   floor=floor),
       'voc_ap50_by_class': voc_ap50(truth, rows)[1], 'num_images': len(truth['images']),
@@ -76,13 +76,13 @@ def score(config: ConfigDict, rows: Rows, *, train_images: int, floor: float = 0
 
 
 def times(metrics: Sequence[Mapping[str, Any]], batch_size: int) -> Plain:
-  """Speed and time of training, from a run's metrics, over all its pieces.
+  """Computes speed and time of training from a run's metrics, over all calls.
 
-  Compiling, loading, evaluation and saving are not in it: `hours` is of steps alone.
+  Compiling, loading, evaluation and saving are not included.
 
   Returns:
-    images_per_second: median of what was reported, with slowest and fastest; hours; data_wait,
-    the share of that time spent waiting for data.
+    images_per_second: median of the reported rates, with slowest and fastest; hours of steps;
+    data_wait, the share of that time spent waiting for data.
   """
   lines = [line for line in metrics if line.get('train/images_per_second')]
   if not lines:

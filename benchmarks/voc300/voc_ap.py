@@ -1,9 +1,9 @@
-"""Pascal VOC's average precision at IoU 0.5, as its devkit of 2010 and later defines it.
+"""Pascal VOC's average precision at IoU 0.5, as defined by its devkit since 2010.
 
-COCO's AP50 differs from it in three ways: precision is read at 101 recalls instead of at every
-one; of two truth boxes a detection takes the best that is free, where VOC takes the best and
-calls the second detection of it wrong; and a crowd (here a difficult object) swallows whatever
-lies half within it, where VOC ignores only what overlaps it most, by IoU.
+COCO's AP50 differs in three ways. It reads precision at 101 recalls instead of every one. It
+matches a detection to the best ground-truth box that is free, where VOC matches the best box and
+counts a second detection of it as wrong. And it ignores every detection that lies half within a
+crowd (here a difficult object), where VOC ignores only those that overlap it most by IoU.
 """
 
 import collections
@@ -18,15 +18,15 @@ from ppn_jax.metrics.matching import corners
 
 def voc_ap50(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *,
              min_iou: float = 0.5) -> tuple[float | None, dict[str, float | None]]:
-  """Mean over classes, and by class name; None where there is no truth to find.
+  """Computes VOC's AP50: the mean over classes, and by class name; None without ground truth.
 
-  Boxes are taken as continuous, without the devkit's extra pixel: those of voc300 are reduced
+  Boxes are continuous, without the devkit's extra pixel, because those of voc300 are scaled down
   from the originals and no longer whole pixels.
 
   Args:
     ground_truth: COCO instances dict; `iscrowd` marks VOC's difficult objects.
     rows: detections in COCO's results format.
-    min_iou: above which a detection is right; VOC says greater, not equal.
+    min_iou: a detection is correct if its IoU is greater; as in VOC, not if it is equal.
   """
   truth, found = collections.defaultdict(dict), collections.defaultdict(list)
   for a in ground_truth['annotations']:
@@ -64,11 +64,11 @@ def _class_ap(truth: Mapping[int, list[Mapping]], rows: list[Mapping], min_iou: 
 
 
 def area_under_curve(right: np.ndarray, total: int) -> float:
-  """Area under precision against recall, precision made to fall only.
+  """Computes the area under the precision-recall curve, with precision made monotonic.
 
   Args:
-    right: bool [N], in order of falling score.
-    total: objects to find, 1 or more.
+    right: bool [N], whether each detection is correct, in order of decreasing score.
+    total: number of objects, at least 1.
   """
   hits = np.cumsum(right)
   precision = hits / np.arange(1, len(right) + 1)

@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  from ppn_jax.export.formats import Options
-  options = Options(args.format, _batch_size(args.batch_size), args.precision,
-                    args.calibration_images)
+  from ppn_jax.export.formats import ExportOptions
+  options = ExportOptions(args.format, _batch_size(args.batch_size), args.precision,
+                          args.calibration_images)
   folder = pathlib.Path(args.images) if args.images is not None else None
   if folder is not None and not folder.is_dir():
     raise InputError(f'--images: no folder {folder}')

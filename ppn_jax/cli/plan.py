@@ -6,10 +6,11 @@ import os
 import sys
 
 from ppn_jax.cli.flags import CONFIG_HELP, load_config
+from ppn_jax.errors import install_command
 
 HELP = f"""Compile for TPU slices that are not at hand: does it fit, how fast would it be.
 
-Needs libtpu (pip install 'ppn_jax[tpu]') and no TPU. Each slice takes a minute or two. Cycles
+Needs libtpu ({install_command('tpu')}) and no TPU. Each slice takes a minute or two. Cycles
 are the compiler's estimate, without collectives, and tend to read too slow; the roofline, bytes
 over bandwidth, is what the memory allows at best. Exit code 1 where something does not fit.
 {CONFIG_HELP}"""
@@ -68,8 +69,8 @@ def _request(config, topology: str, args: argparse.Namespace):
   import math
 
   from ppn_jax.errors import InputError
-  from ppn_jax.planning.estimation import Request, chip_of
-  chips = math.prod(chip_of(topology)[1])
+  from ppn_jax.planning.estimation import Request, parse_topology
+  chips = math.prod(parse_topology(topology)[1])
   if args.batch_per_chip < 0:
     raise InputError(f'--batch_per_chip={args.batch_per_chip} must be at least 1')
   key = 'eval' if args.detect else 'train'

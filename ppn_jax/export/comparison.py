@@ -1,4 +1,4 @@
-"""How far what a runtime finds is from what JAX finds, and when that is wrong."""
+"""Compares the detections of a runtime with those of JAX."""
 
 import time
 from collections.abc import Callable
@@ -10,26 +10,33 @@ from ppn_jax.detection.structures import Detections
 
 
 class Difference(NamedTuple):
-  """Between two sets of detections of the same images.
+  """Difference between two sets of detections on the same images.
 
-  A detection's counterpart is of the same image and label, and the nearest in box and score; one
-  that is farther than `Tolerance` allows is none.
+  The counterpart of a detection has the same image and label, and is the nearest in box and score.
+  If it is farther than `Tolerance` allows, the detection has none.
+
+  Fields:
+    boxes: largest difference of a box coordinate between counterparts, 0 to 1 of the image.
+    scores: largest difference of a score between counterparts.
+    missing: number of JAX's detections without a counterpart.
+    detections: number of JAX's detections that were compared.
+    same_order: whether all counterparts are at the same position.
   """
-  boxes: float  # Largest, of a coordinate, 0 to 1 of the image, over detections with counterpart.
-  scores: float  # Largest, likewise.
-  missing: int  # Detections of JAX without counterpart.
-  detections: int  # Of JAX, those compared.
-  same_order: bool  # Whether all have their counterpart in their own place.
+  boxes: float
+  scores: float
+  missing: int
+  detections: int
+  same_order: bool
 
 
 class Tolerance(NamedTuple):
-  """What a right conversion may differ by.
+  """Difference that a correct conversion may have.
 
-  Attributes:
-    boxes, scores: between counterparts.
-    missing: share of detections that may have none: an overlap or a score on the very edge can
-      fall on either side of it.
-    floor: scores below this share of the best are not compared.
+  Fields:
+    boxes, scores: largest differences between counterparts.
+    missing: share of detections that may have no counterpart, because an overlap or a score close
+      to a threshold can fall on either side of it.
+    floor: scores below this share of the highest are not compared.
   """
   boxes: float
   scores: float
@@ -37,21 +44,21 @@ class Tolerance(NamedTuple):
   floor: float
 
 
-# float32 differs by rounding. Half-precision weights move logits by parts in a thousand. Of 8-bit
-# activations nothing can be promised of one detection; most of the clear ones must be there.
+# float32 differs by rounding. Half-precision weights change logits by some thousandths. With 8-bit
+# activations no single detection is certain, but most of the confident ones must be found.
 TOLERANCES = {'float32': Tolerance(1e-3, 1e-3, 0.01, 0.0),
               'float16': Tolerance(0.02, 0.02, 0.05, 0.05),
               'int8': Tolerance(0.3, 0.5, 0.5, 0.3)}
 
 
 def compare(expected: Detections, found: Detections, tolerance: Tolerance) -> Difference:
-  """The difference of `found` [B, K, ...] from `expected`, both of NumPy arrays."""
+  """Returns the difference between two sets of detections, NumPy [B, K, ...]."""
   boxes = scores = 0.0
   missing = count = 0
   same_order = True
   for row in range(len(expected.valid)):
     a, b = (Detections(*(field[row][d.valid[row]] for field in d)) for d in (expected, found))
-    # What the last places hold is decided by the last digit.
+    # If all K places are used, rounding decides which detections are last.
     last = a.scores[-1] if expected.valid[row].all() else 0
     least = max(tolerance.floor * expected.scores.max(initial=0), last * (1 + tolerance.scores))
     for i in np.flatnonzero(a.scores >= least):
@@ -66,7 +73,7 @@ def compare(expected: Detections, found: Detections, tolerance: Tolerance) -> Di
 
 
 def _counterpart(a: Detections, b: Detections, i: int) -> tuple[int, float, float]:
-  """(place, difference of box, of score) of that of `b` which is nearest to the i-th of `a`."""
+  """Returns the index of `b`'s detection nearest to `a[i]`, and its box and score distances."""
   apart_boxes = np.abs(b.boxes - a.boxes[i]).max(-1, initial=0)
   apart_scores = np.abs(b.scores - a.scores[i])
   apart = np.where(b.labels == a.labels[i], apart_boxes + apart_scores, np.inf)
@@ -77,12 +84,12 @@ def _counterpart(a: Detections, b: Detections, i: int) -> tuple[int, float, floa
 
 
 def is_wrong(difference: Difference, tolerance: Tolerance) -> bool:
-  """Whether so much is missing that the conversion cannot be right."""
+  """Returns whether too many detections are missing for a correct conversion."""
   return difference.missing > tolerance.missing * max(difference.detections, 1)
 
 
 def latency(detect: Callable[[np.ndarray], Any], images: np.ndarray, repeats: int = 10) -> float:
-  """Median seconds of a call, after one that is not counted."""
+  """Returns the median duration of a call in seconds, after one warm-up call."""
   detect(images)
   times = []
   for _ in range(repeats):

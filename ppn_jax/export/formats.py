@@ -1,28 +1,35 @@
-"""What can be asked of an export, and which formats can do it."""
+"""Export formats: what an export can be asked for, and the metadata that each file carries."""
 
 import dataclasses
 import importlib
+import json
+import pathlib
+import zipfile
+from typing import Any
 
-from ppn_jax.errors import InputError, did_you_mean
+from ppn_jax.errors import InputError, did_you_mean, install_command
 
-# Each format, and the extra that has its libraries.
+# Format -> the extra that installs its libraries.
 FORMATS = {'stablehlo': 'export', 'saved_model': 'saved_model', 'tflite': 'tflite', 'onnx': 'onnx'}
 PRECISIONS = ('float32', 'float16', 'int8')
+METADATA_KEY = 'ppn_jax'  # Name of the metadata in an ONNX file.
+_ONNX_START = b'\x08'  # Tag of a protocol buffer's first field.
+_METADATA_IN_FOLDER = pathlib.PurePath('assets.extra', 'metadata.json')  # Of a SavedModel.
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """What to write.
+class ExportOptions:
+  """Options of an export.
 
   Attributes:
-    format: of FORMATS.
-    batch_size: images at a time; None leaves it to the caller, where the format can.
-    precision: of PRECISIONS; all but the first for tflite only. 'float16' stores weights in half
-      the space, 'int8' computes the convolutions in integers.
-    calibration_images: how many training images tell 'int8' the ranges of activations.
+    format: one of `FORMATS`.
+    batch_size: images per call; None leaves it to the caller, which tflite cannot.
+    precision: one of `PRECISIONS`; only tflite has others than float32. 'float16' stores weights in
+      half the space, 'int8' computes the convolutions in integers.
+    calibration_images: number of training images from which 'int8' takes the ranges of activations.
 
   Raises:
-    InputError: an unknown name, or what the format cannot do.
+    InputError: If a name is unknown, or the format does not support an option.
   """
   format: str
   batch_size: int | None = 1
@@ -43,19 +50,120 @@ class Options:
     if self.batch_size is not None and self.batch_size < 1:
       raise InputError(f'batch_size={self.batch_size} must be at least 1')
     if self.precision == 'int8' and self.calibration_images < 1:
-      raise InputError(f'int8 is calibrated on images; calibration_images='
+      raise InputError(f'int8 is calibrated on images, so calibration_images='
                        f'{self.calibration_images} must be at least 1')
 
 
 def load_library(name: str, output_format: str):
-  """A module of an optional library.
+  """Imports a module of an optional library.
 
   Raises:
-    InputError: it is not installed; names the extra that has it.
+    InputError: If it cannot be imported; the message says how to install it.
   """
   try:
     return importlib.import_module(name)
   except ImportError as e:
-    extra = FORMATS[output_format]
     raise InputError(f'format {output_format} needs {name.partition(".")[0]}, which cannot be '
-                     f"imported ({e}); pip install 'ppn_jax[{extra}]'") from e
+                     f'imported ({e}); {install_command(FORMATS[output_format])}') from e
+
+
+def make_metadata(options: ExportOptions, *, image_size: int, resize: str, labels: list[str],
+                  category_ids: list[int], step: int, model: dict[str, Any]) -> dict[str, Any]:
+  """Returns the metadata of an export: what one needs to know to use the file.
+
+  Args:
+    options: options of the export.
+    image_size: S, side of the input images in pixels.
+    resize: kernel with which images were resized in training.
+    labels: class names, in order of label.
+    category_ids: category ids of the data set, in order of label.
+    step: step of the run.
+    model: `config.model`, so that archived weights can be used again.
+  """
+  batch = options.batch_size or 'any'
+  return {
+      'format': options.format, 'precision': options.precision, 'step': step,
+      'input': {'name': 'images', 'type': 'uint8', 'shape': [batch, image_size, image_size, 3],
+                'colors': 'RGB', 'range': [0, 255],
+                'preprocessing': f'resize to {image_size}x{image_size} without keeping the aspect '
+                                 'ratio; scaling to [-1, 1] is inside',
+                'resize': resize},
+      'outputs': {
+          'boxes': 'float32 [batch, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the image, clipped',
+          'scores': 'float32 [batch, K], 0 to 1, best first',
+          'labels': 'int32 [batch, K]: index into labels',
+          'level': 'int32 [batch, K]: pyramid level, 0 the finest',
+          'valid': 'bool [batch, K]: false pads, and the other outputs are zero there'},
+      'labels': labels, 'category_ids': category_ids, 'model': model}
+
+
+def write_metadata(path: pathlib.Path, metadata: dict[str, Any]) -> None:
+  """Writes metadata into an exported file, or beside it if the format is stablehlo."""
+  text = json.dumps(metadata, indent=2) + '\n'
+  match metadata['format']:
+    case 'stablehlo':
+      companion_file(path).write_text(text)
+    case 'saved_model':
+      file = path / _METADATA_IN_FOLDER
+      file.parent.mkdir(exist_ok=True)
+      file.write_text(text)
+    case 'tflite':
+      # A zip archive at the end, as in TensorFlow Lite's own metadata: `unzip model.tflite`.
+      with zipfile.ZipFile(path, 'a') as archive:
+        archive.writestr('metadata.json', text)
+        archive.writestr('labels.txt', '\n'.join(metadata['labels']) + '\n')
+    case 'onnx':
+      onnx = load_library('onnx', 'onnx')
+      model = onnx.load(path)
+      onnx.helper.set_model_props(model, {METADATA_KEY: text})
+      onnx.save(model, path)
+
+
+def companion_file(path: pathlib.Path, suffix: str = '.json') -> pathlib.Path:
+  """Returns the path of the file that accompanies `path`: PATH.json, or PATH.npz."""
+  return path.with_name(path.name + suffix)
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, Any]:
+  """Reads the metadata of an exported file.
+
+  Raises:
+    InputError: If there is no such file, or it was not written by `ppn export`.
+  """
+  try:
+    return _check_metadata(json.loads(_metadata_text(path)))
+  except FileNotFoundError as e:
+    if not path.exists():
+      raise InputError(f'no file {path}; give a file that `ppn export` wrote') from e
+    raise InputError(f'{path}: not an export: no file {e.filename}') from e
+  except InputError:
+    raise
+  except Exception as e:  # Parsers of other files, such as onnxruntime's, can raise anything.
+    raise InputError(f'{path}: not a file of `ppn export`, or damaged: '
+                     f'{" ".join(str(e).split())}') from e
+
+
+def _check_metadata(metadata: Any) -> dict[str, Any]:
+  """Checks that metadata is from `ppn export`; Keras, for one, also writes a metadata.json."""
+  if not isinstance(metadata, dict) or metadata.get('format') not in FORMATS:
+    raise ValueError('its metadata does not name a format of `ppn export`')
+  missing = [key for key in ('step', 'input', 'labels', 'category_ids') if key not in metadata]
+  if missing:
+    raise ValueError(f'its metadata lacks {", ".join(missing)}')
+  return metadata
+
+
+def _metadata_text(path: pathlib.Path) -> str:
+  if path.is_dir():
+    return (path / _METADATA_IN_FOLDER).read_text()
+  if zipfile.is_zipfile(path):
+    with zipfile.ZipFile(path) as archive:
+      return archive.read('metadata.json').decode()
+  if companion_file(path).is_file():
+    return companion_file(path).read_text()
+  with path.open('rb') as file:
+    if file.read(1) != _ONNX_START:
+      raise ValueError(f'there is no {companion_file(path).name} beside it')
+  session = load_library('onnxruntime', 'onnx').InferenceSession(
+      path, providers=['CPUExecutionProvider'])
+  return session.get_modelmeta().custom_metadata_map[METADATA_KEY]

@@ -1,8 +1,8 @@
-"""A traced function worked through, one primitive after another, by another library.
+"""Evaluates a traced function with the operations of another library.
 
-`jax.make_jaxpr` writes any function as a list of some hundred primitives, with its functions
-nested. What those are called elsewhere is told by a table of operations, such as
-`tensorflow_ops`. So the graph of another runtime comes from the very code that evaluates here.
+`jax.make_jaxpr` turns any function into primitives, of which there are about a hundred, with nested
+functions. A table such as `tensorflow_ops` has an operation of the other library for each
+primitive. The graph of another runtime is thus built from the code that runs here.
 """
 
 from typing import Any
@@ -13,29 +13,29 @@ import numpy as np
 
 from ppn_jax.errors import InputError
 
-# Primitives that are nothing but a function within the function, and where it stands.
+# Primitives that only call a nested function, and the parameter that holds it.
 _CALLS = {'jit': 'jaxpr', 'pjit': 'jaxpr', 'closed_call': 'call_jaxpr', 'core_call': 'call_jaxpr',
           'custom_jvp_call': 'call_jaxpr', 'custom_vjp_call': 'call_jaxpr',
           'remat': 'jaxpr', 'checkpoint': 'jaxpr'}
-# Not worked out in advance: it would write an array full of copies.
+# Primitives that are not evaluated in advance. Folding a broadcast would store an array of copies.
 _NEVER_FOLDED = frozenset({'broadcast_in_dim', 'while', 'dim_as_value'})
 
 
 def evaluate(closed: Any, inputs: list, operations: Any, output_format: str) -> list:
-  """The outputs of a closed jaxpr in terms of `operations`.
+  """Returns the outputs of a closed jaxpr, computed by `operations`.
 
-  What follows from constants alone is worked out by JAX and is a NumPy array. A broadcast may be
-  left to whoever reads it: values can have a side of 1 where the jaxpr says more.
+  Values that depend only on constants are computed by JAX as NumPy arrays. A broadcast may be left
+  to the operation that uses it, so values can have a side of 1 where the jaxpr has a larger one.
 
   Args:
-    closed: as of `jax.make_jaxpr`.
+    closed: a closed jaxpr, as from `jax.make_jaxpr`.
     inputs: values of the other library, or NumPy arrays.
     operations: has a method `NAME(equation, *inputs)` for each primitive; `and`, `or`, `not`
       and `while` end in an underscore.
-    output_format: what is being made, for messages.
+    output_format: the export format, for messages.
 
   Raises:
-    InputError: a primitive that `operations` does not have.
+    InputError: If `operations` lacks a primitive.
   """
   jaxpr, values = closed.jaxpr, {}
 
@@ -70,11 +70,12 @@ def _closed(jaxpr: Any) -> Any:
 
 
 def is_static(aval: Any) -> bool:
-  """Whether every side of a shape is a number."""
+  """Returns whether every side of a shape is a number."""
   return all(isinstance(d, (int, np.integer)) for d in aval.shape)
 
 
 def _foldable(equation: Any, given: list) -> bool:
+  """Returns whether JAX can compute an equation in advance: all its inputs are constants."""
   return (equation.primitive.name not in _NEVER_FOLDED
           and all(isinstance(x, (np.ndarray, np.generic)) for x in given)
           and all(is_static(v.aval) for v in (*equation.invars, *equation.outvars)))

@@ -1,4 +1,4 @@
-"""Exported files run by their own runtimes, without the code that they were made from."""
+"""Runs exported files in their own runtimes, without this package's models."""
 
 import dataclasses
 import os
@@ -11,37 +11,42 @@ import numpy as np
 
 from ppn_jax.detection.structures import Array, Detections
 from ppn_jax.errors import InputError
-from ppn_jax.export import metadata as metadata_lib
-from ppn_jax.export.formats import load_library
+from ppn_jax.export.formats import load_library, read_metadata
 from ppn_jax.storage import local_path
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportedDetector:
-  """An exported file, ready to run.
+  """Exported file that is ready to run.
 
   Attributes:
-    metadata: see `metadata.describe`.
+    metadata: see `formats.make_metadata`.
   """
   metadata: dict[str, Any]
   _run: Callable[[np.ndarray], dict[str, Array]]
 
   @property
   def batch_size(self) -> int | None:
-    """How many images it takes at a time; None for any number."""
+    """Returns the number of images per call, None for any number."""
     size = self.metadata['input']['shape'][0]
     return None if size == 'any' else size
 
   @property
   def image_size(self) -> int:
-    """S, the side of the images in pixels."""
+    """Returns S, the side of the images in pixels."""
     return self.metadata['input']['shape'][1]
 
   def __call__(self, images: np.ndarray) -> Detections:
-    """Images u8 [B, S, S, 3] -> Detections of NumPy arrays; any B, in batches of its own.
+    """Detects objects, in batches of the size that the file takes.
+
+    Args:
+      images: u8 [B, S, S, 3], any B of at least 1.
+
+    Returns:
+      Detections, as NumPy arrays with leading axis B.
 
     Raises:
-      InputError: images of another type or size.
+      InputError: If the images have another type or size, or there are none.
     """
     side = self.image_size
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
@@ -60,9 +65,9 @@ class ExportedDetector:
 
 
 def is_export(path: str | os.PathLike[str]) -> bool:
-  """Whether `path` is a file, or the folder of a SavedModel, and so not a run's workdir.
+  """Returns whether `path` is a file or the folder of a SavedModel, rather than a run's workdir.
 
-  What kind of file is only known once it is opened.
+  The format of a file is known only once it is opened.
   """
   path = local_path(path)
   return path.is_file() or ((path / 'saved_model.pb').is_file()
@@ -70,26 +75,27 @@ def is_export(path: str | os.PathLike[str]) -> bool:
 
 
 def open_export(path: str | os.PathLike[str], *, threads: int | None = None) -> ExportedDetector:
-  """A file or folder that `ppn export` wrote.
+  """Opens a file or folder that `ppn export` wrote.
 
   Args:
-    path: of the file; of a SavedModel its folder.
-    threads: how many tflite and onnx compute with; by default what the runtime takes.
+    path: path of the file, or of the folder of a SavedModel.
+    threads: number of threads for tflite and onnx; by default the runtime chooses.
 
-  Threads of the caller may call what is returned at the same time.
+  Returns:
+    A detector that several threads may call at the same time.
 
   Raises:
-    InputError: no such file, a damaged one, or a runtime that is not installed.
+    InputError: If there is no such file, it is damaged, or its runtime is not installed.
   """
   path = local_path(path)
-  metadata = metadata_lib.read(path)
+  metadata = read_metadata(path)
   openers = {'stablehlo': _stablehlo, 'saved_model': _saved_model, 'tflite': _tflite,
              'onnx': _onnx}
   try:
     return ExportedDetector(metadata, openers[metadata['format']](path, threads))
   except InputError:
     raise
-  except Exception as e:  # Whatever the runtime's parser says of a damaged file.
+  except Exception as e:  # A runtime can raise anything for a damaged file.
     raise InputError(f'{path}: cannot be opened as {metadata["format"]}: '
                      f'{str(e).splitlines()[0] if str(e) else type(e).__name__}') from e
 
@@ -115,7 +121,7 @@ def _tflite(path: pathlib.Path, threads: int | None) -> Callable:
   runner, lock = interpreter.get_signature_runner(), threading.Lock()
 
   def run(images: np.ndarray, keep: Any = interpreter) -> dict[str, np.ndarray]:
-    with lock:  # An interpreter has one place for its input.
+    with lock:  # An interpreter has only one input buffer.
       return runner(images=images)
 
   return run

@@ -1,4 +1,4 @@
-"""StableHLO: one file for cpu, tpu and cuda that `jax.export` opens, without this package."""
+"""Writes StableHLO: one file for CPU, TPU and CUDA that `jax.export` opens without this package."""
 
 import pathlib
 from collections.abc import Callable
@@ -8,14 +8,13 @@ import jax.export
 import numpy as np
 
 from ppn_jax.errors import InputError
-from ppn_jax.export import metadata
-from ppn_jax.export.formats import load_library
+from ppn_jax.export.formats import companion_file, load_library
 
 PLATFORMS = ('cpu', 'tpu', 'cuda')
 
 
 def input_shape(batch_size: int | None, side: int) -> jax.ShapeDtypeStruct:
-  """Images u8 [B, S, S, 3]; without a batch size, of any B."""
+  """Returns the shape of the input, u8 [B, S, S, 3], for any B if `batch_size` is None."""
   batch = jax.export.symbolic_shape('b')[0] if batch_size is None else batch_size
   return jax.ShapeDtypeStruct((batch, side, side, 3), np.uint8)
 
@@ -24,16 +23,16 @@ def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct,
           variables: dict) -> None:
   """Writes `path`, and the weights to `path`.npz.
 
-  Archived weights outlast the file: JAX promises to open it for six months only.
+  The weights are archived because JAX guarantees to open the file for six months only.
 
   Args:
-    path: of the new file.
-    detect: (variables, images) -> Detections.
-    images: see `input_shape`.
+    path: path of the new file.
+    detect: maps (variables, images) to Detections.
+    images: shape of the input, see `input_shape`.
     variables: NumPy arrays.
 
   Raises:
-    InputError: flatbuffers is not installed, or the model does not compute with a free batch size.
+    InputError: If flatbuffers is not installed, or the model does not support a free batch size.
   """
   load_library('flatbuffers', 'stablehlo')
 
@@ -46,10 +45,10 @@ def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct,
     raise
   except Exception as e:
     if jax.export.is_symbolic_dim(images.shape[0]):
-      raise InputError('this model does not work with a free batch size, give --batch_size=N: '
+      raise InputError('this model does not support a free batch size, give --batch_size=N: '
                        f'{str(e).splitlines()[0]}') from e
     raise
   path.write_bytes(exported.serialize())
   flat, _ = jax.tree_util.tree_flatten_with_path(variables)
-  np.savez(metadata.beside(path, '.npz'),
+  np.savez(companion_file(path, '.npz'),
            **{'/'.join(k.key for k in keys): value for keys, value in flat})

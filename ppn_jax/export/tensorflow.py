@@ -1,7 +1,7 @@
-"""SavedModel, TensorFlow Lite and ONNX files, all from one TensorFlow graph.
+"""Writes SavedModel, TensorFlow Lite and ONNX files, all from one TensorFlow graph.
 
-The graph holds nothing but TensorFlow's own operations (see `tensorflow_ops`), no program for
-XLA, so that its converters see convolutions as convolutions.
+The graph consists of TensorFlow's own operations (see `tensorflow_ops`) instead of an XLA program,
+so that the converters see convolutions as convolutions.
 """
 
 import contextlib
@@ -18,16 +18,17 @@ import numpy as np
 
 from ppn_jax.detection.structures import Detections
 from ppn_jax.errors import InputError
-from ppn_jax.export.formats import Options, load_library
+from ppn_jax.export.formats import ExportOptions, load_library
 
-# Of ONNX's operators; the newest that tf2onnx writes.
+# Version of ONNX's operators, the newest that tf2onnx writes.
 ONNX_OPSET = 18
-# What 'int8' computes in integers: all of the network but the batch norm of a shared predictor.
+# Operations that 'int8' computes in integers: the whole network except a shared predictor's batch
+# norm.
 _INTEGER_OPERATIONS = ('CONV_2D', 'DEPTHWISE_CONV_2D', 'MAX_POOL_2D')
 
 
-def check_libraries(options: Options) -> None:
-  """Raises InputError, naming the extra, if a library is missing that `options` need."""
+def check_libraries(options: ExportOptions) -> None:
+  """Raises InputError, with the install command, if a library for `options` is missing."""
   names = {'saved_model': ['tensorflow'], 'onnx': ['tensorflow', 'onnx', 'tf2onnx', 'onnxruntime'],
            'tflite': ['tensorflow', 'ai_edge_litert.interpreter']
            + ['ai_edge_quantizer.quantizer'] * (options.precision == 'int8')}[options.format]
@@ -36,19 +37,19 @@ def check_libraries(options: Options) -> None:
       load_library(name, options.format)
 
 
-def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct, options: Options,
-          calibration: Sequence[np.ndarray] = ()) -> None:
-  """Writes `path`; a SavedModel is a folder.
+def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct,
+          options: ExportOptions, calibration: Sequence[np.ndarray] = ()) -> None:
+  """Writes `path`, which is a folder if the format is SavedModel.
 
   Args:
-    path: of the new file.
-    detect: images -> Detections, its convolutions in their native form.
-    images: see `stablehlo.input_shape`.
-    options: see there.
-    calibration: for 'int8', images u8 [B, S, S, 3].
+    path: path of the new file or folder.
+    detect: maps images to Detections, with convolutions in their native form.
+    images: shape of the input, see `stablehlo.input_shape`.
+    options: options of the export.
+    calibration: images u8 [B, S, S, 3] for 'int8'.
 
   Raises:
-    InputError: an operation that TensorFlow's have no counterpart for, or a missing library.
+    InputError: If an operation has no counterpart in TensorFlow, or a library is missing.
   """
   check_libraries(options)
   function = _graph(jax.make_jaxpr(detect)(images), images, options.format)
@@ -62,6 +63,7 @@ def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct, op
 
 
 def _graph(closed: Any, images: jax.ShapeDtypeStruct, output_format: str) -> Any:
+  """Returns a tf.function of a closed jaxpr, its outputs named by the fields of Detections."""
   import tensorflow as tf
 
   from ppn_jax.export import tensorflow_ops
@@ -78,14 +80,14 @@ def _graph(closed: Any, images: jax.ShapeDtypeStruct, output_format: str) -> Any
 
 def _save(path: pathlib.Path, function: Any) -> None:
   import tensorflow as tf
-  # As a signature alone: an attribute of the module would be a second copy of the weights.
+  # Saved as a signature only: as an attribute of the module, the weights would be stored twice.
   tf.saved_model.save(tf.Module(), str(path), signatures=function.get_concrete_function())
 
 
-def _tflite(function: Any, options: Options, calibration: Sequence[np.ndarray]) -> bytes:
+def _tflite(function: Any, options: ExportOptions, calibration: Sequence[np.ndarray]) -> bytes:
   import tensorflow as tf
   with tempfile.TemporaryDirectory() as folder:
-    # From a SavedModel, since only then inputs and outputs keep their names.
+    # Converted from a SavedModel, because otherwise inputs and outputs lose their names.
     _save(pathlib.Path(folder), function)
     converter = tf.lite.TFLiteConverter.from_saved_model(folder)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
@@ -97,17 +99,19 @@ def _tflite(function: Any, options: Options, calibration: Sequence[np.ndarray]) 
 
 
 def _quantized(content: bytes, calibration: Sequence[np.ndarray]) -> bytes:
-  """A float model with its convolutions in 8-bit integers: weights with a scale for each channel,
-  activations with one for each tensor, so boxes and classes have their own. Decoding and NMS stay
-  as they are."""
+  """Quantizes the convolutions of a float model to 8-bit integers.
+
+  Weights have a scale per channel, activations one per tensor, so that boxes and classes have
+  separate ones. Decoding and NMS stay in float32.
+  """
   from ai_edge_quantizer import qtyping, quantizer
   result = quantizer.Quantizer(bytearray(content))
   for name in _INTEGER_OPERATIONS:
     result.add_static_config('.*', qtyping.TFLOperationName(name), 8, 8)
   ranges: dict[str, dict[str, np.ndarray]] = {}
   for images in calibration:
-    # Image by image: over several it would average the extremes, and clip what exceeds them.
-    # Profiling, since the other mode reads tensors of loops that were never entered.
+    # One batch per call: over several the library would average the extremes and clip values
+    # beyond them. Profiling mode, because the other reads tensors of loops that were not entered.
     found = result.calibrate({'serving_default': [{'images': images}]}, num_threads=os.cpu_count(),
                              mode=quantizer._CalibrationMode.CALIBRATION_PROFILER_BASED)
     for tensor, range_ in found.items():
@@ -115,10 +119,11 @@ def _quantized(content: bytes, calibration: Sequence[np.ndarray]) -> bytes:
   return bytes(result.quantize(ranges).quantized_model)
 
 
-def _widen(range_: dict[str, Any], by: dict[str, Any]) -> None:
+def _widen(range_: dict[str, Any], other: dict[str, Any]) -> None:
+  """Extends a range of activations to include another."""
   for name, extreme in (('min', np.minimum), ('max', np.maximum)):
-    if name in by and name in range_:
-      range_[name] = extreme(range_[name], by[name])
+    if name in other and name in range_:
+      range_[name] = extreme(range_[name], other[name])
 
 
 def _write_onnx(path: pathlib.Path, function: Any) -> None:
@@ -135,7 +140,7 @@ def _write_onnx(path: pathlib.Path, function: Any) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-  """Keeps what converters print, their C++ too, and shows it only if something fails."""
+  """Captures the output of converters, their C++ code included, and shows it only on failure."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   sys.stderr.flush()
   kept = os.dup(2)

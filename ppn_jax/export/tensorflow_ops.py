@@ -1,12 +1,12 @@
-"""JAX's primitives in TensorFlow's operations, those that TensorFlow Lite has built in.
+"""Implements JAX's primitives by TensorFlow operations that TensorFlow Lite has built in.
 
-Not `jax2tf`: that wraps a program for XLA, in a version of StableHLO that the newest TensorFlow
-(2.21) cannot read any more, and a converter that reads it knows no depthwise convolution. Each
-method here takes an equation of a jaxpr and its inputs, and gives its output; `jaxpr.evaluate`
-calls them. Only a whole batch may be of unknown size.
+`jax2tf` is no alternative: it wraps an XLA program in a version of StableHLO that TensorFlow 2.21
+cannot read, and a converter that reads it does not recognise depthwise convolutions. Each method
+here takes an equation of a jaxpr and its inputs, and returns its output; `jaxpr.evaluate` calls
+them. Only the batch size may be unknown.
 
-bfloat16 is computed in float32, uint32 as the int32 of the same bits: TensorFlow Lite has little
-for either.
+bfloat16 is computed in float32, and uint32 as the int32 with the same bits, because TensorFlow Lite
+supports few operations on either.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ _WIDER = {'bfloat16': 'float32', 'uint32': 'int32'}
 
 
 def convert(closed: Any, images: tf.Tensor, output_format: str) -> list[tf.Tensor]:
-  """The outputs of a jaxpr of one input, images [B, S, S, 3], as a TensorFlow graph.
+  """Returns the outputs of a jaxpr with one input, images [B, S, S, 3], as TensorFlow tensors.
 
   Raises:
-    InputError: a primitive that has no counterpart here.
+    InputError: If a primitive has no counterpart here.
   """
   operations = Operations(tf.shape(images)[0], output_format)
   outputs = evaluate(closed, [images], operations, output_format)
@@ -38,7 +38,7 @@ def _elementwise(function):
   return operation
 
 
-def _integers_apart(for_floats, for_integers):
+def _by_type(for_floats, for_integers):
   def operation(self, equation, *inputs):
     is_integer = np.issubdtype(equation.invars[0].aval.dtype, np.integer)
     return (for_integers if is_integer else for_floats)(*map(_tensor, inputs))
@@ -46,14 +46,16 @@ def _integers_apart(for_floats, for_integers):
 
 
 def _divide_integers(a, b):
-  """Towards zero; TensorFlow Lite rounds down."""
+  """Divides integers, rounding towards zero; TensorFlow Lite rounds down."""
   quotient = tf.abs(a) // tf.abs(b)
   return tf.where((a < 0) == (b < 0), quotient, -quotient)
 
 
 def _common_bits(a, b):
-  """a & b of int32, without an instruction for it: 2 (a & b) = a + b - (a ^ b), by halves so that
-  nothing overflows."""
+  """Returns a & b for int32, which has no built-in operation: 2 (a & b) = a + b - (a ^ b).
+
+  The halves of each number are computed separately, so that nothing overflows.
+  """
   def halves(x):
     high = tf.bitwise.right_shift(x, tf.constant(16))
     return high, x - high * 65536
@@ -72,29 +74,29 @@ def _reduce(function):
 
 
 class Operations:
-  """One method for each primitive.
+  """Operations by the names of JAX's primitives, one method for each.
 
   Attributes:
-    batch: i32 [], the size of a batch whose size is not known in advance.
-    output_format: see `jaxpr.evaluate`.
+    batch: i32 [], the batch size, if it is not known in advance.
+    output_format: the export format, for messages.
   """
 
   def __init__(self, batch: tf.Tensor, output_format: str):
     self.batch, self.output_format = batch, output_format
 
-  # What shapes say.
+  # Shapes.
 
   def side(self, size: Any) -> Any:
-    """A side of a shape: a number, or the size of the batch."""
+    """Returns a side of a shape: a number, or the batch size."""
     if isinstance(size, (int, np.integer)):
       return int(size)
     if len(str(size)) > 1:
-      raise InputError(f'a free batch size does not work with this model: it computes {size}; '
+      raise InputError(f'this model does not support a free batch size, since it computes {size}; '
                        'give --batch_size=N')
     return self.batch
 
   def whole(self, x: Any, variable: Any) -> tf.Tensor:
-    """`x` with every side as long as the jaxpr says."""
+    """Returns `x` broadcast to the shape that the jaxpr gives it."""
     x, shape = _tensor(x), variable.aval.shape
     if len(x.shape) == len(shape) and all(a == b or a is None for a, b in zip(
         x.shape, shape, strict=True)):
@@ -108,7 +110,7 @@ class Operations:
     return tf.reshape(x, [self.side(d) for d in shape])
 
   def broadcast_in_dim(self, equation, x, *_):
-    # Read by operations that broadcast by themselves; `whole` serves the others.
+    # Most operations broadcast by themselves; the others call `whole`.
     shape, axes = equation.params['shape'], equation.params['broadcast_dimensions']
     sides = dict(zip(axes, x.shape, strict=True))
     if isinstance(x, np.ndarray):
@@ -162,7 +164,7 @@ class Operations:
     count = tf.cast(tf.range(self.side(shape[axis])), _dtype(params['dtype']))
     return tf.reshape(count, [-1 if i == axis else 1 for i in range(len(shape))])
 
-  # Elements on their own.
+  # Elementwise operations.
 
   add = add_any = _elementwise(tf.add)
   sub = _elementwise(tf.subtract)
@@ -187,11 +189,11 @@ class Operations:
   not_ = _elementwise(tf.logical_not)
   or_ = _elementwise(tf.logical_or)
   copy = copy_p = stop_gradient = optimization_barrier = _elementwise(tf.identity)
-  and_ = _integers_apart(tf.logical_and, _common_bits)
-  div = _integers_apart(tf.divide, _divide_integers)
-  rem = _integers_apart(tf.math.floormod, lambda a, b: a - _divide_integers(a, b) * b)
-  sign = _integers_apart(tf.sign, lambda x: tf.cast(x > 0, x.dtype) - tf.cast(x < 0, x.dtype))
-  # NaN is not below infinity; there is no built-in that asks directly.
+  and_ = _by_type(tf.logical_and, _common_bits)
+  div = _by_type(tf.divide, _divide_integers)
+  rem = _by_type(tf.math.floormod, lambda a, b: a - _divide_integers(a, b) * b)
+  sign = _by_type(tf.sign, lambda x: tf.cast(x > 0, x.dtype) - tf.cast(x < 0, x.dtype))
+  # NaN is not below infinity. There is no built-in operation for this.
   is_finite = _elementwise(lambda x: tf.abs(x) < np.float32(np.inf))
 
   def integer_pow(self, equation, x):
@@ -208,7 +210,7 @@ class Operations:
   def convert_element_type(self, equation, x):
     return tf.cast(_tensor(x), _dtype(equation.params['new_dtype']))
 
-  # Many into one.
+  # Reductions and products.
 
   reduce_sum = _reduce(tf.reduce_sum)
   reduce_max = _reduce(tf.reduce_max)
@@ -235,16 +237,16 @@ class Operations:
     return tf.einsum(f'{"".join(a_axes)},{"".join(b_axes)}->'
                      f'{"".join(batch + rest[0] + rest[1])}', a, b)
 
-  # Order and place.
+  # Sorting and indexing.
 
   def top_k(self, equation, x):
-    # Of equal values the lower index comes first, as in JAX.
+    # As in JAX, the lower index comes first among equal values.
     return tf.math.top_k(self.whole(x, equation.invars[0]), int(equation.params['k']))
 
   def sort(self, equation, key, *others):
     params, rank = equation.params, len(equation.invars[0].aval.shape)
     if params['num_keys'] != 1 or int(params['dimension']) != rank - 1:
-      raise self._cannot(equation)
+      raise self._unsupported(equation)
     key, *others = (self.whole(x, v) for x, v in zip((key, *others), equation.invars, strict=True))
     number = tf.cast(key, tf.int32) if key.dtype == tf.bool else key
     _, order = tf.math.top_k(-number, int(equation.invars[0].aval.shape[-1]))
@@ -264,13 +266,13 @@ class Operations:
     if (len(axes) != 1 or collapsed != axes or not whole
         or batched != tuple(range(len(batched)))
         or tuple(map(int, numbers.start_indices_batching_dims)) != batched):
-      raise self._cannot(equation)
+      raise self._unsupported(equation)
     places = _tensor(indices)[..., 0]
     found = tf.gather(x, places, axis=axes[0], batch_dims=len(batched))
     return _with_offsets(found, axes[0], len(places.shape), len(batched), numbers.offset_dims)
 
   def _window(self, x, index, numbers, shape, sizes):
-    """One window whose place is known in advance."""
+    """Gathers a single window whose position is a constant."""
     starts = dict(zip(map(int, numbers.start_index_map), map(int, index), strict=True))
     x = x[tuple(slice(None) if size is side or size == side
                 else slice(starts.get(axis, 0), starts.get(axis, 0) + int(size))
@@ -278,17 +280,20 @@ class Operations:
     return tf.squeeze(x, list(map(int, numbers.collapsed_slice_dims)))
 
   def scatter(self, equation, x, indices, updates):
-    """Values put in places that are distinct, those outside left out. By comparison of every place
-    with every index: TensorFlow's own insists on places inside."""
+    """Sets values at distinct indices and ignores indices that are out of range.
+
+    Compares every position with every index, because TensorFlow's scatter rejects indices that are
+    out of range.
+    """
     numbers = equation.params['dimension_numbers']
     rank = len(equation.invars[0].aval.shape)
     if numbers.update_window_dims or tuple(map(int, numbers.inserted_window_dims)) != (rank - 1,) \
         or tuple(map(int, numbers.operand_batching_dims)) not in ((), tuple(range(rank - 1))):
-      raise self._cannot(equation)
+      raise self._unsupported(equation)
     x, indices, updates = (self.whole(v, w) for v, w in zip(
         (x, indices, updates), equation.invars, strict=True))
     if len(numbers.operand_batching_dims) != rank - 1:
-      raise self._cannot(equation)
+      raise self._unsupported(equation)
     size = int(equation.invars[0].aval.shape[-1])
     here = tf.equal(tf.range(size)[:, None], indices[..., None, :, 0])
     which = tf.argmax(tf.cast(here, tf.int32), axis=-1, output_type=tf.int32)
@@ -302,27 +307,27 @@ class Operations:
     by_row = bool(params['cond_jaxpr'].jaxpr.outvars[0].aval.shape)
     carried = [self.whole(x, v) for x, v in zip(inputs[end:], equation.invars[end:], strict=True)]
 
-    def going_on(state):
+    def condition(state):
       found, = evaluate(params['cond_jaxpr'], [*condition_constants, *state], self,
                         self.output_format)
       return _tensor(found)
 
-    def kept_if_done(going, new, old):
-      if going is None:
+    def select(active, new, old):
+      if active is None:
         return new
-      going = tf.reshape(going, [-1, *[1] * (new.shape.rank - 1)])
-      return tf.where(going, new, old)
+      active = tf.reshape(active, [-1, *[1] * (new.shape.rank - 1)])
+      return tf.where(active, new, old)
 
     def body(*state):
-      # A loop over a batch may have a condition for each row; those that are done stay.
-      going = going_on(state) if by_row else None
+      # A loop over a batch may have a condition for each row; rows that are done keep their state.
+      active = condition(state) if by_row else None
       found = evaluate(params['body_jaxpr'], [*body_constants, *state], self, self.output_format)
-      return [kept_if_done(going, self.whole(x, v), old) for x, v, old in zip(
+      return [select(active, self.whole(x, v), old) for x, v, old in zip(
           found, params['body_jaxpr'].jaxpr.outvars, state, strict=True)]
 
     invariants = [tf.TensorShape([d if isinstance(d, int) else None for d in v.aval.shape])
                   for v in equation.invars[end:]]
-    return list(tf.while_loop(lambda *state: tf.reduce_any(going_on(state)), body, carried,
+    return list(tf.while_loop(lambda *state: tf.reduce_any(condition(state)), body, carried,
                               shape_invariants=invariants))
 
   # The network.
@@ -332,13 +337,13 @@ class Operations:
     numbers, strides = params['dimension_numbers'], list(params['window_strides'])
     if (tuple(numbers.lhs_spec) != (0, 3, 1, 2) or tuple(numbers.rhs_spec) != (3, 2, 0, 1)
         or params['batch_group_count'] != 1 or set(params['lhs_dilation']) != {1}):
-      raise self._cannot(equation)
+      raise self._unsupported(equation)
     groups, dilations = params['feature_group_count'], list(params['rhs_dilation'])
     x, padding = _padded(_tensor(x), shape[:2], strides, params['padding'], 0.0, dilations)
     if groups == 1:
       return tf.nn.conv2d(x, _tensor(kernel), strides, padding, dilations=dilations)
     if shape[2] != 1 or groups != x.shape[-1]:
-      raise self._cannot(equation)
+      raise self._unsupported(equation)
     kernel = tf.reshape(_tensor(kernel), [*shape[:2], groups, shape[3] // groups])
     return tf.nn.depthwise_conv2d(x, kernel, [1, *strides, 1], padding, dilations=dilations)
 
@@ -346,18 +351,18 @@ class Operations:
     params = equation.params
     window, strides = params['window_dimensions'], params['window_strides']
     if (window[0], window[3], strides[0], strides[3]) != (1, 1, 1, 1):
-      raise self._cannot(equation)
+      raise self._unsupported(equation)
     x, padding = _padded(_tensor(x), window[1:3], strides[1:3], params['padding'][1:3],
                          -np.inf, [1, 1])
     return tf.nn.max_pool2d(x, window[1:3], strides[1:3], padding)
 
-  def _cannot(self, equation) -> InputError:
+  def _unsupported(self, equation) -> InputError:
     return InputError(f'this model has a form of {equation.primitive.name} that format '
                       f'{self.output_format} cannot express; --format=stablehlo can')
 
 
 def _tensor(x: Any) -> tf.Tensor:
-  """A constant in a type that TensorFlow Lite computes in; tensors as they are."""
+  """Converts a constant to a type that TensorFlow Lite supports; returns tensors unchanged."""
   if not isinstance(x, (np.ndarray, np.generic)):
     return x
   if x.dtype == np.uint32:
@@ -372,7 +377,7 @@ def _dtype(dtype: Any) -> tf.DType:
 
 def _with_offsets(x: tf.Tensor, axis: int, places_rank: int, batched: int,
                   offset_dims: Sequence[int]) -> tf.Tensor:
-  """What `tf.gather` found, with its axes where JAX's `offset_dims` want those of the slices."""
+  """Transposes the result of `tf.gather` so that the slices' axes are at JAX's `offset_dims`."""
   inserted = list(range(axis, axis + places_rank - batched))
   ours = list(range(batched)) + inserted
   theirs = [i for i in range(len(x.shape)) if i not in ours]
@@ -385,7 +390,7 @@ def _with_offsets(x: tf.Tensor, axis: int, places_rank: int, batched: int,
 def _padded(x: tf.Tensor, window: Sequence[int], strides: Sequence[int],
             padding: Sequence[tuple[int, int]], fill: float, dilations: Sequence[int]
             ) -> tuple[tf.Tensor, str]:
-  """`x` and the name of the padding that is left to do: SAME where that is meant."""
+  """Pads `x` explicitly unless the padding is SAME; returns it and TensorFlow's padding mode."""
   def same(size, window, stride, dilation):
     total = max((-(-size // stride) - 1) * stride + (window - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2

@@ -1,4 +1,4 @@
-"""A run's detector written in another format, and checked there."""
+"""Exports a run's detector to another format and checks the result."""
 
 import dataclasses
 import pathlib
@@ -20,9 +20,9 @@ from ppn_jax.detection.structures import Detections, Example, without_truth
 from ppn_jax.detector import Detector
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
-from ppn_jax.export import metadata, stablehlo, tensorflow
+from ppn_jax.export import stablehlo, tensorflow
 from ppn_jax.export.comparison import TOLERANCES, Difference, compare, is_wrong, latency
-from ppn_jax.export.formats import Options
+from ppn_jax.export.formats import ExportOptions, companion_file, make_metadata, write_metadata
 from ppn_jax.export.runtimes import ExportedDetector, open_export
 from ppn_jax.run import Run, build_detector, load_variables
 from ppn_jax.storage import local_path
@@ -32,16 +32,16 @@ CHECKED_IMAGES = 20
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What came of an export.
+  """Result of an export.
 
   Attributes:
-    path: the file, or folder.
-    step: of the run.
-    size: in bytes, of what is needed to run it.
-    images: how many it was checked on.
-    difference: from JAX on them.
-    latency: seconds of a call in its runtime.
-    jax_latency: the same in JAX on this machine.
+    path: the file or folder that was written.
+    step: step of the run.
+    size: size in bytes, without the files beside it.
+    images: number of images on which it was checked.
+    difference: difference from JAX on these images.
+    latency: seconds per call in its runtime.
+    jax_latency: seconds per call in JAX on this machine.
   """
   path: pathlib.Path
   step: int
@@ -52,26 +52,27 @@ class Export:
   jax_latency: float
 
 
-def export(run: Run, output: pathlib.Path, options: Options, *, step: int | None = None,
+def export(run: Run, output: pathlib.Path, options: ExportOptions, *, step: int | None = None,
            ema: bool | None = None, folder: pathlib.Path | None = None,
            say: Callable[[str], None] = print) -> Export:
-  """Writes `output`, which appears only once its runtime has found what JAX finds.
+  """Writes `output`, which appears only after its detections have been compared with JAX's.
 
   Args:
-    run: see `run.open_run`.
-    output: a new file; of a SavedModel a new folder.
-    options: see there.
+    run: the run, see `run.open_run`.
+    output: a new file, or for a SavedModel a new folder.
+    options: options of the export.
     step: a saved step; the newest by default.
-    ema: as in `evaluation.job.Options`.
-    folder: of pictures to calibrate on and check with; by default the run's data, the training
-      split for calibration and the evaluation split for the check. Other files in it, and
-      pictures that cannot be read, are passed over and named; images of the run's data that
-      cannot be read are, if its `data.on_bad_example` is 'skip'.
-    say: told what goes on, a line at a time.
+    ema: True for the moving average of the weights, False for the weights themselves; None for the
+      average if the run keeps one.
+    folder: folder of images for calibration and for the check. By default the run's data is used,
+      the training split for calibration and the evaluation split for the check. Other files in the
+      folder, and images that cannot be read, are skipped and reported; unreadable images in the
+      run's data are skipped if its `data.on_bad_example` is 'skip'.
+    say: called with each line of progress.
 
   Raises:
-    InputError: `output` exists, there are no images, a library is missing, the format cannot
-      express the model, or the written file detects something else than JAX.
+    InputError: If `output` exists, there are no images, a library is missing, the format cannot
+      express the model, or the detections of the written file differ from JAX's.
   """
   check_new(output, options)
   output, folder = local_path(output), None if folder is None else local_path(folder)
@@ -79,8 +80,8 @@ def export(run: Run, output: pathlib.Path, options: Options, *, step: int | None
   if options.format != 'stablehlo':
     tensorflow.check_libraries(options)
   detector, reference = _detectors(run, options)
-  pictures = _Pictures(run, detector.image_size, folder, say)
-  checked = pictures.take('eval', CHECKED_IMAGES)
+  images = _Images(run, detector.image_size, folder, say)
+  checked = images.load('eval', CHECKED_IMAGES)
   step, variables = load_variables(run, reference, sharding.data_mesh(
       jax.local_devices()[:1]), step=step, ema=ema, say=say)
   variables = jax.device_get(variables)
@@ -88,35 +89,35 @@ def export(run: Run, output: pathlib.Path, options: Options, *, step: int | None
   output.parent.mkdir(parents=True, exist_ok=True)
   with storage.partial_folder(output) as temporary:
     path = temporary / output.name
-    _write(path, detector, variables, options, pictures)
-    metadata.attach(path, _describe(run, detector, options, step))
+    _write(path, detector, variables, options, images)
+    write_metadata(path, _make_metadata(run, detector, options, step))
     say(f'checking it on {len(checked)} images')
     exported = open_export(path)
-    made = check(exported, jax.jit(reference.detect), variables, checked, options)
+    measured = check(exported, jax.jit(reference.detect), variables, checked, options)
     size = size_of(path)
     check_new(output, options)
     for part in sorted(temporary.iterdir(), key=lambda p: p.name == output.name):
       shutil.move(part, output.parent / part.name)
-  return Export(output, step, size, len(checked), *made)
+  return Export(output, step, size, len(checked), *measured)
 
 
-def check_new(output: str | pathlib.Path, options: Options) -> None:
-  """Raises InputError if `output`, or a file that goes with it, exists or is not local."""
+def check_new(output: str | pathlib.Path, options: ExportOptions) -> None:
+  """Raises InputError if `output` or a file that accompanies it exists, or if it is not local."""
   if '://' in str(output):
     raise InputError(f'--output={output} must be a local file')
   output = local_path(output)
-  with_it = [metadata.beside(output, s) for s in ('.json', '.npz')]
-  for path in (output, *(with_it if options.format == 'stablehlo' else ())):
+  companions = [companion_file(output, s) for s in ('.json', '.npz')]
+  for path in (output, *(companions if options.format == 'stablehlo' else ())):
     if path.exists() or path.is_symlink():
       raise InputError(f'--output: {path} exists; give a new name')
 
 
 def check(exported: ExportedDetector, detect: Callable, variables: Any, images: np.ndarray,
-          options: Options) -> tuple[Difference, float, float]:
-  """(difference from JAX, seconds of a call, of one in JAX).
+          options: ExportOptions) -> tuple[Difference, float, float]:
+  """Returns the difference from JAX, the seconds per call, and the seconds per call in JAX.
 
   Raises:
-    InputError: the difference is more than the precision explains.
+    InputError: If the difference is larger than the precision explains.
   """
   size, tolerance = options.batch_size or 1, TOLERANCES[options.precision]
   expected = [detect(variables, image[None]) for image in images]
@@ -127,22 +128,22 @@ def check(exported: ExportedDetector, detect: Callable, variables: Any, images: 
         f'the written {options.format} file is wrong and was not kept: {difference.missing} of '
         f'{difference.detections} detections on {len(images)} images differ from those of JAX by '
         f'more than {tolerance.boxes} in boxes or {tolerance.scores} in scores'
-        + '; take float16, or more --calibration_images' * (options.precision == 'int8'))
+        + '; use float16, or more --calibration_images' * (options.precision == 'int8'))
   batch = np.resize(images, (size, *images.shape[1:]))
   return (difference, latency(exported, batch),
           latency(lambda x: jax.block_until_ready(detect(variables, x)), batch))
 
 
 def size_of(path: pathlib.Path) -> int:
-  """Bytes of a file, or of all in a folder."""
+  """Returns the size of a file, or of all files in a folder, in bytes."""
   return sum(p.stat().st_size for p in (path.rglob('*') if path.is_dir() else [path])
              if p.is_file())
 
 
-def _detectors(run: Run, options: Options) -> tuple[Detector, Detector]:
-  """The run's detector in the form to write, and the one to compare with.
+def _detectors(run: Run, options: ExportOptions) -> tuple[Detector, Detector]:
+  """Returns the run's detector in the form to write, and the one to compare with.
 
-  TensorFlow's formats are given convolutions as such, and compute in float32.
+  For TensorFlow's formats, convolutions have their native form and are computed in float32.
   """
   if options.format == 'stablehlo':
     return (run.detector(),) * 2
@@ -154,44 +155,44 @@ def _detectors(run: Run, options: Options) -> tuple[Detector, Detector]:
   return build_detector(config), reference
 
 
-def _write(path: pathlib.Path, detector: Detector, variables: Any, options: Options,
-           pictures: '_Pictures') -> None:
+def _write(path: pathlib.Path, detector: Detector, variables: Any,
+           options: ExportOptions, images: '_Images') -> None:
   shape = stablehlo.input_shape(options.batch_size, detector.image_size)
   if options.format == 'stablehlo':
     stablehlo.write(path, detector.detect, shape, variables)
     return
   calibration = ()
   if options.precision == 'int8':
-    images = pictures.take('train', options.calibration_images)
-    calibration = [np.resize(images[i:i + options.batch_size], shape.shape)
-                   for i in range(0, len(images), options.batch_size)]
-  tensorflow.write(path, lambda x: detector.detect(variables, x), shape, options,
-                         calibration)
+    pixels = images.load('train', options.calibration_images)
+    calibration = [np.resize(pixels[i:i + options.batch_size], shape.shape)
+                   for i in range(0, len(pixels), options.batch_size)]
+  tensorflow.write(path, lambda x: detector.detect(variables, x), shape, options, calibration)
 
 
-def _describe(run: Run, detector: Detector, options: Options, step: int) -> dict[str, Any]:
-  return metadata.describe(
+def _make_metadata(run: Run, detector: Detector, options: ExportOptions, step: int
+                   ) -> dict[str, Any]:
+  return make_metadata(
       options, image_size=detector.image_size, resize=run.config.data.resize,
       labels=[c.name for c in run.categories], category_ids=[c.id for c in run.categories],
       step=step, model=run.config.model.to_dict())
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pictures:
-  """Images as the run's detector takes them, from its data or from a folder."""
+class _Images:
+  """Images at the size of the run's detector, from the run's data or from a folder."""
   run: Run
   side: int
   folder: pathlib.Path | None
   say: Callable[[str], None]
 
-  def take(self, split: str, count: int) -> np.ndarray:
-    """At most `count` images, spread over a split: u8 [N, S, S, 3]."""
+  def load(self, split: str, count: int) -> np.ndarray:
+    """Returns at most `count` images, evenly spaced in a split: u8 [N, S, S, 3]."""
     resize = Resize(self.side, self.run.config.data.resize)
     found = [resize(example).image for example in self._examples(split, count)]
     if not found:
       where = f'in {self.folder}' if self.folder else f'in data.{split}'
-      raise InputError(f'there are no images {where} that can be read, to check the export with; '
-                       'give --images=FOLDER of other pictures')
+      raise InputError(f'there are no readable images {where} to check the export with; give '
+                       'another folder of images with --images=FOLDER')
     return np.stack(found)
 
   def _examples(self, split: str, count: int) -> Iterator[Example]:
@@ -212,19 +213,19 @@ class _Pictures:
   def _source(self, split: str) -> Source:
     config = self.run.config
     if split == 'eval' and not (names_data(config.data.eval) or config.data.eval_fraction):
-      split = 'train'  # A run that is not evaluated has no other images.
+      split = 'train'  # A run without evaluation data has no other images.
     try:
       return open_split(config, split)
     except InputError as e:
-      raise InputError(f'images of data.{split} are needed and cannot be had: {e}; give '
-                       '--images=FOLDER of any pictures like them') from e
+      raise InputError(f'images of data.{split} are needed but cannot be opened: {e}; give a '
+                       'folder of similar images with --images=FOLDER') from e
 
 
 @dataclasses.dataclass(frozen=True)
 class _Folder:
-  """Pictures of a folder, as `evenly_spaced_examples` takes them."""
+  """Images of a folder as a sequence of examples."""
   files: Sequence[str]
-  others: str  # What else is there.
+  others: str  # Describes the other files in the folder.
 
   def __len__(self) -> int:
     return len(self.files)

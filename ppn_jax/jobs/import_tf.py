@@ -1,4 +1,4 @@
-"""Makes a run of somebody else's weights."""
+"""Creates a run from weights of TensorFlow or Keras."""
 
 import pathlib
 from collections.abc import Callable
@@ -24,35 +24,35 @@ KINDS = ('auto', 'detector', 'backbone')
 def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str | pathlib.Path, *,
                kind: str = 'auto', label_map: str | pathlib.Path | None = None,
                average: bool = False, say: Callable[[str], None] = print) -> Run:
-  """A run at step 0 with the weights of a TensorFlow checkpoint, a frozen graph or a Keras file.
+  """Creates a run at step 0 from a TensorFlow checkpoint, a frozen graph or a Keras file.
 
-  Nothing is written before all is known to be right.
+  Nothing is written before everything has been checked.
 
   Args:
-    checkpoint: see `files.read_weights`.
-    config: of the model; `model.num_classes` 0 takes a detector's own number.
+    checkpoint: path of the weights, see `weights.read.read_weights`.
+    config: config of the model; `model.num_classes` 0 uses the number of classes in the file.
     workdir: a new folder.
-    kind: 'detector' fills every variable; 'backbone' the backbone's, others are fresh, from
-      `config.seed`; 'auto' is whichever the file holds.
-    label_map: names of the classes, see `labels.read_label_map`.
-    average: take the moving averages of the weights, which some checkpoints have beside them.
-    say: told what was found, a line at a time.
+    kind: 'detector' imports every variable; 'backbone' only the backbone's and initialises the
+      others from `config.seed`; 'auto' imports what the file holds.
+    label_map: file with the names of the classes, see `labels.read_label_map`.
+    average: whether to use the moving averages of the weights, which some checkpoints have.
+    say: called with each line of the report.
 
   Raises:
-    InputError: a file that cannot be read or does not fit the config, or a workdir in use.
+    InputError: If a file cannot be read or does not fit the config, or the workdir is in use.
   """
   if kind not in KINDS:
     raise InputError(f'kind={kind!r}; {did_you_mean(str(kind), KINDS)}')
   for key in ('weights', 'backbone'):
     if config.init.get(key):
-      raise InputError(f'init.{key}={config.init[key]} is for new runs of `ppn train`; here '
-                       '--checkpoint says what to read')
+      raise InputError(f'init.{key}={config.init[key]} is for new runs of `ppn train`; an import '
+                       'reads --checkpoint only')
   _check_new(storage.folder_path(workdir))
   file = read_weights(checkpoint)
   contents = names.recognise(file.tensors)
   if contents.kind == 'unknown':
-    raise InputError(f'{file.path} looks like {contents.description}; legal: a PPN or SSD detector '
-                     "of the TF Object Detection API, slim's or Keras' MobileNet-v1")
+    raise InputError(f'{file.path} looks like {contents.description}; supported: a PPN or SSD '
+                     "detector of the TF Object Detection API, slim's or Keras' MobileNet-v1")
   if kind == 'auto':
     kind = 'backbone' if contents.kind in ('slim', 'keras') else 'detector'
   categories, line = (_categories if kind == 'detector' else _fresh_categories)(
@@ -66,9 +66,10 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
   else:
     imported = importer.import_backbone(file, like, average=average)
     state = with_weights(jit_init(detector, optimizer, mesh)(config.seed), imported.variables)
-  # First: a run without a checkpoint would be trained from random weights.
+  # The checkpoint is saved before the config: a run without a checkpoint would be trained from
+  # random weights.
   with Ownership(run.workdir, 'training', say):
-    _check_new(run.workdir)  # A training may have begun meanwhile.
+    _check_new(run.workdir)  # Training may have started in the meantime.
     with run.checkpoints(read_only=False) as checkpoints:
       checkpoints.save(0, state)
     run.save()
@@ -79,12 +80,12 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
 
 def _check_new(workdir: storage.Path) -> None:
   if (workdir / 'config.json').exists() or any((workdir / 'checkpoints').glob('*')):
-    raise InputError(f'workdir {workdir} holds a run already; give a new folder')
+    raise InputError(f'workdir {workdir} already holds a run; give a new folder')
 
 
 def _categories(file: WeightFile, config: ConfigDict, label_map: str | pathlib.Path | None
                 ) -> tuple[tuple[Category, ...], str]:
-  """The classes of a whole detector."""
+  """Returns the classes of a whole detector, and a line on their names."""
   count = config.model.num_classes
   if not count:
     if not config.model.background_column:
@@ -95,16 +96,16 @@ def _categories(file: WeightFile, config: ConfigDict, label_map: str | pathlib.P
           f'model.num_classes={columns} if this one has no background')
     count = importer.class_columns(file) - 1
     if count < 1:
-      raise InputError(f'{file.path} has no class column besides the background')
+      raise InputError(f'{file.path} has no class column other than the background')
   return labels.detector_categories(count, label_map)
 
 
 def _fresh_categories(file: WeightFile, config: ConfigDict, label_map: str | pathlib.Path | None
                       ) -> tuple[tuple[Category, ...], str]:
-  """The classes that a new head on somebody's backbone is for."""
+  """Returns the classes for a new head on an imported backbone, and a line on them."""
   if label_map is None:
     raise InputError(
         f'{file.path}: a backbone has no classes to detect; name them with --label_map, or train '
         f'on your data from it with `ppn train --config.init.backbone={file.path}`')
   known = labels.read_label_map(label_map)
-  return known, f'{len(known)} classes of {label_map}; head and neck are fresh'
+  return known, f'{len(known)} classes of {label_map}; head and neck are randomly initialised'

@@ -31,8 +31,8 @@ from ppn_jax.telemetry.metrics import MetricsWriter, Progress, evaluated, first_
 from ppn_jax.training.input_pipeline import build_feed
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import abstract_state, jit_init
-from ppn_jax.weights.importer import Imported
 from ppn_jax.weights.initial import initial_weights, with_weights
+from ppn_jax.weights.transfer import TransferredWeights
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, *,
@@ -91,7 +91,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
         failures.failing_together(besides=Preempted), contextlib.ExitStack() as closing):
     if latest is None:
-      run = _with_init(run, config.init, report=initial.report.recorded() if initial else ())
+      run = _with_init(run, config.init, report=initial.report.lines() if initial else ())
     elif earlier:  # What its weights started from, whatever the config says now.
       run = _with_init(run, earlier.config.init)
     if owner:
@@ -117,7 +117,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       state = jit_init(detector, optimizer, mesh)(config.seed)
     if initial is not None:
       progress.say(f'starting from {initial.report}')
-      state = with_weights(state, initial.variables, initial.columns)
+      state = with_weights(state, initial.variables, initial.partial)
     # 3. The steps.
     writer = None
     if jax.process_index() == 0:
@@ -141,7 +141,7 @@ def _earlier_run(workdir: str | pathlib.Path) -> Run | None:
 
 
 def _latest_or_initial(run: Run, initialise: Callable, abstract: TrainState
-                       ) -> tuple[int | None, Imported | None]:
+                       ) -> tuple[int | None, TransferredWeights | None]:
   """Returns the newest step, or what a run without one starts from."""
   with run.checkpoints(read_only=True) as checkpoints:
     latest = checkpoints.latest()

@@ -1,7 +1,8 @@
-"""What a TPU slice would make of a config: the real programs, compiled by the real compiler.
+"""Estimates how a config would run on a TPU slice, by compiling the real programs for it.
 
-libtpu compiles for slices that are not at hand, on any Linux machine. Some slices make it abort,
-and its lock and settings are those of a process, so each is compiled in a process of its own.
+libtpu compiles for slices that are not present, on any Linux machine. Each slice is compiled in a
+separate process, because some slices make libtpu abort, and because its lock and settings belong to
+a process.
 """
 
 import importlib.metadata
@@ -25,25 +26,32 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from ppn_jax.distributed import sharding
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, install_command
 from ppn_jax.planning import hlo
 from ppn_jax.run import build_detector, check_batch, optimizer_of
 from ppn_jax.training.train_step import abstract_batch, abstract_state, jit_detect, jit_train_step
 
 
 class Chip(NamedTuple):
-  """Of one chip."""
-  hbm: int  # Bytes.
-  bandwidth: float  # Of HBM, bytes/s.
-  peak: float  # FLOP/s, bfloat16.
-  clock: float  # Hz.
+  """Data of a TPU chip.
+
+  Fields:
+    hbm: memory, bytes.
+    bandwidth: bandwidth of the memory, bytes/s.
+    peak: peak performance in bfloat16, FLOP/s.
+    clock: clock frequency, Hz.
+  """
+  hbm: int
+  bandwidth: float
+  peak: float
+  clock: float
 
 
-# Memory, bandwidth and peak: the system architecture pages of the Cloud TPU documentation
-# (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Clock: peak / (2 x matrix units x side^2), with
-# 8, 4 and 8 units of 128 x 128, and for v6e 4 of 256 x 256: its page says 2, which would mean
-# 3.5 GHz. At these clocks the compiler's cycles for a matmul of 8192^3 take 1.11 (v4, v5p), 1.14
-# (v5e) and 1.42 (v6e) times what the peak allows.
+# Memory, bandwidth and peak are from the system architecture pages of the Cloud TPU documentation
+# (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). The clock is peak / (2 x matrix units x side^2),
+# with 8, 4 and 8 units of 128 x 128, and for v6e 4 of 256 x 256. The page of v6e says 2, which
+# would mean 3.5 GHz. At these clocks, the compiler's cycles for a matmul of 8192^3 take 1.11 (v4,
+# v5p), 1.14 (v5e) and 1.42 (v6e) times as long as at peak performance.
 CHIPS = {
     'v4': Chip(32 * 2**30, 1200e9, 275e12, 1.05e9),
     'v5e': Chip(16 * 2**30, 819e9, 197e12, 1.5e9),
@@ -51,29 +59,36 @@ CHIPS = {
     'v6e': Chip(32 * 2**30, 1638e9, 918e12, 1.75e9),
 }
 _TOPOLOGY = re.compile(r'(v\d+[a-z]*):(\d+(?:x\d+){1,2})')
-# Boxes of an image that the program is compiled for, where the config leaves it to the data.
+# Boxes per image that the program is compiled for, if the config leaves the number to the data.
 MAX_BOXES = 100
 _ENVIRONMENT = {
     'JAX_PLATFORMS': 'cpu',
-    # The cache stores such programs but cannot read them.
+    # The cache stores these programs but cannot read them.
     'JAX_ENABLE_COMPILATION_CACHE': 'false',
-    # Without these libtpu asks for a metadata server; they serve for every generation.
+    # Without these, libtpu asks a metadata server. The values work for every generation.
     'TPU_ACCELERATOR_TYPE': 'v5litepod-8', 'TPU_WORKER_HOSTNAMES': 'localhost',
-    # Its lock would make a second process abort.
+    # Without this, libtpu's lock makes a second process abort.
     'ALLOW_MULTIPLE_LIBTPU_LOAD': '1', 'TPU_STDERR_LOG_LEVEL': '3', 'TPU_MIN_LOG_LEVEL': '3',
 }
 
 
 class Request(NamedTuple):
-  """What to compile."""
-  config: dict[str, Any]  # With `model.num_classes` set.
-  topology: str  # 'v5e:2x4'
-  batch_per_chip: int  # Images.
-  program: str  # 'train' or 'detect'.
+  """Program to compile, and the slice to compile it for.
+
+  Fields:
+    config: the config as a dict, with `model.num_classes` set.
+    topology: generation and shape of the slice, such as 'v5e:2x4'.
+    batch_per_chip: images per chip.
+    program: 'train' or 'detect'.
+  """
+  config: dict[str, Any]
+  topology: str
+  batch_per_chip: int
+  program: str
 
 
 class Estimate(NamedTuple):
-  """What came of it. Of each chip, unless it says otherwise; sizes in bytes."""
+  """Estimate of a program on a slice, per chip unless stated otherwise; sizes are in bytes."""
   topology: str
   program: str
   chips: int
@@ -81,31 +96,31 @@ class Estimate(NamedTuple):
   devices_per_chip: int
   batch_per_chip: int
   fits: bool
-  hbm: int  # That the chip has.
-  peak_hbm: int  # That the program needs.
+  hbm: int  # Memory of the chip.
+  peak_hbm: int  # Memory that the program needs.
   flops: float = 0.0
-  bytes_accessed: float = 0.0  # By XLA's cost analysis: VMEM included, padding left out.
+  bytes_accessed: float = 0.0  # From XLA's cost analysis, which includes VMEM but no padding.
   hbm_bytes: int = 0  # See hlo.Costs.
-  cycles: int = 0  # Of a device.
+  cycles: int = 0  # Per device.
   unestimated_sorts: int = 0
   unknown_loops: int = 0  # See hlo.Costs.
   clock: float = 0.0
   bandwidth: float = 0.0
   images_per_second_by_cycles: float = 0.0  # Pessimistic.
-  images_per_second_by_bytes: float = 0.0  # Optimistic; by FLOPs, if they take longer.
-  collectives: Mapping[str, tuple[int, int]] | None = None  # {kind: (how many, bytes)}, a device.
+  images_per_second_by_bytes: float = 0.0  # Optimistic; by FLOPs if they take longer.
+  collectives: Mapping[str, tuple[int, int]] | None = None  # {kind: (count, bytes)} per device.
   compile_seconds: float = 0.0
   host_memory: int = 0  # Peak of the compiling process.
-  largest_batch: int | None = None  # Images, where `planning_search` has looked for it.
+  largest_batch: int | None = None  # Images, if `search.largest_batch` was called.
   jax_version: str = ''
   libtpu_version: str = ''
 
 
-def chip_of(topology: str) -> tuple[Chip, tuple[int, ...]]:
-  """'v5e:2x4' -> its chip and (2, 4).
+def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
+  """Returns the chip of a topology and its shape in chips, (2, 4) for 'v5e:2x4'.
 
   Raises:
-    InputError: not such a name, or a generation without data in `CHIPS`.
+    InputError: If the name is malformed, or its generation is not in `CHIPS`.
   """
   match = _TOPOLOGY.fullmatch(topology)
   if not match or match[1] not in CHIPS:
@@ -115,21 +130,21 @@ def chip_of(topology: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def plan(request: Request) -> Estimate:
-  """Compiles in a process of its own, which takes a minute or two and 1.5 GB.
+  """Compiles a program in a separate process, which takes a minute or two and 1.5 GB.
 
   Raises:
-    InputError: libtpu is missing; the topology does not exist or the compiler cannot take it; the
-      batch cannot be split; or what building the config raises.
+    InputError: If libtpu is missing, the topology does not exist or the compiler does not support
+      it, the batch cannot be split, or the config is wrong.
   """
-  chip_of(request.topology)
+  parse_topology(request.topology)
   if importlib.util.find_spec('libtpu') is None:
-    raise InputError("ppn plan needs the TPU compiler: pip install 'ppn_jax[tpu]' (Linux, no TPU "
+    raise InputError(f"ppn plan needs the TPU compiler: {install_command('tpu')} (Linux, no TPU "
                      'needed)')
   with tempfile.TemporaryDirectory() as folder:
-    asked, answer = pathlib.Path(folder, 'request'), pathlib.Path(folder, 'answer')
-    asked.write_bytes(pickle.dumps(request))
+    question, answer = pathlib.Path(folder, 'request'), pathlib.Path(folder, 'answer')
+    question.write_bytes(pickle.dumps(request))
     code = ('from ppn_jax.planning import estimation; '
-            f'estimation._answer({str(asked)!r}, {str(answer)!r})')
+            f'estimation._answer({str(question)!r}, {str(answer)!r})')
     process = subprocess.run([sys.executable, '-c', code], stdin=subprocess.DEVNULL,
                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                              env={**os.environ, **_ENVIRONMENT, 'PYTHONPATH': _search_path()},
@@ -141,38 +156,38 @@ def plan(request: Request) -> Estimate:
     raise InputError(result)
   if process.returncode < 0:
     raise InputError(f'{request.topology}: the compiler ended with '
-                     f'{signal.Signals(-process.returncode).name}; it cannot take this topology, '
-                     'or the machine ran out of memory')
+                     f'{signal.Signals(-process.returncode).name}; it does not support this '
+                     'topology, or the machine ran out of memory')
   raise RuntimeError(f'the compiling process failed:\n{process.stderr[-4000:]}')
 
 
 def _search_path() -> str:
-  """Where this process finds modules, the user's own among them."""
+  """Returns the module path of this process as PYTHONPATH, including the user's own modules."""
   return os.pathsep.join(os.path.abspath(p) for p in sys.path)
 
 
 def _answer(request_file: str, answer_file: str) -> None:
-  """The compiling process: leaves an Estimate, or what was wrong as text."""
+  """Runs in the compiling process: writes an Estimate, or an error message as a string."""
   request = pickle.loads(pathlib.Path(request_file).read_bytes())
   try:
     answer = compile_program(request)
   except InputError as e:
     answer = str(e)
-  # Whole or not at all: the process may abort at any time.
+  # Written atomically, because the process may abort at any time.
   partial = pathlib.Path(answer_file + '.partial')
   partial.write_bytes(pickle.dumps(answer))
   partial.rename(answer_file)
 
 
 def compile_program(request: Request) -> Estimate:
-  """As `plan`, in this process, whose environment has to be right for libtpu."""
-  chip, shape = chip_of(request.topology)
+  """Compiles a program in this process, whose environment must be set for libtpu; see `plan`."""
+  chip, shape = parse_topology(request.topology)
   devices = _devices(request.topology, shape)
   chips = math.prod(shape)
   per_chip = len(devices) // chips
   if request.batch_per_chip < 1 or request.batch_per_chip % per_chip:
     raise InputError(f'--batch_per_chip={request.batch_per_chip} must be a multiple of the '
-                     f'{per_chip} device{"s" if per_chip > 1 else ""} of a chip of '
+                     f'{per_chip} device{"s" if per_chip > 1 else ""} on a chip of '
                      f'{request.topology}')
   estimate = Estimate(
       request.topology, request.program, chips, len({d.process_index for d in devices}), per_chip,
@@ -194,43 +209,46 @@ def compile_program(request: Request) -> Estimate:
       host_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
   if compiled is None:
     return estimate
-  return _filled_in(estimate, compiled)
+  return _with_costs(estimate, compiled)
 
 
 def _devices(topology: str, shape: tuple[int, ...]) -> list[Any]:
-  # Hosts have four chips and more, unless told so.
+  """Returns the devices of a topology, which need not be present."""
+  # By default hosts have four chips or more.
   few = math.prod(shape) < 4
   options = {'chips_per_host_bounds': (*shape, 1)[:3]} if few else {}
-  if topology.startswith('v4:'):  # As JAX has them on a v4, where two cores are one device.
+  if topology.startswith('v4:'):  # On a v4, JAX uses the two cores of a chip as one device.
     options['chip_config_name'] = 'megacore'
   try:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=topology,
                                              **options).devices)
   except jax.errors.JaxRuntimeError as e:
-    raise InputError(f'{topology} is no topology that the compiler knows: {_first_line(e)}') from e
+    raise InputError(f'{topology} is not a topology that the compiler knows: {_first_line(e)}'
+                     ) from e
 
 
 def _lower(request: Request, mesh: jax.sharding.Mesh, chips: int) -> jax.stages.Lowered:
+  """Lowers the requested program for a mesh."""
   config, batch_size = ConfigDict(request.config), request.batch_per_chip * chips
   detector = build_detector(config)
   optimizer = optimizer_of(config, steps=max(config.train.steps, 1), batch_size=batch_size)
   if request.program == 'train':
     check_batch(config, 'the batch of all chips', batch_size, optimizer.micro_batches, mesh)
   state = abstract_state(detector, optimizer, mesh)
-  images, truth = abstract_batch(batch_size, detector.image_size,
-                                 config.data.max_boxes or MAX_BOXES, mesh)
+  images, ground_truth = abstract_batch(batch_size, detector.image_size,
+                                        config.data.max_boxes or MAX_BOXES, mesh)
   if request.program == 'detect':
     return jit_detect(detector, mesh).lower(state.variables, images)
-  return jit_train_step(detector, optimizer, mesh).lower(state, images, truth)
+  return jit_train_step(detector, optimizer, mesh).lower(state, images, ground_truth)
 
 
-def _filled_in(estimate: Estimate, compiled: jax.stages.Compiled) -> Estimate:
-  """With what the compiled program says of itself."""
+def _with_costs(estimate: Estimate, compiled: jax.stages.Compiled) -> Estimate:
+  """Adds the costs of a compiled program to an estimate."""
   devices, analysis = estimate.devices_per_chip, compiled.cost_analysis()
   costs = hlo.costs(hlo.parse(compiled.as_text()))
   flops, hbm_bytes = devices * analysis['flops'], devices * costs.hbm_bytes
-  # The roofline: nothing is faster than its memory traffic or its arithmetic.
-  roofline = max(hbm_bytes / estimate.bandwidth, flops / chip_of(estimate.topology)[0].peak)
+  # Roofline: a program is limited by its memory traffic or its arithmetic.
+  roofline = max(hbm_bytes / estimate.bandwidth, flops / parse_topology(estimate.topology)[0].peak)
   rates = [estimate.batch_per_chip / s if s else 0.0
            for s in (costs.cycles / estimate.clock, roofline)]
   return estimate._replace(
@@ -247,7 +265,7 @@ _SIZE = re.compile(
 
 
 def _needed_hbm(message: str) -> int | None:
-  """Bytes that a device would need, from the compiler's message that it has not so many."""
+  """Returns the bytes that a device would need, from the compiler's out-of-memory message."""
   match = _SIZE.search(message)
   return int(float(match[1]) * 1024 ** ' KMGT'.index(match[2] or ' ')) if match else None
 

@@ -1,7 +1,7 @@
-"""What an optimised program costs, read from its text as XLA prints it (HLO).
+"""Reads the costs of an optimised program from its text in XLA's format (HLO).
 
-Only what the compiler wrote there: its cycle estimates, shapes with layouts and memory spaces,
-collectives. Loops count as often as the text says they run, once where it does not say.
+The text contains the compiler's cycle estimates, shapes with layouts and memory spaces, and
+collectives. A loop is counted as often as the text says that it runs, or once if it does not say.
 """
 
 import math
@@ -19,43 +19,62 @@ _NAME = re.compile(r'%([\w.\-]+)')
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
                'collective-permute', 'collective-broadcast')
-# They name or regroup what others have computed. A `-done` waits for what its `-start` moves.
+# These name or regroup results of other instructions. A `-done` waits for what its `-start` moves.
 _FREE = frozenset(('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
                    'conditional', 'call', 'after-all', 'partition-id', 'replica-id'))
 _PACKED = {'pred': 8, 's4': 4, 'u4': 4, 's2': 2, 'u2': 2, 'token': 0}  # Bits.
 
 
 class Instruction(NamedTuple):
-  """A line of a computation."""
+  """Instruction of a computation.
+
+  Fields:
+    name: name of the result.
+    opcode: the operation.
+    shapes: shapes of the result: (type, dimensions, order, tiles and memory space).
+    operands: names of the operands.
+    called: loop bodies and conditions, branches and called computations.
+    cycles: the compiler's estimate, 0 if it gives none.
+    trips: number of iterations of a loop, 0 if unknown.
+  """
   name: str
   opcode: str
-  shapes: tuple[tuple[str, ...], ...]  # Of the result: (type, dimensions, order, tiles and space).
+  shapes: tuple[tuple[str, ...], ...]
   operands: tuple[str, ...]
-  called: tuple[str, ...]  # Loop bodies and conditions, branches, called computations.
-  cycles: int  # 0 where the compiler gives none.
-  trips: int  # Of a loop, 0 where it is not known.
+  called: tuple[str, ...]
+  cycles: int
+  trips: int
 
 
 class Program(NamedTuple):
-  """Computations by name, and which of them is run."""
+  """Computations by name, and the name of the entry computation."""
   computations: dict[str, tuple[Instruction, ...]]
   entry: str
 
 
 class Costs(NamedTuple):
-  """Of one device, for one run of the program."""
-  cycles: int  # Estimates of the compiler; it has none for collectives, sorts and some calls.
-  unestimated_sorts: int  # Sorts that are executed without an estimate.
-  unknown_loops: int  # Loops of unknown length, which are counted as if they ran once.
-  hbm_bytes: int  # Read and written, tiles' padding included, what stays on the chip left out.
-  collectives: dict[str, tuple[int, int]]  # {opcode: (how many, bytes)}, no padding.
+  """Costs of a run of the program on one device.
+
+  Fields:
+    cycles: sum of the compiler's estimates, which do not exist for collectives, sorts and some
+      calls.
+    unestimated_sorts: number of executed sorts without an estimate.
+    unknown_loops: number of loops of unknown length, which are counted as if they ran once.
+    hbm_bytes: bytes read from and written to HBM, padding of tiles included.
+    collectives: {opcode: (count, bytes)}, without padding.
+  """
+  cycles: int
+  unestimated_sorts: int
+  unknown_loops: int
+  hbm_bytes: int
+  collectives: dict[str, tuple[int, int]]
 
 
 def parse(text: str) -> Program:
-  """Reads `jax.stages.Compiled.as_text()`.
+  """Parses the text from `jax.stages.Compiled.as_text()`.
 
   Raises:
-    ValueError: there is no entry computation in it.
+    ValueError: If it has no entry computation.
   """
   computations, entry, lines = {}, None, None
   for line in text.splitlines():
@@ -80,7 +99,7 @@ def _instruction(name: str, result: str, opcode: str, rest: str) -> Instruction:
 
 
 def costs(program: Program) -> Costs:
-  """Adds up what `Costs` has, over all that is executed."""
+  """Adds up the costs of all instructions that are executed."""
   cycles, sorts, loops, moved, collectives = 0, 0, 0, 0, {}
   for times, instruction, sizes in _executed(program, program.entry):
     cycles += times * instruction.cycles
@@ -99,36 +118,37 @@ Shapes = Sequence[tuple[str, ...]]
 
 def _executed(program: Program, computation: str, times: int = 1
               ) -> Iterator[tuple[int, Instruction, dict[str, Shapes]]]:
-  """(how often, instruction, shapes by name) of a computation and those that it runs."""
+  """Yields (count, instruction, shapes by name) for a computation and those that it calls."""
   instructions = program.computations.get(computation, ())
   shapes = {i.name: i.shapes for i in instructions}
   for instruction in instructions:
     yield times, instruction, shapes
-    # What `to_apply` of a reduction names runs inside it.
+    # The computation in `to_apply` of a reduction runs inside it, so it is not counted separately.
     if instruction.opcode in ('while', 'conditional', 'call'):
       for called in instruction.called:
         yield from _executed(program, called, times * (instruction.trips or 1))
 
 
 def _moved(instruction: Instruction, shapes: dict[str, Shapes]) -> int:
-  """Bytes that an instruction reads from and writes to HBM."""
+  """Returns the bytes that an instruction reads from and writes to HBM."""
   kind = instruction.opcode.removesuffix('-start')
   if instruction.opcode in _FREE or instruction.opcode.endswith('-done') or kind in COLLECTIVES:
     return 0
   sources = [shape for name in instruction.operands for shape in shapes.get(name, ())]
   if kind == 'copy' and instruction.opcode != kind:  # (to, from, context)
     return sum(map(_hbm_bytes, instruction.shapes[:2]))
-  if kind in ('slice', 'dynamic-slice'):  # Reads no more than it writes; `-start` repeats operands.
+  # A slice reads no more than it writes. The result of its `-start` repeats the operands.
+  if kind in ('slice', 'dynamic-slice'):
     target = instruction.shapes[-2 if instruction.opcode != kind else -1]
     return sum(_padded_bytes(target) for s in (target, *sources[:1]) if _in_hbm(s))
   return sum(map(_hbm_bytes, (*instruction.shapes, *sources)))
 
 
 def _exchanged(instruction: Instruction, shapes: dict[str, Shapes]) -> int:
-  """The larger of what a collective takes and gives, in bytes."""
+  """Returns the size of a collective's input or output in bytes, whichever is larger."""
   taken = sum(_bytes(s) for name in instruction.operands for s in shapes.get(name, ()))
   given = sum(map(_bytes, instruction.shapes))
-  # The result of most of the asynchronous ones repeats the operands.
+  # The result of most asynchronous collectives repeats the operands.
   return max(taken, given - taken if instruction.opcode.endswith('-start') else given)
 
 
@@ -146,7 +166,7 @@ def _bytes(shape: tuple[str, ...]) -> int:
 
 
 def _in_hbm(shape: tuple[str, ...]) -> bool:
-  """Whether its layout names no other memory space."""
+  """Returns whether an array is in HBM, i.e. its layout names no other memory space."""
   return 'S(' not in shape[3]
 
 
@@ -155,7 +175,7 @@ def _hbm_bytes(shape: tuple[str, ...]) -> int:
 
 
 def _padded_bytes(shape: tuple[str, ...]) -> int:
-  """With the minor dimensions filled up to the first tile of the layout, as they lie in memory."""
+  """Returns the size in memory, with minor dimensions padded to the first tile of the layout."""
   dtype, dimensions, order, layout = shape
   sizes = _dimensions(dimensions)
   physical = [sizes[i] for i in reversed(_dimensions(order))] if order else sizes

@@ -1,32 +1,40 @@
-"""What an estimate means for a run: rates, hours and input, as figures and as text."""
+"""Predicts rates, hours and host input of a run from an estimate, and formats them as text."""
 
 from typing import Any, NamedTuple
 
-from ppn_jax.planning.estimation import Estimate, chip_of
+from ppn_jax.planning.estimation import Estimate, parse_topology
 
 
 class Prediction(NamedTuple):
-  """Of the whole slice; pairs are (pessimistic, optimistic), which holds the truth more or less."""
+  """Prediction for the whole slice; pairs are (pessimistic, optimistic).
+
+  Fields:
+    step_seconds: duration of a step.
+    roofline: what limits the speed, 'memory' or 'arithmetic'.
+    images_per_second: rate of the slice.
+    host_images_per_second: rate at which each host must supply images.
+    hours: duration of the configured run without evaluations; None if it does not apply.
+  """
   step_seconds: tuple[float, float]
-  roofline: str  # What no program can be faster than: 'memory' or 'arithmetic'.
+  roofline: str
   images_per_second: tuple[float, float]
-  host_images_per_second: tuple[float, float]  # That each host has to deliver.
-  hours: tuple[float, float] | None  # Of the configured run, evaluations left out.
+  host_images_per_second: tuple[float, float]
+  hours: tuple[float, float] | None
 
 
 def predict(estimate: Estimate, images: int = 0) -> Prediction | None:
-  """Scales an estimate to its slice; None for what does not fit.
+  """Scales an estimate to its slice; returns None if the program does not fit.
 
   Args:
-    estimate: of the program.
-    images: that the configured run takes in all; 0 where that means nothing.
+    estimate: estimate of the program.
+    images: number of images in the whole configured run; 0 if it does not apply.
   """
   e = estimate
   rates = sorted((e.images_per_second_by_cycles, e.images_per_second_by_bytes))
   if not e.fits or not rates[0]:
     return None
   whole = tuple(rate * e.chips for rate in rates)
-  memory, arithmetic = e.hbm_bytes / e.bandwidth, e.flops / chip_of(e.topology)[0].peak
+  memory, arithmetic = e.hbm_bytes / e.bandwidth, e.flops / parse_topology(e.topology)[0].peak
   return Prediction(
       step_seconds=tuple(e.batch_per_chip / rate for rate in rates),
       roofline='memory' if memory >= arithmetic else 'arithmetic',
@@ -35,13 +43,13 @@ def predict(estimate: Estimate, images: int = 0) -> Prediction | None:
 
 
 def as_json(estimate: Estimate, images: int = 0) -> dict[str, Any]:
-  """An estimate and what `predict` makes of it, in one object."""
+  """Returns an estimate and its prediction as one JSON object."""
   prediction = predict(estimate, images)
   return {**estimate._asdict(), **(prediction._asdict() if prediction else {})}
 
 
 def format_estimate(estimate: Estimate, images: int = 0) -> str:
-  """Plain text, a paragraph; `images` as `predict` has it."""
+  """Formats an estimate as a paragraph of plain text; `images` as in `predict`."""
   e, gib, prediction = estimate, 2**30, predict(estimate, images)
   lines = [f'{e.topology}: {e.chips} chip{"s" if e.chips > 1 else ""} on {e.hosts} '
            f'host{"s" if e.hosts > 1 else ""}, {e.program} at {e.batch_per_chip} images a chip',
@@ -60,7 +68,7 @@ def _rates(e: Estimate, prediction: Prediction) -> list[str]:
   lines = [
       f'  {e.images_per_second_by_cycles:,.0f} images/s a chip by cycles ({e.clock / 1e9:g} GHz), '
       f'{e.images_per_second_by_bytes:,.0f} by the roofline, which is {p.roofline} '
-      f'({e.bandwidth / 1e9:,.0f} GB/s, {chip_of(e.topology)[0].peak / 1e12:,.0f} TFLOP/s)',
+      f'({e.bandwidth / 1e9:,.0f} GB/s, {parse_topology(e.topology)[0].peak / 1e12:,.0f} TFLOP/s)',
       '  {:,.1f} to {:,.1f} ms a step; '.format(*(1e3 * s for s in reversed(p.step_seconds)))
       + '{:,.0f} to {:,.0f} images/s in all, '.format(*p.images_per_second)
       + '{:,.0f} to {:,.0f} for each host to feed'.format(*p.host_images_per_second),
@@ -78,8 +86,7 @@ def _rates(e: Estimate, prediction: Prediction) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-  """Hours where there are some, else minutes or seconds: '3.4 hours', '5.0 minutes', '0.3 seconds'.
-  """
+  """Formats a duration: '3.4 hours', '5.0 minutes' or '0.3 seconds'."""
   for name, length in (('hours', 3600), ('minutes', 60)):
     if seconds >= length:
       return f'{seconds / length:,.1f} {name}'

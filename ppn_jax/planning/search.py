@@ -1,4 +1,4 @@
-"""The largest batch that fits into the memory of a slice's chips."""
+"""Searches the largest batch that fits into the memory of a slice's chips."""
 
 import math
 from collections.abc import Mapping
@@ -6,21 +6,24 @@ from collections.abc import Mapping
 from ppn_jax.planning import estimation
 from ppn_jax.planning.estimation import Estimate, Request
 
-# Compiles that the search may take.
-MAX_TRIALS = 6
+MAX_TRIALS = 6  # Compilations that the search may take.
 
 
 def largest_batch(request: Request, known: Estimate) -> int:
-  """Images a chip that were found to fit, within about a sixteenth of the most; 0 for none.
+  """Searches the largest batch that fits, to within about a sixteenth.
 
-  Compiles a few times: near the limit the compiler recomputes more, so memory is not linear.
+  Several batches must be compiled, because memory is not linear: near the limit the compiler
+  recomputes more.
 
   Args:
-    request: its batch is where the search begins.
-    known: what `planning.plan` gave for it.
+    request: the request with the first batch to try.
+    known: the result of `estimation.plan` for it.
+
+  Returns:
+    Images per chip, 0 if none fit.
 
   Raises:
-    InputError: see `planning.plan`.
+    InputError: As `estimation.plan`.
   """
   tried, unit = {request.batch_per_chip: known}, _unit(request, known)
   while len(tried) <= MAX_TRIALS:
@@ -32,7 +35,7 @@ def largest_batch(request: Request, known: Estimate) -> int:
 
 
 def _unit(request: Request, known: Estimate) -> int:
-  """Images a chip that batches are multiples of: a tile's rows, and what the config divides."""
+  """Returns the number of images per chip that must divide a batch: rows of a tile, and groups."""
   rows = 8 * known.devices_per_chip
   if request.program != 'train':
     return rows
@@ -45,14 +48,15 @@ def _unit(request: Request, known: Estimate) -> int:
 
 
 def next_batch(tried: Mapping[int, Estimate], unit: int) -> int | None:
-  """The multiple of `unit` to try after those; None where they tell enough.
+  """Returns the next multiple of `unit` to try, None if the search is finished.
 
-  In proportion to what the last one needed, and halfway where that leads outside what is open.
+  The guess is proportional to the memory that the last batch needed. If that is outside the open
+  interval, it is bisected.
   """
   batch, last = list(tried.items())[-1]
   fitting = max((b for b, e in tried.items() if e.fits), default=0)
   failing = min((b for b, e in tried.items() if not e.fits), default=None)
-  # Of the memory a sixtieth or so is the compiler's own.
+  # The compiler itself uses about a sixtieth of the memory.
   guess = int(0.97 * batch * last.hbm / last.peak_hbm) // unit * unit
   if failing is None:
     return guess if guess > fitting + fitting // 16 else None

@@ -1,6 +1,6 @@
-"""Frozen TensorFlow graphs: a GraphDef in which constants stand in for the variables.
+"""Reads frozen TensorFlow graphs: GraphDefs in which constants replace the variables.
 
-Freezing keeps a variable's name for its constant, so that names are those of the checkpoint.
+A constant keeps the name of its variable, so names are those of the checkpoint.
 """
 
 import math
@@ -13,10 +13,11 @@ from tensorboardX.proto.graph_pb2 import GraphDef
 from tensorboardX.proto.tensor_pb2 import TensorProto
 
 from ppn_jax.errors import InputError
-from ppn_jax.weights.dtypes import DTYPES, num_bytes, shape_of, type_name
 from ppn_jax.weights.limits import Limit
+from ppn_jax.weights.tf_protos import DTYPES, num_bytes, shape_of, type_name
 
-# Where TensorProto has the values that are not in `tensor_content`. Half floats stand in integers.
+# Field of TensorProto with the values of a type, if they are not in `tensor_content`. 16-bit floats
+# are stored as the integers of their bits.
 _VALUES = {
     'DT_FLOAT': 'float_val', 'DT_DOUBLE': 'double_val', 'DT_HALF': 'half_val',
     'DT_BFLOAT16': 'half_val', 'DT_INT64': 'int64_val', 'DT_BOOL': 'bool_val',
@@ -24,20 +25,21 @@ _VALUES = {
 
 
 def read_frozen_graph(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-  """Every numeric constant of a GraphDef file, by the name of its node.
+  """Returns all numeric constants of a GraphDef file, by node name.
 
   Raises:
-    InputError: no such file, no graph, or a graph without constants.
+    InputError: If there is no such file, or it is not a graph or has no constants.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise InputError(f'no frozen graph at {path}')
   if path.name == 'saved_model.pb':
-    raise InputError(f'{path}: a SavedModel, not a frozen graph; give its variables/variables')
+    raise InputError(f'{path}: a SavedModel, not a frozen graph; give the path of its '
+                     'variables/variables')
   try:
     graph = GraphDef.FromString(path.read_bytes())
   except DecodeError as e:
-    raise InputError(f'{path}: not a frozen graph, or cut short: {e}') from e
+    raise InputError(f'{path}: not a frozen graph, or truncated: {e}') from e
   constants = {node.name: node.attr['value'].tensor for node in graph.node
                if node.op == 'Const' and 'value' in node.attr}
   if not constants:
@@ -49,13 +51,13 @@ def read_frozen_graph(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   for name, tensor in numeric.items():
     shape = shape_of(tensor.tensor_shape)
     if shape is None:
-      raise InputError(f'{path}: {name}: damaged: a constant of no known shape')
+      raise InputError(f'{path}: {name}: damaged: a constant of unknown shape')
     limit.claim(name, shape, np.dtype(DTYPES[type_name(tensor.dtype)]).itemsize)
   return {name: _value(tensor, f'{path}: {name}') for name, tensor in numeric.items()}
 
 
 def _value(tensor: TensorProto, what: str) -> np.ndarray:
-  """The array that a TensorProto describes (tensorflow/core/framework/tensor.proto)."""
+  """Returns the array in a TensorProto (tensorflow/core/framework/tensor.proto)."""
   kind, shape = type_name(tensor.dtype), shape_of(tensor.tensor_shape)
   dtype = DTYPES[kind]
   if tensor.tensor_content:
@@ -63,17 +65,18 @@ def _value(tensor: TensorProto, what: str) -> np.ndarray:
       raise InputError(f'{what}: damaged: {len(tensor.tensor_content)} bytes for {kind} '
                        f'{list(shape)}')
     return np.frombuffer(tensor.tensor_content, dtype).reshape(shape)
-  values = _listed(np.array(getattr(tensor, _VALUES[kind])), dtype)
+  values = _cast(np.array(getattr(tensor, _VALUES[kind])), dtype)
   count = math.prod(shape)
   if len(values) > count or (count and not len(values)):
     raise InputError(f'{what}: damaged: {len(values)} values for {kind} {list(shape)}')
-  if len(values) < 2:  # A view: graphs fill large arrays with one value.
+  if len(values) < 2:  # A view takes no memory, and graphs fill large arrays with one value.
     return np.broadcast_to(values[0] if count else np.zeros((), dtype), shape)
-  # What is left out at the end repeats the last value.
+  # Values that are missing at the end repeat the last one.
   return np.pad(values, (0, count - len(values)), mode='edge').reshape(shape)
 
 
-def _listed(values: np.ndarray, dtype: type) -> np.ndarray:
+def _cast(values: np.ndarray, dtype: type) -> np.ndarray:
+  """Converts values from a field of TensorProto to `dtype`."""
   if dtype in (np.float16, ml_dtypes.bfloat16):
     return values.astype(np.uint16).view(dtype)
   return values.astype(dtype)

@@ -1,4 +1,4 @@
-"""Fills our variables with a file's tensors, and accounts for every one of both."""
+"""Imports the tensors of other frameworks' files as variables, and accounts for every name."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,26 +8,26 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ppn_jax.errors import InputError
 from ppn_jax.weights import labels, names
-from ppn_jax.weights.fitting import Weights
 from ppn_jax.weights.read import WeightFile
+from ppn_jax.weights.transfer import PretrainedWeights
 
-_MOST_COLUMNS = 100_000  # Classes, each of which gets a name; more are damage.
-_SHOWN = 3  # How many names a message or a group of a report shows.
+_MOST_COLUMNS = 100_000  # Class columns; a larger number means a damaged file.
+_SHOWN = 3  # Names that a message, or a group in a report, shows.
 _LABELS = {'ppn': 'PPN', 'ssd': 'SSD', 'fpn': 'FPN'}
-# What a whole detector may leave unused: blocks 12 and 13, which PPN does not read, and what is of
-# training or of TensorFlow alone. Anything else would be another network.
-_SPARE = ('block 12', 'block 13', 'moving averages', "the optimizer's", 'the global step',
+# Groups of names that may be unused when a whole detector is imported: blocks 12 and 13, which PPN
+# does not have, and values for training or for TensorFlow only. Others mean a different network.
+_MAY_BE_UNUSED = ('block 12', 'block 13', 'moving averages', "the optimizer's", 'the global step',
           'other values', "the classifier's logits")
 
 
-class Report(NamedTuple):
-  """What became of the names.
+class ImportReport(NamedTuple):
+  """Report of which names were used.
 
   Fields:
-    path: of the file.
-    description: what it holds.
-    matched: how many variables of ours were filled.
-    unused: names of the file that were not, by what they are.
+    path: path of the file.
+    description: the network in it.
+    matched: number of variables that were filled.
+    unused: names in the file that were not used, by kind.
   """
   path: str
   description: str
@@ -35,62 +35,63 @@ class Report(NamedTuple):
   unused: dict[str, tuple[str, ...]]
 
   def __str__(self) -> str:
-    """One line for what matched and one for each group that is unused."""
+    """Returns a line on the variables that matched, and one for each group of unused names."""
     count = sum(map(len, self.unused.values()))
     lines = [f'{self.path}: {self.description}',
              f'  matched {self.matched} of {self.matched} variables, missing 0, unused {count}'
              + (':' if count else '')]
-    return '\n'.join(lines + [f'    {len(group)} of {what}: {_some(group)}'
+    return '\n'.join(lines + [f'    {len(group)} of {what}: {_abbreviated(group)}'
                               for what, group in self.unused.items()])
 
 
-class Imported(NamedTuple):
-  """Values for some or all variables, and how they came about.
+class ImportedWeights(NamedTuple):
+  """Values for some or all variables of a detector.
 
   Fields:
-    variables: {'params': ..., 'batch_stats': ...}, NumPy float32; a part of a detector's tree.
-    report: of the names.
+    variables: {'params': ..., 'batch_stats': ...}, NumPy float32; a subtree of the detector's
+      variables.
+    report: which names were used.
   """
   variables: Mapping[str, Any]
-  report: Report
+  report: ImportReport
 
 
 def import_detector(file: WeightFile, like: Mapping[str, Any], *, average: bool = False
-                    ) -> Imported:
-  """All variables of a detector from a checkpoint of the TF Object Detection API.
+                    ) -> ImportedWeights:
+  """Imports all variables of a detector from a checkpoint of the TF Object Detection API.
 
   Args:
-    file: what was read.
+    file: the tensors that were read.
     like: the detector's variables, or their shapes.
-    average: take the moving averages of the weights where the file has them.
+    average: whether to use the moving averages of the weights where the file has them.
 
   Raises:
-    InputError: the file holds something else, lacks a variable, has one that the detector has
-      no place for, or one of another shape or that is not finite.
+    InputError: If the file holds a different network, lacks a variable, has one that the detector
+      lacks, or one whose shape differs or whose values are not finite.
   """
   contents, shapes = names.recognise(file.tensors), _shapes(like)
-  kind = names.wanted_kind(shapes)
+  kind = names.detector_kind(shapes)
   if kind not in ('ppn', 'ssd'):
-    raise InputError(f'whole detectors can be imported for PPN and SSD, not for '
+    raise InputError(f'only PPN and SSD can be imported as whole detectors, not '
                      f'{_LABELS.get(kind, "this model")}; import the backbone with --kind=backbone')
   if contents.kind != kind:
     hint = 'use --kind=backbone' if contents.kind in ('slim', 'keras') else (
         'use the config of that model' if contents.kind in _LABELS else 'give another file')
-    raise InputError(f'{file.path} looks like {contents.description}, but the config is of '
-                     f'a whole {_LABELS[kind]} detector; {hint}')
+    raise InputError(f'{file.path} looks like {contents.description}, but the config '
+                     f'describes a whole {_LABELS[kind]} detector; {hint}')
   imported = _fill(file, contents, shapes, names.detector_name, average)
   for what, group in imported.report.unused.items():
-    if what not in _SPARE:
-      raise InputError(f'{file.path} is of another {_LABELS[kind]} than the config describes: '
-                       f'there is no place for {len(group)} of its variables: {_some(group)}')
+    if what not in _MAY_BE_UNUSED:
+      raise InputError(f'{file.path} holds a {_LABELS[kind]} that differs from the config, which '
+                       f'has no place for {len(group)} of its variables: {_abbreviated(group)}')
   return imported
 
 
 def import_backbone(file: WeightFile, like: Mapping[str, Any], *, average: bool = False
-                    ) -> Imported:
-  """The backbone's variables from a detector, a slim classifier or Keras' MobileNet.
+                    ) -> ImportedWeights:
+  """Imports the backbone's variables from a detector, a slim classifier or Keras' MobileNet.
 
-  Args, Raises: as for `import_detector`; what the backbone has no place for is unused.
+  Args and errors are those of `import_detector`. Variables that the backbone lacks are unused.
   """
   contents, shapes = names.recognise(file.tensors), _shapes(like)
   if contents.kind == 'unknown':
@@ -100,17 +101,19 @@ def import_backbone(file: WeightFile, like: Mapping[str, Any], *, average: bool 
 
 
 def _unknown(file: WeightFile, contents: names.Contents) -> str:
-  return (f"{file.path} looks like {contents.description}; a backbone is read from slim's or "
-          "Keras' MobileNet-v1, or from a detector with one")
+  """Returns the error message for a file with an unknown network."""
+  return (f"{file.path} looks like {contents.description}; a backbone can be read from "
+          "slim's or Keras' MobileNet-v1, or from a detector with one")
 
 
-def named_values(file: WeightFile, like: Mapping[str, Any]) -> Weights:
-  """Everything in a file that the detector has a name for, whatever its shape, for `fitting.fit`.
+def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeights:
+  """Imports all tensors whose name the detector also has, whatever their shape.
 
-  Classes are COCO's where there are 90; files name no others.
+  Files do not name their classes; 90 of them are taken to be COCO's. `transfer_weights` then
+  selects the values that fit.
 
   Raises:
-    InputError: the file holds no network that is known, or one without its batch norm.
+    InputError: If the file holds no known network, or one without its batch norm.
   """
   contents, shapes = names.recognise(file.tensors), _shapes(like)
   if contents.kind == 'unknown':
@@ -130,22 +133,22 @@ def named_values(file: WeightFile, like: Mapping[str, Any]) -> Weights:
     if any(path[-1] == 'class_bias' for path in sources) and (
         class_columns(file) == labels.COCO_CLASSES + 1):
       categories, _ = labels.detector_categories(labels.COCO_CLASSES, None)
-      unnamed = "the 90 of the file are taken to be COCO's"
-  return Weights(file.path, contents.description, values, categories, unnamed,
-                 _unused(file, sources.values()))
+      unnamed = "the file's 90 classes are taken to be COCO's"
+  return PretrainedWeights(file.path, contents.description, values, categories, unnamed,
+                           _unused(file, sources.values()))
 
 
 def _backbone_names(contents: names.Contents) -> Callable[[names.Path], str | None]:
-  """Our path -> the name of a variable in a file of this kind."""
+  """Returns a function from a path to the name of that variable in a file of this kind."""
   return {'keras': names.keras_name, 'slim': names.slim_name}.get(
       contents.kind, names.detector_name)
 
 
 def class_columns(file: WeightFile) -> int:
-  """Class columns for each anchor of a detector's head, a background's included.
+  """Returns the number of class columns per anchor in a detector's head, background included.
 
   Raises:
-    InputError: the file has no such head.
+    InputError: If the file has no such head.
   """
   contents = names.recognise(file.tensors)
   head = ('head', 'level_0') if contents.kind == 'ssd' else ('head',)
@@ -153,11 +156,11 @@ def class_columns(file: WeightFile) -> int:
           for leaf in ('class_bias', 'box_bias')]
   if any(t is None or t.ndim != 1 or not t.size for t in pair):
     raise InputError(f'{file.path} looks like {contents.description}, without a class head of PPN '
-                     'or SSD to count classes in' + (
+                     'or SSD that would give the number of classes' + (
                          '; use --kind=backbone' if contents.kind in ('slim', 'keras') else ''))
   columns, rest = divmod(4 * pair[0].size, pair[1].size)
   if rest or columns > _MOST_COLUMNS:
-    raise InputError(f'{file.path}: {pair[0].size} class and {pair[1].size} box biases are of '
+    raise InputError(f'{file.path}: {pair[0].size} class and {pair[1].size} box biases imply '
                      + ('different numbers of anchors' if rest else
                         f'{columns:,} classes, which is too many; is the file damaged?'))
   return columns
@@ -168,8 +171,9 @@ def _shapes(tree: Mapping[str, Any]) -> dict[names.Path, tuple[int, ...]]:
 
 
 def _fill(file: WeightFile, contents: names.Contents, shapes: Mapping[names.Path, tuple[int, ...]],
-          name_of: Callable[[names.Path], str | None], average: bool) -> Imported:
-  """A value for each path; raises InputError, naming the first that has none."""
+          name_of: Callable[[names.Path], str | None], average: bool
+          ) -> ImportedWeights:
+  """Finds the value of each path; raises InputError if one has none."""
   if average and not any(n.endswith(names.AVERAGE) for n in file.tensors):
     raise InputError(f'{file.path} has no moving averages of its weights; leave out --average')
   sources, missing = {}, []
@@ -187,14 +191,14 @@ def _fill(file: WeightFile, contents: names.Contents, shapes: Mapping[names.Path
     raise InputError(_missing(file, contents, missing, len(shapes)))
   _check_shapes(file, sources, shapes)
   values = {path: _value(file, source, path) for path, source in sources.items()}
-  # What an average stands in for has its place too.
+  # The weights that an average replaces count as used too.
   used = {*sources.values(), *(s.removesuffix(names.AVERAGE) for s in sources.values())}
-  return Imported(unflatten_dict(values), Report(
+  return ImportedWeights(unflatten_dict(values), ImportReport(
       file.path, contents.description, len(values), _unused(file, used)))
 
 
 def _unused(file: WeightFile, used: Iterable[str]) -> dict[str, tuple[str, ...]]:
-  """Names of the other tensors, by what they are."""
+  """Returns the names of the unused tensors, by kind."""
   unused: dict[str, list[str]] = {}
   for name in sorted(set(file.tensors) - set(used)):
     unused.setdefault(names.group(name), []).append(name)
@@ -202,24 +206,26 @@ def _unused(file: WeightFile, used: Iterable[str]) -> dict[str, tuple[str, ...]]
 
 
 def _missing(file: WeightFile, contents: names.Contents, missing: Sequence[str], total: int) -> str:
+  """Returns the error message for missing variables, with the likely reason."""
   line = (f'{file.path}: {contents.description}, but {len(missing)} of the {total} variables '
-          f'that the config asks for are missing: {_some(missing)}')
+          f'that the config asks for are missing: {_abbreviated(missing)}')
   if _is_folded(file, missing):
     line += '; batch norm seems to be folded into the convolutions, so import the checkpoint'
   elif all('/PredictionTower/conv2d_0/BatchNorm/' in name for name in missing):
-    line += ('; in checkpoints each level of PPN has a norm of its own '
+    line += ('; in checkpoints each level of PPN has a batch norm of its own '
              '(model.head.norm_per_level=True)')
   return line
 
 
 def _is_folded(file: WeightFile, missing: Sequence[str]) -> bool:
-  """Whether a graph lacks batch norm alone, as after an optimisation for inference."""
+  """Returns whether a graph lacks only batch norm, as after an optimisation for inference."""
   return (file.kind == 'frozen graph' and bool(missing)
           and all('/BatchNorm/' in name for name in missing))
 
 
 def _check_shapes(file: WeightFile, sources: Mapping[names.Path, str],
                   shapes: Mapping[names.Path, tuple[int, ...]]) -> None:
+  """Raises InputError for the first tensor whose shape differs, with the likely reason."""
   for path, source in sorted(sources.items(), key=_kernels_first):
     there, here = _arranged(file.tensors[source], path).shape, shapes[path]
     if there != here:
@@ -228,43 +234,44 @@ def _check_shapes(file: WeightFile, sources: Mapping[names.Path, str],
       if path[1] == 'head' and path[-1].startswith('class'):
         line += _columns_hint(class_columns(file), path, shapes)
       elif path[1] == 'backbone' and there[:3] == here[:3]:
-        line += '; is model.backbone.depth_multiplier that of the file?'
+        line += '; does model.backbone.depth_multiplier match the file?'
       raise InputError(line)
 
 
 def _kernels_first(item: tuple[names.Path, str]) -> tuple[bool, int, bool]:
-  """Sorts what says most about a network to the front: kernels, along the way of an image."""
+  """Returns a sort key that puts kernels first, from backbone to head: they tell networks apart."""
   (collection, part, *_, leaf), _ = item
   return collection != 'params', ('backbone', 'neck', 'head').index(part), 'kernel' not in leaf
 
 
 def _columns_hint(theirs: int, path: names.Path,
                   shapes: Mapping[names.Path, tuple[int, ...]]) -> str:
-  """What to set for a class head of `theirs` columns to fit."""
+  """Returns which config entries would make a class head of `theirs` columns fit."""
   size = {what: shapes[(*path[:-1], f'{what}_bias')][0] for what in ('class', 'box')}
   ours = 4 * size['class'] // size['box']
-  line = f', which are {theirs} and {ours} class columns for an anchor'
+  line = f', which are {theirs} and {ours} class columns per anchor'
   if theirs == ours:
-    return line + ', on different numbers of anchors'
+    return line + ', with different numbers of anchors'
   if theirs == ours + 1:
     return line + ': the file has a background column, so set model.background_column=True'
   if theirs == ours - 1:
     return (line + f': set model.num_classes={theirs - 1} if the first of theirs is the '
             'background, or model.background_column=False if they have none')
-  return line + '; set model.num_classes to 0 to take theirs'
+  return line + '; set model.num_classes to 0 to use the number in the file'
 
 
 def _arranged(tensor: np.ndarray, path: names.Path) -> np.ndarray:
-  """A tensor with its axes in our order: depthwise kernels are [3, 3, C, 1] elsewhere."""
+  """Returns a tensor with its axes in our order; depthwise kernels are [3, 3, C, 1] elsewhere."""
   if path[-2:] == ('depthwise', 'kernel') and tensor.ndim == 4:
     return np.swapaxes(tensor, 2, 3)
   return tensor
 
 
 def _value(file: WeightFile, source: str, path: names.Path) -> np.ndarray:
+  """Returns a tensor as float32 with its axes in our order, its values checked."""
   tensor = file.tensors[source]
   if not np.issubdtype(tensor.dtype, np.floating) and tensor.dtype.name != 'bfloat16':
-    raise InputError(f'{file.path}: {source} is {tensor.dtype}, which is no type of weights')
+    raise InputError(f'{file.path}: {source} is {tensor.dtype}, which is not a type of weights')
   with np.errstate(over='ignore'):
     value = np.array(_arranged(tensor, path), np.float32, order='C')
   if not np.isfinite(value).all():
@@ -274,11 +281,11 @@ def _value(file: WeightFile, source: str, path: names.Path) -> np.ndarray:
   return value
 
 
-def _some(group: Sequence[str]) -> str:
+def _abbreviated(group: Sequence[str]) -> str:
   return ', '.join(group[:_SHOWN]) + (', ...' if len(group) > _SHOWN else '')
 
 
 def _naturally(what: str) -> tuple[str, int]:
-  """Sorts 'block 9' before 'block 10'."""
+  """Returns a sort key that puts 'block 9' before 'block 10'."""
   name, _, number = what.rpartition(' ')
   return (name, int(number)) if number.isdecimal() else (what, 0)

@@ -1,9 +1,9 @@
-"""Keras' MobileNet: weights and models in HDF5, and .keras archives, of Keras 2 and 3.
+"""Reads Keras' MobileNet: HDF5 files of weights or models and .keras archives, of Keras 2 and 3.
 
-The network is that of slim's: the same layers, scaling to [-1, 1] and batch norm's epsilon of 1e-3.
-One thing differs. Before a convolution of stride 2, Keras pads by one row and column at the end,
-always; slim, and so this package, pads 'SAME', which is (0, 1) for even sizes but (1, 1) for odd
-ones. Keras' weights were learned at 224 px, where every such size is even.
+The network equals slim's, with the same layers, scaling to [-1, 1] and a batch norm epsilon of
+1e-3, but for one thing: before a convolution of stride 2, Keras always pads one row and column at
+the end, whereas slim, and so this package, pads 'SAME', which is (0, 1) for even sizes and (1, 1)
+for odd ones. Keras' weights were trained at 224 px, where all of these sizes are even.
 """
 
 import io
@@ -15,27 +15,28 @@ from typing import Any
 
 import numpy as np
 
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, install_command
 from ppn_jax.weights.limits import Limit
 
 _NORM = ('gamma', 'beta', 'moving_mean', 'moving_variance')
-# Filters of HDF5 that leave the number of bytes as it is, but for a checksum.
+# HDF5 filters that keep the number of bytes, apart from a checksum.
 _PLAIN_FILTERS = {2: 'shuffle', 3: 'fletcher32'}
 HDF5_MAGIC = b'\x89HDF\r\n\x1a\n'
 
 
 def read_keras_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-  """Every weight of a Keras file as 'layer/weight', such as 'conv_dw_1_bn/gamma'.
+  """Returns all weights of a Keras file by 'layer/weight', such as 'conv_dw_1_bn/gamma'.
 
-  A kernel is called 'kernel' whatever its layer, also where Keras 2 has 'depthwise_kernel'.
-  Keras 3 numbers the weights of a layer, which are named here by what such layers have. It also
-  numbers layers, and only since 3.6 names them too; those of a MobileNet are known by their order.
+  All kernels are called 'kernel', also those that Keras 2 calls 'depthwise_kernel'. Keras 3
+  numbers the weights of a layer; they get the names that such layers use. Before 3.6 it also
+  numbers layers without naming them; those of a MobileNet are identified by their order.
 
   Args:
-    path: .h5, .hdf5, .weights.h5 or .keras.
+    path: a .h5, .hdf5, .weights.h5 or .keras file.
 
   Raises:
-    InputError: no such file, not one of Keras', damaged, or h5py is not installed.
+    InputError: If there is no such file, it is not a Keras file or damaged, or h5py is not
+      installed.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -43,8 +44,7 @@ def read_keras_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
   try:
     import h5py
   except ImportError as e:
-    raise InputError(f"{path}: reading Keras' files needs h5py; "
-                     "pip install 'ppn_jax[keras]'") from e
+    raise InputError(f"{path}: reading Keras' files needs h5py; {install_command('keras')}") from e
   try:
     with h5py.File(_hdf5(path), 'r') as file:
       found, limit = {}, Limit(str(path), path.stat().st_size)
@@ -56,24 +56,25 @@ def read_keras_file(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       tensors = _named(weights, lambda group: file[group].attrs.get('name'))
   except InputError:
     raise
-  # Whatever HDF5 makes of bytes that are not its own.
+  # HDF5 raises any of these for bytes that it cannot parse.
   except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
     raise InputError(f'{path}: cannot be read as a Keras file: {e}') from e
   if not tensors:
-    raise InputError(f'{path}: no weights of a Keras model in it')
+    raise InputError(f'{path}: it contains no weights of a Keras model')
   return tensors
 
 
 def _hdf5(path: pathlib.Path) -> str | io.BytesIO:
-  """What h5py is to open: the file, or the weights in an archive."""
+  """Returns what h5py should open: the path, or the weights in a .keras archive."""
   if not zipfile.is_zipfile(path):
     return str(path)
   try:
     with zipfile.ZipFile(path) as archive:
       entry = archive.getinfo('model.weights.h5')
       if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # Python unpacks others without a limit.
-        raise InputError(f'{path}: model.weights.h5 in it is packed as Keras never does')
+        # Python unpacks other formats without a limit.
+        raise InputError(f'{path}: model.weights.h5 in it is compressed in a way that Keras never '
+                         'uses')
       Limit(str(path), path.stat().st_size).claim('model.weights.h5', (entry.file_size,), 1)
       return io.BytesIO(archive.read(entry))
   except (zipfile.BadZipFile, NotImplementedError, EOFError, KeyError, RuntimeError, OSError,
@@ -83,31 +84,31 @@ def _hdf5(path: pathlib.Path) -> str | io.BytesIO:
 
 
 def _check(dataset: Any, name: str, limit: Limit, where: str) -> None:
-  """Checks that a dataset can be read into as much memory as it declares, and counts that.
+  """Checks that a dataset takes no more memory than it declares, and counts that memory.
 
-  HDF5 promises space that it does not have: what was never written reads as zeros, and a chunk can
-  be larger than its dataset, or unpack to any size.
+  A small HDF5 file can declare any size: parts that were never written read as zeros, and a chunk
+  can be larger than its dataset, or unpack to any size.
   """
-  plan = dataset.id.get_create_plist()
-  filters = {plan.get_filter(i)[0] for i in range(plan.get_nfilters())}
+  properties = dataset.id.get_create_plist()
+  filters = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())}
   if dataset.dtype.kind not in 'fiub':
     raise InputError(f'{where}: damaged: {name} is of type {dataset.dtype}')
   if dataset.is_virtual or dataset.external:
     raise InputError(f'{where}: {name} is stored in another file, which is not read')
   if not filters <= _PLAIN_FILTERS.keys():
-    raise InputError(f"{where}: {name} is compressed, as Keras' files never are; unpack it with "
-                     '`h5repack -f NONE FILE NEW_FILE`')
+    raise InputError(f"{where}: {name} is compressed, which Keras' files never are; unpack it "
+                     'with `h5repack -f NONE FILE NEW_FILE`')
   for shape in filter(None, (dataset.shape, dataset.chunks)):
     limit.claim(name, shape, dataset.dtype.itemsize)
 
 
 def _named(found: Mapping[str, np.ndarray], name_of: Callable[[str], str | None]
            ) -> dict[str, np.ndarray]:
-  """Weights by their path in the file -> by 'layer/weight'.
+  """Returns weights by 'layer/weight' instead of their path in the file.
 
   Args:
-    found: all datasets.
-    name_of: the name that newer files of Keras 3 give a group of numbered weights.
+    found: all datasets by path.
+    name_of: returns the name that newer files of Keras 3 give a group of numbered weights.
   """
   layers, tensors = {}, {}
   for path, weight in found.items():
@@ -121,7 +122,7 @@ def _named(found: Mapping[str, np.ndarray], name_of: Callable[[str], str | None]
       tensors[f'{folders[-1]}/{weight_name}'] = weight
   in_order = _mobilenet_layers([layer.rpartition('/')[2] for layer in layers])
   for layer, weights in layers.items():
-    # Names are asked for last: damaged ones are what HDF5 is slowest to give up on.
+    # Names are read only if needed, because HDF5 takes long to reject damaged ones.
     name = in_order.get(layer.rpartition('/')[2]) or name_of(f'{layer}/vars') or layer
     names = _NORM if len(weights) == 4 else ('kernel', 'bias')
     for number, weight in weights.items():
@@ -131,9 +132,10 @@ def _named(found: Mapping[str, np.ndarray], name_of: Callable[[str], str | None]
 
 
 def _mobilenet_layers(classes: list[str]) -> dict[str, str]:
-  """'batch_normalization_2' -> 'conv_pw_1_bn' for the layers of a MobileNet; {} for another net's.
+  """Maps numbered layers of a MobileNet to names: 'batch_normalization_2' -> 'conv_pw_1_bn'.
 
-  Keras 3 numbers the layers of each class in the order in which they were made.
+  Keras 3 numbers the layers of each class in the order in which they were created. The mapping is
+  empty for another network.
   """
   counts = {kind: sum(bool(re.fullmatch(rf'{kind}(_\d+)?', c)) for c in classes)
             for kind in ('conv2d', 'depthwise_conv2d', 'batch_normalization')}

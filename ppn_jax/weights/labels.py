@@ -1,7 +1,7 @@
-"""Which class each label of an imported detector is.
+"""Class names for the labels of an imported detector.
 
-TensorFlow's label ids start at 1: label k here, column k + 1 beside a background's, is the class of
-id k + 1 there. Ids may have gaps, which have columns all the same.
+TensorFlow's ids start at 1, so label k here, which is column k + 1 after the background's, is the
+class with id k + 1 there. Ids may have gaps; unused ids have columns too.
 """
 
 import json
@@ -13,10 +13,10 @@ from google.protobuf import text_format
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 from ppn_jax.storage import local_path
-from ppn_jax.weights.protos import LabelMap
+from ppn_jax.weights.tf_protos import LabelMap
 
 COCO_CLASSES = 90
-# COCO's 80 classes by id; of the ids up to 90, ten were never used.
+# COCO's 80 classes by id. Ten of the ids up to 90 were never used.
 COCO_NAMES = dict(zip(
     [*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *range(46, 66), 67, 70,
      *range(72, 83), *range(84, 91)],
@@ -32,15 +32,15 @@ COCO_NAMES = dict(zip(
 
 
 def read_label_map(path: str | pathlib.Path) -> tuple[Category, ...]:
-  """The classes of a file, ordered by id.
+  """Reads the classes of a file, ordered by id.
 
   Args:
-    path: a label map of the TF Object Detection API (.pbtxt), where a `display_name` goes before
-      a `name`, or a COCO instances file (.json).
+    path: a label map of the TF Object Detection API (.pbtxt), where `display_name` takes precedence
+      over `name`, or a COCO instances file (.json).
 
   Raises:
-    InputError: no such file, not of these formats, without classes, or with an id below 1 or
-      one that comes twice.
+    InputError: If there is no such file, it has another format or no classes, or an id is below 1
+      or occurs twice.
   """
   path = local_path(path)
   if not path.is_file():
@@ -55,22 +55,22 @@ def read_label_map(path: str | pathlib.Path) -> tuple[Category, ...]:
     raise InputError(f'{path}: neither a label map (.pbtxt) nor a COCO file (.json): {e!r}') from e
   for number, name in pairs:
     if type(number) is not int or number < 1 or not isinstance(name, str) or not name:
-      raise InputError(f'{path}: class {name!r} has id {number!r}; legal: a name, and an integer '
-                       'of at least 1')
+      raise InputError(f'{path}: class {name!r} has id {number!r}; each class needs a name, and an '
+                       'integer of at least 1 as its id')
   names = dict(pairs)
   if not names:
-    raise InputError(f'{path}: no classes in it')
+    raise InputError(f'{path}: it contains no classes')
   if len(names) < len(pairs):
-    raise InputError(f'{path}: an id comes twice among its {len(pairs)} classes')
+    raise InputError(f'{path}: an id occurs twice among its {len(pairs)} classes')
   return tuple(Category(*pair) for pair in sorted(names.items()))
 
 
 def detector_categories(count: int, label_map: str | pathlib.Path | None
                         ) -> tuple[tuple[Category, ...], str]:
-  """The categories of a detector's `count` labels, and a line that says where their names are from.
+  """Returns the categories of a detector's `count` labels, and a line on the origin of the names.
 
   Raises:
-    InputError: see `read_label_map`; or its ids go beyond `count`.
+    InputError: As `read_label_map`, or if an id exceeds `count`.
   """
   if label_map is not None:
     known = read_label_map(label_map)

@@ -1,8 +1,8 @@
-"""What our variables are called elsewhere, and what a set of names looks like.
+"""Names of the variables in other frameworks, and recognition of a network by its names.
 
-Three conventions: the TF Object Detection API's detectors ('FeatureExtractor/MobilenetV1/...' and
-a box predictor's scope, docs/reference.md 13), slim's classifiers ('MobilenetV1/...'), and Keras'
-MobileNet ('conv_dw_1/kernel').
+There are three conventions: detectors of the TF Object Detection API
+('FeatureExtractor/MobilenetV1/...' and a box predictor's scope, docs/reference.md section 13),
+slim's classifiers ('MobilenetV1/...'), and Keras' MobileNet ('conv_dw_1/kernel').
 """
 
 import re
@@ -15,19 +15,19 @@ _NORM = {'scale': 'gamma', 'bias': 'beta', 'mean': 'moving_mean', 'var': 'moving
 _SHARED = 'WeightSharedConvolutionalBoxPredictor'
 _STEM = 'MobilenetV1/Conv2d_0/'
 AVERAGE = '/ExponentialMovingAverage'
-# How a variable's name ends; a frozen graph has thousands of other constants.
+# Endings of variable names, which tell them from the thousands of other constants in a graph.
 _VARIABLE = re.compile(r'/(weights|depthwise_weights|biases|gamma|beta|moving_mean|'
                        r'moving_variance|kernel|bias)$')
 _SLOT = re.compile(r'/(Momentum|RMSProp(_1)?|Adam(_1)?|Adagrad)$')
 
 
 class Contents(NamedTuple):
-  """What a file's names say that it holds.
+  """Network that a file holds, recognised by its names.
 
   Fields:
     kind: 'ppn', 'ssd', 'fpn', 'slim', 'keras' or 'unknown'.
-    root: what stands before the names, '' or such as 'import/'.
-    description: for messages.
+    root: prefix of all names, '' or such as 'import/'.
+    description: the network in words, for messages.
   """
   kind: str
   root: str
@@ -35,7 +35,7 @@ class Contents(NamedTuple):
 
 
 def recognise(names: Iterable[str]) -> Contents:
-  """Which of the networks that have names here a set of names belongs to."""
+  """Returns which known network a set of names belongs to."""
   names = sorted(names)
   scopes = {name.split('/')[0] for name in names}
   roots = sorted({n[:n.index(_STEM)] for n in names if _STEM in n and _VARIABLE.search(n)}, key=len)
@@ -52,11 +52,11 @@ def recognise(names: Iterable[str]) -> Contents:
   if {'conv1', 'conv_dw_1', 'conv_pw_1'} <= scopes:
     return Contents('keras', '', "Keras' MobileNet")
   shown = ', '.join(names[:4]) + (', ...' if len(names) > 4 else '')
-  return Contents('unknown', '', f'no MobileNet-v1 that is known ({shown or "nothing in it"})')
+  return Contents('unknown', '', f'no known MobileNet-v1 ({shown or "no names in it"})')
 
 
-def wanted_kind(paths: Iterable[Path]) -> str:
-  """Which detector our variables are of: 'ppn', 'ssd', 'fpn' or 'unknown'."""
+def detector_kind(paths: Iterable[Path]) -> str:
+  """Returns the kind of detector with these variables: 'ppn', 'ssd', 'fpn' or 'unknown'."""
   layers = {path[1:3] for path in paths}
   if any(part == 'neck' and layer.startswith('lateral') for part, layer in layers):
     return 'fpn'
@@ -66,9 +66,9 @@ def wanted_kind(paths: Iterable[Path]) -> str:
 
 
 def detector_name(path: Path) -> str | None:
-  """The Object Detection API's name of a variable, '#' for a number that only it knows.
+  """Returns the Object Detection API's name of a variable, None if its detectors have none.
 
-  None for variables that no detector of its has.
+  '#' stands for a number that depends on the checkpoint.
   """
   part, *layers, leaf = path[1:]
   if part == 'head':
@@ -81,7 +81,7 @@ def detector_name(path: Path) -> str | None:
 
 
 def slim_name(path: Path) -> str | None:
-  """slim's name of a variable of the backbone; None for others."""
+  """Returns slim's name of a backbone variable, None for other variables."""
   part, *layers, leaf = path[1:]
   if part != 'backbone' or not layers or not layers[0].startswith('conv2d_'):
     return None
@@ -91,7 +91,7 @@ def slim_name(path: Path) -> str | None:
 
 
 def keras_name(path: Path) -> str | None:
-  """Keras' name of a variable of the backbone; None for others."""
+  """Returns Keras' name of a backbone variable, None for other variables."""
   part, *layers, leaf = path[1:]
   if part != 'backbone' or not layers or not layers[0].startswith('conv2d_'):
     return None
@@ -103,7 +103,7 @@ def keras_name(path: Path) -> str | None:
 
 
 def find(pattern: str, names: Iterable[str]) -> str | None:
-  """The name that `pattern` stands for, where '#' is any number."""
+  """Returns the name that matches `pattern`, where '#' is any number, or None."""
   if '#' not in pattern:
     return pattern if pattern in names else None
   exact = re.compile(re.escape(pattern).replace(r'\#', r'\d+'))
@@ -111,7 +111,7 @@ def find(pattern: str, names: Iterable[str]) -> str | None:
 
 
 def group(name: str) -> str:
-  """What kind of thing an unused name is, for a report."""
+  """Returns the group of an unused name, for a report."""
   if name.endswith(AVERAGE):
     return 'moving averages'
   if _SLOT.search(name):

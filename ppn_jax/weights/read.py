@@ -1,4 +1,4 @@
-"""From a path, as a user gives it, to the tensors in it."""
+"""Reads a file of weights, whatever its format."""
 
 import pathlib
 import re
@@ -11,21 +11,20 @@ from ppn_jax.errors import InputError
 from ppn_jax.storage import local_path
 from ppn_jax.weights.frozen_graph import read_frozen_graph
 from ppn_jax.weights.keras import HDF5_MAGIC, read_keras_file
-from ppn_jax.weights.protos import CheckpointState
-from ppn_jax.weights.sstable import MAGIC
-from ppn_jax.weights.tf_bundle import read_tf_bundle
+from ppn_jax.weights.tf_bundle import MAGIC, read_tf_bundle
+from ppn_jax.weights.tf_protos import CheckpointState
 
 LEGAL = ('give the PREFIX of a TensorFlow checkpoint (PREFIX.index), a frozen graph (.pb) or a '
          'Keras file (.h5, .keras)')
 
 
 class WeightFile(NamedTuple):
-  """What was read.
+  """Tensors of a file or checkpoint.
 
   Fields:
-    path: where from, for messages.
+    path: path, for messages.
     kind: 'checkpoint', 'frozen graph' or 'Keras file'.
-    tensors: by name.
+    tensors: NumPy arrays by name.
   """
   path: str
   kind: str
@@ -33,14 +32,14 @@ class WeightFile(NamedTuple):
 
 
 def read_weights(path: str | pathlib.Path) -> WeightFile:
-  """The tensors of a file or checkpoint.
+  """Reads the tensors of a file or checkpoint.
 
   Args:
-    path: PREFIX or PREFIX.index of a bundle, a folder with a `checkpoint` file or exactly one
-      bundle, a frozen graph (.pb), or a Keras file (.h5, .hdf5, .keras).
+    path: PREFIX or PREFIX.index of a checkpoint, a folder with a `checkpoint` file or exactly one
+      checkpoint, a frozen graph (.pb), or a Keras file (.h5, .hdf5, .keras).
 
   Raises:
-    InputError: nothing there, of no kind that is known, or damaged.
+    InputError: If there is no such file, or it has an unknown format or is damaged.
   """
   path = local_path(path)
   if path.is_dir():
@@ -60,7 +59,7 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
 
 
 def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
-  """The prefix of the bundle that a folder means."""
+  """Returns the prefix of the checkpoint in a folder."""
   there = sorted(p.with_suffix('') for p in folder.glob('*.index'))
   state = folder / 'checkpoint'
   if state.is_file():
@@ -69,14 +68,14 @@ def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
                                  allow_unknown_field=True).model_checkpoint_path
     except (text_format.ParseError, UnicodeDecodeError) as e:
       raise InputError(f'{state}: cannot be read as a `checkpoint` file: {e}') from e
-    # Often a path of the machine that wrote it.
+    # Compared by name, since the path is often that of another machine.
     named = [p for p in there if p.name == pathlib.PurePosixPath(latest).name]
     if named:
       return named[0]
   if len(there) == 1:
     return there[0]
   if (folder / 'categories.json').is_file() and (folder / 'checkpoints').is_dir():
-    raise InputError(f'{folder} is the workdir of a run, which needs no import: evaluate or use it '
+    raise InputError(f'{folder} is the workdir of a run, which needs no import; evaluate or use it '
                      f'as it is, or train from it with --config.init.weights={folder}')
   names = ', '.join(p.name for p in there[:5])
   raise InputError(f'{folder}: no checkpoint in this folder; {LEGAL}' if not there else
@@ -84,16 +83,16 @@ def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _looks_like(path: pathlib.Path) -> str:
-  """What a file is that is none of those that are read."""
+  """Describes a file whose format is not supported."""
   with path.open('rb') as file:
     start = file.read(len(HDF5_MAGIC))
     file.seek(-min(len(MAGIC), path.stat().st_size), 2)
     end = file.read()
   if end == MAGIC:
-    return ("a TensorFlow V1 checkpoint, which is not read; save it again with "
+    return ("a TensorFlow V1 checkpoint, which is not supported; save it again with "
             'tf.train.Saver(write_version=tf.train.SaverDef.V2)')
   if start == HDF5_MAGIC:
-    return 'an HDF5 file; call it .h5'
+    return 'an HDF5 file; rename it to .h5'
   if start[:2] == b'\x1f\x8b':
     return 'an archive; unpack it first'
-  return 'empty' if not start else 'no kind of weights that is known'
+  return 'empty' if not start else 'not a known format of weights'

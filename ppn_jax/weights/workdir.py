@@ -1,4 +1,4 @@
-"""Weights of a run of one's own, whatever its model: read without building it."""
+"""Reads the weights of a run without building its model."""
 
 import json
 import math
@@ -13,16 +13,16 @@ from ppn_jax.detection.structures import Category
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.telemetry import metrics
-from ppn_jax.weights.fitting import Weights
+from ppn_jax.weights.transfer import PretrainedWeights
 
 
 def is_workdir(path: storage.Path) -> bool:
-  """Whether a folder is that of a run, with or without checkpoints."""
+  """Returns whether a folder is the workdir of a run, with or without checkpoints."""
   return (path / 'categories.json').is_file() or (path / 'checkpoints').is_dir()
 
 
 def check_not_inside(path: storage.Path) -> None:
-  """Raises InputError, naming the workdir, for files of a run and the folders of its steps."""
+  """Raises InputError, which names the workdir, if a path is inside one."""
   for folder, step in ((path, ''), (path.parent, f'@{path.name}')):
     if folder.name == 'checkpoints' and is_workdir(folder.parent):
       raise InputError(f'{path} is inside the workdir of a run; give {folder.parent}{step}')
@@ -31,9 +31,10 @@ def check_not_inside(path: storage.Path) -> None:
 
 
 def split_step(text: str) -> tuple[str, str]:
-  """Returns ('runs/a', '2000') of 'runs/a@2000', and ('runs/a', '') of 'runs/a'.
+  """Returns ('runs/a', '2000') for 'runs/a@2000', and ('runs/a', '') for 'runs/a'.
 
-  What follows the last '@' is a step if it is a number or 'best'; other names keep it.
+  The text after the last '@' is a step if it is a number or 'best'; otherwise it is part of the
+  path.
   """
   path, at, step = text.rpartition('@')
   if not at or not path or not (step == 'best' or (step.isascii() and step.isdigit())):
@@ -41,19 +42,19 @@ def split_step(text: str) -> tuple[str, str]:
   return path, step
 
 
-def read_workdir(workdir: storage.Path, step: str = '') -> Weights:
-  """Reads a saved step of a run: the moving average of its weights where it keeps one.
+def read_workdir(workdir: storage.Path, step: str = '') -> PretrainedWeights:
+  """Reads a saved step of a run: the moving average of its weights if the run keeps one.
 
-  Nothing that the run's config names is imported. All processes call it together.
+  Imports nothing that the run's config names. All processes must call it together.
 
   Args:
-    workdir: of the run, local or in a bucket.
-    step: which; '' is the newest that is whole, 'best' the one of highest AP.
+    workdir: workdir of the run, local or in a bucket.
+    step: a step number; '' is the newest intact step, 'best' the one with the highest AP.
 
   Raises:
-    InputError: No such step, none at all, or files that cannot be read.
+    InputError: If there is no such step or none at all, or a file cannot be read.
   """
-  # Where one process cannot, the others must not go on to read together.
+  # If one process fails here, all must, because reading a checkpoint is collective.
   categories, checkpoints = sharding.all_or_none(
       lambda: (_read_categories(workdir), _open_checkpoints(workdir)))
   notes = []
@@ -65,14 +66,14 @@ def read_workdir(workdir: storage.Path, step: str = '') -> Weights:
       number, state = newest
     else:
       raise InputError(f'the run in {workdir} has no checkpoint yet, so it has no weights to '
-                       'start from; wait for its first, or give another run')
+                       'start from; wait for the first, or give another run')
   values = {path: np.asarray(value) for path, value in flatten_dict(
       jax.device_get(state.best_variables())).items()}
   which = f'step {number:,}' + (', moving average' if state.average else '')
   classes = f'{len(categories)} class' + ('' if len(categories) == 1 else 'es')
   damaged = '; '.join(f' ({note})' for note in notes)
-  return Weights(str(storage.absolute(workdir)), f'a run of {classes}, {which}{damaged}', values,
-                 categories)
+  return PretrainedWeights(
+      str(storage.absolute(workdir)), f'a run of {classes}, {which}{damaged}', values, categories)
 
 
 def _read_categories(workdir: storage.Path) -> tuple[Category, ...]:
@@ -82,7 +83,7 @@ def _read_categories(workdir: storage.Path) -> tuple[Category, ...]:
   except FileNotFoundError as e:
     raise InputError(f'{workdir} has checkpoints but no categories.json, so their classes are '
                      'unknown; copy the whole workdir') from e
-  # Whatever a file of another shape leads to.
+  # JSON of an unexpected structure can raise any of these.
   except (ValueError, TypeError, KeyError) as e:
     raise InputError(f'{workdir / "categories.json"} cannot be read: {e!r}') from e
 
@@ -92,7 +93,7 @@ def _open_checkpoints(workdir: storage.Path) -> Checkpoints:
 
 
 def _best_of(workdir: storage.Path, steps: list[int]) -> int:
-  """The one of the saved steps that scored best, by the trainer or a job of its own."""
+  """Returns the saved step with the highest AP, scored by training or by an evaluation job."""
   scores = {}
   for folder in (workdir, workdir / 'evaluation'):
     for line in metrics.read(folder / 'metrics.jsonl'):
@@ -100,7 +101,7 @@ def _best_of(workdir: storage.Path, steps: list[int]) -> int:
       if line['step'] in steps and isinstance(score, float) and math.isfinite(score):
         scores[int(line['step'])] = score
   if not scores:
-    raise InputError(f'no checkpoint of {workdir} has been evaluated, so there is no best; give '
-                     f'its step, such as {workdir}@{max(steps, default=1000)}, or run '
+    raise InputError(f'no checkpoint of {workdir} has been evaluated, so there is no best step; '
+                     f'give a number, such as {workdir}@{max(steps, default=1000)}, or run '
                      '`ppn evaluate --steps=all` first')
   return max(scores, key=lambda step: (scores[step], step))

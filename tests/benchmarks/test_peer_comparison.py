@@ -1,4 +1,4 @@
-"""What benchmarks/peers.py makes of figures and of results that do not agree; no peer needed."""
+"""Flags, ratios and comparison of results in benchmarks/peers.py, without peers."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ import peers  # noqa: E402
     (['--sides=ours,caffe'], 'caffe'), (['--sides=torch'], 'ours'), (['--batch=8,x'], '8,x'),
     (['--batch=0'], '--batch'), (['--rounds=0'], '--rounds'), (['--dtypes=bfloat16'], 'cuda'),
     (['--workloads=fly'], 'fly'), (['--device=cuda', '--sides=ours,tensorflow'], 'tensorflow')])
-def test_a_bad_flag_ends_with_2_and_a_line_that_names_it(flags, named, capsys):
+def test_bad_flags_are_reported_with_code_2(flags, named, capsys):
   with pytest.raises(SystemExit) as e:
     peers.parse(flags)
   assert e.value.code == 2
@@ -36,9 +36,9 @@ def test_ratios_are_taken_round_by_round_against_the_peer_of_the_lowest_median()
   assert peers.ratios({'ours': [1.0]})['ratio_to_best_peer'] is None
 
 
-def test_achieved_is_what_the_program_does_over_the_median_time():
-  said = {'program': {'flops': 3e12, 'bytes': -1}}
-  assert peers.achieved(said, [1500, 9000, 1000]) == {'tflop_per_s': 2.0}
+def test_achieved_divides_by_the_median_time():
+  description = {'program': {'flops': 3e12, 'bytes': -1}}
+  assert peers.achieved(description, [1500, 9000, 1000]) == {'tflop_per_s': 2.0}
 
 
 def _detections(labels):
@@ -73,7 +73,7 @@ def test_an_update_is_compared_with_its_size():
   assert found['update'] == pytest.approx(0.5 / np.sqrt(2))
 
 
-def test_a_side_that_dies_says_its_last_line(tmp_path):
+def test_last_line_of_a_side_that_dies_is_reported(tmp_path):
   task = json.dumps({'kind': 'train'})  # The folder is missing.
   side = peers.Side('torch', sys.executable, {'device': 'cpu', 'not': task}, tmp_path / 'log')
   with pytest.raises(peers.SideFailed, match=r'ended with 1: \w+Error'):

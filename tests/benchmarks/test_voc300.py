@@ -1,4 +1,4 @@
-"""The comparison on voc300: pieces, figures, what is refused. Its runs are those of `train`."""
+"""Comparison on voc300: work over several calls, metrics and errors."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ from ppn_jax.run import build_detector  # noqa: E402
 
 
 class Clock:
-  """Seconds that pass when told to."""
+  """Clock that a test advances."""
 
   def __init__(self):
     self.now = 100.0
@@ -57,11 +57,11 @@ def test_voc_ap_by_hand():
   truth = _truth([(0, [0, 0, 10, 10], 0), (0, [50, 50, 20, 20], 1), (1, [0, 0, 10, 10], 0),
                   (1, [30, 30, 10, 10], 0)])
   rows = _rows([(0, [0, 0, 10, 10], .9),    # Right.
-                (0, [0, 0, 10, 9], .8),     # The same again: wrong.
-                (0, [50, 50, 20, 20], .7),  # Difficult: as if it were not there.
+                (0, [0, 0, 10, 9], .8),     # A second detection: wrong.
+                (0, [50, 50, 20, 20], .7),  # Difficult: ignored.
                 (1, [0, 0, 10, 11], .6),    # Right.
                 (1, [80, 80, 10, 10], .5),  # Wrong.
-                (1, [30, 30, 10, 5], .4)])  # An IoU of 0.5 is not more than 0.5: wrong.
+                (1, [30, 30, 10, 5], .4)])  # An IoU of 0.5 is not above 0.5: wrong.
   mean, by_class = voc_ap50(truth, rows)
   assert by_class == {'cat': pytest.approx((1 + 2 / 3) / 3), 'dog': None}
   assert mean == by_class['cat']
@@ -94,7 +94,7 @@ def test_area_is_the_devkits():
 
 
 def _random_problem(seed, images=40):
-  """Truth, and detections of two qualities on several levels."""
+  """Returns ground truth, and detections of two qualities on several levels."""
   rng = np.random.default_rng(seed)
   boxes = [(i, [*rng.uniform(0, 60, 2), *rng.uniform(10, 40, 2)], int(rng.random() < 0.2))
            for i in range(images) for _ in range(rng.integers(1, 4))]
@@ -116,7 +116,7 @@ def test_voc_ap_is_close_to_cocos_where_nothing_is_difficult():
                                                      abs=0.015)
 
 
-# Figures over seeds and images.
+# Metrics over seeds and images.
 
 
 def test_over_seeds_is_students():
@@ -130,7 +130,7 @@ def test_over_seeds_is_students():
 
 
 def _made_run(model, seed, figures, shift, recipe='shipped'):
-  names = comparison.FIGURES
+  names = comparison.METRICS
   return {'model': model, 'recipe': recipe, 'seed': seed,
           'figures': dict.fromkeys(names, figures),
           'without_groups': {n: [figures + s for s in shift] for n in names}}
@@ -142,7 +142,7 @@ def test_differences_are_paired_by_seed_and_by_image():
   ssd = [_made_run('ssd', s, 0.2 + 0.05 * s, shift) for s in (2, 1, 0, 3)]
   found = comparison.differences(ppn, ssd, 'AP')
   assert found['seeds'] == [0, 1, 2] and found['mean'] == pytest.approx(0.1)
-  # What moves both models in the same way, seeds or images, is no uncertainty of the difference.
+  # Seeds and images that affect both models alike do not make the difference uncertain.
   assert found['interval'] == pytest.approx([0.1, 0.1])
   assert found['images'] == pytest.approx([0.1, 0.1])
   alone = comparison.summarize(ppn, 'AP')
@@ -150,7 +150,7 @@ def test_differences_are_paired_by_seed_and_by_image():
   assert np.ptp(alone['interval']) > 0.1
 
 
-def test_leaving_out_images_is_leaving_them_out():
+def test_metrics_without_groups_equal_those_of_fewer_images():
   truth, rows = _random_problem(0)
   parts = comparison.without_groups(truth, rows, num_levels=3, floor=0.05)
   assert {len(p) for p in parts.values()} == {20} and parts['cost_AP'] == [None] * 20
@@ -194,13 +194,13 @@ def test_speed_and_waiting_over_pieces():
   assert times([], 4)['hours'] is None
 
 
-# Work in pieces.
+# Work over several calls.
 
 KEYS = [RunKey(model, 'shipped', seed) for seed in (0, 1) for model in ('ppn', 'ssd')]
 
 
 class Worker:
-  """Runs of `steps` seconds each, that go on where they were; 20 to detect, 40 to score."""
+  """Worker whose runs take 100 seconds and resume; detection takes 20 seconds, scoring 40."""
 
   def __init__(self, clock, piece, done):
     self.clock, self.piece, self.done = clock, piece, done
@@ -243,7 +243,7 @@ def test_pieces_do_every_part_once_and_end_in_time(tmp_path):
     assert clock.now - started <= 4 * 60
     clock.now += 1000  # Between two pieces.
     pieces += 1
-  assert pieces == 3  # 640 seconds of work; what would not fit was not begun.
+  assert pieces == 3  # 640 seconds of work; work that would not fit was not started.
   assert done == {('train', k): 100 for k in KEYS} | {
       (part, k): 1 for k in KEYS for part in ('detect', 'score')}
   found = [Folder(tmp_path).read_scored(key) for key in KEYS]
@@ -286,12 +286,12 @@ def test_a_run_that_diverges_does_not_stop_the_others(tmp_path):
 @pytest.mark.parametrize('minutes', [0, 0.002])
 def test_sigterm_ends_a_piece_and_so_does_its_time(minutes):
   before, heard = signal.getsignal(signal.SIGTERM), []
-  with Piece(minutes, again=0.02) as piece:
+  with Piece(minutes, interval=0.02) as piece:
     if not minutes:
       os.kill(os.getpid(), signal.SIGTERM)
-    _wait_for(lambda: piece.told)
+    _wait_for(lambda: piece.stopping)
     assert not piece.has(0)
-    # What begins to listen only now, as training does, hears of it too.
+    # A handler that is installed only now, as by training, also gets the signal.
     ours = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     _wait_for(lambda: heard)
     signal.signal(signal.SIGTERM, ours)
@@ -305,7 +305,7 @@ def _wait_for(condition):
     time.sleep(0.01)
 
 
-def test_what_a_kill_leaves_is_not_a_result(tmp_path):
+def test_files_left_by_a_kill_are_not_results(tmp_path):
   folder, key = Folder(tmp_path), KEYS[0]
   rows = _rows([(5, [1.5, 2, 3, 4], 0.25), (6, [0, 0, 0.5, 1], 0.125)])
   (folder.run(key) / 'checkpoints').mkdir(parents=True)
@@ -385,7 +385,7 @@ def test_schedule():
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-  """voc300 in tiny: synthetic shapes in files."""
+  """Writes a tiny voc300 of synthetic shapes."""
   from PIL import Image
 
   from ppn_jax.data.source import build_source
@@ -405,42 +405,42 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize('flags, message', [
     (['--profile=gpus'], "unknown --profile=gpus; did you mean 'gpu'?"),
     (['--recipe=shiped'], "unknown --recipe=shiped; did you mean 'shipped'?"),
-    (['--recipe=shipped,decay'], 'one at a time, or several with --tune'),
+    (['--recipe=shipped,decay'], 'give one at a time, or several with --tune'),
     (['--models=ppn,yolo'], 'unknown --models=yolo'),
     (['--seeds=a'], '--seeds=a must be whole numbers'),
-    (['--seeds=0,100'], '100 is the seed that recipes are compared on'),
+    (['--seeds=0,100'], '100 is the seed on which recipes are compared'),
     (['--seeds=-1'], '--seeds=-1 must be'),
     (['--epochs=many'], "invalid int value: 'many'"),
     (['--epoch=3'], 'unrecognized arguments: --epoch=3'),
-    (['--epochs=-1'], '--epochs=-1 must not be below 0'),
+    (['--epochs=-1'], '--epochs=-1 must be at least 0'),
     (['--data=nowhere'], '--data=nowhere has no instances_train.json')])
 def test_a_mistake_is_one_line(data, tmp_path, capsys, flags, message):
   flags = [f'--data={data}', f'--workdir={tmp_path / "w"}', '--profile=smoke', *flags]
   assert run.main(flags) == 2
-  said = capsys.readouterr().err
-  assert said.count('\n') == 1 and message in said and said.startswith('voc300: error: ')
+  line = capsys.readouterr().err
+  assert line.count('\n') == 1 and message in line and line.startswith('voc300: error: ')
   assert not (tmp_path / 'w').exists()
 
 
-def test_a_workdir_of_another_setting_is_refused(data, tmp_path, capsys):
+def test_a_workdir_with_other_settings_is_rejected(data, tmp_path, capsys):
   Folder(tmp_path).check_setting({'profile': 'gpu'})
   assert run.main([f'--data={data}', f'--workdir={tmp_path}', '--profile=smoke']) == 2
   assert "profile is 'gpu' there and 'smoke' here" in capsys.readouterr().err
 
 
-def test_truth_that_is_no_truth(data, tmp_path, capsys):
+def test_malformed_ground_truth(data, tmp_path, capsys):
   for name in ('train', 'val'):
     (tmp_path / name).mkdir()
     (tmp_path / f'instances_{name}.json').write_text('[1')
   assert run.main([f'--data={tmp_path}', f'--workdir={tmp_path / "w"}']) == 2
-  assert "no json in COCO's instances format" in capsys.readouterr().err
+  assert "not JSON in COCO's instances format" in capsys.readouterr().err
 
 
 SETTING = {'profile': 'gpu', 'image_size': 300, 'epochs': 2, 'batch_size': 4, 'tune': False,
            'data': '', 'train_images': 16, 'val_images': 40, 'recipe': 'decay'}
 
 
-def test_nothing_finished_is_a_report_too(tmp_path):
+def test_a_report_without_finished_runs(tmp_path):
   found = report.write(Folder(tmp_path), KEYS, SETTING, 'REDUCED.')
   assert not found['complete'] and found['runs_finished'] == 0
   assert '0 of 4 runs are finished' in (tmp_path / 'table.md').read_text()
@@ -449,13 +449,13 @@ def test_nothing_finished_is_a_report_too(tmp_path):
 
 @functools.cache
 def _scored_run(model, seed, recipe='decay'):
-  """A run as `runs.score` tells it, of made-up detections."""
+  """Returns a run as from `runs.score`, with random detections."""
   truth, rows = _random_problem(seed + 10 * len(model + recipe))
   measured = calibration.measure(matching.judge(truth, rows), num_images=40, num_levels=3,
                                  class_names=['cat', 'dog'])
   cost = {'cost': {'AP': 0.01, 'AP50': 0.02}, 'cost_interval': {'AP': [0, 0.02], 'AP50': None}}
   made = measured | {'recalibration': cost}
-  figures = comparison.accuracy(truth, rows) | comparison.calibration_figures(made)
+  figures = comparison.accuracy(truth, rows) | comparison.calibration_metrics(made)
   return {
       'model': model, 'recipe': recipe, 'seed': seed, 'step': 8, 'calibration': made,
       'figures': figures, 'voc_ap50_by_class': voc_ap50(truth, rows)[1], 'num_images': 40,
@@ -511,8 +511,8 @@ def test_tuning_compares_recipes_and_makes_no_claims(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_ends_as_an_undisturbed_one(data, tmp_path):
-  """By real runs: killed in the first, told to end in the second, killed before scoring."""
+def test_a_killed_comparison_ends_like_an_undisturbed_one(data, tmp_path):
+  """Real runs are killed in the first, stopped in the second and killed before scoring."""
   flags = [sys.executable, str(ROOT / 'benchmarks/voc300/run.py'), f'--data={data}',
            '--profile=smoke', '--epochs=60', '--json']
   env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
@@ -530,7 +530,7 @@ def test_a_killed_comparison_ends_as_an_undisturbed_one(data, tmp_path):
     process.send_signal(signal_sent)
     codes.append(process.wait(timeout=300))
     assert not list((killed / 'results').glob('*'))
-  assert codes == [-signal.SIGKILL, run.MORE_TO_DO, -signal.SIGKILL]
+  assert codes == [-signal.SIGKILL, run.INCOMPLETE, -signal.SIGKILL]
   last = subprocess.run([*flags, f'--workdir={killed}'], env=env, capture_output=True, text=True,
                         check=False)
   assert last.returncode == 0, last.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""`ppn import-tf` and `config.init.backbone`: the runs they make, and what they refuse."""
+"""`ppn import-tf` and `config.init.backbone`: the runs they create and what they reject."""
 
 import json
 import pathlib
@@ -34,7 +34,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def foreign(tmp_path_factory):
-  """A detector's checkpoint for the tiny config, its variables, and a label map."""
+  """Writes a detector's checkpoint for the tiny config and a label map; returns its variables."""
   folder = tmp_path_factory.mktemp('foreign')
   config = tiny_config()
   categories = build_source(config.data.eval.to_dict()).categories
@@ -63,19 +63,19 @@ def fresh(workdir, seed):
   return flatten_dict(jax.device_get(state.variables))
 
 
-def same(found, wanted, part=None):
+def assert_same(found, expected, part=None):
   paths = [path for path in found if part in (None, path[1]) and path[0] == 'params']
   assert paths
   for path in paths:
-    np.testing.assert_array_equal(found[path], wanted[path], err_msg=str(path))
+    np.testing.assert_array_equal(found[path], expected[path], err_msg=str(path))
 
 
-def refused(capsys, argv, *said):
+def assert_rejected(capsys, argv, *messages):
   capsys.readouterr()
   assert main([str(a) for a in argv]) == 2
   lines = capsys.readouterr().err.splitlines()
   assert lines[-1].startswith('ppn: error: ') and sum('ppn: error' in x for x in lines) == 1
-  for text in said:
+  for text in messages:
     assert text in lines[-1]
 
 
@@ -93,7 +93,7 @@ def imported(foreign, config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_imported_run_evaluates_and_trains_on(foreign, config, imported, tmp_path, capsys):
-  same(variables_of(imported, 0), foreign[1])
+  assert_same(variables_of(imported, 0), foreign[1])
   assert open_run(imported).categories == build_source(
       tiny_config().data.eval.to_dict()).categories
   assert main(['evaluate', f'--workdir={imported}']) == 0
@@ -102,7 +102,7 @@ def test_imported_run_evaluates_and_trains_on(foreign, config, imported, tmp_pat
   capsys.readouterr()
   assert main(['train', f'--config={config}', f'--workdir={tmp_path / "run"}', *STILL]) == 0
   assert 'from step 0' in capsys.readouterr().err
-  same(variables_of(tmp_path / 'run', 2), foreign[1])
+  assert_same(variables_of(tmp_path / 'run', 2), foreign[1])
 
 
 def test_it_accounts_for_every_name(foreign, config, tmp_path, capsys):
@@ -113,7 +113,7 @@ def test_it_accounts_for_every_name(foreign, config, tmp_path, capsys):
 
 def test_moving_average_starts_from_the_import(foreign, config, tmp_path):
   assert main(importing(foreign, config, tmp_path / 'run', '--config.optim.ema_decay=0.9')) == 0
-  same(variables_of(tmp_path / 'run', 0), foreign[1])  # Which is of the average.
+  assert_same(variables_of(tmp_path / 'run', 0), foreign[1])  # The average is loaded.
 
 
 def test_backbone_only(foreign, config, tmp_path, capsys):
@@ -121,12 +121,12 @@ def test_backbone_only(foreign, config, tmp_path, capsys):
   assert main(importing(foreign, config, workdir, '--kind=backbone', '--config.seed=3')) == 0
   assert 'box predictor' in capsys.readouterr().out
   found = variables_of(workdir, 0)
-  same(found, foreign[1], 'backbone')
-  same(found, fresh(workdir, 3), 'head')
+  assert_same(found, foreign[1], 'backbone')
+  assert_same(found, fresh(workdir, 3), 'head')
 
 
 def test_reference_checkpoint(shared, tmp_path, capsys):
-  """A whole PPN of 90 classes, and COCO's file of 80, without a label map."""
+  """Imports a PPN with 90 classes and reads COCO's file of 80, without a label map."""
   workdir, coco = tmp_path / 'run', shared / 'data/coco100'
   config = TESTS.parent / 'configs/ppn_mobilenet_v1_coco_reference.py'
   assert main(['import-tf', f'--checkpoint={shared / "golden/ckpt_ppn_s1"}', f'--config={config}',
@@ -137,23 +137,23 @@ def test_reference_checkpoint(shared, tmp_path, capsys):
   assert run.config.model.num_classes == 90 == len(run.categories)
   source = build_source({'name': 'coco_json', 'images': str(coco / 'val2017'), 'annotations': str(
       coco / 'annotations/instances_val2017.json')}, categories=run.categories)
-  truth = source.ground_truth()
-  boxes = {i['id']: [] for i in truth['images']}
-  for a in truth['annotations']:
+  ground_truth = source.ground_truth()
+  boxes = {i['id']: [] for i in ground_truth['images']}
+  for a in ground_truth['annotations']:
     boxes[a['image_id']].append(a['category_id'])
   for i in range(5):
     example = source[i]
     assert sorted(run.categories[k].id for k in example.labels) == sorted(boxes[example.image_id])
-  assert [c['id'] for c in truth['categories']] == list(range(1, 91))
+  assert [c['id'] for c in ground_truth['categories']] == list(range(1, 91))
 
 
 def test_nothing_is_written_over(foreign, config, imported, capsys):
   before = {p: p.stat().st_mtime_ns for p in imported.rglob('*')}
-  refused(capsys, importing(foreign, config, imported), 'holds a run already')
+  assert_rejected(capsys, importing(foreign, config, imported), 'already holds a run')
   assert before == {p: p.stat().st_mtime_ns for p in imported.rglob('*')}
 
 
-@pytest.mark.parametrize('more, said', [
+@pytest.mark.parametrize('more, message', [
     (['--checkpoint=/nowhere/x'], 'no checkpoint at /nowhere/x'),
     (['--config.model.num_classes=6'], 'or model.background_column=False'),
     (['--config.model.num_classes=9'], 'set model.num_classes to 0'),
@@ -164,8 +164,9 @@ def test_nothing_is_written_over(foreign, config, imported, capsys):
     (['--config.init.backbone=x'], 'init.backbone=x is for new runs'),
     (['--config.init.weights=x'], 'init.weights=x is for new runs'),
     (['--kind=both'], "invalid choice: 'both'"), (['--average'], 'no moving averages')])
-def test_refused_and_nothing_written(foreign, config, tmp_path, capsys, more, said):
-  refused(capsys, importing(foreign, config, tmp_path / 'run', *more), said)
+def test_mistakes_are_reported_and_nothing_is_written(foreign, config, tmp_path, capsys, more,
+                                                      message):
+  assert_rejected(capsys, importing(foreign, config, tmp_path / 'run', *more), message)
   assert not (tmp_path / 'run').exists()
 
 
@@ -176,13 +177,13 @@ def test_damaged_checkpoint(foreign, config, tmp_path, capsys):
   raw = bytearray(data.read_bytes())
   raw[len(raw) // 2] ^= 4
   data.write_bytes(raw)
-  refused(capsys, importing((tmp_path,), config, tmp_path / 'run'), 'the checksum of')
+  assert_rejected(capsys, importing((tmp_path,), config, tmp_path / 'run'), 'the checksum of')
   assert not (tmp_path / 'run').exists()
 
 
 def test_backbone_without_classes(foreign, config, tmp_path, capsys):
   argv = importing(foreign, config, tmp_path / 'run', '--kind=backbone')
-  refused(capsys, [a for a in argv if not a.startswith('--label_map')],
+  assert_rejected(capsys, [a for a in argv if not a.startswith('--label_map')],
           '--label_map', '--config.init.backbone=')
 
 
@@ -195,51 +196,51 @@ def test_training_from_a_backbone(foreign, config, tmp_path, capsys):
   assert main(argv) == 0
   assert 'starting from' in capsys.readouterr().err
   found = variables_of(workdir, 2)
-  same(found, foreign[1], 'backbone')
-  same(found, fresh(workdir, 0), 'head')
+  assert_same(found, foreign[1], 'backbone')
+  assert_same(found, fresh(workdir, 0), 'head')
   record = json.loads((workdir / 'config.json').read_text())['init']
   assert record['backbone'] == str(copy) and record['weights'] == ''
   assert f'{copy}/model.ckpt: a PPN detector' in record['report'][0]
-  assert [line.split(':')[0] for line in record['report'][1:]] == ['taken', 'fresh', 'unused']
-  shutil.rmtree(copy)  # Going on does not need it.
+  assert [line.split(':')[0] for line in record['report'][1:]] == ['used', 'random', 'unused']
+  shutil.rmtree(copy)  # Resuming does not need it.
   shutil.rmtree(workdir / 'checkpoints/2')
   argv[3] = '--config.init.weights=/elsewhere'
   assert main(argv) == 0
-  said = capsys.readouterr().err
-  assert 'resuming' in said and 'init.weights=/elsewhere is not read' in said
-  same(variables_of(workdir, 2), found)
+  printed = capsys.readouterr().err
+  assert 'resuming' in printed and 'init.weights=/elsewhere is not read' in printed
+  assert_same(variables_of(workdir, 2), found)
   assert json.loads((workdir / 'config.json').read_text())['init'] == record
 
 
 @pytest.mark.parametrize('key', ['backbone', 'weights'])
-@pytest.mark.parametrize('path, said', [
-    ('/nowhere/x', 'no checkpoint at /nowhere/x'), (__file__, 'no kind of weights')])
-def test_bad_paths_to_start_from(config, tmp_path, capsys, key, path, said):
+@pytest.mark.parametrize('path, message', [
+    ('/nowhere/x', 'no checkpoint at /nowhere/x'), (__file__, 'not a known format')])
+def test_bad_paths_to_start_from(config, tmp_path, capsys, key, path, message):
   workdir = tmp_path / 'run'
-  refused(capsys, ['train', f'--config={config}', f'--workdir={workdir}',
-                   f'--config.init.{key}={path}'], said)
+  assert_rejected(capsys, ['train', f'--config={config}', f'--workdir={workdir}',
+                   f'--config.init.{key}={path}'], message)
   assert not workdir.exists()
 
 
 def test_a_run_needs_no_import(config, imported, tmp_path, capsys):
-  refused(capsys, ['import-tf', f'--checkpoint={imported}', f'--config={config}',
+  assert_rejected(capsys, ['import-tf', f'--checkpoint={imported}', f'--config={config}',
                    f'--workdir={tmp_path / "run"}'], f'--config.init.weights={imported}')
 
 
 @pytest.mark.parametrize('background', [True, False])
-def test_a_detectors_file_gives_all_that_fits(foreign, background):
-  """Its classes have no names, so that of the class columns only the background's is taken."""
+def test_all_that_fits_is_transferred_from_a_detectors_file(foreign, background):
+  """Only the background column is transferred, since the file's classes have no names."""
   config = tiny_config().copy_and_resolve_references().unlock()
   config.model.background_column = background
   config.model.neck.num_levels = 2
   detector = build_detector(resolve_classes(config, range(4)))
   like = jax.eval_shape(lambda: detector.init(jax.random.key(0)))
   found = initial_weights(like, [Category(i, f'{i}') for i in range(4)], weights=str(foreign[0]))
-  taken = flatten_dict(found.variables)
+  transferred = flatten_dict(found.variables)
   classes = {('params', 'head', leaf) for leaf in ('class_bias', 'class_kernel')}
-  assert taken.keys() == flatten_dict(like).keys() - classes
-  for path, value in taken.items():
+  assert transferred.keys() == flatten_dict(like).keys() - classes
+  for path, value in transferred.items():
     np.testing.assert_array_equal(value, foreign[1][path], err_msg=str(path))
-  assert found.columns.keys() == (classes if background else set())
+  assert found.partial.keys() == (classes if background else set())
   assert 'the file does not name its classes' in str(found.report)
   assert '4 of box predictor' in str(found.report).splitlines()[-1]

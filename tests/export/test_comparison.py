@@ -1,4 +1,4 @@
-"""What counts as the same detections, and what as wrong."""
+"""Comparison of detections: which differences are allowed and which are errors."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_rounding_is_measured():
   assert difference.boxes == pytest.approx(1e-4, rel=0.01) and difference.missing == 0
 
 
-def test_neighbours_that_changed_places_are_found():
+def test_swapped_neighbours_are_matched():
   a = detections()
   order = np.r_[1, 0, 2:30]
   difference = compare(a, Detections(*(f[:, order] for f in a)), TIGHT)
@@ -50,7 +50,7 @@ def test_wrong(change):
   assert is_wrong(difference, TIGHT)
 
 
-def test_last_place_of_a_full_list_is_not_compared():
+def test_last_detection_of_a_full_list_is_not_compared():
   a = detections(30)
   b = detections(30)
   b.boxes[0, -1] = 0.5

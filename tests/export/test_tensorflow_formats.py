@@ -1,7 +1,7 @@
-"""TensorFlow's formats against JAX: each primitive, the pyramid level by level, NMS, whole files.
+"""TensorFlow's formats against JAX: each primitive, each pyramid level, NMS and whole files.
 
-Users of the reference got wrong results from its converted PPN; the places where a conversion can
-go wrong are tested one by one. TensorFlow is not in the dev extra, so these need it installed.
+Users of the reference got wrong results from its converted PPN, so every step where a conversion
+can go wrong has a test. They need TensorFlow, which is not in the dev extra.
 """
 
 import functools
@@ -28,7 +28,7 @@ from ppn_jax.run import build_detector  # noqa: E402
 
 
 def in_tensorflow(function, *arguments):
-  """The function's outputs, computed by the operations that are written to files."""
+  """Returns the function's outputs, computed by the operations that are written to files."""
   closed = jax.make_jaxpr(function)(*arguments)
 
   def graph(*inputs):
@@ -36,13 +36,13 @@ def in_tensorflow(function, *arguments):
     outputs = tensorflow_ops.evaluate(closed, list(inputs), operations, 'test')
     return [operations.whole(x, v) for x, v in zip(outputs, closed.jaxpr.outvars, strict=True)]
 
-  specifications = [tf.TensorSpec(a.shape, a.dtype) for a in arguments]
-  return [x.numpy() for x in tf.function(graph, input_signature=specifications,
-                                         autograph=False)(*map(tf.constant, arguments))]
+  specs = [tf.TensorSpec(a.shape, a.dtype) for a in arguments]
+  function = tf.function(graph, input_signature=specs, autograph=False)
+  return [x.numpy() for x in function(*map(tf.constant, arguments))]
 
 
 def in_lite(function, *arguments):
-  """The same, by LiteRT's built-in operations."""
+  """Returns the function's outputs, computed by LiteRT's built-in operations."""
   interpreters = pytest.importorskip('ai_edge_litert.interpreter',
                                      reason="pip install 'ppn_jax[tflite]'")
   closed = jax.make_jaxpr(function)(*arguments)
@@ -131,7 +131,7 @@ def test_bits_by_built_in_operations():
 
 @pytest.mark.parametrize('size', [19, 10, 5, 3, 2])
 def test_pooling_and_convolutions_of_odd_sizes(size):
-  """SAME of an odd side pads at the end alone, of an even one not at all; pooling with -inf."""
+  """SAME padding depends on whether the side is odd or even; pooling pads with -inf."""
   from ppn_jax.models import layers
   x, kernel, full = -np.abs(floats(1, size, size, 4)) - 1, floats(3, 3, 1, 4), floats(3, 3, 4, 6)
 
@@ -151,7 +151,7 @@ def test_pooling_and_convolutions_of_odd_sizes(size):
 
 def detector_and_variables(neck='pooling_pyramid', **changes):
   config = tiny_config().copy_and_resolve_references().unlock()
-  config.model.num_classes = 5  # Not 4, as codes have: outputs are told apart by shape.
+  config.model.num_classes = 5  # Not 4, the number of box codes: outputs are identified by shape.
   config.model.layers.conv_form = 'native'
   config.model.update(changes)
   if neck == 'conv_pyramid':
@@ -159,7 +159,7 @@ def detector_and_variables(neck='pooling_pyramid', **changes):
     config.model.head = dict(name='per_level_box_predictor', side=1, prior=0.01)
   detector = build_detector(config.lock())
   leaves, tree = jax.tree.flatten(jax.device_get(detector.init(jax.random.key(0))))
-  rng = np.random.default_rng(0)  # Batch norms of all levels differ, and scores are spread.
+  rng = np.random.default_rng(0)  # Makes the levels' batch norms differ and spreads the scores.
   return detector, jax.tree.unflatten(tree, [
       leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
       + rng.normal(0, 0.1, leaf.shape).astype(np.float32) * (leaf.ndim == 1)
@@ -184,7 +184,7 @@ def test_every_level_of_the_network(neck):
 
 
 def crowded_outputs(detector, rows=1):
-  """One object seen by every anchor: the first round finds few survivors, so further ones run."""
+  """Returns outputs whose anchors nearly all see one object, so that NMS takes several rounds."""
   rng = np.random.default_rng(3)
   anchors = np.asarray(detector.anchors.boxes)
   from ppn_jax.detection import boxes
@@ -228,7 +228,7 @@ def workdir(tmp_path_factory):
 
 
 def assert_loads_as_its_run(path, workdir):
-  """`ppn_jax.load` of a file against that of its run, and several threads against one."""
+  """Checks that a file detects what its run does, also when called by several threads."""
   images = [np.random.default_rng(i).integers(0, 256, (40 + i, 90, 3), dtype=np.uint8)
             for i in range(6)]
   loaded, original = ppn_jax.load(path), ppn_jax.load(workdir, batch_size=2)

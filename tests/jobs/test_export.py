@@ -1,4 +1,4 @@
-"""`ppn export`: the file that jax.export opens, what is refused, and what is not kept."""
+"""`ppn export`: the file that jax.export opens, and what is rejected or not kept."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from tiny import tiny_config, untrained_run
 from ppn_jax.cli.main import main
 from ppn_jax.data.sources.synthetic import SyntheticShapes
 from ppn_jax.distributed import sharding
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, install_command
 from ppn_jax.export.runtimes import open_export
 from ppn_jax.jobs import export as export_job
 from ppn_jax.run import load_variables, open_run
@@ -29,7 +29,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pictures(tmp_path_factory):
-  """As many as the tests below detect at a time, so that all compile one program."""
+  """Writes as many images as the tests below detect at a time, so that all compile one program."""
   folder = tmp_path_factory.mktemp('pictures')
   for i, pixels in enumerate(some_images(3, seed=2)):
     Image.fromarray(pixels[:40]).save(folder / f'{i}.png')
@@ -57,28 +57,28 @@ def some_images(count, seed=0):
 
 
 def test_pictures_of_a_folder(tmp_path, pictures):
-  """Other files and pictures that cannot be read are passed over, and named."""
+  """Other files and unreadable images are skipped and reported."""
   for file in pictures.iterdir():
     (tmp_path / file.name).write_bytes(file.read_bytes())
   (tmp_path / '0.png').write_bytes(b'junk')
   for name in ('._1.png', 'notes.txt', 'd.heic'):
     (tmp_path / name).write_bytes(b'junk')
-  said, run = [], SimpleNamespace(config=tiny_config())
-  pictures = export_job._Pictures(run, 64, tmp_path, said.append)
-  assert pictures.take('eval', 20).shape == (2, 64, 64, 3)
-  assert said[0] == f'{tmp_path}: 2 files not looked at: .heic, .txt'
-  assert len(said) == 2 and said[1].startswith(f'skipped: {tmp_path}/0.png: not an image')
+  lines, run = [], SimpleNamespace(config=tiny_config())
+  images = export_job._Images(run, 64, tmp_path, lines.append)
+  assert images.load('eval', 20).shape == (2, 64, 64, 3)
+  assert lines[0] == f'{tmp_path}: 2 files not looked at: .heic, .txt'
+  assert len(lines) == 2 and lines[1].startswith(f'skipped: {tmp_path}/0.png: not an image')
   for file in tmp_path.glob('*.png'):
     file.write_bytes(b'junk')
-  with pytest.raises(InputError, match=r'no images in .* that can be read'):
-    export_job._Pictures(run, 64, tmp_path, said.append).take('eval', 20)
+  with pytest.raises(InputError, match=r'no readable images in'):
+    export_job._Images(run, 64, tmp_path, lines.append).load('eval', 20)
 
 
-def test_a_run_without_data_to_evaluate_on_gives_images_of_its_training():
+def test_a_run_without_evaluation_data_uses_training_images():
   config = tiny_config().copy_and_resolve_references().unlock()
   config.data.eval = {'name': 'coco_json'}
-  pictures = export_job._Pictures(SimpleNamespace(config=config), 64, None, print)
-  assert pictures.take('eval', 3).shape == (3, 64, 64, 3)
+  images = export_job._Images(SimpleNamespace(config=config), 64, None, print)
+  assert images.load('eval', 3).shape == (3, 64, 64, 3)
 
 
 @pytest.mark.parametrize('policy', ['raise', 'skip'])
@@ -87,18 +87,18 @@ def test_bad_images_of_the_run_s_data(monkeypatch, policy):
   monkeypatch.setattr(export_job, 'open_split', lambda *_, **__: source)
   config = tiny_config().copy_and_resolve_references().unlock()
   config.data.on_bad_example, config.data.max_bad_share = policy, 0.2
-  said = []
-  pictures = export_job._Pictures(SimpleNamespace(config=config), 64, None, said.append)
+  lines = []
+  images = export_job._Images(SimpleNamespace(config=config), 64, None, lines.append)
   if policy == 'raise':
     with pytest.raises(InputError, match=r'0\.jpg: damaged'):
-      pictures.take('eval', 3)
+      images.load('eval', 3)
   else:
-    assert pictures.take('eval', 3).shape == (3, 64, 64, 3)
-    assert said == ['skipped: 0.jpg: damaged']
+    assert images.load('eval', 3).shape == (3, 64, 64, 3)
+    assert lines == ['skipped: 0.jpg: damaged']
 
 
 class Damaged(SyntheticShapes):
-  """The first image cannot be read."""
+  """Source whose first image cannot be read."""
 
   def __getitem__(self, index):
     if index == 0:
@@ -117,7 +117,7 @@ assert not [m for m in sys.modules if m.startswith(('ppn_jax', 'flax'))]
 """
 
 
-def test_stablehlo_runs_where_this_package_is_not(workdir, exported, tmp_path):
+def test_stablehlo_runs_without_this_package(workdir, exported, tmp_path):
   images = some_images(3)
   np.save(tmp_path / 'images.npy', images)
   subprocess.run([sys.executable, '-c', ALONE, exported, tmp_path / 'images.npy',
@@ -154,13 +154,13 @@ def test_opened_export_takes_any_number_of_images(workdir, exported):
     detect(np.zeros((1, 32, 32, 3), np.uint8))
 
 
-def test_what_detects_otherwise_is_not_kept(workdir, pictures, tmp_path, monkeypatch,
+def test_a_file_with_wrong_detections_is_not_kept(workdir, pictures, tmp_path, monkeypatch,
                                             capsys):
-  """The reference's users got boxes in another order out of their converted files."""
-  def turned(path):
+  """Users of the reference got boxes with swapped coordinates from converted files."""
+  def swapped(path):
     detect = open_export(path)
     return lambda images: (lambda d: d._replace(boxes=d.boxes[..., [1, 0, 3, 2]]))(detect(images))
-  monkeypatch.setattr(export_job, 'open_export', turned)
+  monkeypatch.setattr(export_job, 'open_export', swapped)
   assert main(['export', f'--workdir={workdir}', '--format=stablehlo', '--batch_size=free',
                '--step=3', f'--images={pictures}', f'--output={tmp_path}/model']) == 2
   assert 'is wrong and was not kept' in capsys.readouterr().err
@@ -202,11 +202,11 @@ def test_missing_library_names_its_extra(workdir, tmp_path, monkeypatch, capsys)
   for output_format in ('saved_model', 'tflite', 'onnx'):
     assert main(['export', f'--workdir={workdir}', f'--format={output_format}',
                  f'--output={tmp_path}/model']) == 2
-    assert f"pip install 'ppn_jax[{output_format}]'" in capsys.readouterr().err
+    assert install_command(output_format) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('content', [None, b'', b'junk', b'\x08junk'])
-def test_other_files_are_refused(tmp_path, content):
+def test_other_files_are_rejected(tmp_path, content):
   path = tmp_path / 'model'
   if content is not None:
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""An SSH server on loopback, for machines without sshd: ssh_server.py PORT KEY AUTHORIZED_KEYS."""
+"""SSH server on loopback, for machines without sshd: ssh_server.py PORT KEY AUTHORIZED_KEYS."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ ENVIRONMENT = json.loads(os.environ['SSH_ENVIRONMENT'])
 
 
 async def run(process):
-  """A session: the command in a shell at home, as sshd runs it."""
+  """Runs the command of a session in a shell in the home folder, as sshd does."""
   child = await asyncio.create_subprocess_exec(
       '/bin/bash', '-c', process.command, cwd=ENVIRONMENT['HOME'], env=ENVIRONMENT,
       stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,

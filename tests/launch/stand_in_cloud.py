@@ -1,14 +1,14 @@
-"""A stand-in for `gcloud compute tpus`: slices are folders, workers SSH servers on loopback.
+"""Simulates `gcloud compute tpus`: slices are folders, and workers are SSH servers on loopback.
 
-Called as gcloud would be. `STAND_IN_CLOUD` names its folder:
+It is called like gcloud. `STAND_IN_CLOUD` names its folder:
 
   settings.json   {"workers", "server": "sshd", "asyncssh" or "shell", "sshd": path, "environment"}
   calls.jsonl     the arguments of every call
-  slice.json      the present slice: {"state", "life", "ports", "pids"}
-  life-K/worker-I the home folder of a worker; a slice that is made again begins with empty ones
+  slice.json      the current slice: {"state", "life", "ports", "pids"}
+  life-K/worker-I the home folder of a worker; a new slice starts with empty ones
 
-`shell` runs what is meant for ssh in a plain shell, for tests of everything else. `preempt` takes
-the slice away as the cloud does: every process on it dies and the request is suspended. `warn`
+`shell` runs commands in a plain shell instead of over ssh, for tests of everything else. `preempt`
+preempts the slice like the cloud: every process on it dies and the request is suspended. `warn`
 gives one worker the notice that may come before.
 """
 
@@ -27,7 +27,7 @@ import time
 
 CLOUD = pathlib.Path(os.environ.get('STAND_IN_CLOUD', '.'))
 
-# What `python -m venv` and `pip install` leave behind, without the network.
+# Imitates the result of `python -m venv` and `pip install` without the network.
 PYTHON = """#!/bin/sh
 case "$*" in
   *"pip install"*) printf '#!/bin/sh\\nexec {ppn} "$@"\\n' > "$HOME/ppn/venv/bin/ppn"
@@ -57,7 +57,7 @@ def home_of(found, worker):
 
 
 def environment_of(found, worker):
-  """As on a worker of a slice on GKE, which JAX knows from the environment."""
+  """Returns the environment of a worker, like that of a slice on GKE."""
   given = {key: value.format(worker=worker) for key, value in settings()['environment'].items()}
   return {'HOME': str(home_of(found, worker)), 'STAND_IN_CLOUD': str(CLOUD),
           'WORKER': str(worker), 'PATH': os.environ['PATH'], **given}
@@ -114,7 +114,7 @@ def serve(found, worker):
 
 
 def take_down(found):
-  """Ends every process of a slice, as pulling the plug does."""
+  """Kills every process of a slice, like a power failure."""
   for pid in found['pids']:
     with contextlib.suppress(ProcessLookupError):
       os.killpg(pid, signal.SIGKILL)
@@ -130,7 +130,7 @@ def preempt():
 
 
 def warn(worker):
-  """Tells one worker that it is about to go: SIGTERM to the command, as of a VM that shuts down."""
+  """Sends SIGTERM to the command on one worker, like a VM that shuts down."""
   job = home_of(load(), worker) / 'ppn' / 'job'
   os.kill(int((job / 'pid').read_text()), signal.SIGTERM)
 
@@ -156,7 +156,7 @@ def delete():
 
 
 def on_worker(found, worker, flags, command):
-  """What gcloud does for one worker: ssh with the command taken apart at blanks."""
+  """Runs a command on one worker like gcloud: by ssh, with the command split at spaces."""
   if settings()['server'] == 'shell':
     return subprocess.run(['/bin/bash', '-c', command], cwd=home_of(found, worker),
                           env=environment_of(found, worker), stdin=subprocess.DEVNULL).returncode

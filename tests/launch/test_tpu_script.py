@@ -1,4 +1,4 @@
-"""launch/: what the scripts would do, and that they do it, on a stand-in for the cloud."""
+"""Scripts in launch/: their dry runs, and real executions on a simulated cloud."""
 
 import contextlib
 import json
@@ -21,8 +21,8 @@ TPU, LOCAL_POD = REPOSITORY / 'launch' / 'tpu.sh', REPOSITORY / 'launch' / 'loca
 SLICE = ['--name=mine', '--zone=us-west4-a']
 FAST = ['--poll=1', '--grace=2']
 
-# Ends as the scenario says: a line of codes for each life, one code for each worker; 'hang' waits
-# for a signal. What it was called with is kept.
+# Ends as the scenario says: a line per execution with an exit code per worker; 'hang' waits for a
+# signal. The arguments are recorded.
 FAKE_PPN = """#!/bin/bash
 life=$(ls "$STAND_IN_CLOUD" | grep -c "^ran-.*-$WORKER\\$")
 printf '%s\\n' "$@" > "$STAND_IN_CLOUD/ran-$life-$WORKER"
@@ -45,7 +45,7 @@ def script(path, *arguments, **options):
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-  """A cloud of two workers without ssh, on which `ppn` follows a scenario."""
+  """Sets up a cloud of two workers without ssh, on which `ppn` follows a scenario."""
   folder = tmp_path / 'cloud'
   folder.mkdir()
   (folder / 'ppn').write_text(FAKE_PPN)
@@ -75,7 +75,7 @@ def test_shellcheck():
   checker = shutil.which('shellcheck', path=f'{pathlib.Path(sys.executable).parent}:'
                                             f'{os.environ["PATH"]}')
   if not checker:
-    pytest.skip('shellcheck is not installed; the extra `dev` brings it')
+    pytest.skip('shellcheck is not installed; it is in the extra `dev`')
   result = subprocess.run([checker, *map(str, (REPOSITORY / 'launch').glob('*.sh'))], text=True,
                           capture_output=True)
   assert result.returncode == 0, result.stdout
@@ -97,7 +97,7 @@ def test_dry_run_prints_everything_and_runs_nothing(tmp_path, type, runtime):
   assert create == (f'gcloud compute tpus queued-resources create mine --node-id=mine '
                     f'--accelerator-type={type} --runtime-version={runtime} --spot '
                     '--zone=us-west4-a --project=p --quiet')
-  # A shell reads the line as it was meant, and the worker's shell what is in it.
+  # The quoting survives the local shell and the worker's shell.
   start = next(line for line in result.stdout.splitlines() if ' start ' in line)
   command = _words(next(w for w in _words(start) if w.startswith('--command=')))
   assert command[-5:] == ['ppn', 'train', '--config=c.py', workdir, '--distributed=auto']
@@ -110,7 +110,7 @@ def _words(line):
   return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize('path, arguments, said', [
+@pytest.mark.parametrize('path, arguments, message', [
     (TPU, ['fly', *SLICE], "unknown command 'fly'"),
     (TPU, ['create', '--zone=z'], '--name='),
     (TPU, ['create', '--name=a;b', '--zone=z'], '--name=a;b'),
@@ -121,16 +121,16 @@ def _words(line):
     (TPU, ['wait', *SLICE, '--pol=3'], 'unknown argument --pol=3'),
     (TPU, ['wait', *SLICE, '--poll=08'], '--poll=08'),
     (LOCAL_POD, ['--processes=0', '--', 'train'], '--processes=0 must be 1 to 64'),
-    (LOCAL_POD, ['train'], "ppn's own follow --"),
+    (LOCAL_POD, ['train'], 'arguments of ppn come after --'),
     (LOCAL_POD, [], "give ppn's arguments"),
 ])
-def test_mistakes_are_one_line(path, arguments, said):
+def test_mistakes_are_one_line(path, arguments, message):
   result = script(path, *arguments)
   assert result.returncode == 2 and not result.stdout
-  assert len(result.stderr.splitlines()) == 1 and said in result.stderr
+  assert len(result.stderr.splitlines()) == 1 and message in result.stderr
 
 
-def test_a_run_goes_on_after_preemption_until_it_is_done(cloud):
+def test_a_run_restarts_after_preemption_until_it_is_done(cloud):
   (cloud / 'scenario').write_text('75 75\n75 134\n0 0\n')
   result = script(TPU, 'run', *SLICE, '--type=v5litepod-16', '--local', '--delete', *FAST, '--',
                   'train', '--config=a b', "--workdir=it's")
@@ -142,17 +142,17 @@ def test_a_run_goes_on_after_preemption_until_it_is_done(cloud):
   assert 'life 2 of worker 0' in result.stdout and '/ppn/code' in result.stdout
   assert stand_in_cloud.load() is None
   installed = [c for c in calls(cloud) if 'scp' in c]
-  assert len(installed) == 3  # Each is quick where nothing has changed.
+  assert len(installed) == 3  # Repeating it without changes is fast.
 
 
-def test_a_slice_that_is_taken_away_is_asked_for_again(cloud):
+def test_a_preempted_slice_is_requested_again(cloud):
   (cloud / 'scenario').write_text('hang hang\n0 0\n')
   process = subprocess.Popen(['bash', str(TPU), 'run', *SLICE, '--type=v6e-16', '--local', '--spot',
                               *FAST, '--', 'train'], stderr=subprocess.PIPE, text=True)
   _wait_for(lambda: len(list(cloud.glob('ran-0-*'))) == 2)
   stand_in_cloud.preempt()
-  _, said = process.communicate(timeout=60)
-  assert process.returncode == 0, said
+  _, output = process.communicate(timeout=60)
+  assert process.returncode == 0, output
   assert sum('create' in c for c in calls(cloud)) == 2
   assert (cloud / 'life-1' / 'worker-1' / 'ppn' / 'installed').exists()
 
@@ -167,7 +167,7 @@ def test_failures_in_a_row_end_a_run(cloud):
   (cloud / 'scenario').write_text('1 1\n' * 9)
   result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', '--retries=0', *FAST, '--',
                   'train')
-  assert result.returncode == 1 and 'given up: failed 1 times' in result.stderr
+  assert result.returncode == 1 and 'gave up: failed 1 times' in result.stderr
   assert len(list(cloud.glob('ran-*-0'))) == 1
 
 
@@ -198,8 +198,8 @@ def test_every_step_can_be_repeated_and_stop_is_for_good(cloud):
   for _ in range(2):
     assert script(TPU, 'stop', *SLICE).returncode == 0
   assert script(TPU, 'status', *SLICE).stdout.count(' stopped 75\n') == 2
-  _, said = follower.communicate(timeout=60)
-  assert follower.returncode == 0 and 'stopped' in said
+  _, output = follower.communicate(timeout=60)
+  assert follower.returncode == 0 and 'stopped' in output
   assert len(list(cloud.glob('ran-*'))) == 2
   assert 'life 0 of worker 1' in script(TPU, 'logs', *SLICE, '--worker=1').stdout
   for _ in range(2):
@@ -223,7 +223,7 @@ codes=({codes}); echo "$@"; exit "${{codes[$i]}}"
           '--local_devices=2') in result.stdout
 
 
-def test_a_local_pod_hands_on_signals_and_ends_the_rest(tmp_path):
+def test_a_local_pod_forwards_signals_and_ends_the_rest(tmp_path):
   (tmp_path / 'ppn').write_text("""#!/bin/bash
 case "$*" in *process_id=0*) trap 'exit 75' TERM ;; *) trap '' TERM ;; esac
 touch "$HERE/up-$$"
@@ -238,7 +238,7 @@ while :; do sleep 0.1; done
   assert process.wait(timeout=30) == 75
 
 
-# As on a slice of GKE, which JAX knows from the environment; `running_in_cloud_tpu_vm` needs force.
+# Environment of a slice on GKE, by which JAX recognises it; `running_in_cloud_tpu_vm` is forced.
 ON_A_SLICE = {
     'JAX_PLATFORMS': 'cpu', 'JAX_FORCE_TPU_INIT': '1', 'TPU_WORKER_ID': '{worker}',
     'TPU_WORKER_HOSTNAMES': '127.0.0.1,127.0.0.1', 'MEGASCALE_NUM_SLICES': '1',
@@ -247,14 +247,14 @@ ON_A_SLICE = {
 
 
 def _ssh_server():
-  """Which SSH server there is: OpenSSH's, else asyncssh's."""
+  """Returns the settings of the SSH server: OpenSSH's if there is one, otherwise asyncssh's."""
   sshd = os.environ.get('PPN_SSHD') or shutil.which('sshd', path=f'{os.environ["PATH"]}:/usr/sbin')
   if not all(map(shutil.which, ('ssh', 'scp', 'ssh-keygen'))):
     pytest.skip('no ssh on this machine')
-  # As root it drops its rights to a user of its own.
+  # As root, sshd drops its privileges to a separate user.
   if sshd and (os.getuid() or (pathlib.Path('/run/sshd').is_dir() and _user_exists('sshd'))):
     return {'server': 'sshd', 'sshd': sshd}
-  pytest.importorskip('asyncssh', reason='neither sshd nor asyncssh, which the extra `dev` brings')
+  pytest.importorskip('asyncssh', reason='neither sshd nor asyncssh, which is in the extra `dev`')
   return {'server': 'asyncssh'}
 
 
@@ -265,7 +265,7 @@ def _user_exists(name):
 
 @pytest.fixture
 def cloud_with_ssh(tmp_path, monkeypatch):
-  """A cloud of two workers behind SSH servers, on which the real `ppn` runs."""
+  """Sets up a cloud of two workers behind SSH servers, on which the real `ppn` runs."""
   server = _ssh_server()
   folder = tmp_path / 'cloud'
   folder.mkdir()
@@ -306,11 +306,11 @@ def test_workers_behind_ssh_train_together_through_notice_and_preemption(
   wait_for(lambda: last_saved() > warned_at)
   assert f'resuming {workdir} from step {warned_at}' in logs[0].read_text()
   stand_in_cloud.preempt()
-  said, _ = process.communicate(timeout=400)
-  assert process.returncode == 0, said
-  assert 'on 2 x cpu' in said and said.count('preempted; going on') == 2, said
-  assert said.count(f'resuming {workdir}') == 2, said
-  assert f'ppn: preempted: told to end; step {warned_at} is saved' in said
+  output, _ = process.communicate(timeout=400)
+  assert process.returncode == 0, output
+  assert 'on 2 x cpu' in output and output.count('preempted; resuming') == 2, output
+  assert output.count(f'resuming {workdir}') == 2, output
+  assert f'ppn: preempted: told to end; step {warned_at} is saved' in output
   assert sum('create' in c for c in calls(cloud_with_ssh)) == 2
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').open()]
   assert sorted({*range(10, 301, 10), warned_at}) == steps
@@ -320,5 +320,5 @@ def test_workers_behind_ssh_train_together_through_notice_and_preemption(
 def _wait_for(condition, seconds=60):
   deadline = time.monotonic() + seconds
   while not condition():
-    assert time.monotonic() < deadline, 'waited for in vain'
+    assert time.monotonic() < deadline, 'timed out'
     time.sleep(0.1)

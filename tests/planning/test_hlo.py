@@ -1,4 +1,4 @@
-"""Costs read from the text of a compiled program, on snippets in XLA's form."""
+"""Costs read from the text of a compiled program, on snippets in XLA's format."""
 
 import jax
 import jax.numpy as jnp

@@ -16,7 +16,7 @@ TENSORS = {'a/weights': np.arange(24, dtype=np.float32).reshape(2, 3, 4),
 
 
 def graph_of(tmp_path, shape, kind='DT_FLOAT', **values):
-  """A graph whose one constant 'x' has its values in fields of their own."""
+  """Writes a graph with one constant 'x' whose values are in typed fields."""
   graph = GraphDef()
   proto = graph.node.add(name='x', op='Const').attr['value'].tensor
   proto.dtype = DataType.Value(kind)
@@ -37,7 +37,7 @@ def test_contents(tmp_path):
     np.testing.assert_array_equal(found[name], value)
 
 
-@pytest.mark.parametrize('shape, kind, values, wanted', [
+@pytest.mark.parametrize('shape, kind, values, expected', [
     ([2, 2], 'DT_FLOAT', {'float_val': [1, 2, 3, 4]}, np.float32([[1, 2], [3, 4]])),
     ([2, 3], 'DT_FLOAT', {'float_val': [1, 2, 3]}, np.float32([[1, 2, 3], [3, 3, 3]])),
     ([5], 'DT_DOUBLE', {'double_val': [0.5]}, np.full(5, 0.5)),
@@ -49,15 +49,15 @@ def test_contents(tmp_path):
     ([1], 'DT_INT64', {'int64_val': [2**40]}, np.int64([2**40])),
     ([2], 'DT_BOOL', {'bool_val': [True]}, np.array([True, True])),
 ])
-def test_values_one_by_one(tmp_path, shape, kind, values, wanted):
+def test_values_one_by_one(tmp_path, shape, kind, values, expected):
   found = read_frozen_graph(graph_of(tmp_path, shape, kind, **values))['x']
-  assert found.dtype == wanted.dtype and found.shape == wanted.shape
-  np.testing.assert_array_equal(found, wanted)
+  assert found.dtype == expected.dtype and found.shape == expected.shape
+  np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize('shape, values, message', [
     ([2], {'float_val': [1, 2, 3]}, '3 values'), ([2], {}, '0 values'),
-    ([-1], {'float_val': [1]}, 'of no known shape'),
+    ([-1], {'float_val': [1]}, 'of unknown shape'),
     ([2**40, 2**40], {'float_val': [1]}, 'damaged')])
 def test_values_that_do_not_fit(tmp_path, shape, values, message):
   with pytest.raises(InputError, match=message):
@@ -76,18 +76,18 @@ def test_not_a_frozen_graph(tmp_path, name, content, message):
 
 
 def test_damage_is_an_input_error_or_another_value(tmp_path):
-  """The format has no checksum; what is asked is that nothing else is raised."""
+  """Without a checksum, damage may go unnoticed, but it must not raise anything else."""
   path = tmp_path / 'g.pb'
   write_graph(path, TENSORS)
   whole, choose = path.read_bytes(), random.Random(0)
   changed = [whole[:length] for length in range(0, len(whole), 3)]
   for at in range(len(whole)):
     changed.append(whole[:at] + bytes([whole[at] ^ 1 << choose.randrange(8)]) + whole[at + 1:])
-  refused = 0
+  rejected = 0
   for content in changed:
     path.write_bytes(content)
     try:
       read_frozen_graph(path)
     except InputError:
-      refused += 1
-  assert refused > len(changed) / 4
+      rejected += 1
+  assert rejected > len(changed) / 4

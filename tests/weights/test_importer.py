@@ -1,4 +1,4 @@
-"""Names, shapes and layouts, on the reference's checkpoints and changes of them."""
+"""Names, shapes and layouts, on the reference's checkpoints and modified copies of them."""
 
 import re
 
@@ -44,7 +44,7 @@ def golden(shared):
 
 
 def changed(file, change):
-  """The file with its tensors put through `change(name, tensor)`: None, a tensor or (name, it)."""
+  """Returns a file whose tensors are `change(name, tensor)`: None, a tensor or (name, tensor)."""
   tensors = {}
   for name, tensor in file.tensors.items():
     new = change(name, tensor)
@@ -110,7 +110,7 @@ def test_class_columns(golden):
   assert class_columns(golden['ppn']) == class_columns(golden['ssd']) == 91
 
 
-def test_what_training_leaves_beside(golden, like):
+def test_values_that_training_leaves_in_checkpoints(golden, like):
   def train(name, tensor):
     return (f'{name}/Momentum', tensor) if name.endswith('gamma') else None
   slots = changed(golden['ppn'], train).tensors
@@ -143,7 +143,7 @@ def test_what_training_leaves_beside(golden, like):
     (lambda n, t: (n.replace('conv2d_0', 'conv2d_1'), t) if 'PredictionTower' in n else t,
      'variables that the config asks for are missing'),
     (lambda n, t: (n.replace('feature_0', 'feature_6'), t) if 'feature_0' in n else t,
-     'missing: .*; in checkpoints each level of PPN has a norm'),
+     'missing: .*; in checkpoints each level of PPN has a batch norm'),
 ])
 def test_checkpoints_that_do_not_fit(golden, like, change, message):
   with pytest.raises(InputError, match=message):
@@ -154,18 +154,18 @@ def test_checkpoints_that_do_not_fit(golden, like, change, message):
     f'{HEAD}PredictionTower/conv2d_1/weights', 'FeatureExtractor/MobilenetV1/Conv2d_11x/weights',
     'FeatureExtractor/MobilenetV1/Base_Conv2d_1x1_64/weights',
     f'{HEAD}PredictionTower/conv2d_0/BatchNorm/feature_6/beta'])
-def test_layers_without_a_place_are_refused(golden, like, name):
+def test_unknown_layers_are_rejected(golden, like, name):
   file = golden['ppn']._replace(tensors={**golden['ppn'].tensors, name: np.zeros(3)})
   with pytest.raises(InputError, match=f'no place for 1 of its variables: {name}'):
     import_detector(file, like['ppn'])
 
 
 @pytest.mark.parametrize('model, message', [
-    ({'head.norm_per_level': False}, r'has a norm of its own \(model.head.norm_per_level=True\)'),
+    ({'head.norm_per_level': False}, r'norm of its own \(model.head.norm_per_level=True\)'),
     ({'neck.projection': 64}, r'missing: .*Base_Conv2d_1x1_\{depth\}'),
     ({'neck.num_levels': 5}, 'no place for 4 of its variables'),
     ({'backbone.last_block': 8}, 'no place for 10 of its variables: .*Conv2d_9_depthwise'),
-    ({'backbone.depth_multiplier': 0.5}, 'is model.backbone.depth_multiplier that of the file'),
+    ({'backbone.depth_multiplier': 0.5}, 'does model.backbone.depth_multiplier match the file'),
     ({'background_column': False}, 'set model.background_column=True'),
     ({'num_classes': 91}, 'set model.num_classes=90 if the first'),
     ({'num_classes': 20}, 'which are 91 and 21 class columns .* set model.num_classes to 0'),
@@ -176,9 +176,9 @@ def test_configs_that_do_not_fit(golden, model, message):
 
 
 def test_wrong_model(golden, like):
-  with pytest.raises(InputError, match=r'looks like an SSD detector.* of a whole PPN detector'):
+  with pytest.raises(InputError, match=r'like an SSD detector.* describes a whole PPN detector'):
     import_detector(golden['ssd'], like['ppn'])
-  with pytest.raises(InputError, match=r'looks like a PPN detector.* of a whole SSD detector'):
+  with pytest.raises(InputError, match=r'like a PPN detector.* describes a whole SSD detector'):
     import_detector(golden['ppn'], like['ssd'])
   with pytest.raises(InputError, match=r'without a box predictor.*; use --kind=backbone'):
     import_detector(slim(golden['ppn']), like['ppn'])
@@ -187,12 +187,12 @@ def test_wrong_model(golden, like):
     import_detector(fpn, like['ppn'])
   v2 = WeightFile('v2', 'checkpoint', {'MobilenetV2/Conv/weights': np.zeros(3)})
   for read in (import_detector, import_backbone):
-    with pytest.raises(InputError, match=r'no MobileNet-v1 .* .MobilenetV2/Conv/weights'):
+    with pytest.raises(InputError, match=r'no known MobileNet-v1 .MobilenetV2/Conv/weights'):
       read(v2, like['ppn'])
 
 
 def slim(file):
-  """A classifier's checkpoint, of a detector's."""
+  """Returns a classifier's checkpoint made from a detector's."""
   found = changed(file, lambda n, t: (n.removeprefix('FeatureExtractor/'), t)
                   if n.startswith('FeatureExtractor/') else None)
   found.tensors['MobilenetV1/Logits/Conv2d_1c_1x1/weights'] = np.zeros((1, 1, 1024, 1001), 'f')

@@ -10,7 +10,7 @@ from ppn_jax.weights.initial import initial_weights, with_weights
 
 
 @pytest.mark.parametrize('averaging', [False, True])
-def test_replaced_in_the_average_too(averaging):
+def test_variables_are_replaced_in_the_average_too(averaging):
   variables = {'params': {'backbone': {'a': jnp.zeros(3)}, 'head': {'b': jnp.ones(2)}}}
   average = {'params': {'backbone': {'a': jnp.ones(3)}, 'head': {'b': jnp.ones(2)}}}
   state = TrainState(jnp.int32(0), variables, (), average if averaging else {})
@@ -37,7 +37,7 @@ def test_any_kind_of_file(tmp_path):
     np.testing.assert_array_equal(kernel, weights['conv1', 'kernel'])
 
 
-def test_ninety_classes_of_a_file_are_cocos(tmp_path):
+def test_ninety_classes_of_a_file_are_those_of_coco(tmp_path):
   head = 'WeightSharedConvolutionalBoxPredictor'
   bias = np.arange(2 * 91, dtype=np.float32)
   write_bundle(tmp_path / 'x', {
@@ -48,14 +48,14 @@ def test_ninety_classes_of_a_file_are_cocos(tmp_path):
                      'head': {'box_bias': np.zeros(8), 'class_bias': np.zeros(2 * 3)}}}
   found = initial_weights(like, [Category(i, n) for i, n in enumerate(('zebra', 'x', 'person'))],
                           weights=str(tmp_path / 'x'))
-  entries, values = found.columns['params', 'head', 'class_bias']
-  assert entries.tolist() == [0, 2, 3, 5]  # Without a background here; there it is column 0.
+  indices, values = found.partial['params', 'head', 'class_bias']
+  assert indices.tolist() == [0, 2, 3, 5]  # No background here; in the file it is column 0.
   np.testing.assert_array_equal(values, bias.reshape(2, 91)[:, [24, 1]].reshape(-1))
-  assert "2 of 3 by name (zebra, person); fresh: x" in str(found.report)
+  assert "2 of 3 by name (zebra, person); random: x" in str(found.report)
   assert "taken to be COCO's" in str(found.report)
 
 
-def test_none():
+def test_no_weights():
   assert initial_weights({}, (), backbone='') is None
   with pytest.raises(InputError, match=r'init\.backbone=3 is not a path'):
     initial_weights({}, (), backbone=3)

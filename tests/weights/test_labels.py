@@ -41,7 +41,7 @@ def test_no_names():
 @pytest.mark.parametrize('name, text, message', [
     ('a.pbtxt', 'item { id: 0 name: "x" }', "class 'x' has id 0"),
     ('a.pbtxt', 'item { id: 1 }', "class '' has id 1"),
-    ('a.pbtxt', 'item { id: 1 name: "x" } item { id: 1 name: "y" }', 'an id comes twice'),
+    ('a.pbtxt', 'item { id: 1 name: "x" } item { id: 1 name: "y" }', 'an id occurs twice'),
     ('a.pbtxt', '', 'no classes'), ('a.pbtxt', 'item {', 'neither a label map'),
     ('a.pbtxt', 'item { id: 9 name: "x" }', "class 'x' has id 9, but the model has 4 classes"),
     ('a.json', '{', 'neither'), ('a.json', '[]', 'neither'), ('a.json', '{"categories": [1]}',

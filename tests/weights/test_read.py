@@ -18,7 +18,7 @@ def test_ways_to_name_a_checkpoint(tmp_path, given):
 
 
 @pytest.mark.parametrize('folder', ['', '/home/somebody/train/'])
-def test_the_folder_says_which(tmp_path, folder):
+def test_checkpoint_file_of_a_folder(tmp_path, folder):
   for step in (1, 2, 30):
     write_bundle(tmp_path / f'model.ckpt-{step}', {'step': np.int64(step)})
   with pytest.raises(InputError, match=r'3 checkpoints in this folder; .* model\.ckpt-1, '):
@@ -42,11 +42,11 @@ def test_by_suffix(tmp_path):
 
 @pytest.mark.parametrize('name, content, message', [
     ('model.ckpt', table({b'': b'', b'x': b'y'}), 'a TensorFlow V1 checkpoint'),
-    ('weights.txt', b'1 2 3', 'no kind of weights'), ('weights.npz', b'', 'empty'),
-    ('model', b'\x89HDF\r\n\x1a\n123', 'an HDF5 file; call it .h5'),
+    ('weights.txt', b'1 2 3', 'not a known format'), ('weights.npz', b'', 'empty'),
+    ('model', b'\x89HDF\r\n\x1a\n123', 'an HDF5 file; rename it to .h5'),
     ('zoo.tar.gz', b'\x1f\x8b123456789', 'unpack it'),
     ('x.meta', b'', r'no file x\.index beside it'), ('elsewhere/x', None, 'no checkpoint at')])
-def test_what_is_refused(tmp_path, name, content, message):
+def test_other_files_are_rejected(tmp_path, name, content, message):
   if content is not None:
     (tmp_path / name).write_bytes(content)
   with pytest.raises(InputError, match=message):

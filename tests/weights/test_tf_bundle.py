@@ -7,9 +7,8 @@ import pytest
 from foreign import write_bundle
 
 from ppn_jax.errors import InputError
-from ppn_jax.weights.protos import BundleHeader
-from ppn_jax.weights.sstable import masked_crc32c
-from ppn_jax.weights.tf_bundle import read_tf_bundle
+from ppn_jax.weights.tf_bundle import masked_crc32c, read_tf_bundle
+from ppn_jax.weights.tf_protos import BundleHeader
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -22,9 +21,9 @@ TENSORS = {
     'global_step': np.int64(123), 'flag': np.array([True, False])}
 
 
-def same(found, wanted):
-  assert found.keys() == wanted.keys()
-  for name, value in wanted.items():
+def assert_same(found, expected):
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
     assert found[name].dtype == np.asarray(value).dtype
     np.testing.assert_array_equal(found[name], value)
 
@@ -47,13 +46,13 @@ def test_known_checksum():
 @pytest.mark.parametrize('shards', [1, 3])
 @pytest.mark.parametrize('block_size', [1, 200, 10**6])
 def test_types_shards_and_blocks(tmp_path, shards, block_size):
-  same(read_tf_bundle(write_bundle(tmp_path / 'model.ckpt-7', TENSORS, shards=shards,
+  assert_same(read_tf_bundle(write_bundle(tmp_path / 'model.ckpt-7', TENSORS, shards=shards,
                                    block_size=block_size)), TENSORS)
 
 
 def test_many_names(tmp_path):
   tensors = {f'scope/{i % 7}/layer_{i}/weights': np.float32([i]) for i in range(500)}
-  same(read_tf_bundle(write_bundle(tmp_path / 'x', tensors)), tensors)
+  assert_same(read_tf_bundle(write_bundle(tmp_path / 'x', tensors)), tensors)
 
 
 def test_strings_are_left_out(tmp_path):
@@ -70,14 +69,14 @@ def test_strings_are_left_out(tmp_path):
     ({'change': lambda n, e: e.slices.append(b'')}, 'stored in slices'),
     ({'change': lambda n, e: setattr(e, 'dtype', 8)}, 'of type DT_COMPLEX64; legal: DT_FLOAT'),
     ({'change': lambda n, e: setattr(e, 'dtype', 999)}, 'of type DataType 999'),
-    ({'change': lambda n, e: setattr(e, 'offset', -4)}, 'cut short'),
-    ({'change': lambda n, e: setattr(e, 'offset', 10**15)}, 'cut short'),
+    ({'change': lambda n, e: setattr(e, 'offset', -4)}, 'truncated'),
+    ({'change': lambda n, e: setattr(e, 'offset', 10**15)}, 'truncated'),
     ({'change': lambda n, e: setattr(e, 'shard_id', 5)}, 'shard 5 of 1'),
     ({'change': lambda n, e: e.shape.dim.add(size=2**40)}, 'damaged'),
-    ({'change': lambda n, e: e.shape.dim.add(size=-1)}, 'no known shape'),
+    ({'change': lambda n, e: e.shape.dim.add(size=-1)}, 'unknown shape'),
     ({'change': lambda n, e: setattr(e, 'crc32c', 1)}, 'checksum of .* is wrong'),
 ])
-def test_entries_that_are_refused(tmp_path, options, message):
+def test_entries_that_are_rejected(tmp_path, options, message):
   with pytest.raises(InputError, match=message):
     read_tf_bundle(write_bundle(tmp_path / 'x', TENSORS, **options))
 
@@ -120,11 +119,11 @@ def test_any_flipped_bit_is_found_or_harmless(tmp_path, suffix):
     damaged[at] ^= 1 << choose.randrange(8)
     path.write_bytes(damaged)
     try:
-      same(read_tf_bundle(prefix), TENSORS)
+      assert_same(read_tf_bundle(prefix), TENSORS)
     except InputError as e:
       assert '\n' not in str(e)
       found += 1
-  # Of an index, the handle of the meta index and the padding of the footer say nothing.
+  # The handle of the meta index and the padding of the footer are not read.
   assert found == len(whole) if suffix != '.index' else found > len(whole) - 60
 
 

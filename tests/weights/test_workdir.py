@@ -1,4 +1,4 @@
-"""Starting from a run of one's own, whatever became of its config."""
+"""Starting from the weights of another run, also without its config."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ SHAPES = ('circle', 'square', 'triangle', 'star', 'cross')  # Of the synthetic d
 
 @pytest.fixture(scope='module')
 def earlier(tmp_path_factory):
-  """A run of three classes, two of which are those of the tiny config; steps 3 and 6."""
+  """Returns a run with three classes, two of them in the tiny config, saved at steps 3 and 6."""
   return untrained_run(tmp_path_factory.mktemp('earlier') / 'run', (3, 6), ema_decay=0.9,
                        categories=[Category(i, name) for i, name in enumerate(
                            ('star', 'moon', 'circle'))])
@@ -49,19 +49,19 @@ def categories(*names):
 @pytest.mark.parametrize('text, path, step', [
     ('runs/a', 'runs/a', ''), ('runs/a@2000', 'runs/a', '2000'), ('a@best', 'a', 'best'),
     ('gs://b/me@x/run', 'gs://b/me@x/run', ''), ('me@home', 'me@home', ''), ('@3', '@3', '')])
-def test_a_step_stands_behind_the_path(text, path, step):
+def test_split_step(text, path, step):
   assert split_step(text) == (path, step)
 
 
 @pytest.mark.parametrize('step', ['', '3'])
 def test_the_average_of_a_step_without_its_config(earlier, tmp_path, step):
-  """Nothing that a config names can be imported, since it is not read."""
+  """The config is not read, so nothing that it names can be imported."""
   shutil.copytree(earlier, tmp_path / 'run')
   (tmp_path / 'run' / 'config.json').unlink()
   found = read_workdir(tmp_path / 'run', step)
-  wanted = flatten_dict(jax.device_get(saved(earlier, int(step or 6)).average))
-  assert found.values.keys() == wanted.keys()
-  for path, value in wanted.items():
+  expected = flatten_dict(jax.device_get(saved(earlier, int(step or 6)).average))
+  assert found.values.keys() == expected.keys()
+  for path, value in expected.items():
     np.testing.assert_array_equal(found.values[path], value)
   assert f'step {step or 6}, moving average' in found.description
   assert [c.name for c in found.categories] == ['star', 'moon', 'circle']
@@ -70,7 +70,7 @@ def test_the_average_of_a_step_without_its_config(earlier, tmp_path, step):
 def test_the_best_step(earlier, tmp_path):
   run = tmp_path / 'run'
   shutil.copytree(earlier, run)
-  with pytest.raises(InputError, match='has been evaluated, so there is no best; give its step'):
+  with pytest.raises(InputError, match='has been evaluated, so there is no best step; give'):
     read_workdir(run, 'best')
   lines = [{'step': 3, 'AP': 0.2}, {'step': 5, 'AP': 0.9}, {'step': 6, 'AP': 0.1},
            {'step': 6, 'AP': None}, {'step': 6, 'loss': 1.0}]
@@ -78,7 +78,7 @@ def test_the_best_step(earlier, tmp_path):
   assert 'step 3' in read_workdir(run, 'best').description
 
 
-def test_a_damaged_newest_step_is_passed_over(earlier, tmp_path):
+def test_a_damaged_newest_step_is_skipped(earlier, tmp_path):
   shutil.copytree(earlier, tmp_path / 'run')
   (tmp_path / 'run/checkpoints/6/_CHECKPOINT_METADATA').write_text('{')
   found = read_workdir(tmp_path / 'run')
@@ -94,9 +94,9 @@ def test_other_image_sizes_and_levels(earlier, image_size, levels):
   found = initial_weights(like(config), categories(*SHAPES), weights=str(earlier))
   total, missing = (len(flatten_dict(like(config))), 4 * max(levels - 3, 0))
   lines = str(found.report).splitlines()
-  assert f'taken: {total - missing} of {total} variables, 2 of them in part' in lines[1]
-  assert '2 of 5 by name (circle, star); fresh: square, triangle, cross; unused: moon' in lines[2]
-  assert lines[3:] == (['  fresh: head/norm_3'] if levels == 4 else
+  assert f'used: {total - missing} of {total} variables, 2 of them in part' in lines[1]
+  assert '2 of 5 by name (circle, star); random: square, triangle, cross; unused: moon' in lines[2]
+  assert lines[3:] == (['  random: head/norm_3'] if levels == 4 else
                        ['  unused: head/norm_2'] if levels == 2 else [])
 
 
@@ -112,7 +112,7 @@ def test_another_backbone_gives_what_fits(earlier):
     initial_weights(like(config), categories(*SHAPES), backbone=str(earlier))
 
 
-@pytest.mark.parametrize('options, said', [
+@pytest.mark.parametrize('options, message', [
     ({'weights': '{run}@4'}, 'no checkpoint of step 4; there are 3, 6'),
     ({'weights': '{run}', 'backbone': '{run}'}, 'leave one of them out'),
     ({'weights': '/nowhere/x'}, 'init.weights=/nowhere/x: no checkpoint at /nowhere/x; .*or the '
@@ -126,36 +126,36 @@ def test_another_backbone_gives_what_fits(earlier):
     ({'weights': '{run}/checkpoints/3'}, 'inside the workdir .*run; give .*/run@3'),
     ({'backbone': '{run}/config.json'}, 'inside the workdir .*run; give .*/run'),
     ({'weights': 3}, 'init.weights=3 is not a path')])
-def test_mistakes(earlier, tmp_path, options, said):
+def test_mistakes(earlier, tmp_path, options, message):
   for name in ('empty', 'bare/checkpoints', 'unnamed/checkpoints', 'odd/checkpoints'):
     (tmp_path / name).mkdir(parents=True)
   shutil.copy(earlier / 'categories.json', tmp_path / 'bare')
   (tmp_path / 'odd/categories.json').write_text('[3]')
   options = {key: value.format(run=earlier, **{p.name: p for p in tmp_path.iterdir()})
              if isinstance(value, str) else value for key, value in options.items()}
-  with pytest.raises(InputError, match=said) as error:
+  with pytest.raises(InputError, match=message) as error:
     initial_weights(like(), categories(*SHAPES), **options)
   assert '\n' not in str(error.value)
 
 
 @pytest.fixture
 def steps_not_taken(monkeypatch):
-  """What a training would start its steps from."""
+  """Collects the states from which training would start its steps."""
   states = []
   monkeypatch.setattr(train_job.Steps, 'take', lambda self, state, *_: states.append(
       jax.device_get(state)))
   return states
 
 
-def test_training_starts_from_it_and_puts_it_on_record(earlier, tmp_path, steps_not_taken, capsys):
+def test_training_starts_from_a_run_and_records_it(earlier, tmp_path, steps_not_taken, capsys):
   config = tiny_config().copy_and_resolve_references().unlock()
   config.init.weights, config.optim.ema_decay = str(earlier), 0.9
   train_job.train(config.lock(), tmp_path / 'run')
-  said = capsys.readouterr().err
-  assert f'starting from {earlier}: a run of 3 classes, step 6, moving average' in said
+  printed = capsys.readouterr().err
+  assert f'starting from {earlier}: a run of 3 classes, step 6, moving average' in printed
   init = json.loads((tmp_path / 'run/config.json').read_text())['init']
   assert init['weights'] == str(earlier) and len(init['report']) <= 5
-  assert init['report'][0] in said and 'circle, star' in init['report'][2]
+  assert init['report'][0] in printed and 'circle, star' in init['report'][2]
   old, state = saved(earlier, 6).average, steps_not_taken[0]
   for new in (state.variables, state.average):
     np.testing.assert_array_equal(new['params']['backbone']['conv2d_5']['pointwise']['kernel'],

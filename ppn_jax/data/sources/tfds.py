@@ -26,7 +26,7 @@ from ppn_jax.data.sources.annotations import (
 )
 from ppn_jax.data.sources.coco import read_boxes, read_file
 from ppn_jax.detection.structures import Category
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, install_command
 
 _THREADS = 16  # They mostly wait for files, above all on a network file system.
 
@@ -243,8 +243,8 @@ def _check_remote(data_dir: str) -> None:
     try:
       import gcsfs  # noqa: F401
     except ImportError as e:
-      raise InputError(f"tfds.data_dir {data_dir}: gcsfs is not installed; pip install "
-                       "'ppn_jax[tfds]'") from e
+      raise InputError(f"tfds.data_dir {data_dir}: gcsfs is not installed; "
+                       f"{install_command('tfds')}") from e
 
 
 def _open_split(builder: Any, split: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, install_command
 
 
 class Schema(NamedTuple):
@@ -56,7 +56,7 @@ def load_tfds() -> ModuleType:
   try:
     import tensorflow_datasets
   except ImportError as e:
-    raise InputError("TensorFlow Datasets is not installed; pip install 'ppn_jax[tfds]'") from e
+    raise InputError(f"TensorFlow Datasets is not installed; {install_command('tfds')}") from e
   return tensorflow_datasets
 
 

@@ -221,7 +221,7 @@ def test_wrong_places_and_options(folder, tmp_path):
 
 def test_without_the_library(folder, monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
-  with pytest.raises(InputError, match=r"pip install 'ppn_jax\[tfds\]'"):
+  with pytest.raises(InputError, match=r"pip install .*\[tfds\]"):
     Tfds(data_dir=str(folder))
 
 

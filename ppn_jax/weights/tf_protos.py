@@ -1,15 +1,26 @@
-"""Protocol buffer messages of TensorFlow that tensorboardX does not bring, made at run time."""
+"""TensorFlow's protocol buffers: messages that tensorboardX lacks, and element types as NumPy's."""
 
+import math
+
+import ml_dtypes
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from tensorboardX.proto import tensor_shape_pb2, types_pb2, versions_pb2
+from tensorboardX.proto import tensor_shape_pb2, versions_pb2
+from tensorboardX.proto.types_pb2 import DataType
+
+DTYPES = {
+    'DT_FLOAT': np.float32, 'DT_DOUBLE': np.float64, 'DT_HALF': np.float16,
+    'DT_BFLOAT16': ml_dtypes.bfloat16, 'DT_INT8': np.int8, 'DT_INT16': np.int16,
+    'DT_INT32': np.int32, 'DT_INT64': np.int64, 'DT_UINT8': np.uint8, 'DT_UINT16': np.uint16,
+    'DT_BOOL': np.bool_}
 
 _FIELD = descriptor_pb2.FieldDescriptorProto
 _SHAPE = '.tensorboardX.TensorShapeProto'
 _VERSION = '.tensorboardX.VersionDef'
 
 # Message -> {field: (number, type, repeated)}; a type with a dot is a message's or an enum's name.
-# Of tensorflow/core/protobuf/tensor_bundle.proto, python/training/checkpoint_state.proto and
-# object_detection/protos/string_int_label_map.proto; other fields of theirs are skipped.
+# From tensorflow/core/protobuf/tensor_bundle.proto, python/training/checkpoint_state.proto and
+# object_detection/protos/string_int_label_map.proto. Their other fields are left out.
 _MESSAGES = {
     'BundleHeaderProto': {
         'num_shards': (1, _FIELD.TYPE_INT32, False), 'endianness': (2, _FIELD.TYPE_INT32, False),
@@ -30,6 +41,7 @@ _MESSAGES = {
 
 
 def _define() -> dict[str, type]:
+  """Returns a class for each of `_MESSAGES`, made at run time."""
   file = descriptor_pb2.FileDescriptorProto(
       name='ppn_jax/weights.proto', package='ppn_jax.weights', syntax='proto3',
       dependency=[m.DESCRIPTOR.name for m in (tensor_shape_pb2, versions_pb2)])
@@ -54,4 +66,19 @@ BundleHeader = _CLASSES['BundleHeaderProto']
 BundleEntry = _CLASSES['BundleEntryProto']
 CheckpointState = _CLASSES['CheckpointState']
 LabelMap = _CLASSES['StringIntLabelMap']
-DataType = types_pb2.DataType
+
+
+def type_name(number: int) -> str:
+  """Returns the name of an element type, such as 'DT_FLOAT' for 1, or its number if unknown."""
+  return DataType.Name(number) if number in DataType.values() else f'DataType {number}'
+
+
+def shape_of(proto: object) -> tuple[int, ...] | None:
+  """Returns the shape in a TensorShapeProto, or None if it is not fully known."""
+  shape = tuple(dim.size for dim in proto.dim)
+  return None if proto.unknown_rank or min(shape, default=0) < 0 else shape
+
+
+def num_bytes(shape: tuple[int, ...], dtype: type) -> int:
+  """Returns the size of an array in bytes, as a Python integer, which cannot overflow."""
+  return math.prod(shape) * np.dtype(dtype).itemsize

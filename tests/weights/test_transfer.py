@@ -1,4 +1,4 @@
-"""What is taken of another model's weights: by path and shape, class columns by name."""
+"""Transfer of another model's weights: by path and shape, class columns by name."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from flax.traverse_util import unflatten_dict
 
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
-from ppn_jax.weights.fitting import Weights, fit
+from ppn_jax.weights.transfer import PretrainedWeights, transfer_weights
 
 ANCHORS, DEPTH = 3, 2
 STEM = ('params', 'backbone', 'conv2d_0', 'kernel')
@@ -18,7 +18,7 @@ def classes(*names):
 
 
 def network(num_columns, *, stem=(3, 3, 3, 8), levels=2, anchors=ANCHORS, start=0.0):
-  """Variables of a head and a little more; no two values are equal."""
+  """Returns variables of a stem and a head; no two values are equal."""
   shapes = {STEM: stem, MEAN: (8,),
             ('params', 'head', 'tower_kernel'): (1, 1, 8, DEPTH),
             ('params', 'head', 'box_kernel'): (1, 1, DEPTH, anchors * 4),
@@ -33,13 +33,13 @@ def network(num_columns, *, stem=(3, 3, 3, 8), levels=2, anchors=ANCHORS, start=
   return values
 
 
-def fitted(theirs, their_classes, ours, our_classes, **options):
-  return fit(Weights('runs/a', 'a run', theirs, classes(*their_classes)), unflatten_dict(ours),
-             classes(*our_classes), **options)
+def transferred(theirs, their_classes, ours, our_classes, **options):
+  weights = PretrainedWeights('runs/a', 'a run', theirs, classes(*their_classes))
+  return transfer_weights(weights, unflatten_dict(ours), classes(*our_classes), **options)
 
 
 def filled(found, ours):
-  """Our values with what was taken in their place, as a path -> array."""
+  """Returns our values by path, with the transferred ones in place."""
   result = {path: value.copy() for path, value in ours.items()}
   for path in ours:
     tree = found.variables
@@ -47,8 +47,8 @@ def filled(found, ours):
       tree = tree.get(key, {}) if isinstance(tree, dict) else {}
     if isinstance(tree, np.ndarray):
       result[path] = tree
-  for path, (entries, values) in found.columns.items():
-    result[path][..., entries] = values
+  for path, (indices, values) in found.partial.items():
+    result[path][..., indices] = values
   return result
 
 
@@ -60,7 +60,7 @@ def filled(found, ours):
 def test_class_columns_follow_their_names(there, here, background_there, background_here):
   theirs = network(len(there) + background_there)
   ours = network(len(here) + background_here, start=1e4)
-  result = filled(fitted(theirs, there, ours, here), ours)
+  result = filled(transferred(theirs, there, ours, here), ours)
   names = {'there': ['*'] * background_there + list(there),
            'here': ['*'] * background_here + list(here)}
   for leaf in ('class_kernel', 'class_bias'):
@@ -80,41 +80,41 @@ def test_class_columns_follow_their_names(there, here, background_there, backgro
 
 def test_no_class_in_common_leaves_all_columns_fresh():
   ours = network(2, start=1e4)
-  found = fitted(network(2), ('cat', 'dog'), ours, ('red', 'blue'))
+  found = transferred(network(2), ('cat', 'dog'), ours, ('red', 'blue'))
   np.testing.assert_array_equal(filled(found, ours)['params', 'head', 'class_bias'],
                                 ours['params', 'head', 'class_bias'])
-  assert '0 of 2 by name; fresh: red, blue; unused: cat, dog' in str(found.report)
+  assert '0 of 2 by name; random: red, blue; unused: cat, dog' in str(found.report)
 
 
 def test_another_number_of_anchors_leaves_the_predictors_fresh():
-  found = fitted(network(1, anchors=2), ('red',), network(1), ('red',))
-  assert not found.columns and 'all fresh, since the heads differ' in str(found.report)
+  found = transferred(network(1, anchors=2), ('red',), network(1), ('red',))
+  assert not found.partial and 'all random, since the heads differ' in str(found.report)
   assert 'box_kernel is [1, 1, 2, 8] there and [1, 1, 2, 12] here' in str(found.report)
 
 
-def test_the_report_accounts_for_all_in_five_lines():
+def test_report_accounts_for_everything_in_five_lines():
   ours = network(2, levels=4, start=1e4)
   theirs = network(3, levels=1)
   theirs['params', 'neck', 'extra_0', 'kernel'] = np.zeros((1, 1, 4, 4), np.float32)
   theirs['params', 'neck', 'extra_0', 'bias'] = np.zeros(4, np.float32)
-  report = fitted(theirs, ('red', 'green', 'x'), ours, ('blue', 'red')).report
+  report = transferred(theirs, ('red', 'green', 'x'), ours, ('blue', 'red')).report
   assert str(report).splitlines() == [
-      'runs/a: a run', '  taken: 8 of 11 variables, 2 of them in part',
-      '  class columns: 1 of 2 by name (red); fresh: blue; unused: green, x',
-      '  fresh: head/norm_1, head/norm_2, head/norm_3', '  unused: neck']
-  assert report.recorded() == tuple(line.strip() for line in str(report).splitlines())
+      'runs/a: a run', '  used: 8 of 11 variables, 2 of them in part',
+      '  class columns: 1 of 2 by name (red); random: blue; unused: green, x',
+      '  random: head/norm_1, head/norm_2, head/norm_3', '  unused: neck']
+  assert report.lines() == tuple(line.strip() for line in str(report).splitlines())
 
 
 def test_long_lists_are_cut_on_the_screen_only():
-  report = fitted(network(1), ('red',), network(1, levels=20), ('red',)).report
+  report = transferred(network(1), ('red',), network(1, levels=20), ('red',)).report
   assert 'head/norm_7 and 12 more' in str(report) and 'norm_19' not in str(report)
-  assert 'head/norm_19' in report.recorded()[-1] and 'more' not in report.recorded()[-1]
+  assert 'head/norm_19' in report.lines()[-1] and 'more' not in report.lines()[-1]
 
 
-def test_a_part_alone():
-  found = fitted(network(1), ('red',), network(1), ('red',), part='backbone')
-  assert set(found.variables['params']) == {'backbone'} and not found.columns
-  assert 'taken: 2 of 9' in str(found.report) and 'fresh: head' in str(found.report)
+def test_backbone_alone():
+  found = transferred(network(1), ('red',), network(1), ('red',), part='backbone')
+  assert set(found.variables['params']) == {'backbone'} and not found.partial
+  assert 'used: 2 of 9' in str(found.report) and 'random: head' in str(found.report)
 
 
 def test_nothing_fits():
@@ -122,34 +122,34 @@ def test_nothing_fits():
            if path[1] == 'backbone'}
   with pytest.raises(InputError, match=r'nothing in runs/a .* backbone/conv2d_0/kernel is '
                      r'\[3, 3, 3, 4\] there and \[3, 3, 3, 8\] here'):
-    fitted(other, ('red',), network(1), ('red',))
+    transferred(other, ('red',), network(1), ('red',))
 
 
 def test_values_that_are_not_finite():
   theirs = network(1)
   theirs[STEM][0, 0, 0, 0] = np.nan
   with pytest.raises(InputError, match='backbone/conv2d_0/kernel has values that are not finite'):
-    fitted(theirs, ('red',), network(1), ('red',))
+    transferred(theirs, ('red',), network(1), ('red',))
 
 
-def test_classes_that_the_file_does_not_name():
-  weights = Weights('x.ckpt', 'a detector', network(3), (), 'no names')
+def test_unnamed_classes_transfer_only_the_background():
+  weights = PretrainedWeights('x.ckpt', 'a detector', network(3), (), 'no names')
   ours = network(2, start=1e4)
-  found = fit(weights, unflatten_dict(ours), classes('red'))
+  found = transfer_weights(weights, unflatten_dict(ours), classes('red'))
   result = filled(found, ours)['params', 'head', 'class_bias'].reshape(ANCHORS, 2)
   np.testing.assert_array_equal(
       result[:, 0], weights.values['params', 'head', 'class_bias'].reshape(ANCHORS, 3)[:, 0])
   np.testing.assert_array_equal(result[:, 1],
                                 ours['params', 'head', 'class_bias'].reshape(ANCHORS, 2)[:, 1])
-  assert '0 of 1 by name; the background; fresh: red; no names' in str(found.report)
+  assert '0 of 1 by name; the background; random: red; no names' in str(found.report)
 
 
-@pytest.mark.parametrize('names, taken', [(('red', 'blue'), True), (('blue', 'red'), False)])
-def test_a_head_without_box_columns_needs_the_same_classes(names, taken):
+@pytest.mark.parametrize('names, same_classes', [(('red', 'blue'), True), (('blue', 'red'), False)])
+def test_a_head_without_box_columns_needs_the_same_classes(names, same_classes):
   theirs, ours = network(2), network(2, start=1e4)
   for values in (theirs, ours):
     del values['params', 'head', 'box_bias']
-  found = fitted(theirs, ('red', 'blue'), ours, names)
+  found = transferred(theirs, ('red', 'blue'), ours, names)
   same = filled(found, ours)['params', 'head', 'class_bias'] == theirs[
       'params', 'head', 'class_bias']
-  assert same.all() == taken
+  assert same.all() == same_classes
