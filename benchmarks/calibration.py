@@ -93,8 +93,8 @@ def measure(config, seed: int, workdir: pathlib.Path, options: CalibrationOption
                 'ece', 'ece_interval', 'ece_by_chance')
   group = lambda g: {k: _rounded(g[k]) for k in group_keys}
   return _rounded({
-      'minutes': minutes, 'AP': evaluation.scores.figures['AP'],
-      'AP50': evaluation.scores.figures['AP50'], 'all': group(found['all']),
+      'minutes': minutes, 'AP': evaluation.scores.metrics['AP'],
+      'AP50': evaluation.scores.metrics['AP50'], 'all': group(found['all']),
       'by_level': [group(g) for g in found['by_level']],
       'by_size': [group(g) for g in found['by_size']], 'spread': found['spread'],
       'recalibration': found['recalibration'], 'floors': found['floors'],

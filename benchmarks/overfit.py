@@ -47,7 +47,7 @@ def main() -> None:
         'benchmark': 'overfit', 'images': args.images, 'steps': args.steps, 'batch': args.batch,
         'learning_rate': args.learning_rate, 'minutes': round(minutes, 1),
         'num_boxes': sum(c.num_boxes for c in scores.per_class),
-        'figures': {k: round(v, 4) for k, v in scores.figures.items()},
+        'figures': {k: round(v, 4) for k, v in scores.metrics.items()},
         **hardware.describe()}))
 
 

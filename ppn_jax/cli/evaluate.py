@@ -141,9 +141,9 @@ def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str],
   from ppn_jax.distributed import sharding
   from ppn_jax.jobs.follow import format_steps
   first = jax.process_index() == 0
-  if first and outcome.figures:
-    print(format_steps(outcome.figures))
-  if first and not outcome.figures and args.steps is not None:
+  if first and outcome.metrics:
+    print(format_steps(outcome.metrics))
+  if first and not outcome.metrics and args.steps is not None:
     raise InputError(f'no checkpoint in {args.workdir} is among --steps={args.steps}')
   if not outcome.complete:
     say(f'nothing new for --timeout={args.timeout:g} seconds, and training has not ended; giving '

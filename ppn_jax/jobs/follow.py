@@ -33,12 +33,12 @@ class Outcome(NamedTuple):
   """What came of many steps.
 
   Fields:
-    figures: step -> COCO's figures, of all steps asked for that are on record, ascending.
+    metrics: step -> COCO's figures, of all steps asked for that are on record, ascending.
     deleted: steps that were seen, but deleted before they were scored.
     unreadable: step -> why it could not be read.
     complete: False if patience ran out before training ended.
   """
-  figures: dict[int, dict[str, float | None]]
+  metrics: dict[int, dict[str, float | None]]
   deleted: tuple[int, ...]
   unreadable: dict[int, str]
   complete: bool
@@ -173,7 +173,7 @@ class _Following:
     found = retention.record(self._root, step)
     fits = found and found.fits(self._job.run.stamp(step), **self._job.about())
     if fits and step not in self._figures:
-      self._record(step, found.figures)
+      self._record(step, found.metrics)
     elif not fits and (found or step in self._figures):
       if self._figures.pop(step, None) or step not in self._seen:
         self._job.say(f'the scores on record of step {step:,} are of another checkpoint or other '
@@ -197,8 +197,8 @@ class _Following:
     if variables is None:
       return False
     evaluation = self._job.evaluate(step, variables, self._root / str(step))
-    self._record(step, evaluation.scores.figures)
-    self._job.say(f'step {step:,}: {coco.format_headline(evaluation.scores.figures)}')
+    self._record(step, evaluation.scores.metrics)
+    self._job.say(f'step {step:,}: {coco.format_headline(evaluation.scores.metrics)}')
     self._waiting.reset()
     return True
 

@@ -51,7 +51,7 @@ class ClassScore(NamedTuple):
 class Scores(NamedTuple):
   """What a set of detections is worth."""
   # COCO's twelve in COCO's order, AP to AR_large; 0 to 1, None where there is no such truth.
-  figures: dict[str, float | None]
+  metrics: dict[str, float | None]
   per_class: tuple[ClassScore, ...]  # In order of category id, which is that of labels.
   num_images: int
   num_detections: int
@@ -129,7 +129,7 @@ def format_table(scores: Scores) -> str:
   """The twelve figures and the classes as aligned plain text; '-' where nothing was scored."""
   lines = [f'{scores.num_images:,} images, {scores.num_detections:,} detections', '']
   lines += [f'{name:<10} {_show(value)}  {MEANING[name]}'
-            for name, value in scores.figures.items()]
+            for name, value in scores.metrics.items()]
   width = max([len('class'), *(len(c.name) for c in scores.per_class)])
   lines += ['', f'{"class":<{width}}     AP   AP50    boxes']
   lines += [f'{c.name:<{width}}  {_show(c.ap)}  {_show(c.ap50)}  {c.num_boxes:>7,}'
@@ -165,8 +165,10 @@ def write_scores(path: storage.Path, scores: Scores, scored: Mapping[str, Any]) 
     scores: to write.
     scored: what they are the scores of; see `retention.Record`.
   """
-  storage.write_text(path, json.dumps({**scores._asdict(), 'scored': scored}, indent=2,
-                                    allow_nan=False) + '\n')
+  storage.write_text(path, json.dumps({
+      'figures': scores.metrics, 'per_class': scores.per_class,
+      'num_images': scores.num_images, 'num_detections': scores.num_detections,
+      'scored': scored}, indent=2, allow_nan=False) + '\n')
 
 
 def _plain(ground_truth: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

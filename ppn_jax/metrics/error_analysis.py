@@ -113,7 +113,7 @@ def costs(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], er
     errors: of `classify`.
     scorer: see `coco.score`.
   """
-  ap50 = lambda truth, rows: coco.score(truth, rows, scorer=scorer).figures['AP50'] or 0.0
+  ap50 = lambda truth, rows: coco.score(truth, rows, scorer=scorer).metrics['AP50'] or 0.0
   as_is, gains = ap50(ground_truth, rows), {}
   for kind, name in enumerate(KINDS):
     truth, mended = _mended(ground_truth, rows, errors, kind)

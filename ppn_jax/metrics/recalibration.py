@@ -181,7 +181,7 @@ def _figures(truth: Mapping[str, Any], rows: Sequence[dict[str, Any]], scores: n
   """AP of the rows with these scores, which are written into them."""
   for row, score in zip(rows, scores.tolist(), strict=True):
     row['score'] = score
-  found = coco.score(truth, rows, scorer=scorer).figures
+  found = coco.score(truth, rows, scorer=scorer).metrics
   return {f: found[f] for f in FIGURES}
 
 

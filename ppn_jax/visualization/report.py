@@ -67,7 +67,7 @@ def evaluation_page(title: str, gallery: Gallery, scores: coco.Scores,
 def _figures(scores: coco.Scores) -> Section:
   show = coco.format_metric
   figures = Table(('', 'value', ''), [(name, show(value), coco.MEANING[name])
-                                      for name, value in scores.figures.items()],
+                                      for name, value in scores.metrics.items()],
                   "COCO's twelve figures", words=(2,))
   classes = Table(('class', 'AP', 'AP50', 'boxes'),
                   [(c.name, show(c.ap), show(c.ap50), f'{c.num_boxes:,}')

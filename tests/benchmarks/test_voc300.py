@@ -71,7 +71,7 @@ def test_voc_ap_takes_the_best_box_where_coco_takes_a_free_one():
   truth = _truth([(0, [0, 0, 10, 10], 0), (0, [0, 0, 10, 8], 0)])
   rows = _rows([(0, [0, 0, 10, 10], .9), (0, [0, 0, 10, 9.5], .8)])
   assert voc_ap50(truth, rows)[0] == pytest.approx(0.5)
-  assert coco.score(truth, rows).figures['AP50'] == pytest.approx(1, abs=1e-6)
+  assert coco.score(truth, rows).metrics['AP50'] == pytest.approx(1, abs=1e-6)
 
 
 def test_voc_ap_without_truth_or_detections():
@@ -112,7 +112,7 @@ def test_voc_ap_is_close_to_cocos_where_nothing_is_difficult():
     truth, rows = _random_problem(seed)
     for annotation in truth['annotations']:
       annotation['iscrowd'] = 0
-    assert voc_ap50(truth, rows)[0] == pytest.approx(coco.score(truth, rows).figures['AP50'],
+    assert voc_ap50(truth, rows)[0] == pytest.approx(coco.score(truth, rows).metrics['AP50'],
                                                      abs=0.015)
 
 
@@ -160,7 +160,7 @@ def test_leaving_out_images_is_leaving_them_out():
                   'annotations': [a for a in truth['annotations'] if a['image_id'] in kept]}
   mine = [r for r in rows if r['image_id'] in kept]
   assert len(kept) == 38
-  assert parts['AP'][7] == coco.score(part, mine).figures['AP']
+  assert parts['AP'][7] == coco.score(part, mine).metrics['AP']
   assert parts['VOC_AP50'][7] == voc_ap50(part, mine)[0]
   whole = comparison.accuracy(truth, rows)
   assert min(parts['AP']) < whole['AP'] < max(parts['AP'])

@@ -140,7 +140,7 @@ def test_follows_a_training_that_runs_beside_it(followed):
   workdir = job.run.workdir
   assert said[0] == f'waiting for training to begin in {workdir}'
   assert outcome.complete and not outcome.deleted and not outcome.unreadable
-  assert tuple(outcome.figures) == STEPS
+  assert tuple(outcome.metrics) == STEPS
   assert [line for line in said if line.startswith('evaluating')] == [
       f'evaluating step {step} on 6 images' for step in STEPS]
   assert [line['step'] for line in lines(workdir / 'evaluation' / 'metrics.jsonl')] == [*STEPS]
@@ -167,12 +167,12 @@ def test_a_restart_scores_no_step_twice_and_skips_none(job, where, monkeypatch):
     (root / 'metrics.jsonl').write_text('{"step": 2, "eval/A')
   outcome = follow.score_steps(job, patience=FakeTime().patience())
   assert job.notes.evaluated == ([2, 2, 4, 6] if where == 'before the record' else [2, 4, 6])
-  assert tuple(outcome.figures) == STEPS
+  assert tuple(outcome.metrics) == STEPS
   curve = lines(root / 'metrics.jsonl')
   assert [line['step'] for line in curve] == [*STEPS]
-  assert [line['eval/AP'] for line in curve] == [f['AP'] for f in outcome.figures.values()]
+  assert [line['eval/AP'] for line in curve] == [f['AP'] for f in outcome.metrics.values()]
   # And once more, with nothing left to do.
-  assert follow.score_steps(job).figures == outcome.figures
+  assert follow.score_steps(job).metrics == outcome.metrics
   assert job.notes.evaluated[-3:] == [2, 4, 6] and lines(root / 'metrics.jsonl') == curve
 
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_skipped(job, half):
   job.notes.disturb = delete
   rest = FakeTime(lambda: shutil.rmtree(checkpoint(job, 4), ignore_errors=True))
   outcome = follow.score_steps(job, patience=rest.patience())
-  assert tuple(outcome.figures) == (2, 6) and outcome.deleted == (4,) and outcome.complete
+  assert tuple(outcome.metrics) == (2, 6) and outcome.deleted == (4,) and outcome.complete
   assert 'step 4 was deleted before it was scored and is skipped' in job.notes.said
   assert not (job.root / '4' / 'scores.json').exists() and not outcome.unreadable
 
@@ -194,7 +194,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_skipped(job, half):
 def test_a_damaged_checkpoint_does_not_hold_up_the_others(job):
   shutil.rmtree(next(checkpoint(job, 4).glob('state/**/d')))
   outcome = follow.score_steps(job, patience=FakeTime().patience())
-  assert tuple(outcome.figures) == (2, 6) and list(outcome.unreadable) == [4]
+  assert tuple(outcome.metrics) == (2, 6) and list(outcome.unreadable) == [4]
   assert sum('step 4 cannot be read and is skipped' in line for line in job.notes.said) == 1
 
 
@@ -220,7 +220,7 @@ def test_waits_for_the_last_step_of_the_config_as_it_stands(job):
   set_steps(8)
   long = FakeTime().patience(timeout=3 * SAY_EVERY)
   outcome = follow.score_steps(job, patience=long)
-  assert not outcome.complete and tuple(outcome.figures) == STEPS
+  assert not outcome.complete and tuple(outcome.metrics) == STEPS
   waiting = [line for line in job.notes.said if line.startswith('waiting')]
   assert waiting[-3:] == [f'waiting for a new checkpoint in {job.run.workdir}{since}'
                           for since in ('', ', for 10m00s', ', for 20m00s')]
@@ -248,9 +248,9 @@ def test_steps_that_are_no_range(text):
 
 
 def test_a_sweep_takes_what_is_there(job, tmp_path):
-  assert tuple(follow.score_steps(job, wanted=follow.parse_steps('3:')).figures) == (4, 6)
+  assert tuple(follow.score_steps(job, wanted=follow.parse_steps('3:')).metrics) == (4, 6)
   sweep = follow.score_steps(job, tmp_path / 'out', wanted=follow.parse_steps('2::4'))
-  assert tuple(sweep.figures) == (2, 6) and sweep.complete
+  assert tuple(sweep.metrics) == (2, 6) and sweep.complete
   assert (tmp_path / 'out' / '2' / 'results.json').exists()
   assert event_steps(tmp_path / 'out' / 'tensorboard', 'eval/AP') == [2, 6]
   table = follow.format_steps(
@@ -416,18 +416,18 @@ def resave(job, step):
 
 
 def test_scores_of_an_earlier_attempt_do_not_pass_for_new_checkpoints(job):
-  first = follow.score_steps(job).figures
+  first = follow.score_steps(job).metrics
   job.notes.evaluated.clear()
   resave(job, 4)
   resave(job, 6)
   assert [line['step'] for line in job.run.metrics() if 'eval/AP' in line] == [2]
-  second = follow.score_steps(job).figures
+  second = follow.score_steps(job).metrics
   assert job.notes.evaluated == [4, 6] and tuple(second) == STEPS
   assert any('scores on record of step 4 are of another' in line for line in job.notes.said)
   assert second[4] == second[6] == second[2] == first[2]
   curve = {line['step']: line['eval/AP'] for line in job.run.metrics() if 'eval/AP' in line}
   assert curve == {step: figures['AP'] for step, figures in second.items()}
-  assert follow.score_steps(job).figures == second and job.notes.evaluated == [4, 6]
+  assert follow.score_steps(job).metrics == second and job.notes.evaluated == [4, 6]
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_followed_is_scored_again(job):
@@ -438,7 +438,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_followed_is_scored_again(job)
   clock.events.append(lambda: config.write_text(text))
   outcome = follow.score_steps(job, patience=clock.patience())
   assert job.notes.evaluated == [2, 4, 6, 4]
-  assert outcome.figures[4] == outcome.figures[2]
+  assert outcome.metrics[4] == outcome.metrics[2]
 
 
 def test_scores_of_other_weights_or_data_are_not_taken_over(job, tmp_path):

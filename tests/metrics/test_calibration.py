@@ -152,9 +152,9 @@ def test_a_level_of_other_scores_is_found_and_its_cost_regained(shift):
   assert found['by_level'][1]['ece_interval'][0] > 0.08 > found['by_level'][0]['ece']
   assert found['spread']['gap_interval'][0] > 0.1
   assert found['spread']['at_equal_score_interval'][0] > 0.05
-  costs, without = cost(truth, rows), coco.score(*straight).figures
+  costs, without = cost(truth, rows), coco.score(*straight).metrics
   for name in ('AP', 'AP50'):
-    assert costs['as_is'][name] == coco.score(truth, rows).figures[name] < without[name] - 0.01
+    assert costs['as_is'][name] == coco.score(truth, rows).metrics[name] < without[name] - 0.01
     assert costs['one_map'][name] == pytest.approx(costs['as_is'][name], abs=0.002)
     assert costs['map_per_level'][name] == pytest.approx(without[name], abs=0.004)
     assert costs['cost_interval'][name][0] > 0
@@ -165,7 +165,7 @@ def test_a_level_of_other_scores_is_found_and_its_cost_regained(shift):
 
 
 def test_a_level_wholly_below_the_floor_has_its_cost_too():
-  straight, (truth, rows) = coco.score(*draw()).figures, draw(shift={1: -9.0})
+  straight, (truth, rows) = coco.score(*draw()).metrics, draw(shift={1: -9.0})
   found = measure(truth, rows)
   assert found['by_level'][1]['detections'] == 0 and found['spread']['levels'] == [0, 2]
   costs = cost(truth, rows, intervals=False)

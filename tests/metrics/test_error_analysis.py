@@ -74,7 +74,7 @@ def test_costs_by_hand(kind, rows, gain):
   truth = instances([(0, 1, 0, 0, 40, 40)] + [(0, 1, 100, 0, 40, 40)] * (gain is None))
   gains = error_analysis.costs(truth, rows, error_analysis.classify(truth, rows))
   if gain is None:  # Recall 1/2 at precision 1, the rest at 2/3.
-    gain = 1 - coco.score(truth, rows).figures['AP50']
+    gain = 1 - coco.score(truth, rows).metrics['AP50']
     assert gain == pytest.approx(50 / 101 / 3)
   assert gains[kind] == pytest.approx(gain, abs=1e-9)
   others = [name for name in KINDS if name not in (kind, 'missed')]
