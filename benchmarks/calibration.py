@@ -22,7 +22,7 @@ import numpy as np
 from ppn_jax.cli.flags import load_config
 from ppn_jax.errors import InputError
 from ppn_jax.jobs.calibration_report import CalibrationOptions, format_table
-from ppn_jax.jobs.evaluate import Options, evaluate
+from ppn_jax.jobs.evaluate import EvaluationOptions, evaluate
 from ppn_jax.jobs.train import train
 from ppn_jax.run import open_run
 
@@ -86,7 +86,7 @@ def measure(config, seed: int, workdir: pathlib.Path, options: CalibrationOption
   started = time.perf_counter()
   train(config, workdir)
   minutes = (time.perf_counter() - started) / 60
-  evaluation = evaluate(open_run(workdir), options=Options(calibration=options))
+  evaluation = evaluate(open_run(workdir), options=EvaluationOptions(calibration=options))
   found = evaluation.calibration
   print(f'{workdir.name}\n{format_table(found)}\n', flush=True)
   group_keys = ('name', 'detections', 'correct', 'mean_score', 'precision', 'gap', 'gap_interval',

@@ -52,13 +52,13 @@ def without_groups(truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
   """
   ids = [image['id'] for image in truth['images']]
   place = np.random.default_rng(0).permutation(len(ids))  # Neighbours may resemble one another.
-  judged, parts = matching.judge(truth, rows), []
+  judged, parts = matching.match_detections(truth, rows), []
   for kept in jackknife_masks(place, len(ids), JACKKNIFE_GROUPS):
     there = {i for i, keep in zip(ids, kept, strict=True) if keep}
     part = {**truth, 'images': [m for m in truth['images'] if m['id'] in there],
             'annotations': [a for a in truth['annotations'] if a['image_id'] in there]}
     measured = calibration.measure(
-        judged.take(kept[judged.image]), num_images=len(ids), num_levels=num_levels,
+        judged.select(kept[judged.image]), num_images=len(ids), num_levels=num_levels,
         class_names=[], floor=floor)
     parts.append(accuracy(part, [r for r in rows if r['image_id'] in there])
                  | calibration_figures(measured))

@@ -451,8 +451,8 @@ def test_nothing_finished_is_a_report_too(tmp_path):
 def _scored_run(model, seed, recipe='decay'):
   """A run as `runs.score` tells it, of made-up detections."""
   truth, rows = _random_problem(seed + 10 * len(model + recipe))
-  measured = calibration.measure(matching.judge(truth, rows), num_images=40, num_levels=3,
-                                 class_names=['cat', 'dog'])
+  measured = calibration.measure(matching.match_detections(truth, rows), num_images=40,
+                                 num_levels=3, class_names=['cat', 'dog'])
   cost = {'cost': {'AP': 0.01, 'AP50': 0.02}, 'cost_interval': {'AP': [0, 0.02], 'AP50': None}}
   made = measured | {'recalibration': cost}
   figures = comparison.accuracy(truth, rows) | comparison.calibration_figures(made)
@@ -486,7 +486,7 @@ def test_a_report_of_three_seeds(tmp_path):
   assert len(found['claims']) == 5 and len(ppn['calibration_by_level']) == 3
   assert json.loads((tmp_path / 'report.json').read_text()) == found
   tree, pictures = html_page.parse((tmp_path / 'report.html').read_text())
-  html_page.check_alone(tree)
+  html_page.check_self_contained(tree)
   assert len(pictures) == 3  # Curves, and the reliability of each model.
   text = ' '.join(tree.itertext())
   for wanted in ('1,234,567', '901 ± 1', "PPN's AP is at most 0.005 below SSD's", 'commit abc'):
