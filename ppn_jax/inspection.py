@@ -41,7 +41,7 @@ _SIDE = 600  # Smaller pictures are enlarged to this, in pixels.
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-  """A step of a run and its detections on the run's evaluation data; see `inspect_run`.
+  """Step of a run with its detections on the run's evaluation data; see `inspect_run`.
 
   Attributes:
     job: the run, its detector and data.
@@ -58,12 +58,12 @@ class Inspection:
 
   @property
   def categories(self) -> tuple[Category, ...]:
-    """The classes, in order of label."""
+    """Categories of the run, in order of label."""
     return self.job.run.categories
 
   @functools.cached_property
   def gallery(self) -> Gallery:
-    """The evaluation images with their ground truth and detections."""
+    """Evaluation images with their ground truth and detections."""
     source = self.job.evaluator.source
     return Gallery(source, source.ground_truth(), self.rows, self.categories, self.threshold)
 

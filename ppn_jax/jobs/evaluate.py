@@ -79,7 +79,7 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationJob:
-  """A run's detector and evaluation data, for evaluating any of its steps; compiled once.
+  """Detector and evaluation data of a run, for evaluating any of its steps; compiled once.
 
   Attributes:
     run: see `prepare_evaluation`.
@@ -96,7 +96,7 @@ class EvaluationJob:
 
   @property
   def root(self) -> storage.Path:
-    """The folder that holds a folder for each step.
+    """Folder that holds a folder for each step.
 
     Raw weights of a run that keeps an average have a separate one, since the trainer decides which
     checkpoints to keep by the scores in `evaluation`.

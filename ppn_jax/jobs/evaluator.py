@@ -27,7 +27,7 @@ _PACKED = np.dtype([('position', 'i8'), ('image_id', 'i8'), ('size', 'i8', 2), (
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """A data set on which any variables of one detector can be scored.
+  """Data set on which any variables of one detector can be scored.
 
   The program is compiled on the first call and reused afterwards.
 

@@ -55,7 +55,7 @@ class Clock(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Polling:
-  """How to wait for files that another process is to write.
+  """Options of waiting for files that another process is to write.
 
   Attributes:
     interval: seconds between looks, above 0.
@@ -151,7 +151,7 @@ def score_steps(job: EvaluationJob, root: storage.Path | None = None, *,
   """Evaluates all selected steps of a run that are not evaluated yet, the oldest first.
 
   Results of a step go to `root/STEP`, curves to `root/metrics.jsonl` and to TensorBoard, as a
-  separate run beside that of training. All processes call it together.
+  separate run next to that of training. All processes call it together.
 
   Args:
     job: of the run.

@@ -28,7 +28,7 @@ _SELECTIONS = frozenset({'top_k', 'approx_top_k', 'sort', 'while'})
 
 
 class Layer(NamedTuple):
-  """A row of the table; batch norm is part of the row of its convolution."""
+  """Row of the table; batch norm is part of the row of its convolution."""
   name: str
   parameters: int  # Trainable.
   statistics: int  # Batch norm's moving averages.
@@ -59,7 +59,7 @@ class Summary(NamedTuple):
 
 
 class PaperCount(NamedTuple):
-  """A model counted by one of the conventions that reproduce the paper's Table 1."""
+  """Model counted by one of the conventions that reproduce the paper's Table 1."""
   columns: int
   counted_parameters: str  # Field of `Totals`.
   counted_flops: str

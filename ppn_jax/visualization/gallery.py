@@ -22,14 +22,14 @@ _PAPER, _WEIGHT, _TYPE = 255, 1.3, 13
 
 
 class CaptionedImage(NamedTuple):
-  """A picture and a line of text about it."""
+  """Picture with a line of text about it."""
   image: Array  # u8 [H, W, 3].
   caption: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-  """A data set and the detections on it.
+  """Data set with the detections on it.
 
   Attributes:
     source: the images, in the order of those of the ground truth.

@@ -26,7 +26,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-  """An image embedded in the page."""
+  """Image embedded in the page."""
   source: str  # A data: URL.
   width: int  # In pixels of the page.
   alt: str
@@ -40,7 +40,7 @@ class Group(NamedTuple):
 
 
 class Section(NamedTuple):
-  """A heading with text, then tables, then pictures below it."""
+  """Heading followed by text, tables and pictures."""
   heading: str
   text: str = ''
   tables: Sequence[Table] = ()

@@ -1,4 +1,4 @@
-"""The common style of plots, and colours that have the same meaning in all of them."""
+"""Common style of plots, and colours that have the same meaning in all of them."""
 
 import contextlib
 import warnings
@@ -27,7 +27,7 @@ _STYLE = {
 
 
 class Plot:
-  """A figure and, later, its pixels; see `plot`.
+  """Figure and, later, its pixels; see `plot`.
 
   Attributes:
     figure: to draw on.

@@ -27,7 +27,7 @@ from ppn_jax.distributed.ownership import Ownership, Process
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import follow
 from ppn_jax.jobs import train as train_job
-from ppn_jax.jobs.evaluate import EvaluationJob, EvaluationOptions, prepare_evaluation
+from ppn_jax.jobs.evaluate import EvaluationJob, EvaluationOptions, evaluate, prepare_evaluation
 from ppn_jax.jobs.follow import REMIND_SECONDS, Clock, Polling, wait_for_run
 from ppn_jax.training.state import TrainState
 
@@ -270,6 +270,14 @@ def test_average_or_raw_weights(job):
   assert raw.root.name == 'evaluation_raw' and averaged.root.name == 'evaluation'
 
 
+def test_evaluate_takes_a_workdir(followed, tmp_path):
+  job, outcome, _ = followed
+  messages = []
+  found = evaluate(str(job.run.workdir), step=4, output=str(tmp_path), say=messages.append)
+  assert found.metrics == outcome.metrics[4] and found.step == 4
+  assert messages and (found.folder / 'scores.json').parent == tmp_path
+
+
 def vars_of(job):
   return {f.name: getattr(job, f.name) for f in dataclasses.fields(EvaluationJob)}
 
@@ -282,16 +290,16 @@ def test_no_average_to_choose(trained):
     prepare_evaluation(run, EvaluationOptions(ema=True))
 
 
-def checkpoints_of(**figures):
+def checkpoints_of(**metrics):
   return [SimpleNamespace(step=int(name[1:]), metrics=None if ap is None else {'AP': ap})
-          for name, ap in figures.items()]
+          for name, ap in metrics.items()]
 
 
-def rank(figures):
-  return -math.inf if figures['AP'] is None else figures['AP']
+def rank(metrics):
+  return -math.inf if metrics['AP'] is None else metrics['AP']
 
 
-@pytest.mark.parametrize('figures, records, keep, kept', [
+@pytest.mark.parametrize('metrics, records, keep, kept', [
     (dict(s1=0.5, s2=0.3, s3=None), {}, 1, [1]),
     (dict(s1=None, s2=None, s3=None), {}, 1, []),
     (dict(s1=None, s2=None, s3=None), {2: 0.1}, 1, [2]),
@@ -302,10 +310,10 @@ def rank(figures):
     (dict(s1=0.0, s2=None), {2: None}, 1, [1]),
     (dict(s1=0.0), {2: -1, 1: -1}, 1, []),  # As versions before this one wrote it.
     (dict(s1=0.5), {1: 0.5}, 0, [])])
-def test_which_checkpoints_are_best(tmp_path, figures, records, keep, kept):
+def test_which_checkpoints_are_best(tmp_path, metrics, records, keep, kept):
   for step, ap in records.items():
     write_record(tmp_path, step, ap, checkpoint=f'values {step}')
-  checkpoints, readers = checkpoints_of(**figures), tmp_path / 'readers'
+  checkpoints, readers = checkpoints_of(**metrics), tmp_path / 'readers'
   policy = retention.BestScored(keep, rank, tmp_path, readers,
                                 lambda step: Stamp(f'values {step}', 0.0))
   assert chosen(policy, checkpoints) == kept
@@ -426,7 +434,7 @@ def test_scores_of_an_earlier_attempt_are_not_reused(job):
   assert any('recorded scores of step 4 are of another' in line for line in job.notes.messages)
   assert second[4] == second[6] == second[2] == first[2]
   curve = {line['step']: line['eval/AP'] for line in job.run.metrics() if 'eval/AP' in line}
-  assert curve == {step: figures['AP'] for step, figures in second.items()}
+  assert curve == {step: metrics['AP'] for step, metrics in second.items()}
   assert follow.score_steps(job).metrics == second and job.notes.evaluated == [4, 6]
 
 
@@ -474,10 +482,10 @@ def test_curves_of_steps_not_reached_yet_are_dropped(job):
 
 
 def test_table_of_steps_without_metrics():
-  figures = {step: dict.fromkeys(('AP', 'AP50', 'AP75'), ap) for step, ap in ((1, None), (2, 0.5))}
-  assert follow.format_steps(figures).splitlines()[1:] == [
+  metrics = {step: dict.fromkeys(('AP', 'AP50', 'AP75'), ap) for step, ap in ((1, None), (2, 0.5))}
+  assert follow.format_steps(metrics).splitlines()[1:] == [
       '         1      -      -      -', '         2  0.500  0.500  0.500  best']
-  assert 'best' not in follow.format_steps({1: figures[1]})
+  assert 'best' not in follow.format_steps({1: metrics[1]})
 
 
 @pytest.mark.parametrize('rubbish', ['', '[]', '{"figures": 3}', '{"figures"', '{"figures": {}}'])

@@ -158,7 +158,7 @@ def test_a_network_counted_by_hand():
 
 @pytest.mark.slow
 def test_only_the_model_counts():
-  """The form of convolutions, the dtype and Flax's naming of scopes make no difference."""
+  """Counts do not depend on the form of convolutions, the dtype or Flax's naming of scopes."""
   config = tiny()
   config.model.layers.conv_form = 'native'
   native = summarize(config)
@@ -185,10 +185,10 @@ def test_command(capsys):
   text = capsys.readouterr().out
   assert '2,176,896' in text and '2,350,703,744' in text and 'as PPN there' in text
   assert main(['summary', config, '--config.model.num_classes=90', '--json']) == 0
-  told = json.loads(capsys.readouterr().out)
-  assert told['by_columns']['92']['trainable'] == 2_176_896
-  assert told['layers'][1]['name'] == 'backbone/conv2d_0'
-  assert {r['row'] for r in told['paper']} == {'PPN'}
+  printed = json.loads(capsys.readouterr().out)
+  assert printed['by_columns']['92']['trainable'] == 2_176_896
+  assert printed['layers'][1]['name'] == 'backbone/conv2d_0'
+  assert {r['row'] for r in printed['paper']} == {'PPN'}
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 import functools
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from PIL import Image, ImageDraw
 
-from ppn_jax.visualization import fonts
+from ppn_jax.visualization import fonts, plotting
 from ppn_jax.visualization.fonts import Font
 
 SQUARE = '汽'  # A full square in the system's font of these tests.
@@ -102,3 +104,14 @@ def test_fontconfig_is_asked_for_other_scripts(system, monkeypatch, caplog):
   monkeypatch.setattr(fonts, '_asked', [])
   assert drawn('กก')[10:30].all(axis=0).sum() == 40
   assert asked == [':charset=e01'] and not caplog.records
+
+
+def test_plots_use_the_system_s_font_and_restore_matplotlib(system):
+  write_font(system / 'NotoSansCJK-Regular.ttf', SQUARE)
+  known = list(font_manager.fontManager.ttflist)
+  families = list(matplotlib.rcParams['font.family'])
+  with plotting.plot(2, 1) as made:
+    made.figure.text(0.1, 0.2, SQUARE, fontsize=40, color='black')
+  assert (made.pixels == 0).all(axis=-1).sum() > 1000  # A full square, not the outline of a box.
+  assert font_manager.fontManager.ttflist == known
+  assert matplotlib.rcParams['font.family'] == families
