@@ -27,7 +27,8 @@ FIGURES = (*ACCURACY, *CALIBRATION)
 def accuracy(truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """`ACCURACY` of detections; None where there is no truth to score."""
   found = coco.score(truth, rows).metrics | {'VOC_AP50': voc_ap50(truth, rows)[0]}
-  return {name: None if found[name] in (None, coco.NOTHING) else found[name] for name in ACCURACY}
+  return {name: None if found[name] in (None, coco.NO_GROUND_TRUTH) else found[name]
+          for name in ACCURACY}
 
 
 def calibration_figures(report: Mapping[str, Any]) -> dict[str, Any]:
