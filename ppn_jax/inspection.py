@@ -157,7 +157,7 @@ class Inspection:
 
   @functools.cached_property
   def _precision(self) -> np.ndarray:
-    return coco.precision_table(self.gallery.truth, self.rows)
+    return coco.precision_table(self.gallery.ground_truth, self.rows)
 
   @functools.cached_property
   def _activations(self):
