@@ -23,7 +23,7 @@ import numpy as np
 from ppn_jax.cli.flags import load_config
 from ppn_jax.errors import InputError
 from ppn_jax.jobs.calibration_report import CalibrationOptions, format_table
-from ppn_jax.jobs.evaluate import Options, evaluate
+from ppn_jax.jobs.evaluate import EvaluationOptions, evaluate
 from ppn_jax.jobs.train import train
 from ppn_jax.run import open_run
 
@@ -87,15 +87,15 @@ def measure(config, seed: int, workdir: pathlib.Path, options: CalibrationOption
   started = time.perf_counter()
   train(config, workdir)
   minutes = (time.perf_counter() - started) / 60
-  evaluation = evaluate(open_run(workdir), options=Options(calibration=options))
+  evaluation = evaluate(open_run(workdir), options=EvaluationOptions(calibration=options))
   found = evaluation.calibration
   print(f'{workdir.name}\n{format_table(found)}\n', flush=True)
   group_keys = ('name', 'detections', 'correct', 'mean_score', 'precision', 'gap', 'gap_interval',
                 'ece', 'ece_interval', 'ece_by_chance')
   group = lambda g: {k: _rounded(g[k]) for k in group_keys}
   return _rounded({
-      'minutes': minutes, 'AP': evaluation.scores.figures['AP'],
-      'AP50': evaluation.scores.figures['AP50'], 'all': group(found['all']),
+      'minutes': minutes, 'AP': evaluation.scores.metrics['AP'],
+      'AP50': evaluation.scores.metrics['AP50'], 'all': group(found['all']),
       'by_level': [group(g) for g in found['by_level']],
       'by_size': [group(g) for g in found['by_size']], 'spread': found['spread'],
       'recalibration': found['recalibration'], 'floors': found['floors'],

@@ -43,7 +43,7 @@ def main() -> None:
       'benchmark': 'coco_scoring', 'images': args.images, 'detections': len(rows),
       'boxes': len(truth['annotations']), 'classes': args.classes, 'seconds': medians,
       'all_seconds': seconds, 'times_faster': round(medians['pycocotools'] / medians['hotcoco'], 1),
-      'equal': fast == slow, 'AP': fast.figures['AP'], **hardware.describe()}
+      'equal': fast == slow, 'AP': fast.metrics['AP'], **hardware.describe()}
   for scorer, s in medians.items():
     print(f'{scorer:12} {s:8.2f} s')
   print(f'metrics {"equal bit for bit" if result["equal"] else "DIFFER"}, AP {result["AP"]:.4f}')

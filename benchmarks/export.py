@@ -125,7 +125,7 @@ def score(run: Run, detect, limit: int) -> dict[str, float]:
   kept = set(seen)
   truth = {**truth, 'images': [i for i in truth['images'] if i['id'] in kept],
            'annotations': [a for a in truth['annotations'] if a['image_id'] in kept]}
-  return coco.score(truth, rows).figures
+  return coco.score(truth, rows).metrics
 
 
 def weights(run: Run) -> dict[str, Any]:

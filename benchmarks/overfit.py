@@ -19,7 +19,7 @@ import time
 import hardware
 
 from ppn_jax.config import base_config
-from ppn_jax.jobs.evaluate import Options, evaluate
+from ppn_jax.jobs.evaluate import EvaluationOptions, evaluate
 from ppn_jax.jobs.train import train
 from ppn_jax.metrics.coco import format_table
 from ppn_jax.run import open_run
@@ -40,14 +40,15 @@ def main() -> None:
     started = time.perf_counter()
     train(make_config(args, str(annotations)), folder / 'run')
     minutes = (time.perf_counter() - started) / 60
-    scores = evaluate(open_run(folder / 'run'), options=Options(scorer='pycocotools')).scores
+    scores = evaluate(open_run(folder / 'run'),
+                      options=EvaluationOptions(scorer='pycocotools')).scores
   print(format_table(scores))
   if args.json:
     print(json.dumps({
         'benchmark': 'overfit', 'images': args.images, 'steps': args.steps, 'batch': args.batch,
         'learning_rate': args.learning_rate, 'minutes': round(minutes, 1),
         'num_boxes': sum(c.num_boxes for c in scores.per_class),
-        'figures': {k: round(v, 4) for k, v in scores.figures.items()},
+        'figures': {k: round(v, 4) for k, v in scores.metrics.items()},
         **hardware.describe()}))
 
 

@@ -60,7 +60,7 @@ def measure(folder: pathlib.Path, steps: int) -> dict:
   one = runs.pop('1')
   measured = {'steps': steps, 'devices_of_each': DEVICES, 'batch': BATCH,
               'loss': [float(one['losses'][0]), float(one['losses'][-1])],
-              'figures': json.loads(str(one['figures']))['figures'],
+              'figures': json.loads(str(one['figures']))['metrics'],
               'detections': json.loads(str(one['figures']))['num_detections'], 'against_1': {}}
   for name, other in runs.items():
     taken = len(other['losses'])
@@ -78,7 +78,7 @@ def measure(folder: pathlib.Path, steps: int) -> dict:
 
 
 def figures(result: dict):
-  return list(json.loads(str(result['figures']))['figures'].values())
+  return list(json.loads(str(result['figures']))['metrics'].values())
 
 
 def differ(one, other) -> float:

@@ -1,4 +1,4 @@
-"""A trained run, looked at in a notebook: `inspect_run(workdir)` and a call for each picture.
+"""Inspection of a trained run in a notebook: `inspect_run(workdir)` and a call for each picture.
 
   run = inspect_run('runs/quickstart')
   run.worst()
@@ -25,32 +25,32 @@ from ppn_jax.data.transforms.basic import Resize
 from ppn_jax.detection.structures import Array, Category, Detections, Example, without_truth
 from ppn_jax.detector import Variables
 from ppn_jax.errors import InputError, did_you_mean
-from ppn_jax.jobs.evaluate import Job, Options, prepare
+from ppn_jax.jobs.evaluate import EvaluationJob, EvaluationOptions, prepare_evaluation
 from ppn_jax.metrics import calibration, coco, error_analysis, matching
 from ppn_jax.metrics.error_analysis import KINDS
 from ppn_jax.run import open_run
 from ppn_jax.visualization import anchors, calibration_plot, curves, pyramid
-from ppn_jax.visualization.drawing import draw_boxes, mosaic
-from ppn_jax.visualization.gallery import Gallery, Shown, captioned
-from ppn_jax.visualization.plotting import sentence
+from ppn_jax.visualization.drawing import contact_sheet, draw_boxes
+from ppn_jax.visualization.gallery import CaptionedImage, Gallery, check_index, draw_caption
+from ppn_jax.visualization.plotting import draw_message
 
-# A path, a PIL image, RGB u8 [H, W, 3], or the number of an image of the evaluation data.
+# A path, a PIL image, RGB u8 [H, W, 3], or the index of an image of the evaluation data.
 Picture = str | os.PathLike[str] | Array | Image.Image | int
 _SIDE = 600  # Smaller pictures are enlarged to this, in pixels.
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-  """A step of a run and what it finds in the run's evaluation data; see `inspect_run`.
+  """Step of a run with its detections on the run's evaluation data; see `inspect_run`.
 
   Attributes:
     job: the run, its detector and data.
-    step: which.
+    step: of the checkpoint.
     variables: of that step.
-    rows: detections of all evaluation images, as of `coco.to_rows`.
+    rows: detections on all evaluation images, see `coco.to_rows`.
     threshold: least score of a detection that is drawn.
   """
-  job: Job
+  job: EvaluationJob
   step: int
   variables: Variables
   rows: Sequence[Mapping[str, Any]]
@@ -58,95 +58,94 @@ class Inspection:
 
   @property
   def categories(self) -> tuple[Category, ...]:
-    """The classes, in order of label."""
+    """Categories of the run, in order of label."""
     return self.job.run.categories
 
   @functools.cached_property
   def gallery(self) -> Gallery:
-    """The evaluation images with their truth and detections."""
+    """Evaluation images with their ground truth and detections."""
     source = self.job.evaluator.source
     return Gallery(source, source.ground_truth(), self.rows, self.categories, self.threshold)
 
   def table(self) -> None:
-    """Prints COCO's twelve figures and those of each class."""
-    print(coco.format_table(coco.score(self.gallery.truth, self.rows)))
+    """Prints COCO's twelve metrics and those of each class."""
+    print(coco.format_table(coco.score(self.gallery.ground_truth, self.rows)))
 
   def training(self) -> Image.Image:
-    """Losses, COCO's figures, learning rate and gradient norm by step."""
+    """Plots losses, COCO's metrics, learning rate and gradient norm by step."""
     return _image(curves.training(self.job.run.metrics()))
 
   def precision_recall(self) -> Image.Image:
-    """Precision against recall: over all classes by IoU, and by class."""
+    """Plots precision against recall, over all classes by IoU, and by class."""
     return _image(curves.precision_recall(self._precision, self._names))
 
   def average_precision(self) -> Image.Image:
-    """AP by class and size of the truth."""
+    """Plots AP by class and object size."""
     return _image(curves.average_precision(self._precision, self._names))
 
   def reliability(self, floor: float = 0.05) -> Image.Image:
-    """Scores of `floor` and more against precision, by level, size and class."""
-    truth = self.gallery.truth
-    return _image(calibration_plot.reliability(calibration.measure(
-        matching.judge(truth, self.rows), num_images=len(truth['images']),
+    """Plots precision against score, for scores from `floor` on, by level, size and class."""
+    ground_truth = self.gallery.ground_truth
+    return _image(calibration_plot.draw_reliability(calibration.measure(
+        matching.match_detections(ground_truth, self.rows), num_images=len(ground_truth['images']),
         num_levels=self.job.detector.num_levels, class_names=self._names, floor=floor)))
 
   def errors(self) -> Image.Image:
-    """What each kind of mistake costs, and how many there are."""
-    truth = self.gallery.truth
-    costs = error_analysis.costs(truth, self.rows, error_analysis.classify(truth, self.rows))
+    """Plots the cost and number of mistakes of each kind."""
+    costs = error_analysis.costs(self.gallery.ground_truth, self.rows)
     return _image(curves.errors(self.gallery.errors.counts(), costs))
 
   def mistakes(self, kind: str, count: int = 6) -> Image.Image:
-    """The worst mistakes of a kind of `error_kinds.KINDS`, such as 'missed' or 'wrong class'.
+    """Shows the worst mistakes of a kind of `error_analysis.KINDS`, such as 'wrong class'.
 
     Raises:
-      InputError: no such kind.
+      InputError: If there is no such kind.
     """
     if kind not in KINDS:
-      raise InputError(f'mistakes: {kind!r} is no kind; {did_you_mean(str(kind), KINDS)}')
+      raise InputError(f'unknown kind of mistakes {kind!r}; {did_you_mean(str(kind), KINDS)}')
     return _sheet(self.gallery.mistakes(kind, count), 6, f'no mistakes of the kind {kind!r}')
 
   def best(self, count: int = 4) -> Image.Image:
-    """The images that went best, truth beside detections."""
+    """Shows the images with the best detections next to their ground truth."""
     return _sheet(self.gallery.best(count), 2)
 
   def worst(self, count: int = 4) -> Image.Image:
-    """The images that went worst, truth beside detections."""
+    """Shows the images with the worst detections next to their ground truth."""
     return _sheet(self.gallery.worst(count), 2)
 
-  def beside(self, index: int = 0) -> Image.Image:
-    """Evaluation image `index`: truth on the left, detections on the right, mistakes named."""
-    return _sheet([self.gallery.beside(index)], 1)
+  def compare(self, index: int = 0) -> Image.Image:
+    """Shows ground truth, left, and detections, right, of evaluation image `index`."""
+    return _sheet([self.gallery.compare(index)], 1)
 
   def levels(self, picture: Picture = 0) -> Image.Image:
-    """The pyramid's features, the best scores of its cells, and which level found what."""
+    """Shows features, best scores of cells, and detections of each pyramid level."""
     image = self._resized(self._open(picture)).image
-    return _image(pyramid.levels(image, self._look(self.variables, image), self._names,
-                                 threshold=self.threshold))
+    return _image(pyramid.draw_levels(image, self._activations(self.variables, image), self._names,
+                                      threshold=self.threshold))
 
   def anchors(self, index: int = 0) -> Image.Image:
-    """Anchors over evaluation image `index`, and which of them its truth is assigned to."""
+    """Shows anchors over evaluation image `index`, and those that ground truth is assigned to."""
     example = self._resized(self._open(index))
-    return _image(anchors.matched(
+    return _image(anchors.draw_assigned_anchors(
         self.job.detector, example.image, example.boxes, example.labels, example.crowd,
         matched_iou=self.job.run.config.matching.matched_iou))
 
   def detect(self, picture: Picture = 0) -> Image.Image:
-    """What is found in a picture of any size."""
+    """Shows the detections in a picture of any size."""
     image = self._open(picture).image
-    found = self._look(self.variables, self._resized(self._open(image)).image).detections
+    found = self._activations(self.variables, self._resized(self._open(image)).image).detections
     found = Detections(*(field[found.scores >= self.threshold] for field in found))
     return _image(draw_boxes(image, found.boxes, found.labels, self._names, found.scores,
                              min_side=_SIDE))
 
   def own_picture(self, path: str = '') -> np.ndarray:
-    """A picture of yours, RGB u8 [H, W, 3]: in Colab one that it asks you to upload.
+    """Reads a picture of your own, RGB u8 [H, W, 3]; in Colab it asks for an upload.
 
     Args:
-      path: of an image file, instead. Without either it is the first evaluation image.
+      path: of an image file; without it, and outside Colab, the first evaluation image is used.
 
     Raises:
-      InputError: a file that cannot be read.
+      InputError: If the file cannot be read.
     """
     if path:
       return self._open(path).image
@@ -158,22 +157,21 @@ class Inspection:
 
   @functools.cached_property
   def _precision(self) -> np.ndarray:
-    return coco.precision_table(self.gallery.truth, self.rows)
+    return coco.precision_table(self.gallery.ground_truth, self.rows)
 
   @functools.cached_property
-  def _look(self):
-    return pyramid.looker(self.job.detector)
+  def _activations(self):
+    return pyramid.build_activations(self.job.detector)
 
   @property
   def _names(self) -> list[str]:
     return [c.name for c in self.categories]
 
   def _open(self, picture: Picture) -> Example:
-    """Any picture, with its truth if it is one of the evaluation data."""
+    """Reads any picture, with its ground truth if it is one of the evaluation data."""
     source = self.job.evaluator.source
     if isinstance(picture, (int, np.integer)):
-      if not 0 <= picture < len(source):
-        raise InputError(f'image {picture} of {len(source)}: legal are 0 to {len(source) - 1}')
+      check_index(picture, len(source))
       return source[picture]
     return without_truth(image_files.to_pixels(picture, 'the picture'))
 
@@ -184,9 +182,10 @@ class Inspection:
 def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
                 data: Mapping[str, Any] | None = None, threshold: float = 0.3,
                 allow: Sequence[str] = ()) -> Inspection:
-  """Opens a run, with its detections on the evaluation data.
+  """Opens a run with its detections on the evaluation data.
 
-  Those that `ppn evaluate` has written are taken; else they are made, which takes as long as it.
+  Detections that `ppn evaluate` has written are reused, otherwise they are computed, which takes as
+  long as `ppn evaluate`.
 
   Args:
     workdir: of a `ppn train` or `ppn import-tf`, local or gs://BUCKET/FOLDER.
@@ -196,7 +195,7 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
     allow: packages or modules of your own that the run may import, see `run.open_run`.
 
   Raises:
-    InputError: no run or checkpoint there, or bad data.
+    InputError: If there is no such run or checkpoint, or the data are bad.
   """
   if not 0 <= threshold <= 1:
     raise InputError(f'threshold={threshold} must lie between 0 and 1')
@@ -207,12 +206,12 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
     config = plain(run.config)
     config['data']['eval'] |= data
     run = dataclasses.replace(run, config=complete(config))
-  job = prepare(run, Options(), lambda line: print(line, file=sys.stderr))
+  job = prepare_evaluation(run, EvaluationOptions(), lambda line: print(line, file=sys.stderr))
   step, variables = job.load(step)
   rows = None if data else _written(job.root / str(step) / 'results.json')
   if rows is not None:
     ids = file_ids(job.evaluator.source)
-    rows = coco.renumber(rows, {theirs: ours for ours, theirs in ids.items()})
+    rows = coco.renumber(rows, {in_file: own for own, in_file in ids.items()})
   else:
     job.say(f'detecting on {len(job.evaluator.source):,} images')
     rows = job.evaluator.rows(variables)
@@ -220,7 +219,7 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
 
 
 def _written(path: storage.Path) -> list[dict[str, Any]] | None:
-  """The rows of an evaluation, if it is there and has their levels."""
+  """Reads the rows of an evaluation; None if there are none or they lack pyramid levels."""
   if not path.is_file():
     return None
   rows = json.loads(path.read_text())
@@ -231,9 +230,10 @@ def _image(pixels: np.ndarray) -> Image.Image:
   return Image.fromarray(pixels)
 
 
-def _sheet(shown: Sequence[Shown], columns: int, otherwise: str = 'no images') -> Image.Image:
-  """Pictures and their captions, so many to a row; a sentence where there are none."""
-  if not shown:
-    return _image(sentence(otherwise))
-  return _image(mosaic([captioned(s) for s in shown], min(columns, len(shown)),
-                       background=(255, 255, 255)))
+def _sheet(pictures: Sequence[CaptionedImage], columns: int, otherwise: str = 'no images'
+           ) -> Image.Image:
+  """Arranges captioned pictures in rows; without any, shows the sentence `otherwise`."""
+  if not pictures:
+    return _image(draw_message(otherwise))
+  return _image(contact_sheet([draw_caption(p) for p in pictures], min(columns, len(pictures)),
+                              background=(255, 255, 255)))

@@ -1,4 +1,4 @@
-"""Reading an HTML page as strictly as the standard allows."""
+"""Helpers that parse an HTML page strictly by the standard."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ XHTML = '{http://www.w3.org/1999/xhtml}'
 
 
 def parse(html):
-  """The tree of a page without a single parse error; its pictures decoded."""
+  """Returns the tree of a page, which must have no parse error, and its decoded pictures."""
   tree = html5lib.HTMLParser(strict=True).parse(html)
   pictures = []
   for image in tree.iter(f'{XHTML}img'):
@@ -23,8 +23,8 @@ def parse(html):
   return tree, pictures
 
 
-def check_alone(tree):
-  """Nothing on the page is fetched, run or linked from elsewhere."""
+def check_self_contained(tree):
+  """Asserts that the page fetches, runs and links to nothing outside it."""
   for element in tree.iter():
     assert element.tag not in (f'{XHTML}script', f'{XHTML}link', f'{XHTML}iframe')
     for name in ('src', 'href', 'srcset', 'action'):

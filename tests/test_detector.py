@@ -58,7 +58,7 @@ def test_oracle_outputs_score_one():
     outputs = Outputs(targets.box_codes, 40 * right - 20)
     found = jax.device_get(detector.postprocess(outputs, detector.anchors))
     rows += coco.to_rows(found, batch.image_id, batch.size, batch.valid, source.categories)
-  figures = coco.score(source.ground_truth(), rows).figures
+  figures = coco.score(source.ground_truth(), rows).metrics
   # Two objects that claim one anchor cannot both be told; the synthetic set has none here.
   assert figures['AP'] == pytest.approx(1.0) and figures['AR100'] == pytest.approx(1.0)
 

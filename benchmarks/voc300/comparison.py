@@ -26,8 +26,9 @@ METRICS = (*ACCURACY, *CALIBRATION)
 
 def accuracy(truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Returns the metrics `ACCURACY` of detections, None if there is no ground truth for one."""
-  found = coco.score(truth, rows).figures | {'VOC_AP50': voc_ap50(truth, rows)[0]}
-  return {name: None if found[name] in (None, coco.NOTHING) else found[name] for name in ACCURACY}
+  found = coco.score(truth, rows).metrics | {'VOC_AP50': voc_ap50(truth, rows)[0]}
+  return {name: None if found[name] in (None, coco.NO_GROUND_TRUTH) else found[name]
+          for name in ACCURACY}
 
 
 def calibration_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,14 +55,14 @@ def without_groups(truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
     {metric: values without each group}.
   """
   ids = [image['id'] for image in truth['images']]
-  place = np.random.default_rng(0).permutation(len(ids))  # Neighbouring images may be similar.
-  judged, parts = matching.judge(truth, rows), []
+  place = np.random.default_rng(0).permutation(len(ids))  # Neighbours may resemble one another.
+  judged, parts = matching.match_detections(truth, rows), []
   for kept in jackknife_masks(place, len(ids), JACKKNIFE_GROUPS):
     there = {i for i, keep in zip(ids, kept, strict=True) if keep}
     part = {**truth, 'images': [m for m in truth['images'] if m['id'] in there],
             'annotations': [a for a in truth['annotations'] if a['image_id'] in there]}
     measured = calibration.measure(
-        judged.take(kept[judged.image]), num_images=len(ids), num_levels=num_levels,
+        judged.select(kept[judged.image]), num_images=len(ids), num_levels=num_levels,
         class_names=[], floor=floor)
     parts.append(accuracy(part, [r for r in rows if r['image_id'] in there])
                  | calibration_metrics(measured))

@@ -8,7 +8,7 @@ from voc300 import comparison
 
 from ppn_jax.visualization import calibration_plot
 from ppn_jax.visualization.html_page import Section, Table, plot, render
-from ppn_jax.visualization.plotting import MUTED, say_instead
+from ppn_jax.visualization.plotting import MUTED, show_message
 from ppn_jax.visualization.plotting import plot as figure
 
 TITLE = 'PPN and SSD on real photographs, from random weights'
@@ -150,7 +150,7 @@ def curves(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, 
                                   {'ylim': (0, None)}))
         ax.legend()
       else:
-        say_instead(ax, 'none recorded')
+        show_message(ax, 'none recorded')
     if found['note']:
       made.figure.suptitle(found['note'], x=0.008, ha='left', fontsize=9, color=MUTED)
   return made.pixels
@@ -168,6 +168,6 @@ def html(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, An
               'score of at least 0.05, correct at IoU 0.5.', [level_table(found)])]
   for name, runs in groups.items():
     sections.append(Section(f'Reliability of {name}', f'Seed {runs[0]["seed"]}; bands of 95%.',
-                            groups=[plot(calibration_plot.reliability(runs[0]['calibration']),
+                            groups=[plot(calibration_plot.draw_reliability(runs[0]['calibration']),
                                          f'precision against score, {name}')]))
   return render(TITLE if not found['tune'] else 'Recipes compared', setting_text(found), sections)

@@ -15,7 +15,7 @@ from ppn_jax.data.source import build_source
 from ppn_jax.distributed.preemption import Preempted
 from ppn_jax.jobs import calibration_report
 from ppn_jax.jobs.calibration_report import CalibrationOptions
-from ppn_jax.jobs.evaluate import Options, prepare
+from ppn_jax.jobs.evaluate import EvaluationOptions, prepare_evaluation
 from ppn_jax.jobs.summary import summarize
 from ppn_jax.jobs.train import train
 from ppn_jax.jobs.train_loop import TrainingDiverged
@@ -40,7 +40,7 @@ def advance(config: ConfigDict, workdir: pathlib.Path) -> bool:
 def detect(workdir: pathlib.Path) -> tuple[Plain, Rows]:
   """Returns the record of a trained run, and its detections on the evaluation data."""
   run = open_run(workdir)
-  job = prepare(run, Options())
+  job = prepare_evaluation(run, EvaluationOptions())
   step, variables = job.load()
   metrics, data = run.metrics(), run.config.data
   blocks = ('seed', 'model', 'matching', 'loss', 'postprocess', 'optim', 'train')
@@ -64,8 +64,8 @@ def score(config: ConfigDict, rows: Rows, *, train_images: int, floor: float = 0
   source = build_source(config.data.eval.to_dict(), key='data.eval')
   config = resolve_classes(config, source.categories)
   detector, truth = build_detector(config), source.ground_truth()
-  report = calibration_report.report(config, detector, source.categories, truth, rows,
-                                  CalibrationOptions(floor=floor, train_images=train_images))
+  report = calibration_report.build_report(config, detector, source.categories, truth, rows,
+                                         CalibrationOptions(floor=floor, train_images=train_images))
   counts = summarize(config).totals
   return {
       'figures': comparison.accuracy(truth, rows) | comparison.calibration_metrics(report),

@@ -44,11 +44,11 @@ class Record(NamedTuple):
   """The scores of a step.
 
   Fields:
-    figures: COCO's.
+    metrics: COCO's.
     about: what was scored, by name; empty in records of earlier versions.
     written: when, in seconds since the epoch.
   """
-  figures: dict[str, float | None]
+  metrics: dict[str, float | None]
   about: dict[str, Any]
   written: float
 
@@ -104,8 +104,8 @@ class BestScored:
   def _kept(self, checkpoints: Sequence[Any]) -> set[int]:
     ranks = {}
     for checkpoint in checkpoints:
-      figures = self._record(checkpoint.step) or checkpoint.metrics
-      if figures is not None and (rank := self.rank(figures)) > -math.inf:
+      metrics = self._record(checkpoint.step) or checkpoint.metrics
+      if metrics is not None and (rank := self.rank(metrics)) > -math.inf:
         ranks[checkpoint.step] = rank
     by_rank = sorted(ranks, key=lambda step: (ranks[step], step))
     being = set() if self.readers is None else being_read(self.readers)
@@ -113,7 +113,7 @@ class BestScored:
 
   def _record(self, step: int) -> dict[str, float | None] | None:
     found = None if self.evaluations is None else record(self.evaluations, step)
-    return found.figures if found and found.fits(self.stamp(step)) else None
+    return found.metrics if found and found.fits(self.stamp(step)) else None
 
 
 def record(evaluations: storage.Path, step: int) -> Record | None:
@@ -126,12 +126,12 @@ def record(evaluations: storage.Path, step: int) -> Record | None:
   """
   path = evaluations / str(step) / 'scores.json'
   found = _read(path)
-  figures = found.get('figures') if isinstance(found, dict) else None
-  if not isinstance(figures, dict):
+  metrics = found.get('figures') if isinstance(found, dict) else None
+  if not isinstance(metrics, dict):
     return None
-  figures = {name: None if value == -1 else value for name, value in figures.items()}
+  metrics = {name: None if value == -1 else value for name, value in metrics.items()}
   about = found.get('scored')
-  return Record(figures, about if isinstance(about, dict) else {}, storage.modified(path))
+  return Record(metrics, about if isinstance(about, dict) else {}, storage.modified(path))
 
 
 def numbered(folder: storage.Path) -> list[int]:

@@ -30,21 +30,21 @@ def run(args: argparse.Namespace) -> int:
   config = load_config(args.config, args.overrides)
   from ppn_jax import storage
   from ppn_jax.errors import InputError
-  from ppn_jax.jobs import data_survey
+  from ppn_jax.jobs import data_statistics
   output = storage.folder_path(args.output, '--output') if args.output else None
   if output and output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; give a folder')
-  found = data_survey.survey(config, split=args.split, samples=args.samples)
-  numbers = data_survey.figures(found)
-  for line in found.left_out:
+  found = data_statistics.collect_statistics(config, split=args.split, samples=args.samples)
+  numbers = data_statistics.summarize(found)
+  for line in found.skipped:
     print(f'left out: {line}', file=sys.stderr)
-  print('\n'.join((*found.report.lines, '', data_survey.format_table(numbers))))
+  print('\n'.join((*found.report.lines, '', data_statistics.format_table(numbers))))
   if output:
-    from ppn_jax.jobs.data_page import survey_page
+    from ppn_jax.jobs.data_page import data_page
     name = config.data[args.split].name
     storage.write_text(output / 'data.json', json.dumps(numbers, indent=2, allow_nan=False) + '\n')
     storage.write_text(output / 'data.html',
-                     survey_page(f'{name}, {args.split}', found, numbers))
+                     data_page(f'{name}, {args.split}', found, numbers))
     print(f'data.html and data.json in {output}')
   else:
     print('--output=DIR shows images and plots')

@@ -83,8 +83,7 @@ def run(args: argparse.Namespace) -> int:
   import jax
 
   from ppn_jax.jobs import calibration_report, follow
-  from ppn_jax.jobs.evaluate import Options, prepare
-  from ppn_jax.jobs.waiting import Patience, wait_for_run
+  from ppn_jax.jobs.evaluate import EvaluationOptions, prepare_evaluation
   from ppn_jax.storage import folder_path
   if args.pictures < 0:
     raise InputError(f'--pictures={args.pictures} must be at least 0')
@@ -93,11 +92,11 @@ def run(args: argparse.Namespace) -> int:
                      "run's own evaluation are not overwritten")
   calibration = calibration_report.CalibrationOptions(
       floor=args.calibration_floor, train_images=args.calibration_images)
-  options = Options(scorer=args.scorer, ema=args.ema, pictures=args.pictures,
-                    report=args.report,
-                    calibration=calibration if args.calibration else None)
-  patience = Patience(args.poll, args.timeout)
-  wanted = follow.parse_steps('all' if args.steps is None else args.steps)
+  options = EvaluationOptions(scorer=args.scorer, ema=args.ema, pictures=args.pictures,
+                              report=args.report,
+                              calibration=calibration if args.calibration else None)
+  polling = follow.Polling(args.poll, args.timeout)
+  selected = follow.parse_steps('all' if args.steps is None else args.steps)
   if not args.follow:
     opened = open_workdir(args)  # Mistakes are told before other processes are waited for.
   join_processes(args, hear_sigterm=False)  # Nobody here asks whether it came.
@@ -108,13 +107,13 @@ def run(args: argparse.Namespace) -> int:
       print(line, file=sys.stderr, flush=True)
 
   if args.follow:
-    wait_for_run(args.workdir, patience, say)
+    follow.wait_for_run(args.workdir, polling, say)
     opened = open_workdir(args)
-  job = prepare(opened, options, say)
+  job = prepare_evaluation(opened, options, say)
   output = folder_path(args.output, '--output') if args.output else None
   if args.follow or args.steps is not None:
-    outcome = follow.score_steps(job, output, wanted=wanted,
-                                 patience=patience if args.follow else None)
+    outcome = follow.score_steps(job, output, selected=selected,
+                                 polling=polling if args.follow else None)
     return _conclude(args, outcome, say)
   evaluation = job.score(args.step, output)
   if jax.process_index() == 0:
@@ -141,9 +140,9 @@ def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str],
   from ppn_jax.distributed import sharding
   from ppn_jax.jobs.follow import format_steps
   first = jax.process_index() == 0
-  if first and outcome.figures:
-    print(format_steps(outcome.figures))
-  if first and not outcome.figures and args.steps is not None:
+  if first and outcome.metrics:
+    print(format_steps(outcome.metrics))
+  if first and not outcome.metrics and args.steps is not None:
     raise InputError(f'no checkpoint in {args.workdir} is among --steps={args.steps}')
   if not outcome.complete:
     say(f'nothing new for --timeout={args.timeout:g} seconds, and training has not ended; giving '

@@ -28,14 +28,14 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
   else:
     config = open_workdir(args).config
-  from ppn_jax.jobs.summary import fill_in_classes, format_summary, paper_readings, summarize
+  from ppn_jax.jobs.summary import fill_in_classes, format_summary, paper_counts, summarize
   summary = summarize(fill_in_classes(config))
   if args.json:
     print(json.dumps({**summary._asdict(),
                       'layers': [layer._asdict() for layer in summary.layers],
                       'totals': summary.totals._asdict(),
                       'by_columns': {n: t._asdict() for n, t in summary.by_columns.items()},
-                      'paper': [r._asdict() for r in paper_readings(summary)]}, indent=1))
+                      'paper': [r._asdict() for r in paper_counts(summary)]}, indent=1))
   else:
     print(format_summary(summary))
   return 0

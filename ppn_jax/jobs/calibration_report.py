@@ -1,4 +1,4 @@
-"""The calibration report of an evaluated step: measures, costs, training's share, and its table."""
+"""Builds, writes and formats the calibration report of an evaluated step."""
 
 import dataclasses
 import functools
@@ -23,18 +23,18 @@ from ppn_jax.errors import InputError
 from ppn_jax.metrics import calibration, matching, recalibration
 from ppn_jax.visualization import calibration_plot
 
-FLOORS = (0.02, 0.05, 0.1, 0.2, 0.3)  # Where the report is repeated, to show that it holds.
+FLOORS = (0.02, 0.05, 0.1, 0.2, 0.3)  # The main results are repeated at these.
 
 
 @dataclasses.dataclass(frozen=True)
 class CalibrationOptions:
-  """What to report on.
+  """Options of the calibration report.
 
   Attributes:
-    floor: least score of a detection that enters, above 0 and below 1. Focal loss leaves
-      background near its prior, 0.01; five times that drops the crowd of such boxes which
-      fill up an image's 100, and keeps what is worth ranking.
-    train_images: how many training images to count positives on, at most one epoch; 0 is none.
+    floor: least score of a detection that counts, above 0 and below 1. Focal loss leaves
+      background near its prior, 0.01; five times that removes the many such boxes that fill up the
+      100 of an image, and keeps those that are worth ranking.
+    train_images: number of training images to count positives on, at most one epoch; 0 for none.
   """
   floor: float = 0.05
   train_images: int = 2000
@@ -45,44 +45,45 @@ class CalibrationOptions:
     check_integer('calibration: train_images', self.train_images, 0)
 
 
-def report(config: ConfigDict, detector: Detector, categories: Sequence[Category],
-           ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
-           options: CalibrationOptions, *, scorer: str = 'hotcoco') -> dict[str, Any]:
-  """All that is known of a detector's calibration, as plain data for JSON.
+def build_report(config: ConfigDict, detector: Detector, categories: Sequence[Category],
+                 ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
+                 options: CalibrationOptions, *, scorer: str = 'hotcoco') -> dict[str, Any]:
+  """Measures a detector's calibration and the cost of differences between levels.
 
   Args:
-    config: of the run; the training data is built from it.
+    config: of the run; the training data are built from it.
     detector: of the run.
     categories: in order of label.
     ground_truth: COCO instances dict of the evaluation data.
-    rows: detections of it, as of `coco.to_rows`.
+    rows: detections on these data, see `coco.to_rows`.
     options: see there.
     scorer: see `coco.score`.
 
   Returns:
-    floor, min_iou, num_images; what `calibration.measure` returns; 'recalibration', see
-    `recalibration.cost`, with 'maps' by level; 'floors', the main figures at each of `FLOORS`;
-    'training', see `positives_in_training`, or {'absent': why}.
+    Plain data for JSON: floor, min_iou, num_images; the entries of `calibration.measure`;
+    'recalibration', see `recalibration.cost`, with 'maps' by level; 'floors', the main results at
+    each of `FLOORS`; 'training', see `count_training_positives`.
   """
   num_levels = int(np.max(detector.anchors.level)) + 1
-  judged = matching.judge(ground_truth, rows)
+  matched = matching.match_detections(ground_truth, rows)
   measure = functools.partial(
-      calibration.measure, judged, num_images=len(ground_truth['images']),
+      calibration.measure, matched, num_images=len(ground_truth['images']),
       num_levels=num_levels, class_names=[c.name for c in categories])
-  cost = functools.partial(recalibration.cost, ground_truth, rows, judged, num_levels=num_levels,
-                           scorer=scorer)
+  cost = functools.partial(recalibration.cost, ground_truth, rows, matched,
+                           num_levels=num_levels, scorer=scorer)
   return {
       'floor': options.floor, 'min_iou': 0.5, 'num_images': len(ground_truth['images']),
       **measure(floor=options.floor),
       'recalibration': cost(floor=options.floor) | {
-          'maps': recalibration.maps(judged, options.floor, num_levels)},
+          'maps': recalibration.maps(matched, options.floor, num_levels)},
       'floors': [_at_floor(floor, measure(floor=floor), cost(floor=floor, intervals=False))
                  for floor in FLOORS],
-      'training': positives_in_training(config, detector, options.train_images)}
+      'training': count_training_positives(config, detector, options.train_images)}
 
 
 def _at_floor(floor: float, measured: Mapping[str, Any], cost: Mapping[str, Any]
               ) -> dict[str, Any]:
+  """Returns the main results at one floor."""
   spread = measured['spread']
   return {'floor': floor, **{k: measured['all'][k] for k in ('detections', 'gap', 'ece')},
           'ece_by_level': [g['ece'] for g in measured['by_level']],
@@ -90,17 +91,23 @@ def _at_floor(floor: float, measured: Mapping[str, Any], cost: Mapping[str, Any]
           'cost': cost['cost']}
 
 
-def positives_in_training(config: ConfigDict, detector: Detector, num_images: int
-                          ) -> dict[str, Any]:
-  """What each level is given to learn from, on the first images as training draws them.
+def count_training_positives(config: ConfigDict, detector: Detector, num_images: int
+                             ) -> dict[str, Any]:
+  """Counts positive anchors and boxes of each level on the first images that training uses.
+
+  Args:
+    config: of the run.
+    detector: of the run.
+    num_images: number of images, at most one epoch; 0 for none.
 
   Returns:
-    images: how many were drawn. 'by_level': 'anchors' of an image, 'positives' (anchors assigned
-    to a truth box) and 'boxes' (truth boxes whose best anchor is on that level, crowds left out)
-    over all images. Or 'absent': why there is none, such as data that is not on this machine.
+    'images', their number; 'by_level', with 'anchors' of an image, 'positives' (anchors assigned
+    to a ground-truth box) and 'boxes' (ground-truth boxes whose best anchor is on that level,
+    without crowds) over all images. Or 'absent', the reason why there are no counts, such as data
+    that are not on this machine.
   """
   if not num_images:
-    return {'absent': 'not asked for'}
+    return {'absent': 'not requested'}
   try:
     source = open_split(config, 'train')
     count = min(num_images, len(source))
@@ -117,18 +124,19 @@ def positives_in_training(config: ConfigDict, detector: Detector, num_images: in
 
 
 def _count_positives(detector: Detector, batches: Iterator[Batch], count: int) -> dict[str, Any]:
+  """Counts over the first `count` images of the batches; see `count_training_positives`."""
   level = np.asarray(detector.anchors.level)
   positives, boxes = np.zeros((2, level.max() + 1), np.int64)
   assign = jax.jit(lambda truth: detector.assign(detector.anchors, truth).positive)
   seen = 0
   while seen < count:
     truth = next(batches).truth
-    shown = slice(count - seen)  # The last batch may reach into another epoch.
-    positive = np.asarray(assign(truth))[shown]
+    kept = slice(count - seen)  # The last batch may reach into the next epoch.
+    positive = np.asarray(assign(truth))[kept]
     positives += np.bincount(np.broadcast_to(level, positive.shape)[positive],
                              minlength=len(positives))
-    wanted = (truth.valid & ~truth.crowd)[shown]
-    overlap = box_ops.iou(truth.boxes[shown][wanted], np.asarray(detector.anchors.boxes))
+    counted = (truth.valid & ~truth.crowd)[kept]
+    overlap = box_ops.iou(truth.boxes[kept][counted], np.asarray(detector.anchors.boxes))
     boxes += np.bincount(level[overlap.argmax(axis=-1)], minlength=len(boxes))
     seen += len(positive)
   batches.close()
@@ -137,42 +145,42 @@ def _count_positives(detector: Detector, batches: Iterator[Batch], count: int) -
        'boxes': int(boxes[k])} for k in range(len(positives))]}
 
 
-def write(folder: storage.Path, found: Mapping[str, Any], title: str) -> None:
+def write_report(folder: storage.Path, report: Mapping[str, Any], title: str) -> None:
   """Writes `calibration.json` and `calibration.png`."""
   storage.write_text(folder / 'calibration.json',
-                   json.dumps(found, indent=2, allow_nan=False) + '\n')
-  calibration_plot.save(folder / 'calibration.png', found, title)
+                     json.dumps(report, indent=2, allow_nan=False) + '\n')
+  calibration_plot.save(folder / 'calibration.png', report, title)
 
 
-def format_table(found: Mapping[str, Any]) -> str:
-  """The report by level and size as aligned plain text; '-' where there is nothing to tell."""
-  lines = [f'calibration of {found["all"]["detections"]:,} detections of score {found["floor"]:g} '
-           'and more, right at IoU 0.5', '',
+def format_table(report: Mapping[str, Any]) -> str:
+  """Formats the report by level and size as aligned text; '-' for values that do not exist."""
+  lines = [f'calibration of {report["all"]["detections"]:,} detections of score '
+           f'{report["floor"]:g} and more, correct at IoU 0.5', '',
            f'{"":<8}  detections  score  right     gap    ECE  95% interval   half at  trained on']
-  learnt = {g['name']: g for g in found['training'].get('by_level', ())}
-  images = found['training'].get('images', 1)
-  for group, platt in zip(found['by_level'], found['recalibration']['maps'], strict=True):
-    given = learnt.get(group['name'])
+  trained = {g['name']: g for g in report['training'].get('by_level', ())}
+  images = report['training'].get('images', 1)
+  for group, platt in zip(report['by_level'], report['recalibration']['maps'], strict=True):
+    given = trained.get(group['name'])
     lines.append(_group_row('level ' + group['name'], group) +
                  f'  {_show(platt["score_at_half"], "7.3f")}' +
-                 (f'  {given["positives"] / images:.2f} positives an image' if given else ''))
-  lines += [_group_row(group['name'], group) for group in (*found['by_size'], found['all'])]
-  if 'absent' in found['training']:
-    lines.append(f'positives in training: none counted, {found["training"]["absent"]}')
-  spread, costs = found['spread'], found['recalibration']
+                 (f'  {given["positives"] / images:.2f} positives per image' if given else ''))
+  lines += [_group_row(group['name'], group) for group in (*report['by_size'], report['all'])]
+  if 'absent' in report['training']:
+    lines.append(f'positives in training: none counted, {report["training"]["absent"]}')
+  spread, costs = report['spread'], report['recalibration']
   compared = ', '.join(map(str, spread['levels']))
-  if len(spread['levels']) < len(found['by_level']):
+  if len(spread['levels']) < len(report['by_level']):
     lines += ['', f'levels with enough detections to compare: {compared or "none"}']
   lines += ['', f'spread of the gap between levels      {_show(spread["gap"])}  '
             f'{_interval(spread["gap_interval"])}',
             f'spread of precision at equal score    {_show(spread["at_equal_score"])}  '
             f'{_interval(spread["at_equal_score_interval"])}']
-  for figure in recalibration.FIGURES:
+  for name in recalibration.METRICS:
     lines.append(
-        f'{figure:<4} {_show(costs["as_is"][figure])} as is, one map '
-        f'{_show(costs["one_map"][figure])}, a map per level '
-        f'{_show(costs["map_per_level"][figure])}; cost {_show(costs["cost"][figure], "+.4f")}  '
-        f'{_interval(costs["cost_interval"][figure], "+.4f")}')
+        f'{name:<4} {_show(costs["as_is"][name])} as is, one map '
+        f'{_show(costs["one_map"][name])}, a map per level '
+        f'{_show(costs["map_per_level"][name])}; cost {_show(costs["cost"][name], "+.4f")}  '
+        f'{_interval(costs["cost_interval"][name], "+.4f")}')
   return '\n'.join(line.rstrip() for line in lines)
 
 

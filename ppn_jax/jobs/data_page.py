@@ -1,4 +1,4 @@
-"""A survey of a data set as one HTML page."""
+"""Builds the HTML page of the statistics of a data set."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppn_jax.detection import boxes as box_ops
-from ppn_jax.jobs.data_survey import Survey, verdict
+from ppn_jax.jobs.data_statistics import DataStatistics, describe_anchor_fit
 from ppn_jax.visualization import html_page
 from ppn_jax.visualization.drawing import draw_boxes
 from ppn_jax.visualization.html_page import Group, Picture, Section, Table
@@ -16,50 +16,52 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
 
 _SAMPLE_SIDE, _LISTED_CLASSES, _DOTS = 300, 60, 20_000
-_WIDTH = 204  # Of a sample on the page: six in a row.
+_WIDTH = 204  # Of an example on the page, so that six are in a row.
 
 
-def survey_page(title: str, found: Survey, numbers: Mapping[str, Any]) -> str:
-  """What `ppn data` writes.
+def data_page(title: str, found: DataStatistics, summary: Mapping[str, Any]) -> str:
+  """Builds the page that `ppn data` writes.
 
   Args:
     title: of the page.
-    found: the survey.
-    numbers: `survey.figures` of it.
+    found: the statistics.
+    summary: of the statistics, see `data_statistics.summarize`.
 
   Returns:
     HTML, complete in itself.
   """
-  how = ('as training draws them: augmented, in its order' if found.split == 'train' else
-         'as evaluation reads them')
-  some = len(found.boxes.label) > 0
+  source = ('as training uses them: augmented, in its order' if found.split == 'train' else
+            'as evaluation reads them')
+  has_boxes = len(found.boxes.label) > 0
   sections = [
-      Section('Images', f'The first {_shown(found)} of them at the network\'s {found.image_size} '
-              f'px, {how}.', groups=[Group(_samples(found))]),
+      Section('Images', f'The first {_num_examples(found)} images at the {found.image_size} px of '
+              f'the network, {source}.', groups=[Group(_examples(found))]),
       Section('Sizes and shapes', 'Boxes in pixels of the network\'s input; crosses are the shapes '
               'of anchors, dark on the finest level.',
-              groups=[html_page.plot(shapes(found), 'sizes of boxes')] if some else ()),
-      Section('Classes', tables=[_classes(numbers)],
-              groups=[html_page.plot(classes(found), 'boxes of each class')]),
-      Section('Anchors', f'{verdict(numbers)}.', tables=_fits(numbers),
-              groups=[html_page.plot(fit(found), 'how well anchors fit')] if some else ())]
-  said = [*found.report.warnings, *found.left_out]
-  if said:
+              groups=[html_page.plot(draw_shapes(found), 'sizes of boxes')] if has_boxes else ()),
+      Section('Classes', tables=[_class_table(summary)],
+              groups=[html_page.plot(draw_classes(found), 'boxes of each class')]),
+      Section('Anchors', f'{describe_anchor_fit(summary)}.', tables=_fit_tables(summary),
+              groups=[html_page.plot(draw_fit(found), 'how well anchors fit')] if has_boxes
+              else ())]
+  problems = [*found.report.warnings, *found.skipped]
+  if problems:
     sections.append(Section('Left out, changed or wrong', tables=[
-        Table(('what',), [(line,) for line in said])]))
+        Table(('problem',), [(line,) for line in problems])]))
   subtitle = (f'{found.num_images:,} of {found.total_images:,} images of {found.split}, '
-              f'{len(found.boxes.label):,} boxes, {numbers["images_without_boxes"]:,} images '
+              f'{len(found.boxes.label):,} boxes, {summary["images_without_boxes"]:,} images '
               f'without, {found.num_crowds:,} crowds')
   return html_page.render(title, subtitle, sections)
 
 
-def _shown(found: Survey) -> int:
-  return sum(len(batch.valid) for batch in found.shown)
+def _num_examples(found: DataStatistics) -> int:
+  return sum(len(batch.valid) for batch in found.examples)
 
 
-def _samples(found: Survey) -> list[Picture]:
+def _examples(found: DataStatistics) -> list[Picture]:
+  """Draws the ground truth of the example images."""
   names, pictures = [c.name for c in found.categories], []
-  for batch in found.shown:
+  for batch in found.examples:
     for row, image in enumerate(batch.images):
       truth = [column[row][batch.truth.valid[row]] for column in batch.truth]
       drawn = draw_boxes(image, truth[0], truth[1], names, min_side=_SAMPLE_SIDE, weight=1.2,
@@ -69,8 +71,8 @@ def _samples(found: Survey) -> list[Picture]:
   return pictures
 
 
-def shapes(found: Survey) -> np.ndarray:
-  """Sides, aspect ratios, and widths against heights of boxes and anchors; u8 [H, W, 3]."""
+def draw_shapes(found: DataStatistics) -> np.ndarray:
+  """Plots sides, aspect ratios, and width against height of boxes and anchors; u8 [H, W, 3]."""
   boxes, level = found.boxes, found.anchors.level
   colours = level_colours(level[-1] + 1)
   with plot(14.5, 4.3) as drawn:
@@ -101,7 +103,7 @@ def shapes(found: Survey) -> np.ndarray:
 
 
 def _plain_numbers(axes: 'Axes') -> None:
-  """20 and 50 in place of 2 x 10^1."""
+  """Labels logarithmic axes with 20 and 50 instead of 2 x 10^1."""
   from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
   for axis, scale in ((axes.xaxis, axes.get_xscale()), (axes.yaxis, axes.get_yscale())):
     if scale == 'log':
@@ -110,8 +112,8 @@ def _plain_numbers(axes: 'Axes') -> None:
       axis.set_minor_formatter(NullFormatter())
 
 
-def classes(found: Survey) -> np.ndarray:
-  """How many boxes each class has, the most frequent first; u8 [H, W, 3]."""
+def draw_classes(found: DataStatistics) -> np.ndarray:
+  """Plots the number of boxes of each class, the most frequent first; u8 [H, W, 3]."""
   count = np.bincount(found.boxes.label, minlength=len(found.categories))
   order = np.argsort(-count, kind='stable')[:_LISTED_CLASSES].tolist()
   with plot(9, 1.1 + 0.22 * len(order)) as drawn:
@@ -123,9 +125,9 @@ def classes(found: Survey) -> np.ndarray:
   return drawn.pixels
 
 
-def fit(found: Survey) -> np.ndarray:
-  """IoU with the best anchor, over all, by level and by side; u8 [H, W, 3]."""
-  boxes, least = found.boxes, found.matching['matched_iou']
+def draw_fit(found: DataStatistics) -> np.ndarray:
+  """Plots the IoU with the best anchor, over all, by level and by side; u8 [H, W, 3]."""
+  boxes, matched_iou = found.boxes, found.matching['matched_iou']
   num_levels = found.anchors.level[-1] + 1
   colours = level_colours(num_levels)
   with plot(14.5, 4) as drawn:
@@ -133,21 +135,22 @@ def fit(found: Survey) -> np.ndarray:
     by_level = [boxes.best_iou[boxes.best_level == k] for k in range(num_levels)]
     axes[0].hist(by_level, np.linspace(0, 1, 41), stacked=True, color=colours,
                  label=[f'level {k}' for k in range(num_levels)])
-    axes[0].axvline(least, color='#d55e00', linewidth=1.5)
+    axes[0].axvline(matched_iou, color='#d55e00', linewidth=1.5)
     axes[0].legend(loc='upper left')
-    axes[0].set(title=f'IoU with the best anchor; line: matched_iou={least:g}', xlim=(0, 1))
+    axes[0].set(title=f'IoU with the best anchor; line: matched_iou={matched_iou:g}', xlim=(0, 1))
     for k, (found_here, colour) in enumerate(zip(by_level, colours, strict=True)):
-      fits = int((found_here >= least).sum())
+      fits = int((found_here >= matched_iou).sum())
       axes[1].bar(k, fits, color=colour)
       axes[1].bar(k, len(found_here) - fits, bottom=fits, color=colour, alpha=0.3)
     axes[1].set(title='Boxes by the level of their best anchor',
-                xlabel='level; pale: it does not fit', xticks=range(num_levels))
+                xlabel='level; pale: IoU below matched_iou', xticks=range(num_levels))
     axes[1].grid(axis='x', visible=False)
-    _unfit_by_side(axes[2], boxes.side, boxes.best_iou < least)
+    _unfit_by_side(axes[2], boxes.side, boxes.best_iou < matched_iou)
   return drawn.pixels
 
 
 def _unfit_by_side(axes: 'Axes', side: np.ndarray, unfit: np.ndarray) -> None:
+  """Plots the share of unfit boxes against the side of the box."""
   edges = np.geomspace(max(1, side.min()), side.max() * 1.001 + 1, 16)
   index = np.digitize(side, edges) - 1
   count = np.bincount(index, minlength=len(edges))[:len(edges) - 1]
@@ -157,23 +160,23 @@ def _unfit_by_side(axes: 'Axes', side: np.ndarray, unfit: np.ndarray) -> None:
   _plain_numbers(axes)
 
 
-def _classes(numbers: Mapping[str, Any]) -> Table:
+def _class_table(summary: Mapping[str, Any]) -> Table:
   rows = [(g['name'], f'{g["boxes"]:,}', f'{g["images"]:,}', _show(g['median_side'], '.0f'),
            _show(g['anchors_a_box'], '.1f'), _show(g['unfit'], '.1%'))
-          for g in numbers['by_class']]
-  return Table(('class', 'boxes', 'images', 'median side', 'anchors a box', 'no anchor fits'), rows,
-               colours=html_page.class_swatches(range(len(rows))))
+          for g in summary['by_class']]
+  return Table(('class', 'boxes', 'images', 'median side', 'anchors per box', 'no anchor fits'),
+               rows, colours=html_page.class_swatches(range(len(rows))))
 
 
-def _fits(numbers: Mapping[str, Any]) -> list[Table]:
+def _fit_tables(summary: Mapping[str, Any]) -> list[Table]:
   shared = lambda g: (g['name'], f'{g["boxes"]:,}', _show(g['best_iou'], '.2f'),
                       _show(g['anchors_a_box'], '.1f'), _show(g['unfit'], '.1%'))
-  header = ('boxes', 'best IoU', 'anchors a box', 'no anchor fits')
+  header = ('boxes', 'best IoU', 'anchors per box', 'no anchor fits')
   levels = [(*shared(g), f'{g["anchors"]:,}', '{:.0f} to {:.0f}'.format(*g['anchor_sides']),
-             f'{g["positives_an_image"]:.1f}') for g in numbers['by_level']]
-  return [Table(('level', *header, 'anchors', 'of side', 'positives an image'), levels,
+             f'{g["positives_an_image"]:.1f}') for g in summary['by_level']]
+  return [Table(('level', *header, 'anchors', 'of side', 'positives per image'), levels,
                 'By the level of the best anchor'),
-          Table(('side', *header), [shared(g) for g in numbers['by_side'] if g['boxes']],
+          Table(('side', *header), [shared(g) for g in summary['by_side'] if g['boxes']],
                 'By side of the box, pixels')]
 
 

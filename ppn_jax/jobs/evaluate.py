@@ -1,8 +1,8 @@
-"""Scoring steps of a run, and what is written down of each."""
+"""Evaluates a step of a run and writes its results."""
 
 import dataclasses
-import sys
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,30 +23,30 @@ from ppn_jax.jobs.calibration_report import CalibrationOptions
 from ppn_jax.jobs.evaluator import Evaluator, build_evaluator
 from ppn_jax.metrics import coco
 from ppn_jax.metrics.coco import write_scores
-from ppn_jax.run import Run, load_variables
+from ppn_jax.run import Run, load_variables, open_run
 from ppn_jax.telemetry.host_memory import keep_freed_memory
-from ppn_jax.visualization.drawing import draw_boxes, mosaic, save_png
+from ppn_jax.visualization.drawing import contact_sheet, draw_boxes, save_png
 from ppn_jax.visualization.gallery import Gallery
 from ppn_jax.visualization.report import evaluation_page
 
-# Smaller images are enlarged to this for a contact sheet, so that names can be read.
+# Smaller images are enlarged to this on a contact sheet, so that names can be read.
 PICTURE_SIDE = 400
 
-# How long another evaluation that is writing to the same folder is waited for.
+# How long to wait for another evaluation that is writing to the same folder.
 WAIT_SECONDS = 600
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """How to evaluate a step.
+class EvaluationOptions:
+  """Options of the evaluation of a step.
 
   Attributes:
-    scorer: see `coco.score`.
-    ema: True for the moving average of the weights, False for the weights themselves; None for
-      the average where the run keeps one.
-    pictures: how many images to draw on a contact sheet, `pictures.png`.
-    calibration: reports on it too, in `calibration.json` and `calibration.png`.
-    report: writes all that is known of the step to `report.html`.
+    scorer: 'hotcoco', or 'pycocotools' for the reference implementation; their metrics are equal.
+    ema: True for the moving average of the weights, False for the weights themselves, None for
+      the average if the run keeps one.
+    pictures: number of images to draw on a contact sheet, `pictures.png`; 0 for none.
+    calibration: writes a calibration report, `calibration.json` and `calibration.png`, if given.
+    report: writes an HTML report, `report.html`.
   """
   scorer: str = 'hotcoco'
   ema: bool | None = None
@@ -57,13 +57,13 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What came of evaluating one step.
+  """Results of the evaluation of one step.
 
   Attributes:
-    step: which.
-    scores: COCO's figures.
-    folder: where `results.json` (COCO's results format) and `scores.json` lie.
-    calibration: see `calibration_job.report`; None if it was not asked for, and in all
+    step: that was evaluated.
+    scores: COCO's metrics, also by class.
+    folder: has `results.json` (COCO's results format) and `scores.json`.
+    calibration: see `calibration_report.build_report`; None if it was not requested, and in all
       processes but the first.
   """
   step: int
@@ -71,45 +71,53 @@ class Evaluation:
   folder: storage.Path
   calibration: dict[str, Any] | None = None
 
+  @property
+  def metrics(self) -> dict[str, float | None]:
+    """COCO's twelve metrics by name, 'AP' to 'AR_large', 0 to 1; None without such ground truth."""
+    return self.scores.metrics
+
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-  """A run's detector and evaluation data, ready for any of its steps; compiled once.
+class EvaluationJob:
+  """Detector and evaluation data of a run, for evaluating any of its steps; compiled once.
 
   Attributes:
-    run: see `prepare`.
+    run: see `prepare_evaluation`.
     detector: of the run.
     evaluator: of its evaluation data.
-    options: what to do with a step.
-    say: told what goes on, a line at a time.
+    options: of the evaluation of a step.
+    say: receives progress, a line at a time.
   """
   run: Run
   detector: Detector
   evaluator: Evaluator
-  options: Options
+  options: EvaluationOptions
   say: Callable[[str], None]
 
   @property
   def root(self) -> storage.Path:
-    """The folder for the folders of steps.
+    """Folder that holds a folder for each step.
 
-    Raw weights beside an average have another: the trainer keeps checkpoints by what is in
-    `evaluation`.
+    Raw weights of a run that keeps an average have a separate one, since the trainer decides which
+    checkpoints to keep by the scores in `evaluation`.
     """
     raw = self.options.ema is False and self.run.config.optim.ema_decay
     return self.run.workdir / ('evaluation_raw' if raw else 'evaluation')
 
   def load(self, step: int | None = None) -> tuple[int, Variables]:
-    """See `load_variables`."""
+    """Restores the variables of a step, by default the newest; see `load_variables`."""
     return load_variables(self.run, self.detector, self.evaluator.mesh, step=step,
                           ema=self.options.ema, say=self.say)
 
   def score(self, step: int | None, output: storage.Path | None = None) -> Evaluation:
-    """Loads a step, by default the newest, and evaluates it; see `evaluate`.
+    """Loads and evaluates a step.
 
     Args:
-      step: which.
+      step: a saved step; the newest by default.
       output: folder to write to; by default that of the step in `root`.
+
+    Raises:
+      InputError: If there is no such checkpoint, or it cannot be used.
     """
     reader = retention.Reader(self.run.readers, self.say) if jax.process_index() == 0 else None
     try:
@@ -123,22 +131,22 @@ class Job:
       if reader:
         reader.close()
 
-  def about(self) -> dict[str, Any]:
-    """Returns what scores depend on besides the checkpoint."""
+  def conditions(self) -> dict[str, Any]:
+    """Returns what scores depend on in addition to the checkpoint; see `retention.Record.about`."""
     average = self.options.ema is not False and bool(self.run.config.optim.ema_decay)
     return {'average': average, 'images': len(self.evaluator.source)}
 
   def evaluate(self, step: int, variables: Variables, folder: storage.Path) -> Evaluation:
-    """Scores the variables and writes down what it found.
+    """Scores variables of a step and writes the results to a folder.
 
-    `results.json` and `scores.json` come before all that is drawn, so that a picture that cannot
-    be made costs no figure.
+    `results.json` and `scores.json` are written before anything is drawn, so that a failure to draw
+    loses no metrics.
     """
-    evaluator, options, report = self.evaluator, self.options, None
+    evaluator, options, calibration = self.evaluator, self.options, None
     stamp = self.run.stamp(step) if jax.process_index() == 0 else None
     total = len(evaluator.source)
     self.say(f'evaluating step {step:,} on {total:,} images')
-    rows = evaluator.rows(variables, on_images=_every_tenth(total, self.say))
+    rows = evaluator.rows(variables, on_images=_report_tenths(total, self.say))
     for reason in dict.fromkeys(coordination.gather_lines(evaluator.bad.new_reasons())):
       self.say(f'skipped: {reason}')
     scores = evaluator.score(rows)
@@ -148,27 +156,28 @@ class Job:
         coco.write_results(folder / 'results.json',
                            coco.renumber(rows, file_ids(evaluator.source)))
         write_scores(folder / 'scores.json', scores,
-                     {'checkpoint': stamp and stamp.checkpoint, **self.about()})
+                     {'checkpoint': stamp and stamp.checkpoint, **self.conditions()})
         if options.pictures:
-          save_png(folder / 'pictures.png',
-                   picture(evaluator.source, rows, self.run.categories, count=options.pictures))
+          save_png(folder / 'pictures.png', draw_contact_sheet(
+              evaluator.source, rows, self.run.categories, count=options.pictures))
         if options.calibration:
-          report = self._calibration(step, rows, folder)
+          calibration = self._write_calibration(step, rows, folder)
         if options.report:
-          self._report(step, rows, scores, folder)
-    return Evaluation(step, scores, folder, report)
+          self._write_report(step, rows, scores, folder)
+    return Evaluation(step, scores, folder, calibration)
 
-  def _calibration(self, step: int, rows: list[dict[str, Any]], folder: storage.Path
-                   ) -> dict[str, Any]:
+  def _write_calibration(self, step: int, rows: list[dict[str, Any]], folder: storage.Path
+                         ) -> dict[str, Any]:
     self.say('reporting on calibration')
-    report = calibration_report.report(
+    report = calibration_report.build_report(
         self.run.config, self.detector, self.run.categories, self.evaluator.source.ground_truth(),
         rows, self.options.calibration, scorer=self.options.scorer)
-    calibration_report.write(folder, report, f'{self.run.workdir.resolve().name}, step {step:,}')
+    calibration_report.write_report(folder, report,
+                                    f'{self.run.workdir.resolve().name}, step {step:,}')
     return report
 
-  def _report(self, step: int, rows: list[dict[str, Any]], scores: coco.Scores,
-              folder: storage.Path) -> None:
+  def _write_report(self, step: int, rows: list[dict[str, Any]], scores: coco.Scores,
+                    folder: storage.Path) -> None:
     self.say('drawing the report')
     source = self.evaluator.source
     gallery = Gallery(source, source.ground_truth(), rows, self.run.categories)
@@ -179,16 +188,18 @@ class Job:
     storage.write_text(folder / 'report.html', page)
 
 
-def prepare(run: Run, options: Options, say: Callable[[str], None] = print) -> Job:
-  """The job of evaluating a run's steps.
+def prepare_evaluation(run: Run, options: EvaluationOptions,
+                       say: Callable[[str], None] = print) -> EvaluationJob:
+  """Opens the evaluation data of a run and builds its detector.
 
   Args:
     run: to evaluate; its `config.data.eval` may have been changed to other data.
     options: see there.
-    say: told what goes on, a line at a time.
+    say: receives progress, a line at a time.
 
   Raises:
-    InputError: bad data, or an average that the run does not keep.
+    InputError: If the data are bad, or `options.ema` asks for an average that the run does not
+      keep.
   """
   run.check_average(options.ema, '--ema')
   keep_freed_memory()
@@ -196,43 +207,55 @@ def prepare(run: Run, options: Options, say: Callable[[str], None] = print) -> J
   evaluator = build_evaluator(run, detector, mesh, scorer=options.scorer)
   for line in report(evaluator.source, 'data.eval').warnings:
     say(line)
-  return Job(run, detector, evaluator, options, say)
+  return EvaluationJob(run, detector, evaluator, options, say)
 
 
-def evaluate(run: Run, *, step: int | None = None, options: Options = Options(),
-             output: storage.Path | None = None, say: Callable[[str], None] = print) -> Evaluation:
-  """Scores a saved step on the run's evaluation data and writes down what it found.
+def evaluate(run: Run | str | os.PathLike[str], *, step: int | None = None,
+             options: EvaluationOptions = EvaluationOptions(),
+             output: str | os.PathLike[str] | None = None, allow: Sequence[str] = (),
+             say: Callable[[str], None] = print) -> Evaluation:
+  """Evaluates a saved step on the evaluation data of its run, and writes the results.
+
+    ppn_jax.evaluate('runs/quickstart').metrics['AP']
+
+  All processes of a run over several machines call it together.
 
   Args:
-    run: see `prepare`.
+    run: workdir of a `ppn train` or `ppn import-tf`, local or gs://BUCKET/FOLDER; or an open
+      `Run`, whose `config.data.eval` may have been changed to other data.
     step: a saved step; the newest by default.
-    options: see there.
-    output: folder to write to; by default `evaluation/STEP` in the workdir.
-    say: told what goes on, a line at a time.
+    options: what to compute and draw.
+    output: folder to write to; by default `evaluation/STEP` in the workdir, or
+      `evaluation_raw/STEP` for the weights themselves of a run that keeps an average.
+    allow: packages or modules of your own that the config of a workdir may import, see
+      `run.open_run`.
+    say: receives progress, a line at a time.
+
+  Returns:
+    The metrics of the step and the folder of its results.
 
   Raises:
-    InputError: no such checkpoint, or bad data.
+    InputError: If there is no such run or checkpoint, or its data cannot be used.
   """
-  job = prepare(run, options, say)
-  return job.score(step, output)
+  if not isinstance(run, Run):
+    run = open_run(run, allow=allow)
+  folder = None if output is None else storage.folder_path(output, 'output')
+  return prepare_evaluation(run, options, say).score(step, folder)
 
 
-def _to_stderr(text: str) -> None:
-  print(text, file=sys.stderr)
+def draw_contact_sheet(source: Source, rows: list[dict[str, Any]],
+                       categories: tuple[Category, ...], *, count: int, threshold: float = 0.5
+                       ) -> Array:
+  """Draws ground truth and detections on images evenly spaced over the data set, on one sheet.
 
-
-def picture(source: Source, rows: list[dict[str, Any]], categories: tuple[Category, ...], *,
-            count: int, threshold: float = 0.5) -> Array:
-  """A contact sheet of `count` images spread over the data set, truth and detections drawn.
-
-  Others take the places of images that cannot be read.
+  Images that cannot be read are replaced by others.
 
   Args:
     source: the data set.
-    rows: its detections, as of `Evaluator.rows`.
+    rows: its detections, see `Evaluator.rows`.
     categories: in order of label.
-    count: how many images, at most.
-    threshold: least score that is drawn.
+    count: number of images, at most.
+    threshold: least score of a detection that is drawn.
 
   Returns:
     u8 [H, W, 3].
@@ -248,24 +271,25 @@ def picture(source: Source, rows: list[dict[str, Any]], categories: tuple[Catego
     height, width = example.size
     xywh = np.array([r['bbox'] for r in found], np.float32).reshape(-1, 4)
     x, y, w, h = (xywh / np.float32([width, height, width, height])).T
-    image = draw_boxes(example.image, example.boxes, example.labels, [''] * len(names), truth=True,
-                       min_side=PICTURE_SIDE)
+    image = draw_boxes(example.image, example.boxes, example.labels, [''] * len(names),
+                       ground_truth=True, min_side=PICTURE_SIDE)
     drawn.append(draw_boxes(image, np.stack([y, x, y + h, x + w], axis=-1),
                             np.array([label_of[r['category_id']] for r in found], np.int32), names,
                             np.array([r['score'] for r in found], np.float32)))
   if not drawn:
-    raise InputError(f'no image can be read to draw on, such as: {reasons[0]}')
-  return mosaic(drawn)
+    raise InputError(f'none of the images can be read, so there is nothing to draw on; the first: '
+                     f'{reasons[0]}')
+  return contact_sheet(drawn)
 
 
-def _every_tenth(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
-  """Says how far it is at each tenth of the images."""
-  said = 0
+def _report_tenths(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
+  """Returns a callback that reports progress at each tenth of the images."""
+  reported = 0
 
   def on_images(count: int) -> None:
-    nonlocal said
-    if count * 10 // total > said:
-      said = count * 10 // total
+    nonlocal reported
+    if count * 10 // total > reported:
+      reported = count * 10 // total
       say(f'  {count:,}/{total:,} images')
 
   return on_images

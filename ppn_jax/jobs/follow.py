@@ -1,10 +1,13 @@
-"""Scoring many steps of a run: those that are there, or each as training saves it.
+"""Evaluates many steps of a run: those that are saved already, or each as training saves it.
 
-That a step is done is on record in its `scores.json`, which is written last and whole. All else
-follows from the records, so that a job can be killed anywhere and started again.
+A step counts as evaluated if it has a `scores.json`, which is written last and atomically. Nothing
+else is remembered, so that a job can be killed at any time and started again.
 """
 
+import dataclasses
+import pathlib
 import re
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -19,38 +22,104 @@ from ppn_jax.detector import Variables
 from ppn_jax.distributed import sharding
 from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.errors import InputError
-from ppn_jax.jobs.evaluate import Job
-from ppn_jax.jobs.waiting import Patience, Waiting
+from ppn_jax.jobs.evaluate import EvaluationJob
 from ppn_jax.metrics import coco
-from ppn_jax.run import open_run
-from ppn_jax.telemetry.metrics import MetricsWriter
+from ppn_jax.run import Run, is_run, open_run
+from ppn_jax.telemetry.metrics import MetricsWriter, duration
 
-ATTEMPTS = 3  # At a step that cannot be read although it is there, a poll apart.
-_END, _TIMEOUT, _WAIT = -1, -2, -3  # In place of a step.
+ATTEMPTS = 3  # To read a step that exists but cannot be read, one poll apart.
+REMIND_SECONDS = 600.0  # Between messages that it is still waiting.
+_END, _TIMEOUT, _WAIT = -1, -2, -3  # Returned in place of a step.
 
 
 class Outcome(NamedTuple):
-  """What came of many steps.
+  """Results of the evaluation of many steps.
 
   Fields:
-    figures: step -> COCO's figures, of all steps asked for that are on record, ascending.
-    deleted: steps that were seen, but deleted before they were scored.
+    metrics: step -> COCO's metrics, of all selected steps that are evaluated, ascending.
+    deleted: steps that were seen, but deleted before they were evaluated.
     unreadable: step -> why it could not be read.
-    complete: False if patience ran out before training ended.
+    complete: False if the timeout passed before training ended.
   """
-  figures: dict[int, dict[str, float | None]]
+  metrics: dict[int, dict[str, float | None]]
   deleted: tuple[int, ...]
   unreadable: dict[int, str]
   complete: bool
 
 
-def parse_steps(text: str) -> Callable[[int], bool]:
-  """'all', or 'A:B' or 'A:B:C': steps from A up to B, B included, each C-th counted from A.
+class Clock(NamedTuple):
+  """Source of time, in seconds; replaced in tests."""
+  now: Callable[[], float] = time.monotonic
+  sleep: Callable[[float], object] = time.sleep
 
-  Each may be left out: '::500' is those that 500 divides, '20000:' all from there on.
+
+@dataclasses.dataclass(frozen=True)
+class Polling:
+  """Options of waiting for files that another process is to write.
+
+  Attributes:
+    interval: seconds between looks, above 0.
+    timeout: seconds without anything new after which to give up; 0 for never.
+    clock: source of time.
+  """
+  interval: float = 10.0
+  timeout: float = 0.0
+  clock: Clock = dataclasses.field(default_factory=Clock)
+
+  def __post_init__(self):
+    if not self.interval > 0 or not self.timeout >= 0:
+      raise InputError(f'--poll={self.interval:g} must be above 0 seconds and '
+                       f'--timeout={self.timeout:g} at least 0')
+
+
+class _Poller:
+  """Sleeps between looks, reports from time to time that it waits, and detects the timeout."""
+
+  def __init__(self, polling: Polling, say: Callable[[str], None]):
+    self._polling, self._say = polling, say
+    self.reset()
+
+  def reset(self) -> None:
+    """Starts the timeout again, since something new has happened."""
+    self._since, self._reported = self._polling.clock.now(), None
+
+  def timed_out(self) -> bool:
+    timeout = self._polling.timeout
+    return bool(timeout) and self._polling.clock.now() - self._since >= timeout
+
+  def wait(self, reason: str) -> None:
+    now = self._polling.clock.now()
+    if self._reported is None or now - self._reported >= REMIND_SECONDS:
+      first = self._reported is None
+      self._say(reason if first else f'{reason}, for {duration(now - self._since)}')
+      self._reported = now
+    self._polling.clock.sleep(self._polling.interval)
+
+
+def wait_for_run(workdir: str | pathlib.Path, polling: Polling, say: Callable[[str], None]) -> Run:
+  """Opens the run in `workdir` as soon as training has begun there.
 
   Raises:
-    InputError: anything else.
+    InputError: If it has not begun within `polling.timeout`, or the run cannot be read.
+  """
+  poller = _Poller(polling, say)
+  while not is_run(workdir):
+    if poller.timed_out():
+      raise InputError(f'no training has begun in workdir {workdir} within --timeout='
+                       f'{polling.timeout:g} seconds; is it the --workdir of the training?')
+    poller.wait(f'waiting for training to begin in {workdir}')
+  return open_run(workdir)
+
+
+def parse_steps(text: str) -> Callable[[int], bool]:
+  """Parses a range of steps and returns whether a step is in it, as a function.
+
+  Args:
+    text: 'all', 'A:B' or 'A:B:C': steps from A to B, B included, every C-th counted from A. Each
+      may be left out: '::500' selects multiples of 500, '20000:' all steps from 20,000 on.
+
+  Raises:
+    InputError: If `text` is anything else.
   """
   if text == 'all':
     return lambda step: True
@@ -59,59 +128,58 @@ def parse_steps(text: str) -> Callable[[int], bool]:
       match.groups() if match else ('1', '0', '0')))
   first, every = first or 0, 1 if every is None else every
   if every < 1 or (last is not None and last < first):
-    raise InputError(f'--steps={text} is no range of steps; write FIRST:LAST, FIRST:LAST:EVERY, '
-                     'each of which may be left out, or all')
+    raise InputError(f'--steps={text} is not a range of steps; write FIRST:LAST or '
+                     'FIRST:LAST:EVERY, each of which may be left out, or all')
   return lambda step: (first <= step and (last is None or step <= last)
                        and (step - first) % every == 0)
 
 
-def format_steps(figures: Mapping[int, Mapping[str, float | None]]) -> str:
-  """A line for each step, the best marked; plain text."""
-  scored = {step: of_step['AP'] for step, of_step in figures.items() if of_step['AP'] is not None}
+def format_steps(metrics: Mapping[int, Mapping[str, float | None]]) -> str:
+  """Formats metrics by step as aligned text, a line for each step, the best marked."""
+  scored = {step: of_step['AP'] for step, of_step in metrics.items() if of_step['AP'] is not None}
   best = max(scored, key=scored.get, default=None)
   lines = [f'{"step":>10}     AP   AP50   AP75']
-  for step, of_step in sorted(figures.items()):
-    columns = '  '.join(f'{coco.format_metric(of_step[name]):>5}'
-                        for name in ('AP', 'AP50', 'AP75'))
-    lines.append(f'{step:>10,}  {columns}{"  best" if step == best else ""}')
+  for step, of_step in sorted(metrics.items()):
+    values = '  '.join(f'{coco.format_metric(of_step[name]):>5}' for name in ('AP', 'AP50', 'AP75'))
+    lines.append(f'{step:>10,}  {values}{"  best" if step == best else ""}')
   return '\n'.join(lines)
 
 
-def score_steps(job: Job, root: storage.Path | None = None, *,
-                wanted: Callable[[int], bool] = lambda step: True,
-                patience: Patience | None = None) -> Outcome:
-  """Scores all steps of a run that have no scores yet, the oldest first.
+def score_steps(job: EvaluationJob, root: storage.Path | None = None, *,
+                selected: Callable[[int], bool] = lambda step: True,
+                polling: Polling | None = None) -> Outcome:
+  """Evaluates all selected steps of a run that are not evaluated yet, the oldest first.
 
-  Each goes to `root/STEP`; the curves go to `root/metrics.jsonl` and to TensorBoard, as a run of
-  their own beside training's. All processes call it together.
+  Results of a step go to `root/STEP`, curves to `root/metrics.jsonl` and to TensorBoard, as a
+  separate run next to that of training. All processes call it together.
 
   Args:
     job: of the run.
     root: by default `job.root`.
-    wanted: which steps.
-    patience: waits for more until the last step of training is scored; None does not wait.
+    selected: step -> whether to evaluate it.
+    polling: waits for new steps until the last step of training is evaluated; None does not wait.
 
   Raises:
-    InputError: a checkpoint of another model, or another process does the same in this folder.
+    InputError: If a checkpoint is of another model, or another process evaluates to this folder.
   """
   root = root or job.root
   with owned_by_first(Ownership(root, 'evaluation', job.say)):
-    following = _Following(job, root, wanted, patience)
+    follower = _Follower(job, root, selected, polling)
     try:
-      return following.run()
+      return follower.run()
     finally:
-      following.close()
+      follower.close()
 
 
-class _Following:
-  """The state of `score_steps`. The first process decides, all evaluate."""
+class _Follower:
+  """State of `score_steps`. The first process decides what to do, all evaluate."""
 
-  def __init__(self, job: Job, root: storage.Path, wanted: Callable[[int], bool],
-               patience: Patience | None):
-    self._job, self._root, self._wanted, self._patience = job, root, wanted, patience
-    self._waiting = Waiting(patience or Patience(), job.say)
-    self._figures: dict[int, dict[str, float | None]] = {}
-    self._seen: set[int] = set()  # Not scored yet.
+  def __init__(self, job: EvaluationJob, root: storage.Path, selected: Callable[[int], bool],
+               polling: Polling | None):
+    self._job, self._root, self._selected, self._polling = job, root, selected, polling
+    self._poller = _Poller(polling or Polling(), job.say)
+    self._metrics: dict[int, dict[str, float | None]] = {}
+    self._pending: set[int] = set()  # Seen, but not evaluated yet.
     self._deleted: list[int] = []
     self._problems: dict[int, list[str]] = {}
     self._curves = self._reader = None
@@ -123,13 +191,13 @@ class _Following:
   def run(self) -> Outcome:
     while (step := self._agreed_next()) not in (_END, _TIMEOUT):
       if step == _WAIT:
-        self._waiting.wait(f'waiting for a new checkpoint in {self._job.run.workdir}')
+        self._poller.wait(f'waiting for a new checkpoint in {self._job.run.workdir}')
       elif not self._evaluate(step):
-        self._waiting.wait(f'step {step:,} could not be read; looking again')
+        self._poller.wait(f'step {step:,} could not be read; trying again')
     unreadable = {s: p[-1] for s, p in self._problems.items() if len(p) >= ATTEMPTS}
-    # A step that was set aside as damaged may have been saved anew.
-    deleted = tuple(s for s in self._deleted if s not in self._figures)
-    return Outcome(dict(sorted(self._figures.items())), deleted, unreadable, step == _END)
+    # A step that was set aside as damaged may have been saved again.
+    deleted = tuple(s for s in self._deleted if s not in self._metrics)
+    return Outcome(dict(sorted(self._metrics.items())), deleted, unreadable, step == _END)
 
   def close(self) -> None:
     if self._curves:
@@ -137,46 +205,47 @@ class _Following:
       self._curves.close()
 
   def _agreed_next(self) -> int:
+    """Returns the decision of the first process to all of them."""
     step = np.int32(self._next_if_reached() if jax.process_index() == 0 else 0)
     return int(step if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(step))
 
   def _next_if_reached(self) -> int:
-    """See `_next`; a store that cannot be reached for a while is waited for as a step is."""
+    """Returns `_next`, or waits if the workdir cannot be reached at the moment."""
     try:
       return self._next()
     except Exception as e:
-      if self._patience is None or isinstance(e, PermissionError) or not storage.is_outage(e):
+      if self._polling is None or isinstance(e, PermissionError) or not storage.is_outage(e):
         raise
-      self._job.say(f'{self._job.run.workdir} cannot be reached, looking again: '
+      self._job.say(f'{self._job.run.workdir} cannot be reached, trying again: '
                     f'{" ".join(str(e).split())[:200]}')
-      return _TIMEOUT if self._waiting.is_over() else _WAIT
+      return _TIMEOUT if self._poller.timed_out() else _WAIT
 
   def _next(self) -> int:
-    """The step to evaluate now, or what else to do."""
+    """Returns the step to evaluate now, or _END, _TIMEOUT or _WAIT."""
     saved = self._saved()
-    for step in filter(self._wanted, saved):
+    for step in filter(self._selected, saved):
       self._look_up(step)
-      if step not in self._figures and step not in self._seen:
-        self._seen.add(step)
-        self._waiting.reset()
-    for step in sorted(self._seen.difference(saved)):
+      if step not in self._metrics and step not in self._pending:
+        self._pending.add(step)
+        self._poller.reset()
+    for step in sorted(self._pending.difference(saved)):
       self._drop(step)
-    still_open = [s for s in self._seen if len(self._problems.get(s, ())) < ATTEMPTS]
-    if still_open:
-      return min(still_open)
-    if self._patience is None or self._training_has_ended(saved):
+    readable = [s for s in self._pending if len(self._problems.get(s, ())) < ATTEMPTS]
+    if readable:
+      return min(readable)
+    if self._polling is None or self._training_has_ended(saved):
       return _END
-    return _TIMEOUT if self._waiting.is_over() else _WAIT
+    return _TIMEOUT if self._poller.timed_out() else _WAIT
 
   def _look_up(self, step: int) -> None:
-    """Takes over what is on record of a step; forgets it where it is of another checkpoint."""
+    """Reuses recorded scores of a step, and forgets those of another checkpoint."""
     found = retention.record(self._root, step)
-    fits = found and found.fits(self._job.run.stamp(step), **self._job.about())
-    if fits and step not in self._figures:
-      self._record(step, found.figures)
-    elif not fits and (found or step in self._figures):
-      if self._figures.pop(step, None) or step not in self._seen:
-        self._job.say(f'the scores on record of step {step:,} are of another checkpoint or other '
+    fits = found and found.fits(self._job.run.stamp(step), **self._job.conditions())
+    if fits and step not in self._metrics:
+      self._record(step, found.metrics)
+    elif not fits and (found or step in self._metrics):
+      if self._metrics.pop(step, None) or step not in self._pending:
+        self._job.say(f'the recorded scores of step {step:,} are of another checkpoint or other '
                       'data; scoring it again')
       if self._curves:
         self._curves.steps.discard(step)
@@ -186,59 +255,62 @@ class _Following:
       return checkpoints.steps()
 
   def _training_has_ended(self, saved: list[int]) -> bool:
-    """Training always saves its last step. A run may be gone on with to a later one."""
+    """Returns whether the last step, which training always saves, is there.
+
+    The config is read again each time, since a run may be resumed with more steps.
+    """
     return bool(saved) and saved[-1] >= open_run(self._job.run.workdir).config.train.steps
 
   def _evaluate(self, step: int) -> bool:
-    """Scores a step; False if it cannot be read."""
+    """Evaluates a step; returns False if it cannot be read."""
     if self._reader:
       self._reader.hold(step)
     variables = self._load(step)
     if variables is None:
       return False
     evaluation = self._job.evaluate(step, variables, self._root / str(step))
-    self._record(step, evaluation.scores.figures)
-    self._job.say(f'step {step:,}: {coco.format_headline(evaluation.scores.figures)}')
-    self._waiting.reset()
+    self._record(step, evaluation.metrics)
+    self._job.say(f'step {step:,}: {coco.format_headline(evaluation.metrics)}')
+    self._poller.reset()
     return True
 
   def _load(self, step: int) -> Variables | None:
-    """The step's variables, or None on every process if one could not read them."""
+    """Returns the step's variables, or None on every process if one could not read them."""
     variables, error = None, None
     try:
       _, variables = self._job.load(step)
-    except Exception as e:  # Files may go at any moment, and every library has its own error.
+    except Exception as e:  # Files may vanish at any moment, and every library has its own error.
       error = e
     if sharding.all_say(error is None):
       return variables
-    # A mistake, such as another model, is not cured by waiting; deletion and damage are none.
-    # A store that cannot be reached says nothing of what is there.
-    there = (error is not None and storage.is_outage(error)) or step in self._saved()
+    # Waiting cures deletion, damage and an outage, but no mistake such as another model. While
+    # storage cannot be reached, it is unknown whether the step exists.
+    exists = (error is not None and storage.is_outage(error)) or step in self._saved()
     mistake = isinstance(error, InputError) and not isinstance(error, DamagedCheckpoint)
-    if sharding.all_say(mistake and there):
+    if sharding.all_say(mistake and exists):
       raise error
-    if there:
+    if exists:
       problems = self._problems.setdefault(step, [])
       problems.append(' '.join(str(error or 'on another host').split())[:300])
       if len(problems) == ATTEMPTS:
         self._job.say(f'step {step:,} cannot be read and is skipped: {problems[-1]}')
     return None
 
-  def _record(self, step: int, figures: dict[str, float | None]) -> None:
-    self._figures[step] = figures
-    self._seen.discard(step)
+  def _record(self, step: int, metrics: dict[str, float | None]) -> None:
+    self._metrics[step] = metrics
+    self._pending.discard(step)
     if self._curves and step not in self._curves.steps:
-      self._curves.write(step, {f'eval/{name}': value for name, value in figures.items()})
+      self._curves.write(step, {f'eval/{name}': value for name, value in metrics.items()})
       self._curves.steps.add(step)
 
   def _drop(self, step: int) -> None:
     self._job.say(f'step {step:,} was deleted before it was scored and is skipped')
-    self._seen.discard(step)
+    self._pending.discard(step)
     self._problems.pop(step, None)
     self._deleted.append(step)
 
   def _open_curves(self) -> MetricsWriter:
-    """Training's writers stay its own: another event file, another `metrics.jsonl`."""
+    """Opens files of its own, since those of training have their own writer."""
     workdir = self._job.run.workdir
     tensorboard = None
     if self._root.parent == workdir:

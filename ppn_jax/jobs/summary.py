@@ -1,8 +1,8 @@
-"""What a model has and costs: parameters and FLOPs by layer and in total, with nothing compiled.
+"""Counts the parameters and FLOPs of a model by layer and in total, without compiling it.
 
 Everything is counted from the jaxpr of `Detector.detect` for one image, with every convolution
-in its native form: another form computes the same with other operations. FLOPs are counted as
-TensorFlow's profiler does (`models.flops`), which has none for batch norm and activations.
+in its native form, since other forms compute the same with other operations. FLOPs are counted as
+in TensorFlow's profiler (`models.flops`), which counts none for batch norm and activations.
 """
 
 import itertools
@@ -22,57 +22,57 @@ from ppn_jax.models.flops import Operation, operations, used_arguments
 from ppn_jax.run import build_detector, resolve_classes
 
 Path = tuple[str, ...]
-BEFORE, AFTER = 'preprocessing', 'scores and boxes'  # Rows of what is outside the network.
-# Where suppression begins: it is selection, and its length depends on the image.
+BEFORE, AFTER = 'preprocessing', 'scores and boxes'  # Rows of operations outside the network.
+# Suppression begins with one of these. It is not counted, as its length depends on the image.
 _SELECTIONS = frozenset({'top_k', 'approx_top_k', 'sort', 'while'})
 
 
 class Layer(NamedTuple):
-  """A row of the table; batch norm is part of its convolution's."""
+  """Row of the table; batch norm is part of the row of its convolution."""
   name: str
   parameters: int  # Trainable.
   statistics: int  # Batch norm's moving averages.
   multiply_adds: int
   flops: int
-  other_ops: int  # Of batch norm, activations and what else the profiler leaves out.
+  other_ops: int  # Of batch norm, activations and others that the profiler leaves out.
 
 
 class Totals(NamedTuple):
-  """The countings that are in use. Variables are those that the outputs depend on."""
+  """Totals by each counting in use, of the variables that the outputs depend on."""
   trainable: int
-  variables: int  # Trainable ones and batch norm's moving averages.
+  variables: int  # Trainable ones and moving averages of batch norm.
   variables_without_scale: int  # As if batch norm had no scale (gamma).
   multiply_adds: int
   network_flops: int
   detection_flops: int  # From pixels to scored boxes, before suppression.
-  unused: int  # Trainable, but no output depends on it; in none of the above.
+  unused: int  # Trainable, but no output depends on them; in none of the above.
 
 
 class Summary(NamedTuple):
-  """See `summarize`."""
+  """Parameters and FLOPs of a model; see `summarize`."""
   image_size: int
-  num_classes: int  # The background not counted.
+  num_classes: int  # Without the background.
   columns: int  # Of the class head, for one anchor.
   layers: tuple[Layer, ...]
   totals: Totals
   by_columns: dict[int, Totals]  # With C, 1 + C and 2 + C columns.
 
 
-class Reading(NamedTuple):
-  """A model counted in one of the ways that give the paper's Table 1."""
+class PaperCount(NamedTuple):
+  """Model counted by one of the conventions that reproduce the paper's Table 1."""
   columns: int
-  counted_parameters: str  # Which of `Totals`.
+  counted_parameters: str  # Field of `Totals`.
   counted_flops: str
   parameters: str  # In millions and billions, rounded as in the paper.
   flops: str
-  row: str | None  # Of the paper's table, if both cells are those.
+  row: str | None  # Of the paper's table, if both values are the same there.
 
 
 # Table 1: parameters and FLOPs of each model at 300 px.
 PAPER = {'SSD': ('6.83M', '2.48B'), 'PPN': ('2.18M', '2.35B')}
-# (columns beyond the 90 classes, parameters, FLOPs) of all countings of Totals that give its four
-# cells. The paper does not say which one it means.
-READINGS = (
+# (columns in addition to the 90 classes, parameters, FLOPs) of all countings of `Totals` that give
+# its four values. The paper does not say which one it uses.
+PAPER_CONVENTIONS = (
     (2, 'trainable', 'network_flops'),
     (2, 'trainable', 'detection_flops'),
     (1, 'variables_without_scale', 'detection_flops'),
@@ -86,14 +86,15 @@ def summarize(config: ConfigDict) -> Summary:
     config: with `model.num_classes` set, see `fill_in_classes`.
 
   Raises:
-    InputError: see `detector.build`; or the network has a loop of unknown length.
+    InputError: If the config is invalid, see `detector.build`, or the network has a loop of unknown
+      length.
   """
   detector = build_detector(_native(config))
   columns, classes = detector.columns.count, detector.num_classes
   layers, totals = _count(detector)
   by_columns = {columns: totals}
   for count in range(classes, classes + 3):
-    # The background column stays as it is: some losses need it.
+    # Whether there is a background column stays as it is, since some losses need it.
     if count not in by_columns and count > columns - classes:
       variant = _native(config, num_classes=count - (columns - classes))
       by_columns[count] = _count(build_detector(variant))[1]
@@ -101,37 +102,38 @@ def summarize(config: ConfigDict) -> Summary:
                  dict(sorted(by_columns.items())))
 
 
-def paper_readings(summary: Summary) -> tuple[Reading, ...]:
-  """The model by each of `READINGS`; none unless it has the paper's 300 px and 90 classes."""
+def paper_counts(summary: Summary) -> tuple[PaperCount, ...]:
+  """Counts a model by each of `PAPER_CONVENTIONS`, if it has the paper's 300 px and 90 classes."""
   if (summary.image_size, summary.num_classes) != (300, 90):
     return ()
 
-  def read(beyond: int, parameters: str, flops: str) -> Reading:
-    totals = summary.by_columns[summary.num_classes + beyond]
+  def count(extra_columns: int, parameters: str, flops: str) -> PaperCount:
+    totals = summary.by_columns[summary.num_classes + extra_columns]
     cells = (f'{getattr(totals, parameters) / 1e6:.2f}M', f'{getattr(totals, flops) / 1e9:.2f}B')
-    row = next((name for name, there in PAPER.items() if there == cells), None)
-    return Reading(summary.num_classes + beyond, parameters, flops, *cells, row)
+    row = next((name for name, values in PAPER.items() if values == cells), None)
+    return PaperCount(summary.num_classes + extra_columns, parameters, flops, *cells, row)
 
-  return tuple(read(*reading) for reading in READINGS)
+  return tuple(count(*convention) for convention in PAPER_CONVENTIONS)
 
 
 def fill_in_classes(config: ConfigDict) -> ConfigDict:
-  """A config whose `model.num_classes` is set: where it is 0, from the training data.
+  """Returns a config whose `model.num_classes` is set, from the training data if it is 0.
 
   Raises:
-    InputError: the training data cannot be opened.
+    InputError: If the training data are needed and cannot be opened.
   """
   if config.model.num_classes:
     return config
   try:
     categories = open_split(complete(config), 'train').categories
   except InputError as e:
-    raise InputError('model.num_classes is 0, which asks the training data; give '
-                     f'--config.model.num_classes=N, or mend this: {e}') from e
+    raise InputError('model.num_classes is 0, so the number comes from the training data; give '
+                     f'--config.model.num_classes=N, or fix this: {e}') from e
   return resolve_classes(config, categories)
 
 
 def _native(config: ConfigDict, **model: Any) -> ConfigDict:
+  """Returns a copy of a config with native convolutions and these entries of `model`."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.model.layers.conv_form = 'native'
@@ -140,10 +142,10 @@ def _native(config: ConfigDict, **model: Any) -> ConfigDict:
 
 
 def _count(detector: Detector) -> tuple[tuple[Layer, ...], Totals]:
-  """Of one image, with shapes alone."""
+  """Counts by layer and in total for one image, from shapes alone."""
   variables = jax.eval_shape(detector.init, jax.random.key(0))
   images = jax.eval_shape(detector.blank_images)
-  # The scopes tell an operation's layer; users can turn them off.
+  # Flax's scopes name the layer of an operation; users can turn them off.
   with flax.config.temp_flip_flag('profile', True):
     jaxpr = jax.make_jaxpr(detector.detect)(variables, images).jaxpr
   leaves = jax.tree.leaves_with_path(variables)
@@ -173,7 +175,7 @@ def _totals(layers: tuple[Layer, ...], sizes: Mapping[Path, int], used: Mapping[
 
 def _located(jaxpr: core.Jaxpr, root: str, paths: list[Path], norms: set[Path]
              ) -> Iterator[tuple[str, Operation]]:
-  """(layer, operation) up to the suppression; batch norm's FLOPs as other operations."""
+  """Yields (layer, operation) up to suppression, with FLOPs of batch norm as other operations."""
   for op in itertools.takewhile(lambda op: op.primitive not in _SELECTIONS, operations(jaxpr)):
     # Flax adds a scope for each module, and one with a dot for methods other than __call__.
     module = tuple(name for name in op.scope[1:] if '.' not in name)
@@ -190,7 +192,7 @@ def _located(jaxpr: core.Jaxpr, root: str, paths: list[Path], norms: set[Path]
 
 def _layers(located: list[tuple[str, Operation]], used: Mapping[Path, int], norms: set[Path]
             ) -> tuple[Layer, ...]:
-  """One row for each layer that has or does something, in the order of the forward pass."""
+  """Returns a row for each layer with variables or operations, in order of the forward pass."""
   rows = {name: [0] * 5 for name, _ in located if name != AFTER}
   for path, size in used.items():
     row = rows.setdefault(_layer_of_variable(path, norms), [0] * 5)
@@ -207,7 +209,7 @@ def _layer_of(module: Path) -> str:
 
 
 def _layer_of_variable(path: Path, norms: set[Path]) -> str:
-  """'params', 'head', 'box_kernel' -> 'head/box'; 'params', 'stem', 'kernel' -> 'stem'."""
+  """Returns the layer: 'head/box' for 'params', 'head', 'box_kernel'; 'stem' for its 'kernel'."""
   _, *module, leaf = path
   if tuple(module) not in norms:
     part = leaf.rpartition('_')[0]
@@ -226,14 +228,14 @@ _LABELS = {
 _LEGEND = """\
 FLOPs: 2 for each multiply-add, 1 for each output of other arithmetic, a pooling window's size for
 each of its outputs, as TensorFlow's profiler counts. It has none for batch norm and activations;
-their operations are the last column. Image to detections: with the scaling of the input, the
-scores and the decoding of boxes, before suppression; counted here from our own operations, where
-the profiler's figure for TensorFlow's graph is slightly another. Variables: with batch norm's
-moving averages; no norm scale: as if batch norm had no gamma."""
+their operations are the last column. Image to detections: includes scaling of the input, scores
+and decoding of boxes, up to suppression, counted from the operations of this implementation, so
+that the profiler's count of TensorFlow's graph is slightly different. Variables: includes moving
+averages of batch norm; no norm scale: as if batch norm had no gamma."""
 
 
 def format_summary(summary: Summary) -> str:
-  """Layers, totals in every counting and, where it applies, the paper's Table 1; plain text."""
+  """Formats layers, totals by every counting and, if it applies, the paper's Table 1 as text."""
   inside = [layer for layer in summary.layers if layer.name not in (BEFORE, AFTER)]
   sums = [(name, *(sum(column) for column in zip(*(layer[1:] for layer in rows), strict=True)))
           for name, rows in (('network', inside), ('image to detections', summary.layers))]
@@ -249,26 +251,26 @@ def format_summary(summary: Summary) -> str:
       _table(('class columns', *titles), countings), _LEGEND]
   if summary.totals.unused:
     parts.insert(3, f'No output depends on {summary.totals.unused:,} further trainable '
-                    'parameters; they are in none of these figures.')
-  return '\n\n'.join(filter(None, [*parts, _paper_note(paper_readings(summary))]))
+                    'parameters; they are in none of these counts.')
+  return '\n\n'.join(filter(None, [*parts, _paper_note(paper_counts(summary))]))
 
 
 def _table(titles: tuple[str, ...], rows: list[tuple]) -> str:
-  """Names to the left, numbers to the right."""
+  """Aligns names to the left and numbers to the right."""
   cells = [titles, *((row[0], *(f'{n:,}' for n in row[1:])) for row in rows)]
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
                    for row in cells)
 
 
-def _paper_note(readings: tuple[Reading, ...]) -> str:
-  if not readings:
+def _paper_note(counts: tuple[PaperCount, ...]) -> str:
+  if not counts:
     return ''
   rows = ' and '.join(f'{name} {" ".join(cells)}' for name, cells in PAPER.items())
   lines = [f"The paper's Table 1 has {rows}. Each of these countings gives all four",
-           'figures; which one the authors used is not known. This model by each of them:']
-  for r in readings:
+           'values; which one the authors used is not known. This model by each of them:']
+  for r in counts:
     lines.append(f'  {r.parameters} {r.flops}  {_LABELS[r.counted_parameters]}; '
                  f'{_LABELS[r.counted_flops]}; {r.columns - 1} + background '
-                 f"({f'as {r.row} there' if r.row else 'neither of them'})")
+                 f"({f'as {r.row} there' if r.row else 'neither row'})")
   return '\n'.join(lines)

@@ -94,7 +94,7 @@ class Steps:
           self.progress.say(f'step {step:,} is not saved: its loss is more than '
                             f'{DIVERGED_FACTOR:,.0f} times the first, {self.first_loss:.4g}')
         elif saving:
-          self._save(step, state, scores.figures if evaluating else None)
+          self._save(step, state, scores.metrics if evaluating else None)
         if ending:
           self._end_early(step, 'is not saved' if self.exploded else 'could not be saved')
     self._complete_save(step, state, scores)
@@ -127,7 +127,7 @@ class Steps:
         raise
       self.progress.say(f'{e}; trying again')
     if self.checkpoints.latest() != step:
-      self.checkpoints.save(step, state, scores.figures if scores else None)
+      self.checkpoints.save(step, state, scores.metrics if scores else None)
       self.checkpoints.wait()
 
   def _end_early(self, step: int, unsaved: str = 'could not be saved') -> None:
@@ -272,8 +272,8 @@ class Steps:
     scores = self.evaluator.score(rows)
     if self.writer:
       with self._informing():
-        self.writer.write(step, {f'eval/{name}': value for name, value in scores.figures.items()})
+        self.writer.write(step, {f'eval/{name}': value for name, value in scores.metrics.items()})
     self.progress.say(
-        f'evaluated step {step:,}: {format_headline(scores.figures)}  on {scores.num_images:,} '
+        f'evaluated step {step:,}: {format_headline(scores.metrics)}  on {scores.num_images:,} '
         f'images in {duration(time.perf_counter() - started)}')
     return scores

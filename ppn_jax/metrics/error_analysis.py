@@ -1,21 +1,23 @@
-"""What kind of mistake each wrong detection is, and what each kind costs.
+"""Classifies wrong detections by kind of error, and computes the cost of each kind.
 
-The kinds and their costs are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying
-Object Detection Errors", ECCV 2020, section 2): of a detection that is not right at IoU 0.5,
+Kinds and costs are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object
+Detection Errors", ECCV 2020, section 2). The kind of a detection that is not correct at IoU 0.5 is
+the first of these that applies:
 
-  poorly placed    IoU of 0.1 to 0.5 with truth of its class
-  wrong class      IoU of 0.5 and more with truth of another class
-  duplicate        IoU of 0.5 and more with truth of its class that a better score has found
-  background       IoU below 0.1 with all truth
-  wrong class and place   what is left: IoU of 0.1 to 0.5 with truth of another class
+  poorly placed    IoU of 0.1 to 0.5 with ground truth of its class
+  wrong class      IoU of 0.5 and more with ground truth of another class
+  duplicate        IoU of 0.5 and more with ground truth of its class that a better score matched
+  background       IoU below 0.1 with all ground truth
+  wrong class and place   otherwise: IoU of 0.1 to 0.5 with ground truth of another class
 
-the first that fits, and a truth box is
+A ground-truth box is
 
-  missed           if nothing found it and no detection of the first two kinds is meant for it.
+  missed           if nothing matched it and it is not the target of the first two kinds.
 
-The cost of a kind is what AP50 would gain if it alone were mended: misplaced and misnamed
-detections become right, unless their truth is found already; duplicates and the last two kinds of
-detections vanish, and so does missed truth. Costs do not add up to 1 - AP50.
+The cost of a kind is the AP50 gained by fixing it alone. Detections of the first two kinds become
+correct, if they have the best score of those with their target and nothing matched it, and are
+removed otherwise; detections of the other kinds and missed ground truth are removed. Costs do not
+add up to 1 - AP50. They are computed by hotcoco, which agrees with the authors' tidecv.
 """
 
 import collections
@@ -32,59 +34,59 @@ KINDS = ('missed', 'duplicate', 'wrong class', 'poorly placed', 'wrong class and
          'background')
 MISSED, DUPLICATE, WRONG_CLASS, POORLY_PLACED, BOTH, BACKGROUND = range(len(KINDS))
 NO_ERROR = -1
+_HOTCOCO_NAMES = dict(zip(KINDS, ('Miss', 'Dupe', 'Cls', 'Loc', 'Both', 'Bkg'), strict=True))
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
 
 
 class Errors(NamedTuple):
-  """N detections and their mistakes, and the truth that was missed; NumPy."""
-  kind: Array  # i64 [N], index into KINDS; NO_ERROR for what is right or ignored.
-  target: Array  # i64 [N], the truth meant or found, position among the annotations, or -1.
-  iou: Array  # f64 [N], with the target; of background, the largest with any truth.
+  """Errors of N detections, and the M ground-truth boxes that were missed, as NumPy arrays."""
+  kind: Array  # i64 [N], index into KINDS; NO_ERROR for correct and ignored detections.
+  target: Array  # i64 [N], position of the matched or closest annotation, -1 for background.
+  iou: Array  # f64 [N], with the target; for background, the largest with any ground truth.
   missed: Array  # i64 [M], positions among the annotations.
 
   def counts(self) -> dict[str, int]:
-    """How many there are of each kind."""
-    found = np.bincount(self.kind[self.kind >= 0], minlength=len(KINDS))
-    found[MISSED] = len(self.missed)
-    return dict(zip(KINDS, found.tolist(), strict=True))
+    """Returns {kind: number of errors}."""
+    counts = np.bincount(self.kind[self.kind >= 0], minlength=len(KINDS))
+    counts[MISSED] = len(self.missed)
+    return dict(zip(KINDS, counts.tolist(), strict=True))
 
 
 def classify(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *,
-             floor: float = 0.0) -> Errors:
-  """The kind of every mistake among rows of `coco.to_rows`; see the module.
+             min_score: float = 0.0) -> Errors:
+  """Determines the kind of error of each detection; see the module for the kinds.
 
-  Crowds are no truth here; detections in them are ignored.
+  Crowds do not count as ground truth; detections inside them are ignored.
 
   Args:
     ground_truth: COCO instances dict.
-    rows: N detections.
-    floor: detections of a lower score are no errors, and find nothing.
+    rows: N detections, see `coco.to_rows`.
+    min_score: detections of a lower score are ignored.
   """
-  weak = np.array([r['score'] < floor for r in rows], bool)
-  taken, ignored = np.full(len(rows), -1), weak.copy()
-  taken[~weak], ignored[~weak] = matching.pair(
-      ground_truth, [r for r in rows if r['score'] >= floor], min_iou=FOREGROUND_IOU)
-  kind, target, iou = np.full(len(rows), NO_ERROR), taken.copy(), np.zeros(len(rows))
-  truth, found = collections.defaultdict(list), collections.defaultdict(list)
+  weak = np.array([r['score'] < min_score for r in rows], bool)
+  matched, ignored = np.full(len(rows), -1), weak.copy()
+  matched[~weak], ignored[~weak] = matching.match(
+      ground_truth, [r for r in rows if r['score'] >= min_score], min_iou=FOREGROUND_IOU)
+  kind, target, iou = np.full(len(rows), NO_ERROR), matched.copy(), np.zeros(len(rows))
+  annotations_of, wrong_of = collections.defaultdict(list), collections.defaultdict(list)
   for at, annotation in enumerate(ground_truth['annotations']):
     if not annotation.get('iscrowd', 0):
-      truth[annotation['image_id']].append(at)
-  for i in np.flatnonzero(~ignored).tolist():
-    found[rows[i]['image_id']].append(i)
-  for image, members in found.items():
-    wanted = truth.get(image, [])
-    wrong = [i for i in members if taken[i] < 0]
-    kind[wrong], target[wrong], iou[wrong] = _of_image(
-        [rows[i] for i in wrong], [ground_truth['annotations'][at] for at in wanted], wanted)
-  hit = np.concatenate([taken[taken >= 0],
+      annotations_of[annotation['image_id']].append(at)
+  for i in np.flatnonzero(~ignored & (matched < 0)).tolist():
+    wrong_of[rows[i]['image_id']].append(i)
+  for image, wrong in wrong_of.items():
+    positions = annotations_of.get(image, [])
+    kind[wrong], target[wrong], iou[wrong] = _classify_image(
+        [rows[i] for i in wrong], [ground_truth['annotations'][at] for at in positions], positions)
+  hit = np.concatenate([matched[matched >= 0],
                         target[np.isin(kind, (WRONG_CLASS, POORLY_PLACED))]]).astype(int)
-  every = np.array([at for members in truth.values() for at in members], int)
+  every = np.array([at for positions in annotations_of.values() for at in positions], int)
   return Errors(kind, target, iou, np.setdiff1d(every, hit))
 
 
-def _of_image(rows: Sequence[Mapping], annotations: Sequence[Mapping], places: Sequence[int]
-              ) -> tuple[Array, Array, Array]:
-  """Kind, target and IoU of the wrong detections of an image."""
+def _classify_image(rows: Sequence[Mapping], annotations: Sequence[Mapping],
+                    positions: Sequence[int]) -> tuple[Array, Array, Array]:
+  """Returns kind, target and IoU of the wrong detections of an image."""
   if not annotations:
     return np.full(len(rows), BACKGROUND), np.full(len(rows), -1), np.zeros(len(rows))
   overlap = box_ops.iou(matching.corners([r['bbox'] for r in rows]),
@@ -98,44 +100,19 @@ def _of_image(rows: Sequence[Mapping], annotations: Sequence[Mapping], places: S
                 np.maximum(best_own, best_other) < BACKGROUND_IOU)
   kind = np.select(conditions, (POORLY_PLACED, WRONG_CLASS, DUPLICATE, BACKGROUND), BOTH)
   of_own = np.isin(kind, (POORLY_PLACED, DUPLICATE))
-  target = np.asarray(places)[np.where(of_own, own.argmax(axis=1), other.argmax(axis=1))]
+  target = np.asarray(positions)[np.where(of_own, own.argmax(axis=1), other.argmax(axis=1))]
   iou = np.where(of_own, best_own, best_other)
-  nothing = kind == BACKGROUND
-  return kind, np.where(nothing, -1, target), np.where(nothing, overlap.max(axis=1), iou)
+  background = kind == BACKGROUND
+  return kind, np.where(background, -1, target), np.where(background, overlap.max(axis=1), iou)
 
 
-def costs(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], errors: Errors, *,
-          scorer: str = 'hotcoco') -> dict[str, float]:
-  """Kind -> what AP50 gains, 0 to 1, if mistakes of this kind alone were mended.
+def costs(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Returns {kind: AP50 gained, 0 to 1, by fixing the errors of this kind alone}.
 
   Args:
-    ground_truth, rows: as classified, with a floor of 0.
-    errors: of `classify`.
-    scorer: see `coco.score`.
+    ground_truth: COCO instances dict.
+    rows: detections, of any score.
   """
-  ap50 = lambda truth, rows: coco.score(truth, rows, scorer=scorer).figures['AP50'] or 0.0
-  as_is, gains = ap50(ground_truth, rows), {}
-  for kind, name in enumerate(KINDS):
-    truth, mended = _mended(ground_truth, rows, errors, kind)
-    gains[name] = ap50(truth, mended) - as_is
-  return gains
-
-
-def _mended(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], errors: Errors,
-            kind: int) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
-  """Truth and rows without the mistakes of one kind."""
-  if kind == MISSED:
-    missed = set(errors.missed.tolist())
-    kept = [a for at, a in enumerate(ground_truth['annotations']) if at not in missed]
-    return {**ground_truth, 'annotations': kept}, list(rows)
-  right = errors.kind == NO_ERROR
-  found = set(errors.target[right & (errors.target >= 0)].tolist())
-  mended = [row for row, k in zip(rows, errors.kind.tolist(), strict=True) if k != kind]
-  if kind in (WRONG_CLASS, POORLY_PLACED):
-    for i in sorted(np.flatnonzero(errors.kind == kind).tolist(), key=lambda i: -rows[i]['score']):
-      at = int(errors.target[i])
-      if at not in found:
-        found.add(at)
-        truth = ground_truth['annotations'][at]
-        mended.append({**rows[i], 'category_id': truth['category_id'], 'bbox': truth['bbox']})
-  return ground_truth, mended
+  found = coco.tide_errors(ground_truth, rows, min_iou=FOREGROUND_IOU,
+                           background_iou=BACKGROUND_IOU)
+  return {kind: float(found['delta_ap'][name]) for kind, name in _HOTCOCO_NAMES.items()}

@@ -1,4 +1,4 @@
-"""Intervals of 95%. Detections of one image resemble one another, so images are what is redrawn."""
+"""95% intervals. Detections of one image resemble one another, so whole images are resampled."""
 
 from collections.abc import Sequence
 
@@ -8,51 +8,65 @@ from scipy import special
 JACKKNIFE_GROUPS = 20
 
 
-def wilson(correct: int, count: int) -> tuple[float, float]:
-  """Wilson's 95% interval of a share."""
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
+  """Returns Wilson's 95% score interval of a proportion, `correct` out of `count`."""
   z, p = 1.96, correct / count
   middle, half = p + z**2 / (2 * count), z * np.sqrt(p * (1 - p) / count + z**2 / (4 * count**2))
   scale = 1 + z**2 / count
   return float(max(middle - half, 0) / scale), float(min((middle + half) / scale, 1))
 
 
-def percentiles(drawn: np.ndarray) -> list[float]:
-  """95% interval of a figure from its resampled values."""
-  return [float(x) for x in np.percentile(drawn, (2.5, 97.5))]
+def percentile_interval(resampled: np.ndarray) -> list[float]:
+  """Returns the 95% percentile interval of a statistic from its resampled values."""
+  return [float(x) for x in np.percentile(resampled, (2.5, 97.5))]
 
 
-def norm_interval(value: float, by_chance: np.ndarray, along: np.ndarray) -> list[float]:
-  """Interval of a norm of noisy parts, which noise makes larger, most of all near zero.
+def norm_interval(value: float, noise_norms: np.ndarray, changes: np.ndarray) -> list[float]:
+  """Returns a 95% interval of a norm of noisy parts, which noise makes larger, above all near 0.
 
-  A bootstrap's percentiles never reach zero there. Down, it goes as far as the noise alone would
-  have made the value (the triangle inequality); up, as far as the noise moves a large value.
-  Simulated, it held the true ECE in 96 to 100% of cases, calibrated or not, of 120 and more
-  detections; percentiles held it in 0 to 93%.
+  The percentiles of a bootstrap never reach zero there. The lower end is as far below `value` as
+  noise alone could have raised it (the triangle inequality); the upper end is as far above as
+  noise moves a large value. In simulations it covered the true ECE in 96 to 100% of cases,
+  calibrated or not, of 120 and more detections; percentiles covered it in 0 to 93%.
 
   Args:
-    value: as measured.
-    by_chance: the norm of the noise alone, resampled.
-    along: change of the value by resampled noise, to first order.
+    value: the measured norm.
+    noise_norms: [resamples], the norm of the resampled noise alone.
+    changes: [resamples], first-order change of the value by the resampled noise.
   """
-  return [float(max(value - np.percentile(by_chance, 97.5), 0)),
-          float(value + np.percentile(along, 97.5))]
+  return [float(max(value - np.percentile(noise_norms, 97.5), 0)),
+          float(value + np.percentile(changes, 97.5))]
 
 
-def jackknife_masks(place: np.ndarray, num_images: int,
+def jackknife_masks(position: np.ndarray, num_images: int,
                     groups: int = JACKKNIFE_GROUPS) -> list[np.ndarray]:
-  """Places [N] of images, 0 to num_images - 1 -> per group of images, bool [N] of the others."""
+  """Returns, for each group of images, the mask of the items that lie outside it.
+
+  Args:
+    position: i64 [N], the image of each item, 0 to num_images - 1.
+    num_images: of the data set.
+    groups: how many groups, at most one for each image.
+
+  Returns:
+    A list of bool [N].
+  """
   groups = min(groups, num_images)
-  return [place % groups != group for group in range(groups)]
+  return [position % groups != group for group in range(groups)]
 
 
-def jackknife_interval(whole: float, parts: Sequence[float]) -> list[float] | None:
-  """95% interval of a figure, from its values with one group of images left out each.
+def jackknife_interval(value: float, parts: Sequence[float]) -> list[float] | None:
+  """Returns the 95% delete-a-group jackknife interval of a statistic, by Student's t.
 
-  By Student's t; None of fewer than two groups.
+  Args:
+    value: the statistic over all images.
+    parts: its values with one group of images left out each.
+
+  Returns:
+    [low, high], or None with fewer than two groups.
   """
   parts, g = np.asarray(parts), len(parts)
   if g < 2:
     return None
   error = np.sqrt((g - 1) / g * np.sum((parts - parts.mean())**2))
   half = float(special.stdtrit(g - 1, 0.975) * error)
-  return [whole - half, whole + half]
+  return [value - half, value + half]

@@ -1,13 +1,13 @@
-"""What miscalibration between levels costs: AP with scores as they are, and recalibrated.
+"""Measures how much AP is lost because pyramid levels are calibrated differently.
 
-A map of the score's logit, slope * logit + intercept (Platt, 1999), is fitted to right and wrong
-for each level. Slopes are positive, so the order within a level stays; what changes is how levels
-rank against one another, and AP sees nothing else. The maps of one half of the images are applied
-to the other, so no score is judged by a map that saw it. One map for all levels, fitted in the
-same way, is the control: it can change AP only through its halves differing.
+A map of the score's logit, slope * logit + intercept (Platt, 1999), is fitted to correctness for
+each level. Slopes are positive, so the order within a level stays; only the ranking of levels
+against one another changes, and AP depends on nothing else. The maps fitted to one half of the
+images are applied to the other, so no map is applied to scores that it was fitted to. One map for
+all levels, fitted in the same way, is the control: it can change AP only because its halves differ.
 
-Suppression has happened by then, with scores as they were. What it lost across levels is not in
-the cost, which is therefore of ranking alone.
+Suppression has happened by then, with the scores as they were. Its losses across levels are not
+part of the cost, which is therefore that of ranking alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ from scipy import optimize, special
 from ppn_jax.detection.structures import Array
 from ppn_jax.metrics import coco
 from ppn_jax.metrics.intervals import jackknife_interval, jackknife_masks
-from ppn_jax.metrics.matching import Judged
+from ppn_jax.metrics.matching import MatchedDetections
 
-# Standard deviations of a map's (log slope, intercept at the centre) around what it is pulled
-# towards: the scores as they are for all levels together, the map of all levels for one. A level
-# of a thousand detections hardly feels it, one of ten hardly leaves it.
-_GLOBAL_SPREAD, _LEVEL_SPREAD = (1.0, 3.0), (0.5, 1.0)
-_LEAST = 1000  # Detections of a level to fit to, its best ones, should the floor leave fewer.
-_EDGE = 1e-12  # Scores of 0 and 1 have no logit.
-FIGURES = ('AP', 'AP50')
+# Standard deviations of the Gaussian prior of a map's (log slope, intercept at the centre). The map
+# of all levels has the identity as its mean, that of one level the map of all levels. A level of a
+# thousand detections is hardly affected by the prior, one of ten hardly departs from it.
+_GLOBAL_DEVIATION, _LEVEL_DEVIATION = (1.0, 3.0), (0.5, 1.0)
+_MIN_DETECTIONS = 1000  # Of a level to fit to, its best ones, if the floor leaves fewer.
+_EPSILON = 1e-12  # Scores of 0 and 1 have no logit.
+METRICS = ('AP', 'AP50')
 _GROUPS = 10  # Of images; each is left out once, at the cost of scoring the rest twice.
 
 
@@ -38,164 +38,175 @@ class Platt(NamedTuple):
   centre: float
 
   def __call__(self, scores: Array) -> np.ndarray:
-    """Scores, 0 to 1, to calibrated ones in the same order."""
+    """Returns calibrated scores, 0 to 1, which have the same order as `scores`."""
     return special.expit(np.exp(self.log_slope) * (_logit(scores) - self.centre) + self.intercept)
 
   def centred(self, centre: float) -> 'Platt':
-    """The same map about another centre; about their mean, slope and intercept fit apart."""
+    """Returns the same map about another centre.
+
+    About the mean of the logits, slope and intercept are nearly uncorrelated in a fit.
+    """
     moved = self.intercept + np.exp(self.log_slope) * (centre - self.centre)
     return Platt(self.log_slope, float(moved), centre)
 
   def inverse(self, precision: float) -> float:
-    """The score that stands for a precision."""
+    """Returns the score that the map takes to a precision."""
     return float(special.expit(
         (special.logit(precision) - self.intercept) * np.exp(-self.log_slope) + self.centre))
 
 
-def fit_levels(judged: Judged, num_levels: int) -> tuple[Platt, tuple[Platt, ...]]:
-  """The maps of greatest likelihood: of all detections, and of each level pulled towards it.
+def fit_levels(matched: MatchedDetections, num_levels: int) -> tuple[Platt, tuple[Platt, ...]]:
+  """Fits a map to all detections, and one to each level with a prior around the former.
 
+  Both are maximum a posteriori estimates of logistic regression of correctness on the logit.
   Without any detections both leave scores as they are.
   """
-  whole = _fit(judged, Platt(0.0, 0.0, 0.0), _GLOBAL_SPREAD)
-  return whole, tuple(_fit(judged.take(judged.level == level), whole, _LEVEL_SPREAD)
+  whole = _fit(matched, Platt(0.0, 0.0, 0.0), _GLOBAL_DEVIATION)
+  return whole, tuple(_fit(matched.select(matched.level == level), whole, _LEVEL_DEVIATION)
                       for level in range(num_levels))
 
 
-def _fit(judged: Judged, prior: Platt, spread: tuple[float, float]) -> Platt:
-  if not len(judged.score):
+def _fit(matched: MatchedDetections, prior: Platt, deviation: tuple[float, float]) -> Platt:
+  """Fits one map, with a Gaussian prior of this deviation around the parameters of `prior`."""
+  if not len(matched.score):
     return prior
-  x, y = _logit(judged.score), judged.correct.astype(float)
+  x, y = _logit(matched.score), matched.correct.astype(float)
   prior = prior.centred(float(x.mean()))
-  x, start, spread = x - prior.centre, np.array(prior[:2]), np.array(spread)
+  x, start, deviation = x - prior.centre, np.array(prior[:2]), np.array(deviation)
 
   def loss(parameters):
     slope, intercept = np.exp(parameters[0]), parameters[1]
-    z, pull = slope * x + intercept, (parameters - start) / spread
+    z, pull = slope * x + intercept, (parameters - start) / deviation
     error = special.expit(z) - y
-    gradient = np.array([error @ x * slope, error.sum()]) + pull / spread
+    gradient = np.array([error @ x * slope, error.sum()]) + pull / deviation
     return (np.logaddexp(0, z).sum() - z @ y + pull @ pull / 2) / len(x), gradient / len(x)
 
-  # BFGS: L-BFGS-B's compiled code takes milliseconds a call to start threads for two numbers.
+  # BFGS, since the compiled code of L-BFGS-B takes milliseconds to start threads in each call.
   return Platt(*map(float, optimize.minimize(loss, start, jac=True, method='BFGS').x),
                prior.centre)
 
 
-def _to_fit(judged: Judged, floor: float, num_levels: int) -> Judged:
-  """Those of `floor` and more, and the best `_LEAST` of each level whatever their scores.
+def _detections_to_fit(matched: MatchedDetections, floor: float, num_levels: int
+                       ) -> MatchedDetections:
+  """Returns detections that score at least `floor`, and the best `_MIN_DETECTIONS` of each level.
 
   A level may be so miscalibrated that nothing on it reaches the floor; its cost counts too.
-  Choosing by score does not bias what a score stands for.
+  Selecting by score does not bias the precision at a score.
   """
-  judged = judged.above(0)
-  chosen = judged.score >= floor
+  matched = matched.at_least(0)
+  chosen = matched.score >= floor
   for level in range(num_levels):
-    there = np.flatnonzero(judged.level == level)
-    chosen[there[np.argsort(-judged.score[there], kind='stable')[:_LEAST]]] = True
-  return judged.take(chosen)
+    there = np.flatnonzero(matched.level == level)
+    chosen[there[np.argsort(-matched.score[there], kind='stable')[:_MIN_DETECTIONS]]] = True
+  return matched.select(chosen)
 
 
-def recalibrate(judged: Judged, floor: float, num_levels: int,
+def recalibrate(matched: MatchedDetections, floor: float, num_levels: int,
                 first_half: Array) -> tuple[np.ndarray, np.ndarray]:
-  """Scores mapped by what the other half of the images shows.
+  """Recalibrates scores by maps that are fitted to the other half of the images.
 
   Args:
-    judged: all N detections; see `_to_fit` for which are fitted to.
-    floor: least score.
+    matched: all N detections; `_detections_to_fit` chooses those that maps are fitted to.
+    floor: least score of a detection that maps are fitted to.
     num_levels: L.
     first_half: bool [images].
 
   Returns:
-    f64 [N] each: by one map for all levels, by one for each.
+    f64 [N] each: scores by one map for all levels, and by one map for each level.
   """
-  by_one, by_level = np.zeros((2, len(judged.score)))
-  half = np.asarray(first_half)[judged.image]
+  by_one, by_level = np.zeros((2, len(matched.score)))
+  half = np.asarray(first_half)[matched.image]
   for mine in (half, ~half):
-    whole, levels = fit_levels(_to_fit(judged.take(~mine), floor, num_levels), num_levels)
-    by_one[mine] = whole(judged.score[mine])
+    whole, levels = fit_levels(
+        _detections_to_fit(matched.select(~mine), floor, num_levels), num_levels)
+    by_one[mine] = whole(matched.score[mine])
     for level, platt in enumerate(levels):
-      there = mine & (judged.level == level)
-      by_level[there] = platt(judged.score[there])
+      there = mine & (matched.level == level)
+      by_level[there] = platt(matched.score[there])
   return by_one, by_level
 
 
-def cost(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], judged: Judged, *,
-         num_levels: int, floor: float, seed: int = 0, scorer: str = 'hotcoco',
-         intervals: bool = True) -> dict[str, Any]:
-  """How much AP the differences between levels cost.
+def cost(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
+         matched: MatchedDetections, *, num_levels: int, floor: float, seed: int = 0,
+         scorer: str = 'hotcoco', intervals: bool = True) -> dict[str, Any]:
+  """Measures how much AP the differences between levels cost.
 
   Args:
     ground_truth: COCO instances dict.
     rows: the N detections.
-    judged: the same, as of `judging.judge`.
+    matched: the same detections, from `matching.match_detections`.
     num_levels: L.
-    floor: least score that the maps are fitted to, see `_to_fit`; they are applied to all.
-    seed: of the halves.
+    floor: least score that maps are fitted to, see `_detections_to_fit`; they are applied to all.
+    seed: of the split into halves.
     scorer: see `coco.score`.
-    intervals: whether to score 20 times more, with a tenth of the images left out in turn.
+    intervals: computes intervals, which scores 20 times more, with a tenth of the images left out
+      in turn.
 
   Returns:
-    'as_is', 'one_map' and 'map_per_level', the `FIGURES` of each; 'cost', those per level less
-    those of the control, with 'cost_interval' of 95%; None where there is no truth.
+    'as_is', 'one_map' and 'map_per_level', the `METRICS` of each; 'cost', those of a map per level
+    minus those of the control, with 'cost_interval' of 95%; None without any ground truth.
   """
   num_images = len(ground_truth['images'])
   rng = np.random.default_rng(seed)
   first_half = rng.permutation(num_images) % 2 == 0
-  place = rng.permutation(num_images)
+  position = rng.permutation(num_images)
 
-  def mapped(truth, kept):
+  def recalibrated(ground_truth, kept):
     chosen = [dict(rows[i]) for i in np.flatnonzero(kept)]
-    return [_figures(truth, chosen, scores, scorer) for scores in
-            recalibrate(judged.take(kept), floor, num_levels, first_half)]
+    return [_score(ground_truth, chosen, scores, scorer) for scores in
+            recalibrate(matched.select(kept), floor, num_levels, first_half)]
 
-  one_map, per_level = mapped(ground_truth, np.ones(len(rows), bool))
-  result = {'as_is': _figures(ground_truth, [dict(r) for r in rows], judged.score, scorer),
+  one_map, per_level = recalibrated(ground_truth, np.ones(len(rows), bool))
+  result = {'as_is': _score(ground_truth, [dict(r) for r in rows], matched.score, scorer),
             'one_map': one_map, 'map_per_level': per_level,
             'cost': _difference(one_map, per_level)}
-  result['cost_interval'] = dict.fromkeys(FIGURES)
+  result['cost_interval'] = dict.fromkeys(METRICS)
   if intervals and None not in result['cost'].values():
-    parts = [_difference(*mapped(_without(ground_truth, images), images[judged.image]))
-             for images in jackknife_masks(place, num_images, _GROUPS)]
-    for f in FIGURES:
-      result['cost_interval'][f] = jackknife_interval(
-          result['cost'][f], [p[f] for p in parts if p[f] is not None])
+    parts = [_difference(*recalibrated(_subset(ground_truth, images), images[matched.image]))
+             for images in jackknife_masks(position, num_images, _GROUPS)]
+    for name in METRICS:
+      result['cost_interval'][name] = jackknife_interval(
+          result['cost'][name], [p[name] for p in parts if p[name] is not None])
   return result
 
 
-def maps(judged: Judged, floor: float, num_levels: int) -> list[dict[str, float | None]]:
-  """The map of each level, fitted to all images: for reading, not for judging.
+def maps(matched: MatchedDetections, floor: float, num_levels: int
+         ) -> list[dict[str, float | None]]:
+  """Fits a map of each level to all images, for information; costs never come from these.
 
-  `score_at_half` is the score at which half of the level's detections are right by its map;
-  None for a level without right detections, which cannot tell.
+  `score_at_half` is the score at which half of the level's detections are correct by its map;
+  None for a level without correct detections, where it is unknown.
   """
-  judged = _to_fit(judged, floor, num_levels)
-  _, levels = fit_levels(judged, num_levels)
-  right = np.bincount(judged.level[judged.correct], minlength=num_levels)
+  matched = _detections_to_fit(matched, floor, num_levels)
+  _, levels = fit_levels(matched, num_levels)
+  correct = np.bincount(matched.level[matched.correct], minlength=num_levels)
   return [{'slope': float(np.exp(p.log_slope)), 'intercept': p.centred(0.0).intercept,
            'score_at_half': p.inverse(0.5) if count else None}
-          for p, count in zip(levels, right, strict=True)]
+          for p, count in zip(levels, correct, strict=True)]
 
 
-def _figures(truth: Mapping[str, Any], rows: Sequence[dict[str, Any]], scores: np.ndarray,
-             scorer: str) -> dict[str, float | None]:
-  """AP of the rows with these scores, which are written into them."""
+def _score(ground_truth: Mapping[str, Any], rows: Sequence[dict[str, Any]], scores: np.ndarray,
+           scorer: str) -> dict[str, float | None]:
+  """Returns `METRICS` of the rows with these scores, which are written into them."""
   for row, score in zip(rows, scores.tolist(), strict=True):
     row['score'] = score
-  found = coco.score(truth, rows, scorer=scorer).figures
-  return {f: found[f] for f in FIGURES}
+  metrics = coco.score(ground_truth, rows, scorer=scorer).metrics
+  return {name: metrics[name] for name in METRICS}
 
 
 def _difference(control: Mapping[str, float | None], per_level: Mapping[str, float | None]
                 ) -> dict[str, float | None]:
-  return {f: None if control[f] is None else per_level[f] - control[f] for f in FIGURES}
+  return {name: None if control[name] is None else per_level[name] - control[name]
+          for name in METRICS}
 
 
-def _without(truth: Mapping[str, Any], kept: np.ndarray) -> dict[str, Any]:
-  images = [image for image, keep in zip(truth['images'], kept, strict=True) if keep]
+def _subset(ground_truth: Mapping[str, Any], kept: np.ndarray) -> dict[str, Any]:
+  """Returns the ground truth of the images that a mask keeps."""
+  images = [image for image, keep in zip(ground_truth['images'], kept, strict=True) if keep]
   ids = {image['id'] for image in images}
-  return {**truth, 'images': images,
-          'annotations': [a for a in truth['annotations'] if a['image_id'] in ids]}
+  return {**ground_truth, 'images': images,
+          'annotations': [a for a in ground_truth['annotations'] if a['image_id'] in ids]}
 
 
 def _logit(scores: Array) -> np.ndarray:
-  return special.logit(np.clip(np.asarray(scores, np.float64), _EDGE, 1 - _EDGE))
+  return special.logit(np.clip(np.asarray(scores, np.float64), _EPSILON, 1 - _EPSILON))

@@ -1,4 +1,4 @@
-"""The anchors over an image, and which of them its truth is assigned to."""
+"""Draws the anchors over an image, and which of them its ground truth is assigned to."""
 
 from typing import TYPE_CHECKING
 
@@ -17,38 +17,43 @@ if TYPE_CHECKING:
 _SIDE, _DIMMED = 400, 0.6
 
 
-def matched(detector: Detector, image: Array, boxes: Array, labels: Array, crowd: Array, *,
-            matched_iou: float = 0.5) -> np.ndarray:
-  """Each level's anchors over an image; u8 [H, W, 3].
+def draw_assigned_anchors(detector: Detector, image: Array, boxes: Array, labels: Array,
+                          crowd: Array, *, matched_iou: float = 0.5) -> np.ndarray:
+  """Draws the anchors of each level over an image.
 
   Dots are the centres of cells, grey boxes all anchors of a cell in the middle. Positive anchors
-  have the colour of the class that they are to predict, dashed where they overlap it by less than
-  `matched_iou`, so that force-match alone made them positive. Truth is dashed in white.
+  have the colour of the class that they are to predict, dashed where their IoU with the box is
+  below `matched_iou`, so that they are positive by force-match alone. Ground truth is dashed white.
 
   Args:
-    detector: whose anchors and matching.
+    detector: provides anchors and matching.
     image: u8 [S, S, 3].
-    boxes, labels, crowd: its N truth boxes, as of an `Example`.
+    boxes, labels, crowd: the N ground-truth boxes of the image, as in `Example`.
     matched_iou: of the detector's matching.
+
+  Returns:
+    u8 [H, W, 3], a column for each level.
   """
   anchors = detector.anchors
-  truth = GroundTruth(np.asarray(boxes, np.float32)[None], np.asarray(labels, np.int32)[None],
-                      np.asarray(crowd, bool)[None], np.ones((1, len(boxes)), bool))
+  ground_truth = GroundTruth(
+      np.asarray(boxes, np.float32)[None], np.asarray(labels, np.int32)[None],
+      np.asarray(crowd, bool)[None], np.ones((1, len(boxes)), bool))
   if not len(boxes):  # One row that is not valid.
-    truth = GroundTruth(*(np.zeros((1, 1, *column.shape[2:]), column.dtype) for column in truth))
-  targets = jax.tree.map(lambda x: np.asarray(x)[0], detector.assign(anchors, truth))
-  aims = box_ops.decode(targets.box_codes, anchors.boxes)[:, None]
-  overlap = box_ops.iou(np.asarray(anchors.boxes)[:, None], aims)[:, 0, 0]
-  back = draw_boxes((image * _DIMMED).astype(np.uint8), boxes, labels, [''] * detector.num_classes,
-                    truth=True, min_side=_SIDE)
+    ground_truth = GroundTruth(*(np.zeros((1, 1, *column.shape[2:]), column.dtype)
+                                 for column in ground_truth))
+  targets = jax.tree.map(lambda x: np.asarray(x)[0], detector.assign(anchors, ground_truth))
+  matched_boxes = box_ops.decode(targets.box_codes, anchors.boxes)[:, None]
+  overlap = box_ops.iou(np.asarray(anchors.boxes)[:, None], matched_boxes)[:, 0, 0]
+  background = draw_boxes((image * _DIMMED).astype(np.uint8), boxes, labels,
+                          [''] * detector.num_classes, ground_truth=True, min_side=_SIDE)
   with plot(2.9 * detector.num_levels, 3.2) as picture:
     axes = np.atleast_1d(picture.figure.subplots(1, detector.num_levels))
     for k, each in enumerate(axes):
-      each.imshow(back, extent=(0, 1, 1, 0))
+      each.imshow(background, extent=(0, 1, 1, 0))
       on_level = anchors.level == k
       _draw_grid(each, anchors.boxes[on_level])
       for at in np.flatnonzero(on_level & targets.positive):
-        # In codes, rounding moves the last digits.
+        # Encoding and decoding changes the last digits.
         forced = overlap[at] < matched_iou - 1e-4
         _draw_box(each, anchors.boxes[at], color=class_rgb(int(targets.labels[at])), linewidth=1.6,
                   linestyle='--' if forced else '-')
@@ -61,9 +66,9 @@ def matched(detector: Detector, image: Array, boxes: Array, labels: Array, crowd
 
 
 def _draw_grid(axes: 'Axes', boxes: np.ndarray) -> None:
-  """Centres of all cells, and the anchors of the one nearest to the middle."""
+  """Draws the centres of all cells, and the anchors of the cell nearest to the middle."""
   centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-  # Centres of one cell differ by rounding.
+  # Centres of the anchors of one cell differ by rounding.
   cells = np.unique(centres.round(5), axis=0)
   axes.plot(cells[:, 1], cells[:, 0], '.', color='white', markersize=2.2, alpha=0.7)
   middle = cells[np.argmin(((cells - 0.5)**2).sum(axis=1))]

@@ -1,8 +1,8 @@
-"""Boxes on images, for people to look at.
+"""Draws boxes on images.
 
 Everything scales with the picture: lines, tags and type look the same on 100 and on 4,000
-pixels. Detections are solid in the colour of their class, truth is dashed in white, so both
-can be drawn over one another.
+pixels. Detections are solid in the colour of their class, ground truth is dashed in white, so both
+can be drawn on the same image.
 """
 
 import io
@@ -21,18 +21,18 @@ from ppn_jax.visualization.fonts import Font
 Colour = tuple[int, int, int]
 
 _INK, _PAPER = (16, 16, 16), (255, 255, 255)
-# Okabe and Ito's colours, told apart with any kind of colour vision, bright ones first.
+# Okabe and Ito's colours, distinct with any kind of colour vision, bright ones first.
 _FIRST_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
                   (204, 121, 167), (213, 94, 0), (0, 114, 178))
 _GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
-_PHASE = 5.5  # Keeps the colours that follow far from the first ones.
+_PHASE = 5.5  # Keeps the colours of later classes far from those of the first.
 
 
 def class_colour(label: int) -> Colour:
-  """RGB of a class: a function of the label alone, the same in every picture and run.
+  """Returns the RGB of a class, which depends on the label alone.
 
-  Beyond the first seven, hues step by the golden angle, so that any run of neighbours is
-  spread around the circle, and lightness cycles, so that it also separates without hue.
+  After the first seven, hues advance by the golden angle, so that neighbouring labels are far apart
+  on the colour circle, and lightness cycles, so that they also differ without hue.
   """
   if label < len(_FIRST_COLOURS):
     return _FIRST_COLOURS[label]
@@ -42,30 +42,30 @@ def class_colour(label: int) -> Colour:
 
 def draw_boxes(image: Array, boxes: Array, labels: Array, names: Sequence[str],
                scores: Array | None = None, *, notes: Sequence[str] | None = None,
-               truth: bool = False, min_side: int = 0, weight: float = 1.0) -> np.ndarray:
-  """A copy of the image with boxes and their names on it, the best score on top.
+               ground_truth: bool = False, min_side: int = 0, weight: float = 1.0) -> np.ndarray:
+  """Draws boxes and their names on a copy of an image, the best score on top.
 
   Args:
     image: u8 [H, W, 3].
-    boxes: [N, 4], 0 to 1 of the image; what sticks out is cut. Those without area inside
-      the image are left out.
+    boxes: [N, 4], 0 to 1 of the image, clipped to it. Boxes without area inside the image are
+      left out.
     labels: [N], indices into `names`.
     names: of the classes; an empty name draws the box without a tag.
-    scores: [N], shown behind the names if given.
-    notes: N words shown behind those, '' for none.
-    truth: draws in the style of the truth instead of that of detections.
-    min_side: an image whose longer side is shorter is enlarged to it first, in pixels.
-    weight: 2 doubles lines and type.
+    scores: [N], shown after the names if given.
+    notes: N words shown after those, '' for none.
+    ground_truth: draws in the style of ground truth instead of that of detections.
+    min_side: images whose longer side is shorter are first enlarged to this, in pixels.
+    weight: scales lines and type; 2 doubles them.
 
   Returns:
     u8 [H', W', 3], of the image's size unless enlarged.
   """
   picture = _enlarge(_to_picture(image), min_side)
-  style = _Style.of(picture.size, weight, truth)
+  style = _Style.of(picture.size, weight, ground_truth)
   boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
   shown = np.isfinite(boxes).all(axis=1) & (box_ops.area(box_ops.clip(boxes)) > 0)
   order = np.arange(len(boxes)) if scores is None else np.argsort(-np.asarray(scores))
-  marks, taken = [], []
+  marks, occupied = [], []
   for i in order[shown[order]]:
     text = str(names[labels[i]])
     if text and scores is not None:
@@ -73,25 +73,28 @@ def draw_boxes(image: Array, boxes: Array, labels: Array, names: Sequence[str],
     if text and notes is not None and notes[i]:
       text = f'{text} {notes[i]}'
     corners = _to_pixels(boxes[i], picture.size)
-    tag = _place_tag(corners, text, style, picture.size, taken)
+    tag = _place_tag(corners, text, style, picture.size, occupied)
     marks.append((corners, tag, text, class_colour(int(labels[i]))))
   draw = ImageDraw.Draw(picture, 'RGBA')
   for corners, _, _, colour in reversed(marks):
-    (_draw_dashed if truth else _draw_solid)(draw, corners, colour, style)
+    (_draw_dashed if ground_truth else _draw_solid)(draw, corners, colour, style)
   for _, tag, text, colour in reversed(marks):
     if tag:
       _draw_tag(draw, tag, text, colour, style)
   return np.asarray(picture)
 
 
-def mosaic(images: Sequence[Array], columns: int | None = None, *,
-           background: Colour = (28, 28, 30)) -> np.ndarray:
-  """Images of any sizes on one sheet, row by row, each fitted into a cell of the median size.
+def contact_sheet(images: Sequence[Array], columns: int | None = None, *,
+                  background: Colour = (28, 28, 30)) -> np.ndarray:
+  """Arranges images of any sizes on one sheet, row by row, each in a cell of the median size.
 
   Args:
     images: u8 [H, W, 3] each, at least one.
-    columns: how many to a row; by default a sheet that is about as wide as it is high.
+    columns: images per row; by default the sheet is about as wide as it is high.
     background: RGB between and around the images.
+
+  Returns:
+    u8 [H', W', 3].
   """
   pictures = [_to_picture(image) for image in images]
   columns = columns or math.ceil(math.sqrt(len(pictures)))
@@ -109,27 +112,27 @@ def mosaic(images: Sequence[Array], columns: int | None = None, *,
 
 
 def save_png(path: storage.Path, image: Array) -> None:
-  """Writes u8 [H, W, 3] as PNG, whole or not at all; makes the folder."""
+  """Writes an image, u8 [H, W, 3], as PNG, atomically; creates the folder if needed."""
   png = io.BytesIO()
   _to_picture(image).save(png, format='PNG')
   storage.write_bytes(path, png.getvalue())
 
 
 class _Style(NamedTuple):
-  """Measures in pixels of the picture at hand."""
+  """Line widths and type in pixels of one picture."""
   line: int
-  halo: int  # Dark rim on both sides of a line: it shows on any background.
+  halo: int  # Dark rim on both sides of a line, which makes it visible on any background.
   pad: int
   font: Font
-  truth: bool
+  ground_truth: bool
 
   @classmethod
-  def of(cls, size: tuple[int, int], weight: float, truth: bool) -> '_Style':
+  def of(cls, size: tuple[int, int], weight: float, ground_truth: bool) -> '_Style':
     unit = weight * math.sqrt(size[0] * size[1]) / 300
-    type_size = max(11, round((6.2 if truth else 6.6) * unit))
-    line = max(1, round((0.8 if truth else 1.3) * unit))
+    type_size = max(11, round((6.2 if ground_truth else 6.6) * unit))
+    line = max(1, round((0.8 if ground_truth else 1.3) * unit))
     return cls(line=line, halo=max(1, round(0.3 * unit)), pad=max(1, round(1.4 * unit)),
-               font=Font(type_size), truth=truth)
+               font=Font(type_size), ground_truth=ground_truth)
 
 
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the last inclusive.
@@ -143,8 +146,8 @@ def _to_pixels(box: np.ndarray, size: tuple[int, int]) -> Rectangle:
 
 
 def _place_tag(corners: Rectangle, text: str, style: _Style, size: tuple[int, int],
-               taken: list[Rectangle]) -> Rectangle | None:
-  """Where a tag fits inside the picture and hides the fewest tags placed before it."""
+               occupied: list[Rectangle]) -> Rectangle | None:
+  """Finds a place for a tag inside the picture that covers least of the tags placed before it."""
   if not text:
     return None
   left, top, right, bottom = corners
@@ -153,18 +156,18 @@ def _place_tag(corners: Rectangle, text: str, style: _Style, size: tuple[int, in
   above, under = (left, top - height), (left, bottom + 1)
   inside, inside_under = (left, top), (left, bottom + 1 - height)
   far = right + 1 - width
-  places = ([under, inside_under, (far, bottom + 1), above] if style.truth else
+  places = ([under, inside_under, (far, bottom + 1), above] if style.ground_truth else
             [above, inside, (far, top - height), (far, top), under, inside_under])
   best = None
   for rank, (x, y) in enumerate(places):
     x_in = min(max(x, 0), max(size[0] - width, 0))
     y_in = min(max(y, 0), max(size[1] - height, 0))
     tag = (x_in, y_in, x_in + width - 1, y_in + height - 1)
-    # A tag that had to move from its place covers its own box; hiding others weighs more.
-    cost = (sum(_overlap(tag, other) for other in taken), abs(x - x_in) + abs(y - y_in), rank)
+    # A tag that is moved into the picture covers its own box; covering other tags weighs more.
+    cost = (sum(_overlap(tag, other) for other in occupied), abs(x - x_in) + abs(y - y_in), rank)
     if best is None or cost < best[0]:
       best = cost, tag
-  taken.append(best[1])
+  occupied.append(best[1])
   return best[1]
 
 
@@ -189,7 +192,7 @@ def _draw_solid(draw: ImageDraw.ImageDraw, corners: Rectangle, colour: Colour,
 
 def _draw_dashed(draw: ImageDraw.ImageDraw, corners: Rectangle, _: Colour,
                  style: _Style) -> None:
-  """White dashes in a dark line, so that one of the two shows wherever the box lies."""
+  """Draws white dashes in a dark line, so that one of the two is visible on any background."""
   left, top, right, bottom = corners
   draw.rectangle(_grow(corners, style.halo), outline=(*_INK, 170),
                  width=style.line + 2 * style.halo)
@@ -206,13 +209,13 @@ def _draw_dashed(draw: ImageDraw.ImageDraw, corners: Rectangle, _: Colour,
 
 def _draw_tag(draw: ImageDraw.ImageDraw, tag: Rectangle, text: str, colour: Colour,
               style: _Style) -> None:
-  back, ink = (_INK, _PAPER) if style.truth else (colour, _legible_on(colour))
-  draw.rectangle(tag, fill=(*back, 190 if style.truth else 255))
+  back, ink = (_INK, _PAPER) if style.ground_truth else (colour, _legible_on(colour))
+  draw.rectangle(tag, fill=(*back, 190 if style.ground_truth else 255))
   style.font.draw(draw, tag[0] + style.pad, tag[1] + style.pad / 2 + style.font.ascent, text, ink)
 
 
 def _legible_on(colour: Colour) -> Colour:
-  """Black or white, whichever has the larger contrast (WCAG 2's relative luminance)."""
+  """Returns black or white, whichever has the larger contrast (WCAG 2's relative luminance)."""
   red, green, blue = _to_linear(np.array(colour) / 255)
   return _INK if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else _PAPER
 
@@ -222,7 +225,7 @@ def _to_linear(srgb: np.ndarray) -> np.ndarray:
 
 
 def _from_oklch(lightness: float, chroma: float, hue: float) -> Colour:
-  """Ottosson's Oklab to sRGB; a colour outside the gamut is cut at its faces."""
+  """Converts Oklab in polar form (Ottosson, 2020) to sRGB, clipped to its gamut."""
   a, b = chroma * math.cos(hue), chroma * math.sin(hue)
   cones = np.array([lightness + 0.3963377774 * a + 0.2158037573 * b,
                     lightness - 0.1055613458 * a - 0.0638541728 * b,

@@ -1,7 +1,7 @@
-"""Text on pictures, in a font that has its letters.
+"""Draws text on pictures in fonts that have its letters.
 
-DejaVu Sans, which comes with matplotlib, has Latin, Greek, Cyrillic and some more. Letters that it
-lacks, Chinese ones above all, are drawn in a font of the system, if one has them.
+DejaVu Sans, which comes with matplotlib, has Latin, Greek, Cyrillic and some other letters. Those
+that it lacks, above all Chinese ones, are drawn in a font of the system, if one has them.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from PIL import ImageDraw, ImageFont
 _log = logging.getLogger(__name__)
 
 _DEJAVU = 'DejaVuSans.ttf'
-# Files of fonts with Chinese, Japanese and Korean letters, the best first; in small letters.
+# Patterns of lower-case names of font files with Chinese, Japanese and Korean letters, best first.
 _WITH_CJK = (
     r'notosanscjk.*regular', r'sourcehansans.*regular', r'noto-?sans-?(sc|tc|hk|jp|kr).*',
     r'pingfang', r'hiragino sans gb.*', r'hiragino.*w3', r'applesdgothicneo', r'msyh', r'yugothm',
@@ -29,12 +29,12 @@ _WITH_CJK = (
     r'ipa.*g', r'vl-gothic-regular', r'arial ?unicode.*', r'stheiti.*', r'simsun', r'simhei',
     r'uming', r'unifont.*')
 _SUFFIXES = ('.ttf', '.ttc', '.otf', '.otc')
-_QUESTIONS = 8  # How often a process asks fontconfig for a letter that no other font has.
-_PROBE_SIZE = 24  # Pixels, of letters that are drawn only to see whether a font has them.
+_MAX_QUERIES = 8  # Of fontconfig in one process, for letters that no other font has.
+_PROBE_SIZE = 24  # Pixels, of letters drawn to find out whether a font has them.
 
 
 class Font:
-  """Type of one size, whatever the letters.
+  """Type of one size that falls back to other fonts for letters that the base font lacks.
 
   Args:
     size: in pixels.
@@ -48,23 +48,23 @@ class Font:
     self.ascent, self.descent = _open(_base(), size).getmetrics()
 
   def length(self, text: str) -> float:
-    """Returns how wide a line of text is, in pixels."""
+    """Returns the width of a line of text in pixels."""
     return sum(font.getlength(part) for font, part in self._runs(text))
 
   def draw(self, draw: ImageDraw.ImageDraw, left: float, base: float, text: str,
            fill: tuple[int, int, int]) -> None:
-    """Draws a line of text that begins at `left` and stands on `base`, in pixels."""
+    """Draws a line of text from `left` on, with its baseline at `base`, in pixels."""
     for font, part in self._runs(text):
       draw.text((left, base), part, font=font, fill=fill, anchor='ls')
       left += font.getlength(part)
 
   def _runs(self, text: str) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
-    """Yields (font, part) of the text: as few parts as there are changes of font."""
-    # macOS stores an accent apart from its letter, which fonts have together.
+    """Yields (font, part) for the longest parts of the text that use one font."""
+    # macOS stores accents separately from their letters; fonts have the combined letters.
     text = unicodedata.normalize('NFC', text)
     file, part = None, ''
     for letter in text:
-      if unicodedata.category(letter) in ('Cc', 'Zl', 'Zp'):  # A new line has no place in a label.
+      if unicodedata.category(letter) in ('Cc', 'Zl', 'Zp'):  # A label has a single line.
         letter = ' '
       found = file if file and (letter == ' ' or _has(file, letter)) else _file_with(letter)
       if found != file and part:
@@ -77,7 +77,7 @@ class Font:
 
 @functools.lru_cache(maxsize=4096)
 def _file_with(letter: str) -> str:
-  """Returns the font for a letter: the first that has it, else the base, which draws a box."""
+  """Returns the first font that has a letter, else the base font, which draws a box for it."""
   if letter == ' ' or unicodedata.category(letter) in ('Cf', 'Mn', 'Me') or _has(_base(), letter):
     return _base()
   for file in system_fonts():
@@ -86,14 +86,14 @@ def _file_with(letter: str) -> str:
   for file in _ask_fontconfig(letter):
     if _has(file, letter):
       return file
-  _say_missing(letter)
+  _warn_missing(letter)
   return _base()
 
 
 @functools.cache
 def _base() -> str:
-  """Returns DejaVu Sans, of matplotlib or of the system; '' for Pillow's own, which has ASCII."""
-  spec = importlib.util.find_spec('matplotlib')  # Importing it would take a while.
+  """Returns DejaVu Sans of matplotlib or the system; '' for Pillow's own font, which has ASCII."""
+  spec = importlib.util.find_spec('matplotlib')  # Importing it would be slow.
   if spec is not None and spec.origin:
     file = pathlib.Path(spec.origin).parent / 'mpl-data' / 'fonts' / 'ttf' / _DEJAVU
     if file.is_file():
@@ -115,7 +115,7 @@ def system_fonts() -> tuple[str, ...]:
 
 @functools.cache
 def _font_files() -> tuple[str, ...]:
-  """Returns the font files in the folders where systems have them."""
+  """Returns the font files in the usual folders of Linux, macOS and Windows."""
   home, windows = os.path.expanduser('~'), os.environ.get('WINDIR', '')
   shared = os.environ.get('XDG_DATA_DIRS') or '/usr/local/share:/usr/share'
   folders = [*(os.path.join(folder, 'fonts') for folder in shared.split(':')),
@@ -130,8 +130,8 @@ _asked: list[str] = []
 
 
 def _ask_fontconfig(letter: str) -> list[str]:
-  """Returns files that fontconfig knows to have a letter; none where it is not installed."""
-  if len(_asked) >= _QUESTIONS or not shutil.which('fc-list'):
+  """Returns the font files that have a letter according to fontconfig, if it is installed."""
+  if len(_asked) >= _MAX_QUERIES or not shutil.which('fc-list'):
     return []
   _asked.append(letter)
   with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -143,10 +143,10 @@ def _ask_fontconfig(letter: str) -> list[str]:
 
 @functools.lru_cache(maxsize=65536)
 def _has(file: str, letter: str) -> bool:
-  """Returns whether a font has a letter: it draws something else than for what no font has."""
+  """Returns whether a font draws a letter differently from a character that no font has."""
   try:
     return _drawn(file, letter) not in (_drawn(file, '\U0010ffff'), None)
-  except (OSError, ValueError):  # Not scalable, damaged.
+  except (OSError, ValueError):  # The font is damaged or not scalable.
     return False
 
 
@@ -164,10 +164,10 @@ def _open(file: str, size: int) -> ImageFont.FreeTypeFont:
 _missing: set[str] = set()
 
 
-def _say_missing(letter: str) -> None:
-  """Says once that letters cannot be drawn, with the first of them."""
+def _warn_missing(letter: str) -> None:
+  """Warns once per process, naming the first letter that cannot be drawn."""
   if not _missing:
-    _log.warning('no font on this machine has the letter %s: pictures have boxes in place of such '
-                 'letters; for Chinese, Japanese and Korean install, for example, the package '
+    _log.warning('no font on this machine has the letter %s, so pictures show boxes instead of '
+                 'such letters; for Chinese, Japanese and Korean install, for example, the package '
                  'fonts-noto-cjk', letter)
   _missing.add(letter)

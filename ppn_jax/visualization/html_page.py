@@ -1,4 +1,4 @@
-"""Reports as one HTML file that needs no server, no network and no scripts."""
+"""Builds reports as one HTML file that needs no server, network or scripts."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from ppn_jax.detection.structures import Array
 from ppn_jax.visualization.drawing import class_colour
 
 _JPEG_QUALITY = 88
-_PHOTO_COLOURS = 4096  # More distinct colours make a photograph, which PNG would blow up.
+_PHOTO_COLOURS = 4096  # Images with more distinct colours are photographs, too large as PNG.
 
 
 class Table(NamedTuple):
@@ -22,11 +22,11 @@ class Table(NamedTuple):
   rows: Sequence[Sequence[str]]
   caption: str = ''
   colours: Sequence[str] = ()  # CSS colours shown in front of the rows.
-  words: Sequence[int] = ()  # Columns of words, besides the first.
+  words: Sequence[int] = ()  # Columns of words, in addition to the first.
 
 
 class Picture(NamedTuple):
-  """An image as the page has it."""
+  """Image embedded in the page."""
   source: str  # A data: URL.
   width: int  # In pixels of the page.
   alt: str
@@ -34,13 +34,13 @@ class Picture(NamedTuple):
 
 
 class Group(NamedTuple):
-  """Pictures in a row, or in several."""
+  """Pictures in one or several rows."""
   pictures: Sequence[Picture]
   heading: str = ''
 
 
 class Section(NamedTuple):
-  """What stands under a heading: text, then tables, then pictures."""
+  """Heading followed by text, tables and pictures."""
   heading: str
   text: str = ''
   tables: Sequence[Table] = ()
@@ -48,13 +48,13 @@ class Section(NamedTuple):
 
 
 def picture(image: Array, alt: str, caption: str = '', *, width: int = 0) -> Picture:
-  """An image u8 [H, W, 3] put into the page itself: plots as PNG, photographs as JPEG.
+  """Embeds an image in the page: plots as PNG, photographs as JPEG.
 
   Args:
-    image: the pixels.
-    alt: what it shows, for those who do not see it.
-    caption: stands below it.
-    width: on the page, in pixels; by default its own.
+    image: u8 [H, W, 3].
+    alt: describes the picture for readers who cannot see it.
+    caption: shown below it.
+    width: on the page, in pixels; by default that of the image.
   """
   made = Image.fromarray(np.ascontiguousarray(image))
   buffer = io.BytesIO()
@@ -69,17 +69,17 @@ def picture(image: Array, alt: str, caption: str = '', *, width: int = 0) -> Pic
 
 
 def plot(image: Array, alt: str) -> Group:
-  """A plot that stands alone."""
+  """Returns a group of one plot."""
   return Group([picture(image, alt)])
 
 
 def class_swatches(labels: Sequence[int]) -> list[str]:
-  """The colours of classes for `Table.colours`."""
+  """Returns the colours of classes for `Table.colours`."""
   return ['#{:02x}{:02x}{:02x}'.format(*class_colour(label)) for label in labels]
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-  """The page's HTML; all text is escaped."""
+  """Returns the HTML of a page; all text is escaped."""
   environment = jinja2.Environment(
       loader=jinja2.PackageLoader('ppn_jax.visualization'), autoescape=True, trim_blocks=True,
       lstrip_blocks=True, undefined=jinja2.StrictUndefined)

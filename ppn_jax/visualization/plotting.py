@@ -1,7 +1,6 @@
-"""The house style of plots, and the colours that mean the same in all of them."""
+"""Common style of plots, and colours that have the same meaning in all of them."""
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -28,11 +27,11 @@ _STYLE = {
 
 
 class Plot:
-  """A figure on its way to pixels; see `plot`.
+  """Figure and, later, its pixels; see `plot`.
 
   Attributes:
     figure: to draw on.
-    pixels: u8 [H, W, 3], there once the `with` block has ended.
+    pixels: u8 [H, W, 3], set when the `with` block has ended.
   """
 
   def __init__(self, figure: 'Figure'):
@@ -42,14 +41,14 @@ class Plot:
 
 @contextlib.contextmanager
 def plot(width: float, height: float) -> Iterator[Plot]:
-  """A figure of so many inches in the house style, rendered when the block ends.
+  """Opens a figure of this size in inches in the common style, and renders it at the end.
 
-  It needs no display and leaves the caller's own matplotlib as it was.
+  It needs no display, and matplotlib's settings are those of the caller again afterwards.
   """
   from matplotlib import rc_context
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
-  with rc_context({**_STYLE, 'font.family': _families()}):
+  with _font_families() as families, rc_context({**_STYLE, 'font.family': families}):
     made = Plot(Figure(figsize=(width, height), dpi=_DPI, layout='constrained'))
     canvas = FigureCanvasAgg(made.figure)
     yield made
@@ -59,54 +58,61 @@ def plot(width: float, height: float) -> Iterator[Plot]:
     made.pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-@functools.cache
-def _families() -> list[str]:
-  """Returns DejaVu Sans, and for letters that it lacks the system's font that drawings take."""
+@contextlib.contextmanager
+def _font_families() -> Iterator[list[str]]:
+  """Yields DejaVu Sans and, for letters that it lacks, the font of the system that drawings use.
+
+  Matplotlib knows the latter only within the block.
+  """
   from matplotlib import font_manager
-  families = ['DejaVu Sans']
+  families, known = ['DejaVu Sans'], font_manager.fontManager.ttflist
+  before = list(known)
   for file in fonts.system_fonts()[:1]:
     with contextlib.suppress(Exception):  # A font that matplotlib cannot read.
       font_manager.fontManager.addfont(file)
-      families.append(font_manager.FontProperties(fname=file).get_name())
-  return families
+      families.append(known[-1].name)
+  try:
+    yield families
+  finally:
+    known[:] = before
 
 
 def class_rgb(label: int) -> tuple[float, ...]:
-  """`drawing.class_colour` as matplotlib takes it, 0 to 1."""
+  """Returns `drawing.class_colour` as matplotlib expects it, 0 to 1."""
   return tuple(channel / 255 for channel in class_colour(label))
 
 
 def level_colours(count: int) -> list[tuple[float, ...]]:
-  """RGBA of each level, from fine (dark) to coarse (light): an order that any eye sees."""
+  """Returns the RGBA of each level, dark for the finest to light for the coarsest."""
   from matplotlib import colormaps
   return [tuple(c) for c in colormaps['viridis'](np.linspace(0, 0.9, max(count, 2)))[:count]]
 
 
 def name_rows(axes: 'Axes', names: Sequence[str], limit: int = 16) -> None:
-  """Names the rows of a horizontal chart, the first on top."""
+  """Labels the rows of a horizontal chart, the first on top."""
   axes.set_yticks(range(len(names)), [short(name, limit) for name in names])
   axes.set_ylim(len(names) - 0.4, -0.6)
   axes.grid(axis='y', visible=False)
 
 
-def say_instead(axes: 'Axes', text: str) -> None:
-  """Fills axes that have nothing to show with a sentence."""
+def show_message(axes: 'Axes', text: str) -> None:
+  """Shows a sentence in place of axes that have no data."""
   axes.text(0.02, 0.9, plain(text), va='top', color=MUTED, transform=axes.transAxes)
   axes.set_axis_off()
 
 
-def sentence(text: str) -> np.ndarray:
-  """A picture that says why there is none, u8 [H, W, 3]."""
+def draw_message(text: str) -> np.ndarray:
+  """Draws a sentence in place of a picture, u8 [H, W, 3]."""
   with plot(6, 0.6) as made:
-    say_instead(made.figure.subplots(), text)
+    show_message(made.figure.subplots(), text)
   return made.pixels
 
 
 def short(name: str, limit: int = 16) -> str:
-  """A class's name that leaves room for the plot."""
+  """Shortens a name to `limit` characters, and escapes it with `plain`."""
   return plain(name if len(name) <= limit else f'{name[:limit - 1]}…')
 
 
 def plain(text: str) -> str:
-  """Text that is not taken for a formula."""
+  """Escapes dollar signs, so that matplotlib does not take text for a formula."""
   return text.replace('$', r'\$')

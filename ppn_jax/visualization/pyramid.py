@@ -1,4 +1,4 @@
-"""What a network makes of one image on each level of its pyramid."""
+"""Shows features, scores and detections of one image on each pyramid level."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,55 +18,56 @@ if TYPE_CHECKING:
 _SIDE, _DIMMED = 300, 0.55
 
 
-class Inside(NamedTuple):
-  """One image seen from within, on the host."""
-  features: tuple[Array, ...]  # f32 [h, w] of each level, finest first: see `looker`.
+class Activations(NamedTuple):
+  """Features, scores and detections of one image, on the host."""
+  features: tuple[Array, ...]  # f32 [h, w] of each level, finest first: RMS over channels.
   scores: tuple[Array, ...]  # f32 [h, w], the best score of any anchor and class of a cell.
-  detections: Detections  # Without the axis of images.
+  detections: Detections  # Without the batch dimension, valid ones only.
 
 
-def looker(detector: Detector) -> Callable[[Variables, Array], Inside]:
-  """(variables, u8 [S, S, 3]) -> Inside; compiled on the first call.
-
-  Of the features, which have hundreds of channels, a cell shows their root mean square.
-  """
+def build_activations(detector: Detector) -> Callable[[Variables, Array], Activations]:
+  """Returns a function (variables, u8 [S, S, 3]) -> Activations, compiled on its first call."""
   @jax.jit
-  def look(variables: Variables, images: Array):
+  def compute(variables: Variables, images: Array):
     maps = detector.network.apply(variables, images, train=False, method='pyramid')
     outputs = detector.forward(variables, images)
     return ([jnp.sqrt(jnp.mean(jnp.square(m[0].astype(jnp.float32)), axis=-1)) for m in maps],
             detector.columns.scores(outputs.class_logits[0]).max(axis=-1),
             detector.postprocess(outputs, detector.anchors))
 
-  def inside(variables: Variables, image: Array) -> Inside:
-    features, scores, detections = jax.device_get(look(variables, np.asarray(image)[None]))
+  def activations(variables: Variables, image: Array) -> Activations:
+    features, scores, detections = jax.device_get(
+        compute(variables, np.asarray(image)[None]))
     by_level = [scores[detector.anchors.level == k].reshape(*cells.shape, -1).max(axis=-1)
                 for k, cells in enumerate(features)]
     found = Detections(*(field[0] for field in detections))
-    return Inside(tuple(features), tuple(by_level),
-                  Detections(*(field[found.valid] for field in found)))
+    return Activations(tuple(features), tuple(by_level),
+                       Detections(*(field[found.valid] for field in found)))
 
-  return inside
+  return activations
 
 
-def levels(image: Array, inside: Inside, names: Sequence[str], *, threshold: float = 0.3
-           ) -> np.ndarray:
-  """Features, scores and detections of each level, a column each; u8 [H, W, 3].
+def draw_levels(image: Array, activations: Activations, names: Sequence[str], *,
+                threshold: float = 0.3) -> np.ndarray:
+  """Draws features, scores and detections of each level.
 
   Args:
-    image: u8 [S, S, 3], as it was looked at.
-    inside: of that image.
+    image: u8 [S, S, 3], as the network got it.
+    activations: of that image.
     names: of the classes, in order of label.
     threshold: least score of a detection that is drawn.
+
+  Returns:
+    u8 [H, W, 3], a column for each level.
   """
-  count, found = len(inside.features), inside.detections
+  count, found = len(activations.features), activations.detections
   with plot(2.5 * count + 0.4, 8) as picture:
     axes = picture.figure.subplots(3, count, squeeze=False)
     for k in range(count):
-      cells = inside.features[k]
+      cells = activations.features[k]
       axes[0, k].imshow(cells, cmap='viridis', vmin=0)
       axes[0, k].set_title(f'level {k}: {cells.shape[0]} x {cells.shape[1]} cells')
-      axes[1, k].imshow(inside.scores[k], cmap='magma', vmin=0, vmax=1)
+      axes[1, k].imshow(activations.scores[k], cmap='magma', vmin=0, vmax=1)
       chosen = (found.level == k) & (found.scores >= threshold)
       drawn = draw_boxes((image * _DIMMED).astype(np.uint8), found.boxes[chosen],
                          found.labels[chosen], names, found.scores[chosen], min_side=_SIDE,
@@ -77,11 +78,12 @@ def levels(image: Array, inside: Inside, names: Sequence[str], *, threshold: flo
                                 f'detections of score {threshold:g} and more'), strict=True):
       row[0].set_ylabel(plain(name))
       for each in row:
-        _bare(each)
+        _hide_axes(each)
   return picture.pixels
 
 
-def _bare(axes: 'Axes') -> None:
+def _hide_axes(axes: 'Axes') -> None:
+  """Removes ticks, grid and frame, but keeps titles and labels."""
   axes.set_xticks([])
   axes.set_yticks([])
   axes.grid(visible=False)

@@ -71,7 +71,7 @@ def test_voc_ap_takes_the_best_box_where_coco_takes_a_free_one():
   truth = _truth([(0, [0, 0, 10, 10], 0), (0, [0, 0, 10, 8], 0)])
   rows = _rows([(0, [0, 0, 10, 10], .9), (0, [0, 0, 10, 9.5], .8)])
   assert voc_ap50(truth, rows)[0] == pytest.approx(0.5)
-  assert coco.score(truth, rows).figures['AP50'] == pytest.approx(1, abs=1e-6)
+  assert coco.score(truth, rows).metrics['AP50'] == pytest.approx(1, abs=1e-6)
 
 
 def test_voc_ap_without_truth_or_detections():
@@ -112,7 +112,7 @@ def test_voc_ap_is_close_to_cocos_where_nothing_is_difficult():
     truth, rows = _random_problem(seed)
     for annotation in truth['annotations']:
       annotation['iscrowd'] = 0
-    assert voc_ap50(truth, rows)[0] == pytest.approx(coco.score(truth, rows).figures['AP50'],
+    assert voc_ap50(truth, rows)[0] == pytest.approx(coco.score(truth, rows).metrics['AP50'],
                                                      abs=0.015)
 
 
@@ -160,7 +160,7 @@ def test_metrics_without_groups_equal_those_of_fewer_images():
                   'annotations': [a for a in truth['annotations'] if a['image_id'] in kept]}
   mine = [r for r in rows if r['image_id'] in kept]
   assert len(kept) == 38
-  assert parts['AP'][7] == coco.score(part, mine).figures['AP']
+  assert parts['AP'][7] == coco.score(part, mine).metrics['AP']
   assert parts['VOC_AP50'][7] == voc_ap50(part, mine)[0]
   whole = comparison.accuracy(truth, rows)
   assert min(parts['AP']) < whole['AP'] < max(parts['AP'])
@@ -451,8 +451,8 @@ def test_a_report_without_finished_runs(tmp_path):
 def _scored_run(model, seed, recipe='decay'):
   """Returns a run as from `runs.score`, with random detections."""
   truth, rows = _random_problem(seed + 10 * len(model + recipe))
-  measured = calibration.measure(matching.judge(truth, rows), num_images=40, num_levels=3,
-                                 class_names=['cat', 'dog'])
+  measured = calibration.measure(matching.match_detections(truth, rows), num_images=40,
+                                 num_levels=3, class_names=['cat', 'dog'])
   cost = {'cost': {'AP': 0.01, 'AP50': 0.02}, 'cost_interval': {'AP': [0, 0.02], 'AP50': None}}
   made = measured | {'recalibration': cost}
   figures = comparison.accuracy(truth, rows) | comparison.calibration_metrics(made)
@@ -486,7 +486,7 @@ def test_a_report_of_three_seeds(tmp_path):
   assert len(found['claims']) == 5 and len(ppn['calibration_by_level']) == 3
   assert json.loads((tmp_path / 'report.json').read_text()) == found
   tree, pictures = html_page.parse((tmp_path / 'report.html').read_text())
-  html_page.check_alone(tree)
+  html_page.check_self_contained(tree)
   assert len(pictures) == 3  # Curves, and the reliability of each model.
   text = ' '.join(tree.itertext())
   for wanted in ('1,234,567', '901 ± 1', "PPN's AP is at most 0.005 below SSD's", 'commit abc'):

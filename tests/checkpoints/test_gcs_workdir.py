@@ -113,7 +113,7 @@ def test_evaluated_in_the_bucket(runs):
   bucket, local = runs
   expected = evaluate(open_run(local), say=lambda line: None).scores
   folder = bucket / 'evaluation'
-  assert json.loads((folder / '20/scores.json').read_text())['figures'] == expected.figures
+  assert json.loads((folder / '20/scores.json').read_text())['figures'] == expected.metrics
   assert len(json.loads((folder / '20/results.json').read_text())) == expected.num_detections
   assert (folder / '20/pictures.png').read_bytes().startswith(b'\x89PNG')
   lines = (folder / 'metrics.jsonl').read_text().splitlines()

@@ -85,7 +85,7 @@ def test_a_killed_follower_goes_on_where_it_was(run):
 
 @pytest.mark.parametrize('flags, said', [
     (['--steps=9:'], 'no checkpoint'),
-    (['--steps=x'], '--steps=x is no range'),
+    (['--steps=x'], '--steps=x is not a range'),
     (['--steps=all', '--step=3'], 'not allowed with'),
     (['--follow', '--step=3'], 'not allowed with'),
     (['--follow', '--poll=0'], '--poll=0'),

@@ -102,7 +102,7 @@ def perfect(source):
       x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, WIDTH), min(y + h, HEIGHT)
       rows.append({k: a[k] for k in ('image_id', 'category_id')} | {
           'bbox': [x0, y0, x1 - x0, y1 - y0], 'score': 0.9})
-  return round(scoring.score(source.ground_truth(), rows).figures['AP'], 9)
+  return round(scoring.score(source.ground_truth(), rows).metrics['AP'], 9)
 
 
 @FORMATS

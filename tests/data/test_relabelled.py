@@ -47,7 +47,7 @@ def test_detections_of_any_class_are_scored(sources):
   stray = [rows[0] | {'category_id': 50, 'score': 0.99}]
   for scorer in ('hotcoco', 'pycocotools'):
     scores = coco.score(truth, rows + stray, scorer=scorer)
-    assert scores.figures == pytest.approx(perfect.figures)
+    assert scores.metrics == pytest.approx(perfect.metrics)
     assert [c.name for c in scores.per_class] == [c.name for c in run]
 
 
@@ -84,9 +84,9 @@ def test_results_have_the_ids_of_the_data_s_own_file(sources):
   plain, found, run = renumbered(sources)
   rows = [{k: a[k] for k in ('image_id', 'category_id', 'bbox')} | {'score': 0.9}
           for a in found.ground_truth()['annotations']]
-  assert coco.score(found.ground_truth(), rows).figures['AP'] == pytest.approx(1)
+  assert coco.score(found.ground_truth(), rows).metrics['AP'] == pytest.approx(1)
   written = coco.renumber(rows, file_ids(found))
-  assert coco.score(plain.ground_truth(), written).figures['AP'] == pytest.approx(1)
+  assert coco.score(plain.ground_truth(), written).metrics['AP'] == pytest.approx(1)
   ids = file_ids(found)
   assert len(set(ids.values())) == len(run)  # The class that the file lacks has an id of its own.
   assert coco.renumber(written, {theirs: ours for ours, theirs in ids.items()}) == rows
@@ -118,9 +118,10 @@ def test_an_evaluation_writes_the_ids_of_the_data_s_own_file(sources, tmp_path):
   optim = types.SimpleNamespace(ema_decay=0)
   of_run = types.SimpleNamespace(stamp=lambda step: None,
                                  config=types.SimpleNamespace(optim=optim))
-  job = evaluate_job.Job(of_run, None, evaluator, evaluate_job.Options(pictures=0), print)
+  job = evaluate_job.EvaluationJob(of_run, None, evaluator,
+                                   evaluate_job.EvaluationOptions(pictures=0), print)
   made = job.evaluate(1, {}, tmp_path)
-  assert made.scores.figures['AP'] == pytest.approx(1)
+  assert made.scores.metrics['AP'] == pytest.approx(1)
   assert [c.name for c in made.scores.per_class] == [c.name for c in run]
   written = json.loads((tmp_path / 'results.json').read_text())
-  assert coco.score(plain.ground_truth(), written).figures['AP'] == pytest.approx(1)
+  assert coco.score(plain.ground_truth(), written).metrics['AP'] == pytest.approx(1)

@@ -95,7 +95,7 @@ def test_a_step_that_is_scored_after_a_restart_is_kept_if_it_is_the_best(tmp_pat
 
   def scored(self, rows):
     found = score(self, rows)
-    return found._replace(figures={**found.figures, 'AP': next(worth)})
+    return found._replace(metrics={**found.metrics, 'AP': next(worth)})
 
   monkeypatch.setattr(Evaluator, 'score', scored)
   train_job.train(config, tmp_path)

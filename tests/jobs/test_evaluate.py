@@ -1,4 +1,4 @@
-"""What an evaluation writes, and that drawing costs no metric."""
+"""Tests the files of an evaluation, and that a failure to draw loses no metrics."""
 
 import json
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from ppn_jax.metrics import coco
 
 
 class Damaged(SyntheticShapes):
-  """The first image cannot be read, or none."""
+  """Source whose first image, or every image, cannot be read."""
 
   def __init__(self, every=False):
     super().__init__(num_images=5, image_size=64)
@@ -26,13 +26,15 @@ class Damaged(SyntheticShapes):
     return super().__getitem__(index)
 
 
-def test_pictures_are_of_images_that_can_be_read():
+def test_contact_sheets_have_only_readable_images():
   source = Damaged()
-  sheets = [evaluate_job.picture(source, [], source.categories, count=count) for count in (2, 5)]
+  sheets = [evaluate_job.draw_contact_sheet(source, [], source.categories, count=count)
+            for count in (2, 5)]
   for sheet, count in zip(sheets, (2, 4), strict=True):
-    assert sheet.shape == evaluate_job.mosaic([np.zeros((400, 400, 3), np.uint8)] * count).shape
-  with pytest.raises(InputError, match=r'no image can be read to draw on, such as: 0\.jpg'):
-    evaluate_job.picture(Damaged(every=True), [], source.categories, count=2)
+    blank = np.zeros((400, 400, 3), np.uint8)
+    assert sheet.shape == evaluate_job.contact_sheet([blank] * count).shape
+  with pytest.raises(InputError, match=r'none of the images can be read.* the first: 0\.jpg'):
+    evaluate_job.draw_contact_sheet(Damaged(every=True), [], source.categories, count=2)
 
 
 def test_scores_are_written_before_anything_is_drawn(tmp_path, monkeypatch):
@@ -44,11 +46,12 @@ def test_scores_are_written_before_anything_is_drawn(tmp_path, monkeypatch):
   def fail(*_, **__):
     raise MemoryError
 
-  monkeypatch.setattr(evaluate_job, 'picture', fail)
+  monkeypatch.setattr(evaluate_job, 'draw_contact_sheet', fail)
   run = SimpleNamespace(categories=source.categories, stamp=lambda step: None,
                         config=SimpleNamespace(optim=SimpleNamespace(ema_decay=0)))
-  evaluation = evaluate_job.Job(run, None, evaluator, evaluate_job.Options(pictures=2), print)
+  job = evaluate_job.EvaluationJob(run, None, evaluator,
+                                   evaluate_job.EvaluationOptions(pictures=2), print)
   with pytest.raises(MemoryError):
-    evaluation.evaluate(3, None, tmp_path / '3')
+    job.evaluate(3, None, tmp_path / '3')
   assert json.loads((tmp_path / '3' / 'scores.json').read_text())['figures']['AP'] == 0
   assert json.loads((tmp_path / '3' / 'results.json').read_text()) == []

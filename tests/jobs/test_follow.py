@@ -1,4 +1,4 @@
-"""Scoring many steps: beside training, across kills and deletions, and what training keeps."""
+"""Tests the evaluation of many steps: during training, after kills and deletions, and retention."""
 
 import dataclasses
 import errno
@@ -27,19 +27,19 @@ from ppn_jax.distributed.ownership import Ownership, Process
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import follow
 from ppn_jax.jobs import train as train_job
-from ppn_jax.jobs.evaluate import Job, Options, prepare
-from ppn_jax.jobs.waiting import SAY_EVERY, Clock, Patience, wait_for_run
+from ppn_jax.jobs.evaluate import EvaluationJob, EvaluationOptions, evaluate, prepare_evaluation
+from ppn_jax.jobs.follow import REMIND_SECONDS, Clock, Polling, wait_for_run
 from ppn_jax.training.state import TrainState
 
 STEPS = (2, 4, 6)
 
 
 class Killed(BaseException):
-  """Takes the place of a signal."""
+  """Raised in place of a signal."""
 
 
 class FakeTime:
-  """A clock that does something each time it is slept on."""
+  """Clock that calls the next of its events each time someone sleeps."""
 
   def __init__(self, *events):
     self.seconds, self.events = 0.0, list(events)
@@ -49,12 +49,12 @@ class FakeTime:
     if self.events:
       self.events.pop(0)()
 
-  def patience(self, **options):
-    return Patience(clock=Clock(lambda: self.seconds, self.sleep), **options)
+  def polling(self, **options):
+    return Polling(clock=Clock(lambda: self.seconds, self.sleep), **options)
 
 
-class CountingJob(Job):
-  """A job that notes what it evaluates and says, and can be disturbed at each reading."""
+class RecordingJob(EvaluationJob):
+  """Job that records its steps and messages, and can be disturbed before it reads a checkpoint."""
 
   def load(self, step=None):
     self.notes.disturb(step)
@@ -67,7 +67,7 @@ class CountingJob(Job):
 
 @pytest.fixture(scope='module')
 def followed(tmp_path_factory):
-  """A run of 6 steps with checkpoints 2, 4, 6, followed from before its beginning."""
+  """Trains a run of 6 steps with checkpoints 2, 4, 6, and follows it from before it begins."""
   workdir = tmp_path_factory.mktemp('followed') / 'run'
   config = tiny_config(checkpoint_every=2, keep_last=9)
   with config.unlocked():
@@ -75,19 +75,19 @@ def followed(tmp_path_factory):
     config.model.backbone.last_block = 3
     config.model.neck.update(stride=4, num_levels=2)
   training = threading.Thread(target=train_job.train, args=(config, workdir))
-  said = []
-  clock = FakeTime(training.start)  # Begins while it is waited for.
+  messages = []
+  clock = FakeTime(training.start)  # Training begins while the follower waits for it.
   clock.sleep = lambda seconds, then=clock.sleep: (then(seconds), training.join(0.05))
-  run = wait_for_run(workdir, clock.patience(), said.append)
-  job = prepare(run, Options(), say=said.append)
-  outcome = follow.score_steps(job, patience=clock.patience(poll=0.05))
+  run = wait_for_run(workdir, clock.polling(), messages.append)
+  job = prepare_evaluation(run, EvaluationOptions(), say=messages.append)
+  outcome = follow.score_steps(job, polling=clock.polling(interval=0.05))
   training.join()
-  return job, outcome, said
+  return job, outcome, messages
 
 
 @pytest.fixture(scope='module')
 def trained(followed, tmp_path_factory):
-  """That run without its evaluations; the job is compiled once for all tests."""
+  """Copies that run without its evaluations; the job is compiled once for all tests."""
   job, _, _ = followed
   workdir = tmp_path_factory.mktemp('trained') / 'run'
   shutil.copytree(job.run.workdir, workdir)
@@ -98,20 +98,20 @@ def trained(followed, tmp_path_factory):
 
 @pytest.fixture
 def job(trained, tmp_path):
-  """That job for a workdir of its own."""
+  """Returns that job with a workdir of its own."""
   workdir = tmp_path / 'run'
   shutil.copytree(trained.run.workdir, workdir)
   return job_for(trained, workdir)
 
 
 def job_for(job, workdir, **changes):
-  said = []
-  fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(Job)}
-  fields |= {'run': dataclasses.replace(job.run, workdir=workdir), 'say': said.append}
+  messages = []
+  fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(EvaluationJob)}
+  fields |= {'run': dataclasses.replace(job.run, workdir=workdir), 'say': messages.append}
   fields |= changes
-  made = CountingJob(**fields)
+  made = RecordingJob(**fields)
   object.__setattr__(made, 'notes', SimpleNamespace(
-      evaluated=[], said=said, disturb=lambda step: None))
+      evaluated=[], messages=messages, disturb=lambda step: None))
   return made
 
 
@@ -135,13 +135,13 @@ def checkpoint(job, step):
   return job.run.workdir / 'checkpoints' / str(step)
 
 
-def test_follows_a_training_that_runs_beside_it(followed):
-  job, outcome, said = followed
+def test_follows_a_training_that_is_running(followed):
+  job, outcome, messages = followed
   workdir = job.run.workdir
-  assert said[0] == f'waiting for training to begin in {workdir}'
+  assert messages[0] == f'waiting for training to begin in {workdir}'
   assert outcome.complete and not outcome.deleted and not outcome.unreadable
-  assert tuple(outcome.figures) == STEPS
-  assert [line for line in said if line.startswith('evaluating')] == [
+  assert tuple(outcome.metrics) == STEPS
+  assert [line for line in messages if line.startswith('evaluating')] == [
       f'evaluating step {step} on 6 images' for step in STEPS]
   assert [line['step'] for line in lines(workdir / 'evaluation' / 'metrics.jsonl')] == [*STEPS]
   assert event_steps(workdir / 'tensorboard' / 'evaluation', 'eval/AP') == [*STEPS]
@@ -165,49 +165,49 @@ def test_a_restart_scores_no_step_twice_and_skips_none(job, where, monkeypatch):
   assert job.notes.evaluated == [2]
   if where == 'half a line':
     (root / 'metrics.jsonl').write_text('{"step": 2, "eval/A')
-  outcome = follow.score_steps(job, patience=FakeTime().patience())
+  outcome = follow.score_steps(job, polling=FakeTime().polling())
   assert job.notes.evaluated == ([2, 2, 4, 6] if where == 'before the record' else [2, 4, 6])
-  assert tuple(outcome.figures) == STEPS
+  assert tuple(outcome.metrics) == STEPS
   curve = lines(root / 'metrics.jsonl')
   assert [line['step'] for line in curve] == [*STEPS]
-  assert [line['eval/AP'] for line in curve] == [f['AP'] for f in outcome.figures.values()]
+  assert [line['eval/AP'] for line in curve] == [f['AP'] for f in outcome.metrics.values()]
   # And once more, with nothing left to do.
-  assert follow.score_steps(job).figures == outcome.figures
+  assert follow.score_steps(job).metrics == outcome.metrics
   assert job.notes.evaluated[-3:] == [2, 4, 6] and lines(root / 'metrics.jsonl') == curve
 
 
 @pytest.mark.parametrize('half', [False, True])
 def test_a_checkpoint_deleted_while_it_is_read_is_skipped(job, half):
   def delete(step):
-    if step == 4 and half:  # Deletion has come to some of the files.
+    if step == 4 and half:  # Some of its files are deleted.
       shutil.rmtree(next(checkpoint(job, 4).glob('state/**/d')), ignore_errors=True)
     elif step == 4:
       shutil.rmtree(checkpoint(job, 4))
   job.notes.disturb = delete
   rest = FakeTime(lambda: shutil.rmtree(checkpoint(job, 4), ignore_errors=True))
-  outcome = follow.score_steps(job, patience=rest.patience())
-  assert tuple(outcome.figures) == (2, 6) and outcome.deleted == (4,) and outcome.complete
-  assert 'step 4 was deleted before it was scored and is skipped' in job.notes.said
+  outcome = follow.score_steps(job, polling=rest.polling())
+  assert tuple(outcome.metrics) == (2, 6) and outcome.deleted == (4,) and outcome.complete
+  assert 'step 4 was deleted before it was scored and is skipped' in job.notes.messages
   assert not (job.root / '4' / 'scores.json').exists() and not outcome.unreadable
 
 
-def test_a_damaged_checkpoint_does_not_hold_up_the_others(job):
+def test_a_damaged_checkpoint_does_not_delay_the_others(job):
   shutil.rmtree(next(checkpoint(job, 4).glob('state/**/d')))
-  outcome = follow.score_steps(job, patience=FakeTime().patience())
-  assert tuple(outcome.figures) == (2, 6) and list(outcome.unreadable) == [4]
-  assert sum('step 4 cannot be read and is skipped' in line for line in job.notes.said) == 1
+  outcome = follow.score_steps(job, polling=FakeTime().polling())
+  assert tuple(outcome.metrics) == (2, 6) and list(outcome.unreadable) == [4]
+  assert sum('step 4 cannot be read and is skipped' in line for line in job.notes.messages) == 1
 
 
-def test_another_model_is_a_mistake_and_ends_it(job):
+def test_another_model_is_an_error_at_once(job):
   other = job.run.config.copy_and_resolve_references()
   other.model.head.depth = 8
   run = dataclasses.replace(job.run, config=other.lock())
-  wrong = dataclasses.replace(prepare(run, Options(), say=lambda _: None))
+  wrong = dataclasses.replace(prepare_evaluation(run, EvaluationOptions(), say=lambda _: None))
   with pytest.raises(InputError, match='another model'):
-    follow.score_steps(wrong, patience=FakeTime().patience())
+    follow.score_steps(wrong, polling=FakeTime().polling())
 
 
-def test_waits_for_the_last_step_of_the_config_as_it_stands(job):
+def test_waits_for_the_last_step_of_the_present_config(job):
   final = job.run.workdir / 'config.json'
   config = json.loads(final.read_text())
 
@@ -216,21 +216,21 @@ def test_waits_for_the_last_step_of_the_config_as_it_stands(job):
 
   set_steps(8)
   clock = FakeTime(*[lambda: None] * 3, lambda: set_steps(6))
-  assert follow.score_steps(job, patience=clock.patience()).complete and not clock.events
+  assert follow.score_steps(job, polling=clock.polling()).complete and not clock.events
   set_steps(8)
-  long = FakeTime().patience(timeout=3 * SAY_EVERY)
-  outcome = follow.score_steps(job, patience=long)
-  assert not outcome.complete and tuple(outcome.figures) == STEPS
-  waiting = [line for line in job.notes.said if line.startswith('waiting')]
+  long = FakeTime().polling(timeout=3 * REMIND_SECONDS)
+  outcome = follow.score_steps(job, polling=long)
+  assert not outcome.complete and tuple(outcome.metrics) == STEPS
+  waiting = [line for line in job.notes.messages if line.startswith('waiting')]
   assert waiting[-3:] == [f'waiting for a new checkpoint in {job.run.workdir}{since}'
                           for since in ('', ', for 10m00s', ', for 20m00s')]
 
 
-def test_a_training_that_never_begins(tmp_path):
-  with pytest.raises(InputError, match='has not become a run within --timeout=30'):
-    wait_for_run(tmp_path, FakeTime().patience(timeout=30), lambda line: None)
+def test_training_that_never_begins_is_an_error(tmp_path):
+  with pytest.raises(InputError, match=r'no training has begun in .* within --timeout=30'):
+    wait_for_run(tmp_path, FakeTime().polling(timeout=30), lambda line: None)
   with pytest.raises(InputError, match='poll=0'):
-    Patience(poll=0)
+    Polling(interval=0)
 
 
 @pytest.mark.parametrize('text, expected', [
@@ -242,15 +242,15 @@ def test_steps_are_chosen_by_their_number(text, expected):
 
 
 @pytest.mark.parametrize('text', ['', '5', '5:2', '::0', '-1:', 'a:b', '1:2:3:4', '1,2'])
-def test_steps_that_are_no_range(text):
+def test_invalid_ranges_of_steps(text):
   with pytest.raises(InputError, match='--steps='):
     follow.parse_steps(text)
 
 
-def test_a_sweep_takes_what_is_there(job, tmp_path):
-  assert tuple(follow.score_steps(job, wanted=follow.parse_steps('3:')).figures) == (4, 6)
-  sweep = follow.score_steps(job, tmp_path / 'out', wanted=follow.parse_steps('2::4'))
-  assert tuple(sweep.figures) == (2, 6) and sweep.complete
+def test_without_polling_saved_steps_are_evaluated(job, tmp_path):
+  assert tuple(follow.score_steps(job, selected=follow.parse_steps('3:')).metrics) == (4, 6)
+  sweep = follow.score_steps(job, tmp_path / 'out', selected=follow.parse_steps('2::4'))
+  assert tuple(sweep.metrics) == (2, 6) and sweep.complete
   assert (tmp_path / 'out' / '2' / 'results.json').exists()
   assert event_steps(tmp_path / 'out' / 'tensorboard', 'eval/AP') == [2, 6]
   table = follow.format_steps(
@@ -260,18 +260,26 @@ def test_a_sweep_takes_what_is_there(job, tmp_path):
 
 
 def test_average_or_raw_weights(job):
-  raw = dataclasses.replace(job, options=Options(ema=False))
-  averaged = dataclasses.replace(job, options=Options(ema=True))
+  raw = dataclasses.replace(job, options=EvaluationOptions(ema=False))
+  averaged = dataclasses.replace(job, options=EvaluationOptions(ema=True))
   kernels = [jax.tree.leaves(j.load(6)[1]['params'])[-1]
-             for j in (Job(**vars_of(raw)), Job(**vars_of(averaged)), Job(**vars_of(job)))]
+             for j in (EvaluationJob(**vars_of(j)) for j in (raw, averaged, job))]
   assert not np.array_equal(kernels[0], kernels[1])
   np.testing.assert_array_equal(kernels[1], kernels[2])
-  # What training keeps is decided by the average alone.
+  # Training decides which checkpoints to keep by the average alone.
   assert raw.root.name == 'evaluation_raw' and averaged.root.name == 'evaluation'
 
 
+def test_evaluate_takes_a_workdir(followed, tmp_path):
+  job, outcome, _ = followed
+  messages = []
+  found = evaluate(str(job.run.workdir), step=4, output=str(tmp_path), say=messages.append)
+  assert found.metrics == outcome.metrics[4] and found.step == 4
+  assert messages and (found.folder / 'scores.json').parent == tmp_path
+
+
 def vars_of(job):
-  return {f.name: getattr(job, f.name) for f in dataclasses.fields(Job)}
+  return {f.name: getattr(job, f.name) for f in dataclasses.fields(EvaluationJob)}
 
 
 def test_no_average_to_choose(trained):
@@ -279,19 +287,19 @@ def test_no_average_to_choose(trained):
   config.optim.ema_decay = 0.0
   run = dataclasses.replace(trained.run, config=config.lock())
   with pytest.raises(InputError, match='keeps no moving average'):
-    prepare(run, Options(ema=True))
+    prepare_evaluation(run, EvaluationOptions(ema=True))
 
 
-def checkpoints_of(**figures):
+def checkpoints_of(**metrics):
   return [SimpleNamespace(step=int(name[1:]), metrics=None if ap is None else {'AP': ap})
-          for name, ap in figures.items()]
+          for name, ap in metrics.items()]
 
 
-def rank(figures):
-  return -math.inf if figures['AP'] is None else figures['AP']
+def rank(metrics):
+  return -math.inf if metrics['AP'] is None else metrics['AP']
 
 
-@pytest.mark.parametrize('figures, records, keep, kept', [
+@pytest.mark.parametrize('metrics, records, keep, kept', [
     (dict(s1=0.5, s2=0.3, s3=None), {}, 1, [1]),
     (dict(s1=None, s2=None, s3=None), {}, 1, []),
     (dict(s1=None, s2=None, s3=None), {2: 0.1}, 1, [2]),
@@ -302,10 +310,10 @@ def rank(figures):
     (dict(s1=0.0, s2=None), {2: None}, 1, [1]),
     (dict(s1=0.0), {2: -1, 1: -1}, 1, []),  # As versions before this one wrote it.
     (dict(s1=0.5), {1: 0.5}, 0, [])])
-def test_which_checkpoints_are_best(tmp_path, figures, records, keep, kept):
+def test_which_checkpoints_are_best(tmp_path, metrics, records, keep, kept):
   for step, ap in records.items():
     write_record(tmp_path, step, ap, checkpoint=f'values {step}')
-  checkpoints, readers = checkpoints_of(**figures), tmp_path / 'readers'
+  checkpoints, readers = checkpoints_of(**metrics), tmp_path / 'readers'
   policy = retention.BestScored(keep, rank, tmp_path, readers,
                                 lambda step: Stamp(f'values {step}', 0.0))
   assert chosen(policy, checkpoints) == kept
@@ -342,7 +350,7 @@ def test_scores_of_another_checkpoint_keep_nothing(tmp_path, scored, written, ke
   assert chosen(unknown, checkpoints_of(s1=0.1, s2=0.2)) == [2]
 
 
-def test_while_records_cannot_be_read_nothing_is_deleted(tmp_path, monkeypatch):
+def test_nothing_is_deleted_while_records_cannot_be_read(tmp_path, monkeypatch):
   write_record(tmp_path, 1, 0.9)
   monkeypatch.setattr(storage, 'RETRY_SECONDS', ())
 
@@ -354,7 +362,7 @@ def test_while_records_cannot_be_read_nothing_is_deleted(tmp_path, monkeypatch):
   assert chosen(policy, checkpoints_of(s1=0.1, s2=0.2, s3=0.3)) == [1, 2, 3]
 
 
-def test_dead_readers_pin_nothing(tmp_path):
+def test_dead_readers_protect_nothing(tmp_path):
   this, now = Process.this(), time.time()
   readers = {
       'here': (this, now - 9000), 'killed': (this._replace(pid=2**22 + 1), now),
@@ -368,7 +376,7 @@ def test_dead_readers_pin_nothing(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['elsewhere.json', 'here.json']
 
 
-def test_a_reader_gives_signs_of_life(tmp_path, monkeypatch):
+def test_a_reader_updates_its_heartbeat(tmp_path, monkeypatch):
   monkeypatch.setattr(retention, 'BEAT_SECONDS', 0.01)
   reader = Reader(tmp_path, pytest.fail)
   reader.hold(3)
@@ -380,23 +388,23 @@ def test_a_reader_gives_signs_of_life(tmp_path, monkeypatch):
   reader.close()
 
 
-def test_a_workdir_that_takes_no_record_can_be_read_all_the_same(tmp_path):
+def test_a_read_only_workdir_can_be_evaluated(tmp_path):
   (tmp_path / 'readers').write_text('a file')
-  said = []
-  reader = Reader(tmp_path / 'readers', said.append)
+  messages = []
+  reader = Reader(tmp_path / 'readers', messages.append)
   for step in (1, 2):
     reader.hold(step)
   reader.close()
-  assert len(said) == 1 and 'so a training may delete checkpoints while' in said[0]
+  assert len(messages) == 1 and 'so a training may delete checkpoints while' in messages[0]
 
 
 def test_wherever_a_follower_writes_its_step_is_protected(job, tmp_path):
   seen = []
   job.notes.disturb = lambda step: seen.append(retention.being_read(job.run.readers))
-  raw = job_for(job, job.run.workdir, options=Options(ema=False))
+  raw = job_for(job, job.run.workdir, options=EvaluationOptions(ema=False))
   raw.notes.disturb = job.notes.disturb
-  follow.score_steps(raw, wanted=follow.parse_steps('4:4'))
-  follow.score_steps(job, tmp_path / 'out', wanted=follow.parse_steps('4:4'))
+  follow.score_steps(raw, selected=follow.parse_steps('4:4'))
+  follow.score_steps(job, tmp_path / 'out', selected=follow.parse_steps('4:4'))
   job.score(4, tmp_path / 'one')
   assert seen == [{4}] * 3 and not retention.being_read(job.run.readers)
 
@@ -410,24 +418,24 @@ def test_two_followers_of_one_folder(job, monkeypatch):
 
 
 def resave(job, step):
-  """Another attempt has saved other values under the number of a step."""
+  """Saves other values under the number of a step, as another attempt of training does."""
   shutil.rmtree(checkpoint(job, step))
   shutil.copytree(checkpoint(job, 2), checkpoint(job, step))
 
 
-def test_scores_of_an_earlier_attempt_do_not_pass_for_new_checkpoints(job):
-  first = follow.score_steps(job).figures
+def test_scores_of_an_earlier_attempt_are_not_reused(job):
+  first = follow.score_steps(job).metrics
   job.notes.evaluated.clear()
   resave(job, 4)
   resave(job, 6)
   assert [line['step'] for line in job.run.metrics() if 'eval/AP' in line] == [2]
-  second = follow.score_steps(job).figures
+  second = follow.score_steps(job).metrics
   assert job.notes.evaluated == [4, 6] and tuple(second) == STEPS
-  assert any('scores on record of step 4 are of another' in line for line in job.notes.said)
+  assert any('recorded scores of step 4 are of another' in line for line in job.notes.messages)
   assert second[4] == second[6] == second[2] == first[2]
   curve = {line['step']: line['eval/AP'] for line in job.run.metrics() if 'eval/AP' in line}
-  assert curve == {step: figures['AP'] for step, figures in second.items()}
-  assert follow.score_steps(job).figures == second and job.notes.evaluated == [4, 6]
+  assert curve == {step: metrics['AP'] for step, metrics in second.items()}
+  assert follow.score_steps(job).metrics == second and job.notes.evaluated == [4, 6]
 
 
 def test_a_checkpoint_that_is_replaced_while_it_is_followed_is_scored_again(job):
@@ -436,16 +444,16 @@ def test_a_checkpoint_that_is_replaced_while_it_is_followed_is_scored_again(job)
   text = config.read_text()
   config.write_text(text.replace('"steps": 6', '"steps": 8'))
   clock.events.append(lambda: config.write_text(text))
-  outcome = follow.score_steps(job, patience=clock.patience())
+  outcome = follow.score_steps(job, polling=clock.polling())
   assert job.notes.evaluated == [2, 4, 6, 4]
-  assert outcome.figures[4] == outcome.figures[2]
+  assert outcome.metrics[4] == outcome.metrics[2]
 
 
-def test_scores_of_other_weights_or_data_are_not_taken_over(job, tmp_path):
+def test_scores_of_other_weights_or_data_are_not_reused(job, tmp_path):
   root = tmp_path / 'out'
-  follow.score_steps(job, root, wanted=follow.parse_steps('6:6'))
-  raw = job_for(job, job.run.workdir, options=Options(ema=False))
-  follow.score_steps(raw, root, wanted=follow.parse_steps('6:6'))
+  follow.score_steps(job, root, selected=follow.parse_steps('6:6'))
+  raw = job_for(job, job.run.workdir, options=EvaluationOptions(ema=False))
+  follow.score_steps(raw, root, selected=follow.parse_steps('6:6'))
   assert raw.notes.evaluated == [6]
 
 
@@ -462,7 +470,7 @@ def test_records_of_earlier_versions_count_if_they_are_younger_than_the_checkpoi
   assert job.notes.evaluated == [6]
 
 
-def test_curves_of_steps_that_this_attempt_has_yet_to_come_to_are_dropped(job):
+def test_curves_of_steps_not_reached_yet_are_dropped(job):
   follow.score_steps(job)
   for step in (4, 6):
     shutil.rmtree(checkpoint(job, step))
@@ -474,14 +482,14 @@ def test_curves_of_steps_that_this_attempt_has_yet_to_come_to_are_dropped(job):
 
 
 def test_table_of_steps_without_metrics():
-  figures = {step: dict.fromkeys(('AP', 'AP50', 'AP75'), ap) for step, ap in ((1, None), (2, 0.5))}
-  assert follow.format_steps(figures).splitlines()[1:] == [
+  metrics = {step: dict.fromkeys(('AP', 'AP50', 'AP75'), ap) for step, ap in ((1, None), (2, 0.5))}
+  assert follow.format_steps(metrics).splitlines()[1:] == [
       '         1      -      -      -', '         2  0.500  0.500  0.500  best']
-  assert 'best' not in follow.format_steps({1: figures[1]})
+  assert 'best' not in follow.format_steps({1: metrics[1]})
 
 
 @pytest.mark.parametrize('rubbish', ['', '[]', '{"figures": 3}', '{"figures"', '{"figures": {}}'])
-def test_a_record_that_is_none_counts_for_nothing(tmp_path, rubbish):
+def test_invalid_records_are_ignored(tmp_path, rubbish):
   (tmp_path / '2').mkdir()
   (tmp_path / '2' / 'scores.json').write_text(rubbish)
   (tmp_path / 'reader.json').write_text(rubbish)
@@ -489,7 +497,7 @@ def test_a_record_that_is_none_counts_for_nothing(tmp_path, rubbish):
   assert chosen(policy, checkpoints_of(s1=0.5, s2=None)) == [1]
 
 
-def test_training_keeps_what_a_job_found_to_be_best(tmp_path):
+def test_training_keeps_the_checkpoint_that_a_job_scored_best(tmp_path):
   state = jax.tree.map(jnp.asarray, TrainState(
       np.int32(1), {'params': {'kernel': np.ones(3)}, 'batch_stats': {}}, (), {}))
   records, readers = tmp_path / 'evaluation', tmp_path / 'readers'

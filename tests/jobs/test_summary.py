@@ -1,4 +1,4 @@
-"""Parameters and FLOPs, against figures of other origin and counts by hand."""
+"""Tests parameters and FLOPs against published and profiled numbers and counts by hand."""
 
 import itertools
 import json
@@ -16,10 +16,10 @@ from ppn_jax.jobs.summary import (
   AFTER,
   BEFORE,
   PAPER,
-  READINGS,
+  PAPER_CONVENTIONS,
   Totals,
   format_summary,
-  paper_readings,
+  paper_counts,
   summarize,
 )
 from ppn_jax.run import create_run
@@ -34,7 +34,7 @@ def config_of(model, *overrides):
 
 
 class Summaries(dict):
-  """Summaries by model, each made when it is asked for."""
+  """Summaries by model, each computed on first access."""
 
   def __missing__(self, model):
     self[model] = summarize(config_of(model))
@@ -53,7 +53,7 @@ def tiny(**model):
   return config
 
 
-# By TensorFlow's profiler and the reference's variables (docs/reference.md 14).
+# From TensorFlow's profiler and the variables of the reference (docs/reference.md 14).
 @pytest.mark.parametrize('model, columns, field, value', [
     ('ppn', 91, 'trainable', 2_173_818), ('ssd', 91, 'trainable', 6_819_839),
     ('ppn', 91, 'variables', 2_194_682), ('ssd', 91, 'variables', 6_845_183),
@@ -63,18 +63,18 @@ def tiny(**model):
     ('ppn', 91, 'network_flops', 2_347_628_744), ('ssd', 91, 'network_flops', 2_474_440_931),
     ('ppn', 92, 'network_flops', 2_350_703_744), ('ssd', 92, 'network_flops', 2_476_975_712),
     ('ppn', 91, 'multiply_adds', 1_173_529_536), ('ssd', 91, 'multiply_adds', 1_237_129_408)])
-def test_the_reference_s_figures(summaries, model, columns, field, value):
+def test_counts_of_the_reference(summaries, model, columns, field, value):
   assert getattr(summaries[model].by_columns[columns], field) == value
 
 
 @pytest.mark.parametrize('model, flops', [('ppn', 2_348_565_283), ('ssd', 2_475_244_249)])
-def test_image_to_detections_is_near_the_profiler_s(summaries, model, flops):
+def test_image_to_detections_is_close_to_the_profiler(summaries, model, flops):
   ours = summaries[model].by_columns[91].detection_flops
   assert ours == pytest.approx(flops, rel=1e-4)
   assert f'{ours / 1e9:.2f}' == f'{flops / 1e9:.2f}'
 
 
-def test_exactly_the_readings_give_the_paper_s_table(summaries):
+def test_exactly_these_conventions_give_the_table_of_the_paper(summaries):
   def fits(beyond, parameters, flops):
     return all((f'{getattr(totals, parameters) / 1e6:.2f}M', f'{getattr(totals, flops) / 1e9:.2f}B')
                == PAPER[row] for row, totals in (
@@ -83,13 +83,13 @@ def test_exactly_the_readings_give_the_paper_s_table(summaries):
   every = itertools.product(
       range(3), [f for f in Totals._fields if f.startswith(('trainable', 'variables'))],
       [f for f in Totals._fields if f.endswith('flops')])
-  assert {reading for reading in every if fits(*reading)} == set(READINGS)
+  assert {reading for reading in every if fits(*reading)} == set(PAPER_CONVENTIONS)
 
 
-def test_the_paper_s_rows(summaries):
-  assert [r.row for r in paper_readings(summaries['ppn'])] == ['PPN'] * 3
-  assert [r.row for r in paper_readings(summaries['ssd'])] == ['SSD'] * 3
-  assert [r.row for r in paper_readings(summaries['fpn'])] == [None] * 3
+def test_rows_of_the_paper(summaries):
+  assert [r.row for r in paper_counts(summaries['ppn'])] == ['PPN'] * 3
+  assert [r.row for r in paper_counts(summaries['ssd'])] == ['SSD'] * 3
+  assert [r.row for r in paper_counts(summaries['fpn'])] == [None] * 3
   assert 'not known' in format_summary(summaries['fpn'])
 
 
@@ -100,11 +100,11 @@ def test_background_column_is_one_of_the_columns(summaries):
   assert background.totals == background.by_columns[91]
   without = summaries['ppn'].by_columns[91]
   assert background.totals._replace(detection_flops=0) == without._replace(detection_flops=0)
-  # Every anchor's background is spared the comparison with the score threshold.
+  # The background of an anchor is not compared with the score threshold.
   assert without.detection_flops - background.totals.detection_flops == 3000
 
 
-def test_blocks_that_no_output_needs(summaries):
+def test_blocks_that_no_output_depends_on(summaries):
   whole = summarize(config_of('ppn', 'backbone.last_block=13', 'background_column=True'))
   assert whole.totals.trainable + whole.totals.unused == 3_767_674  # docs/reference.md 14.
   assert whole.by_columns[90] == summaries['ppn'].totals._replace(
@@ -158,7 +158,7 @@ def test_a_network_counted_by_hand():
 
 @pytest.mark.slow
 def test_only_the_model_counts():
-  """Not the form of its convolutions, its dtype, or whether Flax is told to name its scopes."""
+  """Counts do not depend on the form of convolutions, the dtype or Flax's naming of scopes."""
   config = tiny()
   config.model.layers.conv_form = 'native'
   native = summarize(config)
@@ -185,10 +185,10 @@ def test_command(capsys):
   text = capsys.readouterr().out
   assert '2,176,896' in text and '2,350,703,744' in text and 'as PPN there' in text
   assert main(['summary', config, '--config.model.num_classes=90', '--json']) == 0
-  told = json.loads(capsys.readouterr().out)
-  assert told['by_columns']['92']['trainable'] == 2_176_896
-  assert told['layers'][1]['name'] == 'backbone/conv2d_0'
-  assert {r['row'] for r in told['paper']} == {'PPN'}
+  printed = json.loads(capsys.readouterr().out)
+  assert printed['by_columns']['92']['trainable'] == 2_176_896
+  assert printed['layers'][1]['name'] == 'backbone/conv2d_0'
+  assert {r['row'] for r in printed['paper']} == {'PPN'}
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_command_takes_classes_from_the_data_and_models_from_runs(tmp_path, caps
   assert capsys.readouterr().out.startswith('64 px, 2 classes in 2 columns')
 
 
-@pytest.mark.parametrize('arguments, said', [
+@pytest.mark.parametrize('arguments, message', [
     ([f'--config={CONFIGS}/ppn_mobilenet_v1_coco.py'], 'give --config.model.num_classes=N'),
     ([f'--config={CONFIGS}/quickstart.py', '--config.model.num_classes=-1'], 'must be positive'),
     ([f'--config={CONFIGS}/quickstart.py', '--config.model.num_class=1'], "mean 'num_classes'"),
@@ -209,7 +209,7 @@ def test_command_takes_classes_from_the_data_and_models_from_runs(tmp_path, caps
     (['--workdir=nowhere'], 'is not a run'),
     ([], 'one of the arguments --config --workdir is required'),
     (['--config=a.py', '--workdir=b'], 'not allowed with')])
-def test_command_refuses_in_one_line(arguments, said, capsys):
+def test_command_refuses_in_one_line(arguments, message, capsys):
   assert main(['summary', *arguments]) == 2
   error = capsys.readouterr().err
-  assert said in error and error.count('\n') == 1
+  assert message in error and error.count('\n') == 1

@@ -59,12 +59,12 @@ def test_a_run_leaves_everything_that_others_need(undisturbed):
   lines = metrics(workdir)
   assert [line['step'] for line in lines] == [2, 3, 4, 6, 6]
   assert all(np.isfinite(line['train/loss']) for line in lines if 'train/loss' in line)
-  assert lines[-1]['eval/AP'] == scores.figures['AP']
+  assert lines[-1]['eval/AP'] == scores.metrics['AP']
   assert int(final_state(workdir).step) == 6
   # The same figures from the workdir alone.
   assert evaluate(run, say=lambda _: None).scores == scores
   assert json.loads((workdir / 'evaluation' / '6' / 'scores.json').read_text())['figures'] == (
-      scores.figures)
+      scores.metrics)
 
 
 def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):

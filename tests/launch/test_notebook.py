@@ -1,4 +1,4 @@
-"""launch/notebooks/inspect.ipynb, executed as Jupyter would."""
+"""Tests launch/notebooks/inspect.ipynb, executed as by Jupyter."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ NOTEBOOK = REPOSITORY / 'launch' / 'notebooks' / 'inspect.ipynb'
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  """A run whose detections are on file: of each image the truth, one misnamed, one misplaced."""
+  """Returns a run with stored detections: for each box a correct, misnamed and misplaced one."""
   workdir = tmp_path_factory.mktemp('run')
   source = build_source({'name': 'synthetic_shapes', 'num_images': 6, 'image_size': 64,
                          'split': 'eval'})
@@ -68,12 +68,12 @@ def test_every_cell_runs_and_every_picture_is_there(workdir, monkeypatch):
         assert cell.source in pictures, cell.source
   assert len(pictures) == 14
   for source, pixels in pictures.items():
-    # "no mistakes" is a sentence, and no object is missed here.
+    # No object is missed here, so the picture is a sentence.
     least = 1e3 if source == "run.mistakes('missed')" else 1e4
     assert pixels.size > least and len(np.unique(pixels)) > 20 and pixels.std() > 5, source
 
 
-def test_colab_asks_for_a_picture(monkeypatch):
+def test_colab_asks_for_an_upload(monkeypatch):
   pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
   png = io.BytesIO()
   Image.fromarray(pixels).save(png, 'PNG')

@@ -1,4 +1,4 @@
-"""Rows and figures: worked by hand, against the truth itself, and one scorer against the other."""
+"""Tests rows and metrics by hand, with perfect detections, and one scorer against the other."""
 
 import copy
 import json
@@ -10,12 +10,12 @@ from ppn_jax.detection.structures import Category, Detections
 from ppn_jax.errors import InputError
 from ppn_jax.metrics import coco
 
-FIGURES = ['AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
+METRICS = ['AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large',
            'AR1', 'AR10', 'AR100', 'AR_small', 'AR_medium', 'AR_large']
 
 
 def random_problem(seed):
-  """Truth with crowds, empty images and empty classes; rows near the truth, with tied scores."""
+  """Returns ground truth with crowds, empty images and classes, and rows with tied scores."""
   rng = np.random.default_rng(seed)
   images = [{'id': int(i), 'height': 480, 'width': 640} for i in rng.permutation(40)[:12] + 1]
   categories = [{'id': i, 'name': f'class {i}'} for i in (7, 2, 90, 31)]
@@ -40,7 +40,7 @@ def perfect_rows(truth):
 
 
 def reference_stats(truth, rows, tmp_path):
-  """pycocotools used as its own documentation says."""
+  """Returns the metrics of pycocotools, used as in its documentation."""
   from pycocotools.coco import COCO
   from pycocotools.cocoeval import COCOeval
   path = tmp_path / 'truth.json'
@@ -53,7 +53,7 @@ def reference_stats(truth, rows, tmp_path):
   return job.stats.tolist()
 
 
-def test_rows_are_in_pixels_of_the_original_and_in_ids_of_the_data_set():
+def test_rows_have_pixels_of_the_original_and_ids_of_the_data_set():
   detections = Detections(
       boxes=np.array([[[0.25, 0.5, 0.75, 1.0], [0, 0, 1, 1], [0, 0, 0, 0]]] * 2, np.float32),
       scores=np.array([[0.75, 0.5, 0]] * 2, np.float32),
@@ -74,20 +74,20 @@ def test_rows_are_in_pixels_of_the_original_and_in_ids_of_the_data_set():
 
 @pytest.mark.parametrize('scorer', coco.SCORERS)
 def test_a_case_worked_by_hand(scorer):
-  # Two boxes of 100x100; one is found exactly, a better-scored one is wrong. Precision 1/2 up
-  # to recall 1/2, which covers 51 of the 101 points.
+  # Of two boxes of 100x100, one is detected exactly, after a wrong detection of a better score.
+  # Precision is 1/2 up to recall 1/2, which are 51 of the 101 points.
   truth = {'images': [{'id': 1}], 'categories': [{'id': 5, 'name': 'thing'}],
            'annotations': [{'image_id': 1, 'category_id': 5, 'bbox': [x, 0, 100, 100]}
                            for x in (0, 200)]}
   rows = [{'image_id': 1, 'category_id': 5, 'bbox': [500, 500, 100, 100], 'score': 0.9},
           {'image_id': 1, 'category_id': 5, 'bbox': [0, 0, 100, 100], 'score': 0.8}]
   scores = coco.score(truth, rows, scorer=scorer)
-  assert list(scores.figures) == FIGURES
+  assert list(scores.metrics) == METRICS
   for name in ('AP', 'AP50', 'AP75', 'AP_large'):
-    assert scores.figures[name] == pytest.approx(0.5 * 51 / 101)
-  assert scores.figures['AR1'] == 0 and scores.figures['AR10'] == scores.figures['AR100'] == 0.5
-  assert scores.figures['AP_small'] is scores.figures['AR_medium'] is None
-  assert scores.per_class == (('thing', scores.figures['AP'], scores.figures['AP50'], 2),)
+    assert scores.metrics[name] == pytest.approx(0.5 * 51 / 101)
+  assert scores.metrics['AR1'] == 0 and scores.metrics['AR10'] == scores.metrics['AR100'] == 0.5
+  assert scores.metrics['AP_small'] is scores.metrics['AR_medium'] is None
+  assert scores.per_class == (('thing', scores.metrics['AP'], scores.metrics['AP50'], 2),)
   assert (scores.num_images, scores.num_detections) == (1, 2)
 
 
@@ -98,11 +98,11 @@ def test_scorers_are_equal_bit_for_bit(seed, tmp_path):
   fast, slow = (coco.score(truth, rows, scorer=s) for s in ('hotcoco', 'pycocotools'))
   assert fast == slow
   assert (truth, rows) == before
-  assert 0 < fast.figures['AP'] < 1
-  # pycocotools takes an annotation of id 0 for no match, so it is given other ids here.
+  assert 0 < fast.metrics['AP'] < 1
+  # pycocotools takes an annotation of id 0 for no match, so ids begin at 1 here.
   for a in truth['annotations']:
     a['id'] += 1
-  assert list(fast.figures.values()) == reference_stats(truth, rows, tmp_path)
+  assert list(fast.metrics.values()) == reference_stats(truth, rows, tmp_path)
 
 
 def test_scorers_are_equal_on_real_annotations(shared, tmp_path):
@@ -115,16 +115,16 @@ def test_scorers_are_equal_on_real_annotations(shared, tmp_path):
           for a in truth['annotations'] for _ in range(2)]
   fast, slow = (coco.score(truth, rows, scorer=s) for s in ('hotcoco', 'pycocotools'))
   assert fast == slow
-  assert list(fast.figures.values()) == reference_stats(truth, rows, tmp_path)
+  assert list(fast.metrics.values()) == reference_stats(truth, rows, tmp_path)
   perfect = coco.score(truth, perfect_rows(truth))
-  assert all(perfect.figures[name] == 1 for name in FIGURES if name.startswith('AP'))
+  assert all(perfect.metrics[name] == 1 for name in METRICS if name.startswith('AP'))
 
 
 @pytest.mark.parametrize('scorer', coco.SCORERS)
-def test_the_truth_itself_scores_one(scorer):
+def test_perfect_detections_score_one(scorer):
   truth, _ = random_problem(0)
   scores = coco.score(truth, perfect_rows(truth), scorer=scorer)
-  assert scores.figures['AP'] == scores.figures['AR100'] == 1
+  assert scores.metrics['AP'] == scores.metrics['AR100'] == 1
   names = [c.name for c in scores.per_class]
   assert names == ['class 2', 'class 7', 'class 31', 'class 90']
   counts = [sum(a['category_id'] == i and not a['iscrowd'] for a in truth['annotations'])
@@ -138,12 +138,12 @@ def test_images_without_rows_or_boxes_count(scorer, capfd):
   truth, rows = random_problem(1)
   full = coco.score(truth, rows, scorer=scorer)
   nothing = coco.score(truth, [], scorer=scorer)
-  assert nothing.figures['AP'] == 0 and nothing.num_detections == 0
+  assert nothing.metrics['AP'] == 0 and nothing.num_detections == 0
   assert nothing.num_images == len(truth['images'])
   of_one = [r for r in rows if r['image_id'] == rows[0]['image_id']]
-  assert coco.score(truth, of_one, scorer=scorer).figures['AR100'] < full.figures['AR100']
+  assert coco.score(truth, of_one, scorer=scorer).metrics['AR100'] < full.metrics['AR100']
   no_boxes = coco.score({**truth, 'annotations': []}, rows, scorer=scorer)
-  assert set(no_boxes.figures.values()) == {None}
+  assert set(no_boxes.metrics.values()) == {None}
   assert capfd.readouterr() == ('', '')
 
 
@@ -153,19 +153,19 @@ def test_detections_of_crowds_are_not_false():
       {'image_id': 1, 'category_id': 1, 'bbox': [100, 100, 300, 300], 'iscrowd': 1}]}
   rows = [{'image_id': 1, 'category_id': 1, 'bbox': [150, 150, 60, 60], 'score': 0.9},
           {'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 50, 50], 'score': 0.5}]
-  assert coco.score(truth, rows).figures['AP'] == pytest.approx(1)
+  assert coco.score(truth, rows).metrics['AP'] == pytest.approx(1)
   truth['annotations'][1]['iscrowd'] = 0
-  assert coco.score(truth, rows).figures['AP'] < 0.5
+  assert coco.score(truth, rows).metrics['AP'] < 0.5
 
 
 def test_annotation_id_zero_can_be_matched():
   truth, _ = random_problem(2)
   assert truth['annotations'][0]['id'] == 0
   for scorer in coco.SCORERS:
-    assert coco.score(truth, perfect_rows(truth), scorer=scorer).figures['AR100'] == 1
+    assert coco.score(truth, perfect_rows(truth), scorer=scorer).metrics['AR100'] == 1
 
 
-def test_mistakes_are_named():
+def test_invalid_arguments_are_named():
   truth, rows = random_problem(0)
   with pytest.raises(InputError, match=r"unknown scorer 'pycoco'; did you mean 'pycocotools'\?"):
     coco.score(truth, rows, scorer='pycoco')
@@ -175,20 +175,20 @@ def test_mistakes_are_named():
     coco.score(truth, [rows[0], rows[1] | {'category_id': 3}])
 
 
-def test_table_is_aligned_and_shows_a_dash_for_what_was_not_scored():
+def test_table_is_aligned_and_shows_a_dash_for_missing_metrics():
   truth, rows = random_problem(0)
   truth['categories'][0]['name'] = 'a name of some length'
   scores = coco.score(truth, rows)
   lines = coco.format_table(scores).split('\n')
   assert lines[0] == f'12 images, {len(rows)} detections'
-  assert lines[2].split()[:2] == ['AP', f'{scores.figures["AP"]:.3f}']
-  assert [line.split()[0] for line in lines[2:14]] == FIGURES
+  assert lines[2].split()[:2] == ['AP', f'{scores.metrics["AP"]:.3f}']
+  assert [line.split()[0] for line in lines[2:14]] == METRICS
   table = lines[15:]
   assert len({len(line) for line in table}) == 1
   assert [line.split() for line in table if '-' in line] == [['class', '31', '-', '-', '0']]
 
 
-def test_results_are_written_whole_or_not_at_all(tmp_path):
+def test_results_are_written_atomically(tmp_path):
   path = tmp_path / 'new' / 'results.json'
   _, rows = random_problem(0)
   coco.write_results(path, rows)
@@ -201,15 +201,15 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ['results.json']
 
 
-def test_what_does_not_exist_is_a_dash_and_null(tmp_path):
-  """Never COCO's -1, which looks like a metric."""
+def test_missing_metrics_are_a_dash_and_null(tmp_path):
+  """Metrics without ground truth are not COCO's -1, which looks like a value."""
   truth, rows = random_problem(1)
   scores = coco.score({**truth, 'annotations': []}, rows)
   coco.write_scores(tmp_path / 'scores.json', scores, {})
   written = json.loads((tmp_path / 'scores.json').read_text())
   assert set(written['figures'].values()) == {None}
   assert all(c[1:3] == [None, None] for c in written['per_class'])
-  assert coco.format_headline(scores.figures) == 'AP -  AP50 -  AP75 -'
-  assert coco.format_headline(scores.figures | {'AP': 0.25}) == 'AP 0.2500  AP50 -  AP75 -'
+  assert coco.format_headline(scores.metrics) == 'AP -  AP50 -  AP75 -'
+  assert coco.format_headline(scores.metrics | {'AP': 0.25}) == 'AP 0.2500  AP50 -  AP75 -'
   table = coco.format_table(scores)
   assert '-1' not in table and 'AP             -  mean over' in table

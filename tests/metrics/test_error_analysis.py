@@ -1,4 +1,4 @@
-"""TIDE's kinds of mistakes: one of each by hand, and a second implementation on random boxes."""
+"""Tests TIDE's kinds of errors by hand, and on random boxes against a second implementation."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from ppn_jax.metrics.error_analysis import WRONG_CLASS as CLASS
 
 
 def instances(boxes, num_images=1):
-  """boxes: (image, category, x, y, w, h, *iscrowd) each."""
+  """Returns an instances dict of boxes (image, category, x, y, w, h, *iscrowd)."""
   return {
       'images': [{'id': i, 'height': 200, 'width': 200} for i in range(num_images)],
       'categories': [{'id': c, 'name': str(c)} for c in (1, 2, 3)],
@@ -27,9 +27,9 @@ def row(image, category, score, x, y, w, h):
 TRUTH = instances([(0, 1, 0, 0, 40, 40), (0, 2, 100, 0, 40, 40), (0, 3, 0, 100, 40, 40),
                    (0, 1, 100, 100, 60, 60, 'crowd')])
 ROWS = [
-    row(0, 1, 0.9, 0, 0, 40, 40),        # Right.
+    row(0, 1, 0.9, 0, 0, 40, 40),        # Correct.
     row(0, 1, 0.8, 0, 0, 40, 36),        # Its duplicate.
-    row(0, 1, 0.7, 100, 0, 40, 40),      # Truth of class 2.
+    row(0, 1, 0.7, 100, 0, 40, 40),      # Ground truth of class 2.
     row(0, 3, 0.6, 0, 120, 40, 40),      # IoU 1/3.
     row(0, 2, 0.5, 20, 20, 40, 40),      # IoU 1/7 with another class.
     row(0, 2, 0.4, 60, 60, 20, 20),      # Nothing near.
@@ -41,50 +41,50 @@ def test_one_of_each_kind():
   assert found.kind.tolist() == [NO_ERROR, DUPLICATE, CLASS, PLACE, BOTH, BACKGROUND, NO_ERROR]
   assert found.target.tolist() == [0, 0, 1, 2, 0, -1, -1]
   np.testing.assert_allclose(found.iou[1:6], [0.9, 1, 1 / 3, 1 / 7, 0])
-  assert found.missed.tolist() == []  # The second and third have detections meant for them.
+  assert found.missed.tolist() == []  # The second and third are targets of wrong detections.
   assert found.counts() == dict(zip(KINDS, (0, 1, 1, 1, 1, 1), strict=True))
 
 
-def test_what_scores_below_the_floor_is_not_there():
-  found = error_analysis.classify(TRUTH, ROWS, floor=0.65)
+def test_low_scores_are_ignored():
+  found = error_analysis.classify(TRUTH, ROWS, min_score=0.65)
   assert found.kind.tolist() == [NO_ERROR, DUPLICATE, CLASS] + [NO_ERROR] * 4
   assert found.missed.tolist() == [2]
-  assert error_analysis.classify(TRUTH, ROWS, floor=0.95).missed.tolist() == [0, 1, 2]
+  assert error_analysis.classify(TRUTH, ROWS, min_score=0.95).missed.tolist() == [0, 1, 2]
 
 
-def test_nothing_found_and_nothing_there():
+def test_no_detections_and_no_ground_truth():
   assert error_analysis.classify(TRUTH, []).counts()['missed'] == 3
   found = error_analysis.classify(instances([], 1), ROWS)
   assert found.kind.tolist() == [BACKGROUND] * 7 and not len(found.missed)
 
 
 @pytest.mark.parametrize('kind, rows, gain', [
-    # A right one behind a wrong one: precision 1/2 at the only recall.
+    # A correct detection after a duplicate.
     ('duplicate', [row(0, 1, 0.9, 0, 0, 40, 40), row(0, 1, 0.8, 0, 0, 40, 39),
                    row(0, 1, 0.7, 100, 0, 40, 40)], None),
     ('background', [row(0, 1, 0.9, 60, 150, 20, 20), row(0, 1, 0.8, 0, 0, 40, 40)], 0.5),
     ('wrong class', [row(0, 2, 0.9, 0, 0, 40, 40)], 1.0),
     ('poorly placed', [row(0, 1, 0.9, 0, 20, 40, 40)], 1.0),
-    # Mending two for one truth leaves one.
+    # Fixing two for one box leaves one.
     ('poorly placed', [row(0, 1, 0.9, 0, 20, 40, 40), row(0, 1, 0.8, 0, 21, 40, 40)], 1.0),
-    # The truth is found already, so the wrong one can only vanish.
+    # The box is matched already, so the wrong detection is removed.
     ('poorly placed', [row(0, 1, 0.9, 0, 25, 40, 40), row(0, 1, 0.8, 0, 0, 40, 40)], 0.5),
 ])
 def test_costs_by_hand(kind, rows, gain):
   truth = instances([(0, 1, 0, 0, 40, 40)] + [(0, 1, 100, 0, 40, 40)] * (gain is None))
-  gains = error_analysis.costs(truth, rows, error_analysis.classify(truth, rows))
+  gains = error_analysis.costs(truth, rows)
   if gain is None:  # Recall 1/2 at precision 1, the rest at 2/3.
-    gain = 1 - coco.score(truth, rows).figures['AP50']
+    gain = 1 - coco.score(truth, rows).metrics['AP50']
     assert gain == pytest.approx(50 / 101 / 3)
   assert gains[kind] == pytest.approx(gain, abs=1e-9)
   others = [name for name in KINDS if name not in (kind, 'missed')]
   assert all(gains[name] == pytest.approx(0, abs=1e-9) for name in others)
 
 
-def test_missed_truth_costs_what_recall_lacks():
+def test_the_cost_of_missed_boxes_is_the_missing_recall():
   truth = instances([(0, 1, 0, 0, 40, 40), (0, 1, 100, 0, 40, 40)])
   rows = [row(0, 1, 0.9, 0, 0, 40, 40)]
-  gains = error_analysis.costs(truth, rows, error_analysis.classify(truth, rows))
+  gains = error_analysis.costs(truth, rows)
   assert gains['missed'] == pytest.approx(50 / 101)
   assert sum(gains.values()) == gains['missed']
 
@@ -97,17 +97,17 @@ def iou(a, b):
 
 
 def by_definition(truth, rows):
-  """Box by box, as the paper's section 2.2 reads."""
-  taken, kinds, aimed = {}, {}, set()
+  """Returns the kind of each wrong detection and the missed boxes, by the paper's section 2.2."""
+  matched, kinds, targets = {}, {}, set()
   for i in sorted(range(len(rows)), key=lambda i: -rows[i]['score']):
     r = rows[i]
     near = [(iou(r['bbox'], a['bbox']), n) for n, a in enumerate(truth) if
             a['image_id'] == r['image_id'] and a['category_id'] == r['category_id'] and
-            n not in taken]
+            n not in matched]
     if near and max(near)[0] >= 0.5:
-      taken[max(near)[1]] = i
+      matched[max(near)[1]] = i
   for i, r in enumerate(rows):
-    if i in taken.values():
+    if i in matched.values():
       continue
     here = [(iou(r['bbox'], a['bbox']), n, a['category_id'] == r['category_id'])
             for n, a in enumerate(truth) if a['image_id'] == r['image_id']]
@@ -115,15 +115,15 @@ def by_definition(truth, rows):
     other = max(((o, n) for o, n, same in here if not same), default=(0, -1))
     if 0.1 <= own[0] < 0.5:
       kinds[i] = PLACE
-      aimed.add(own[1])
+      targets.add(own[1])
     elif other[0] >= 0.5:
       kinds[i] = CLASS
-      aimed.add(other[1])
+      targets.add(other[1])
     elif own[0] >= 0.5:
       kinds[i] = DUPLICATE
     else:
       kinds[i] = BACKGROUND if max(own[0], other[0]) < 0.1 else BOTH
-  return kinds, set(range(len(truth))) - set(taken) - aimed
+  return kinds, set(range(len(truth))) - set(matched) - targets
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -141,4 +141,7 @@ def test_random_boxes_agree_with_the_definitions(seed):
   assert {i: k for i, k in enumerate(found.kind.tolist()) if k != NO_ERROR} == kinds
   assert set(found.missed.tolist()) == missed
   assert len(set(kinds.values())) == 5
-  assert all(gain >= -1e-9 for gain in error_analysis.costs(truth, rows, found).values())
+  assert all(gain >= -1e-9 for gain in error_analysis.costs(truth, rows).values())
+  # The library that computes the costs counts the same errors.
+  counts = coco.tide_errors(truth, rows, min_iou=0.5, background_iou=0.1)['counts']
+  assert found.counts() == {kind: counts[error_analysis._HOTCOCO_NAMES[kind]] for kind in KINDS}

@@ -1,4 +1,4 @@
-"""Pictures: where the pixels are, that tags stay inside, that colours can be told apart."""
+"""Tests drawn boxes, tags that stay inside the image, and distinct colours."""
 
 import numpy as np
 import pytest
@@ -52,27 +52,27 @@ def test_line_and_type_grow_with_the_image():
 @pytest.mark.parametrize('box', [
     [0.0, 0.0, 0.1, 0.1], [0.0, 0.9, 0.05, 1.0], [0.95, 0.9, 1.0, 1.0], [0.9, 0.0, 1.0, 0.05],
     [-0.5, -0.5, 1.5, 1.5], [0.4, 0.97, 0.6, 1.2]])
-@pytest.mark.parametrize('truth', [False, True])
-def test_tags_stay_inside_the_image(box, truth):
+@pytest.mark.parametrize('ground_truth', [False, True])
+def test_tags_stay_inside_the_image(box, ground_truth):
   image = blank(200, 300)
-  style = drawing._Style.of((300, 200), 1, truth)
+  style = drawing._Style.of((300, 200), 1, ground_truth)
   text = 'a name of medium length 0.87'
   corners = drawing._to_pixels(np.array(box, np.float32), (300, 200))
   left, top, right, bottom = drawing._place_tag(corners, text, style, (300, 200), [])
   assert 0 <= left < right < 300 and 0 <= top < bottom < 200
   assert style.font.length(text) <= right - left
-  with_tag = draw(image, [box], names=['a name of medium length'] * 8, truth=truth)
-  without = draw(image, [box], names=[''] * 8, truth=truth)
+  with_tag = draw(image, [box], names=['a name of medium length'] * 8, ground_truth=ground_truth)
+  without = draw(image, [box], names=[''] * 8, ground_truth=ground_truth)
   assert (with_tag != without).any(axis=-1).sum() > 100
 
 
 def test_tags_avoid_one_another():
   style = drawing._Style.of((300, 300), 1, False)
-  taken = []
+  occupied = []
   for _ in range(4):
-    drawing._place_tag((100, 100, 200, 200), 'thing', style, (300, 300), taken)
-  assert len(taken) == 4
-  assert sum(drawing._overlap(a, b) for i, a in enumerate(taken) for b in taken[:i]) == 0
+    drawing._place_tag((100, 100, 200, 200), 'thing', style, (300, 300), occupied)
+  assert len(occupied) == 4
+  assert sum(drawing._overlap(a, b) for i, a in enumerate(occupied) for b in occupied[:i]) == 0
 
 
 def test_better_scores_are_on_top():
@@ -82,16 +82,16 @@ def test_better_scores_are_on_top():
     assert tuple(out[40, 100]) == drawing.class_colour(top)
 
 
-def test_truth_looks_different_from_detections():
+def test_ground_truth_is_drawn_unlike_detections():
   box = [[0.2, 0.2, 0.8, 0.8]]
-  out = draw(blank(300, 300), box, [4], names=[''] * 8, truth=True)
+  out = draw(blank(300, 300), box, [4], names=[''] * 8, ground_truth=True)
   line = out[60, 60:240]
   dashes = (line == 255).all(axis=-1)
   assert 0.3 < dashes.mean() < 0.7 and (np.diff(dashes.astype(int)) == 1).sum() > 5
   assert not (out == drawing.class_colour(4)).all(axis=-1).any()
 
 
-def test_no_boxes_and_boxes_that_cannot_be_seen_change_nothing():
+def test_no_boxes_and_invisible_boxes_change_nothing():
   image = blank(50, 60)
   np.testing.assert_array_equal(draw(image, np.zeros((0, 4))), image)
   unseen = [[np.nan] * 4, [0, 0, np.inf, 1], [0.5, 0.5, 0.5, 0.9], [1.1, 0, 1.3, 1],
@@ -128,15 +128,15 @@ def test_ink_is_legible_on_every_colour(label):
   assert pair[1] / pair[0] > 4
 
 
-def test_mosaic_shows_every_image_once():
+def test_contact_sheet_shows_every_image_once():
   colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
   images = [np.full((40 + 10 * i, 60, 3), c, np.uint8) for i, c in enumerate(colours)]
-  sheet = drawing.mosaic(images, 3)
+  sheet = drawing.contact_sheet(images, 3)
   middle = [tuple(sheet[sheet.shape[0] * (1 + 2 * row) // 4,
                         sheet.shape[1] * (1 + 2 * column) // 6])
             for row, column in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1))]
   assert middle == colours
-  assert drawing.mosaic(images[:1]).shape[1] < drawing.mosaic(images).shape[1]
+  assert drawing.contact_sheet(images[:1]).shape[1] < drawing.contact_sheet(images).shape[1]
 
 
 def test_png_holds_the_pixels(tmp_path):
@@ -147,6 +147,6 @@ def test_png_holds_the_pixels(tmp_path):
 
 @pytest.mark.parametrize('image', [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32),
                                    np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)])
-def test_what_is_no_rgb_image_is_refused(image):
+def test_other_arrays_than_rgb_images_are_refused(image):
   with pytest.raises(ValueError, match='an image is u8'):
     draw(image, [[0, 0, 1, 1]])

@@ -1,21 +1,23 @@
-"""Letters on pictures: each in a font that has it, and said where there is none."""
+"""Tests that letters are drawn in a font that has them, with a warning if there is none."""
 
 import functools
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from PIL import Image, ImageDraw
 
-from ppn_jax.visualization import fonts
+from ppn_jax.visualization import fonts, plotting
 from ppn_jax.visualization.fonts import Font
 
-SQUARE = '汽'  # What the system's font of these tests has: a full square.
+SQUARE = '汽'  # A full square in the system's font of these tests.
 
 
 @pytest.fixture
 def system(tmp_path, monkeypatch):
-  """An empty system; returns the folder for its fonts."""
-  unknown()  # Has been noted before the test looks at what is noted.
+  """Makes a system without fonts; returns the folder for its fonts."""
+  unknown()  # Drawn before, so that its warning is not seen by the test.
   monkeypatch.setenv('XDG_DATA_DIRS', str(tmp_path))
   monkeypatch.setenv('HOME', str(tmp_path / 'home'))
   monkeypatch.setattr(fonts.shutil, 'which', lambda program: None)
@@ -30,7 +32,7 @@ def system(tmp_path, monkeypatch):
 
 
 def write_font(path, letters):
-  """A font in which every one of the letters is a square as high as the type."""
+  """Writes a font in which each of the letters is a square as high as the type."""
   builder_lib = pytest.importorskip('fontTools.fontBuilder')
   pen_lib = pytest.importorskip('fontTools.pens.ttGlyphPen')
   pen = pen_lib.TTGlyphPen(None)
@@ -50,7 +52,7 @@ def write_font(path, letters):
 
 
 def drawn(text, size=20):
-  """Which pixels a text covers, bool [H, W]."""
+  """Returns the pixels that a text covers, bool [H, W]."""
   picture = Image.new('L', (400, 40))
   font = Font(size)
   font.draw(ImageDraw.Draw(picture), 2, 30, text, 255)
@@ -68,7 +70,7 @@ def test_latin_greek_and_cyrillic_are_letters(system, text, caplog):
   assert not caplog.records
 
 
-def test_accents_apart_from_their_letter_are_put_together(system):
+def test_separate_accents_are_combined_with_their_letter(system):
   np.testing.assert_array_equal(drawn('cafe\u0301'), drawn('caf\u00e9'))
 
 
@@ -80,7 +82,7 @@ def test_chinese_is_drawn_in_the_system_s_font(system, caplog):
   assert Font(20).length(f'a{SQUARE}b') == pytest.approx(Font(20).length('ab') + 20)
 
 
-def test_what_no_font_has_is_said_once(system, caplog):
+def test_missing_letters_are_reported_once(system, caplog):
   (system / 'NotoSansCJK-Regular.ttf').write_bytes(b'damaged')
   for _ in range(2):
     np.testing.assert_array_equal(drawn(SQUARE), unknown())
@@ -102,3 +104,14 @@ def test_fontconfig_is_asked_for_other_scripts(system, monkeypatch, caplog):
   monkeypatch.setattr(fonts, '_asked', [])
   assert drawn('กก')[10:30].all(axis=0).sum() == 40
   assert asked == [':charset=e01'] and not caplog.records
+
+
+def test_plots_use_the_system_s_font_and_restore_matplotlib(system):
+  write_font(system / 'NotoSansCJK-Regular.ttf', SQUARE)
+  known = list(font_manager.fontManager.ttflist)
+  families = list(matplotlib.rcParams['font.family'])
+  with plotting.plot(2, 1) as made:
+    made.figure.text(0.1, 0.2, SQUARE, fontsize=40, color='black')
+  assert (made.pixels == 0).all(axis=-1).sum() > 1000  # A full square, not the outline of a box.
+  assert font_manager.fontManager.ttflist == known
+  assert matplotlib.rcParams['font.family'] == families

@@ -1,7 +1,7 @@
-"""Pages: whole, escaped, and independent of anything outside them."""
+"""Tests that pages are complete, escaped and independent of anything outside them."""
 
 import numpy as np
-from html_page import XHTML, check_alone, parse
+from html_page import XHTML, check_self_contained, parse
 
 from ppn_jax.visualization import html_page
 
@@ -14,7 +14,7 @@ def pixels(kind, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (300, 400, 3), np.uint8)
 
 
-def test_everything_given_is_on_the_page():
+def test_all_content_is_on_the_page():
   html = html_page.render(NASTY, NASTY, [
       html_page.Section(
           NASTY, NASTY,
@@ -23,7 +23,7 @@ def test_everything_given_is_on_the_page():
           [html_page.Group([html_page.picture(pixels('photo'), NASTY, NASTY, width=120)], NASTY),
            html_page.plot(pixels('plot'), 'a plot')])])
   tree, pictures = parse(html)
-  check_alone(tree)
+  check_self_contained(tree)
   assert [(p.format, p.size) for p in pictures] == [('JPEG', (400, 300)), ('PNG', (40, 30))]
   np.testing.assert_array_equal(np.asarray(pictures[1]), pixels('plot'))
   texts = [text.strip() for text in tree.itertext()]
@@ -37,6 +37,6 @@ def test_everything_given_is_on_the_page():
   assert {a.get('href')[1:] for a in tree.iter(f'{XHTML}a')} == ids == {'s1'}
 
 
-def test_an_empty_page_is_a_page():
+def test_a_page_without_sections_is_valid():
   tree, pictures = parse(html_page.render('t', '', []))
   assert not pictures and next(tree.iter(f'{XHTML}title')).text == 't'

@@ -1,4 +1,4 @@
-"""`ppn evaluate --report`: the page by a strict parser, and in a browser where there is one."""
+"""Tests `ppn evaluate --report` with a strict parser, and in a browser if there is one."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from html_page import XHTML, check_alone, parse
+from html_page import XHTML, check_self_contained, parse
 from PIL import Image
 from tiny import untrained_run
 
@@ -20,7 +20,7 @@ from ppn_jax.visualization.report import evaluation_page
 
 BROWSER = next(filter(None, map(shutil.which, (
     'chromium', 'chromium-browser', 'google-chrome', 'chrome'))), None)
-HEADINGS = ['Figures', 'Training', 'Precision and recall', 'By class and size', 'Mistakes by kind',
+HEADINGS = ['Metrics', 'Training', 'Precision and recall', 'By class and size', 'Mistakes by kind',
             'Worst images', 'Best images', 'Reliability of scores']
 
 
@@ -40,11 +40,11 @@ def headings(tree, level='h2'):
   return [h.text for h in tree.iter(f'{XHTML}{level}')]
 
 
-def test_the_page_is_whole_and_alone(report):
+def test_the_page_is_complete_and_self_contained(report):
   tree, pictures = parse(report.read_text('utf-8'))
-  check_alone(tree)
+  check_self_contained(tree)
   assert headings(tree) == HEADINGS
-  # Six plots, and truth beside detections of the six images, from both ends.
+  # Six plots, and comparisons of the six images, best first and worst first.
   assert len(pictures) >= 6 + 12 and all(np.asarray(p).std() > 5 for p in pictures)
   cells = [[''.join(td.itertext()) for td in tr.iter(f'{XHTML}td')]
            for tr in tree.iter(f'{XHTML}tr')]
@@ -54,7 +54,7 @@ def test_the_page_is_whole_and_alone(report):
 
 
 class Dots:
-  """Six images of dots, which classes of awkward names are about."""
+  """Six images with a box each, of classes whose names contain markup."""
   categories = (Category(7, '<b>bold</b>'), Category(9, 'a "quote" & $x_1$'))
   max_boxes = 1
 
@@ -82,10 +82,11 @@ def page_of(rows, metrics=()):
   return evaluation_page('a <run>', gallery, coco.score(truth, rows), metrics, num_levels=2)
 
 
-def test_a_run_that_finds_nothing_and_names_that_are_markup():
+def test_no_detections_and_names_with_markup():
   tree, pictures = parse(page_of([]))
   assert headings(tree) == HEADINGS
-  assert headings(tree, 'h3') == ['Missed: no detection found it, nor was one meant for it']
+  assert headings(tree, 'h3') == [
+      'Missed: no detection matches it or, but for its class or place, would match it']
   texts = list(tree.itertext())
   assert '<b>bold</b>' in texts and 'a <run>' in texts and len(pictures) > 6
 
@@ -107,7 +108,7 @@ def test_mistakes_are_under_their_kind():
 @pytest.mark.skipif(BROWSER is None, reason='no Chromium or Chrome on the PATH')
 def test_a_browser_shows_it(report, tmp_path):
   probe = tmp_path / 'probe.html'
-  # The page forbids scripts; without that rule, one can tell what the browser made of it.
+  # The page forbids scripts; without that rule, a script can report what the browser shows.
   html = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', '', report.read_text('utf-8'))
   probe.write_text(html.replace('</body>', '''<script>addEventListener('load', () => {
     const images = [...document.images];

@@ -1,8 +1,8 @@
-"""A data set as a network would meet it: boxes of augmented images, and the anchors they get.
+"""Collects statistics of a data set: boxes of augmented images, and the anchors assigned to them.
 
-Nothing is trained. Images come from the same functions as in training, so the first of a survey are
-the first of a run with the same config. (With `data.resident` the devices draw their own,
-from the same distributions.)
+Nothing is trained. Images come from the same functions as in training, so the first ones are those
+of a run with the same config. (With `data.resident` the devices draw their own, from the same
+distributions.)
 """
 
 import contextlib
@@ -31,65 +31,65 @@ from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.run import build_detector, resolve_classes
 
 SPLITS = ('train', 'eval')
-SIDES = (0, 16, 32, 64, 128, 256)  # Bounds of sizes of boxes in tables, pixels of the network.
+SIDES = (0, 16, 32, 64, 128, 256)  # Bounds of box sizes in tables, pixels of the network's input.
 _PERCENTS = (5, 25, 50, 75, 95)
 _BATCH = 32
-# Shares of boxes that no anchor fits from which advice is given: of all, and of a class that has
-# boxes enough to tell.
-_MUCH_UNFIT, _MUCH_OF_A_CLASS, _FEW_BOXES = 0.1, 0.3, 20
+# Shares of boxes without a fitting anchor from which on changes are suggested: of all boxes, and of
+# a class that has enough boxes to tell.
+_MAX_UNFIT, _MAX_UNFIT_OF_CLASS, _MIN_BOXES = 0.1, 0.3, 20
 
 
-class Boxes(NamedTuple):
-  """N truth boxes in pixels of the network's input, NumPy; those that ask for anchors."""
-  image: Array  # i64 [N], 0 the first image of the survey.
+class BoxStatistics(NamedTuple):
+  """N ground-truth boxes and the anchors assigned to them, without ignored crowds; NumPy."""
+  image: Array  # i64 [N], number of the sampled image, from 0.
   label: Array  # i32 [N].
-  corners: Array  # f32 [N, 4], of the image: what `height` and `width` are in pixels.
-  height: Array  # f32 [N].
+  corners: Array  # f32 [N, 4], (ymin, xmin, ymax, xmax), 0 to 1 of the image.
+  height: Array  # f32 [N], in pixels of the network's input.
   width: Array  # f32 [N].
-  best_iou: Array  # f32 [N], with the anchor that fits best.
-  best_level: Array  # i32 [N], its pyramid level.
-  anchors: Array  # i64 [N, L], positive anchors that the box was assigned on each level.
+  best_iou: Array  # f32 [N], with the anchor that overlaps it most.
+  best_level: Array  # i32 [N], pyramid level of that anchor.
+  anchors: Array  # i64 [N, L], number of positive anchors assigned to the box on each level.
 
   @property
   def side(self) -> np.ndarray:
-    """f32 [N], of the square of the same area, pixels."""
+    """Side of the square of the same area in pixels, f32 [N]."""
     return np.sqrt(self.height * self.width)
 
   @property
   def ratio(self) -> np.ndarray:
-    """f32 [N], width over height."""
+    """Width over height, f32 [N]."""
     return self.width / np.maximum(self.height, 1e-6)
 
 
-class Survey(NamedTuple):
-  """What was found."""
+class DataStatistics(NamedTuple):
+  """Statistics of sampled images of a data set."""
   split: str
   image_size: int  # S, in pixels.
   categories: tuple[Category, ...]
   anchors: Anchors
-  matching: Mapping[str, Any]  # The config's.
-  num_images: int  # Looked at.
+  matching: Mapping[str, Any]  # The block of the config.
+  num_images: int  # Sampled.
   total_images: int  # Of the data set.
-  num_crowds: int  # Boxes that ask for no anchor.
-  boxes: Boxes
-  shown: tuple[Batch, ...]  # The first images, as batches.
+  num_crowds: int
+  boxes: BoxStatistics
+  examples: tuple[Batch, ...]  # The first images, as batches.
   report: Report  # On all images of the data set, by their annotations.
-  left_out: tuple[str, ...]  # Images that options let be left out, a line each.
-  changes: tuple[Change, ...]  # Of the config, by which more boxes would fit; () if enough do.
+  skipped: tuple[str, ...]  # Images that were skipped as the config allows, a line each.
+  suggestions: tuple[Change, ...]  # Changes of the config that fit more boxes; () if enough fit.
 
 
-def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
-           shown: int = 24) -> Survey:
-  """Looks at the data of a config.
+def collect_statistics(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
+                       num_examples: int = 24) -> DataStatistics:
+  """Samples images of the data of a config and measures their boxes and assigned anchors.
 
   Args:
-    config: of a run to be.
+    config: of a training run.
     split: 'train', with augmentation, or 'eval', without.
-    samples: how many images to look at; at most all of them, once.
-    shown: how many of them to keep for pictures.
+    samples: number of images to sample; each is used at most once.
+    num_examples: number of sampled images to keep for pictures.
 
   Raises:
-    InputError: bad data or a bad config, as training would say.
+    InputError: If the data or config are bad, with the messages of training.
   """
   if split not in SPLITS:
     raise InputError(f'split={split}: {did_you_mean(split, SPLITS)}')
@@ -100,34 +100,37 @@ def survey(config: ConfigDict, *, split: str = 'train', samples: int = 1000,
   detector, data = build_detector(config), config.data
   bad = BadExamples(f'data.{split}', len(source), data.on_bad_example, data.max_bad_share)
   bad.record_known(source)
-  count, seen, crowds, parts, kept = min(samples, len(source)), 0, 0, [], []
-  measure = _measurer(detector, config.matching.to_dict())
+  count, seen, crowds, parts, examples = min(samples, len(source)), 0, 0, [], []
+  measure = _build_measure(detector, config.matching.to_dict())
   for batch in _batches(config, split, source, min(_BATCH, count), bad):
     chosen = batch.valid & (np.cumsum(batch.valid) <= count - seen)
     parts.append(measure(batch, chosen, seen))
     batch = jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
     crowds += int((batch.truth.valid & batch.truth.crowd).sum())
-    if seen < shown:
-      kept.append(jax.tree.map(lambda x, room=shown - seen: x[:room], batch))
+    if seen < num_examples:
+      examples.append(jax.tree.map(lambda x, room=num_examples - seen: x[:room], batch))
     seen += len(batch.valid)
     if seen >= count:
       break
-  boxes = Boxes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-  said = report(source, f'data.{split}', ignore_crowd=config.matching.ignore_crowd,
-                image_size=detector.image_size if split == 'train' else 0)
-  return Survey(split, detector.image_size, tuple(source.categories), detector.anchors,
-                config.matching.to_dict(), seen, len(source), crowds, boxes, tuple(kept),
-                said, tuple(bad.new_reasons()), _changes(config, detector, boxes))
+  boxes = BoxStatistics(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+  return DataStatistics(
+      split=split, image_size=detector.image_size, categories=tuple(source.categories),
+      anchors=detector.anchors, matching=config.matching.to_dict(), num_images=seen,
+      total_images=len(source), num_crowds=crowds, boxes=boxes, examples=tuple(examples),
+      report=report(source, f'data.{split}', ignore_crowd=config.matching.ignore_crowd,
+                    image_size=detector.image_size if split == 'train' else 0),
+      skipped=tuple(bad.new_reasons()), suggestions=_suggest_changes(config, detector, boxes))
 
 
-def _changes(config: ConfigDict, detector: Detector, boxes: Boxes) -> tuple[Change, ...]:
-  """What to change where many boxes, or many of a class, overlap no anchor by enough."""
+def _suggest_changes(config: ConfigDict, detector: Detector, boxes: BoxStatistics
+                     ) -> tuple[Change, ...]:
+  """Returns changes of the config if many boxes, or many of one class, fit no anchor."""
   matched_iou, model = config.matching.matched_iou, config.model.to_dict()
   unfit = boxes.best_iou < matched_iou
   count = np.bincount(boxes.label, minlength=1)
   by_class = np.bincount(boxes.label, unfit, len(count)) / np.maximum(count, 1)
-  if not len(unfit) or (unfit.mean() < _MUCH_UNFIT and not (
-      by_class[count >= _FEW_BOXES] >= _MUCH_OF_A_CLASS).any()):
+  if not len(unfit) or (unfit.mean() < _MAX_UNFIT and not (
+      by_class[count >= _MIN_BOXES] >= _MAX_UNFIT_OF_CLASS).any()):
     return ()
   sizes = {detector.image_size * k // 2 for k in (2, 3, 4)}
   return tuple(search(
@@ -137,7 +140,7 @@ def _changes(config: ConfigDict, detector: Detector, boxes: Boxes) -> tuple[Chan
 
 
 def _open(config: ConfigDict, split: str) -> Source:
-  """The source of a split. That of evaluation has the classes of training, where they are known."""
+  """Opens the source of a split; evaluation data get the classes of training data if known."""
   categories = None
   if split == 'eval':
     with contextlib.suppress(InputError):
@@ -147,6 +150,7 @@ def _open(config: ConfigDict, split: str) -> Source:
 
 def _batches(config: ConfigDict, split: str, source: Source, batch_size: int, bad: BadExamples
              ) -> Iterator[Batch]:
+  """Yields batches as training or evaluation reads them."""
   data, size = config.data, config.model.image_size
   options = {'image_size': size, 'batch_size': batch_size, 'threads': data.threads,
              'resize': data.resize, 'reduced_decoding': data.reduced_decoding, 'bad': bad}
@@ -157,41 +161,42 @@ def _batches(config: ConfigDict, split: str, source: Source, batch_size: int, ba
                        max_boxes=required_boxes(source, data.max_boxes, transforms), **options)
 
 
-def _measurer(detector: Detector, matching: Mapping[str, Any]) -> Callable[..., Boxes]:
-  """(batch, which of its images, number of the first of these) -> their boxes."""
-  # With numbers of boxes in place of labels, targets tell which box each anchor is for.
+def _build_measure(detector: Detector, matching: Mapping[str, Any]
+                   ) -> Callable[..., BoxStatistics]:
+  """Returns a function (batch, mask of its images, number of the first of these) -> statistics."""
+  # With box numbers in place of labels, the targets show which box each anchor is assigned to.
   numbered = lambda truth: truth._replace(
       labels=jnp.broadcast_to(jnp.arange(truth.labels.shape[1]), truth.labels.shape))
   assign = jax.jit(lambda truth: detector.assign(detector.anchors, numbered(truth)))
   level, num_levels = detector.anchors.level, detector.num_levels
 
-  def measure(batch: Batch, chosen: Array, first: int) -> Boxes:
+  def measure(batch: Batch, chosen: Array, first: int) -> BoxStatistics:
     truth = batch.truth
     targets = jax.device_get(assign(truth))
-    wanted = truth.valid & chosen[:, None]
+    counted = truth.valid & chosen[:, None]
     if matching['ignore_crowd']:
-      wanted &= ~truth.crowd
+      counted &= ~truth.crowd
     image, anchor = np.nonzero(targets.positive)
     place = np.ravel_multi_index((image, targets.labels[image, anchor], level[anchor]),
-                                 (*wanted.shape, num_levels))
-    assigned = np.bincount(place, minlength=wanted.size * num_levels)
-    overlap = box_ops.iou(truth.boxes[wanted], detector.anchors.boxes)
+                                 (*counted.shape, num_levels))
+    assigned = np.bincount(place, minlength=counted.size * num_levels)
+    overlap = box_ops.iou(truth.boxes[counted], detector.anchors.boxes)
     best = overlap.argmax(axis=1)
-    size = (truth.boxes[wanted][:, 2:] - truth.boxes[wanted][:, :2]) * detector.image_size
-    return Boxes(
-        first + (np.cumsum(chosen) - 1)[np.nonzero(wanted)[0]], truth.labels[wanted],
-        truth.boxes[wanted], *size.T,
+    size = (truth.boxes[counted][:, 2:] - truth.boxes[counted][:, :2]) * detector.image_size
+    return BoxStatistics(
+        first + (np.cumsum(chosen) - 1)[np.nonzero(counted)[0]], truth.labels[counted],
+        truth.boxes[counted], *size.T,
         overlap[np.arange(len(best)), best], level[best],
-        assigned.reshape(*wanted.shape, num_levels)[wanted])
+        assigned.reshape(*counted.shape, num_levels)[counted])
 
   return measure
 
 
-def figures(found: Survey) -> dict[str, Any]:
-  """The survey in numbers, as plain data for JSON; those of no boxes are None.
+def summarize(found: DataStatistics) -> dict[str, Any]:
+  """Summarizes statistics as plain data for JSON; values of groups without boxes are None.
 
-  A box is 'unfit' if it overlaps no anchor by `matched_iou`: force-match, if it is on, gives it its
-  best one all the same. It is 'without' anchors if even so it gets none.
+  A box is 'unfit' if its IoU with every anchor is below `matched_iou`; with force-match it still
+  gets its best anchor. It is 'without' if no anchor is assigned to it.
   """
   boxes, matched_iou = found.boxes, found.matching['matched_iou']
   unfit = boxes.best_iou < matched_iou
@@ -216,24 +221,24 @@ def figures(found: Survey) -> dict[str, Any]:
                    'anchor_sides': [float(sides[level == k].min()), float(sides[level == k].max())],
                    'positives_an_image': float(boxes.anchors[:, k].sum() / found.num_images)}
           for k, group in enumerate(groups(range(level[-1] + 1), boxes.best_level))],
-      'changes': _changed(found, unfit)}
+      'changes': _summarize_changes(found, unfit)}
 
 
-def _changed(found: Survey, unfit: np.ndarray) -> list[dict[str, Any]]:
-  """`Survey.changes` in numbers, with what becomes of the class that no anchor fits most often."""
-  if not found.changes:
+def _summarize_changes(found: DataStatistics, unfit: np.ndarray) -> list[dict[str, Any]]:
+  """Summarizes the suggested changes, with their effect on the class with most unfit boxes."""
+  if not found.suggestions:
     return []
   count = np.bincount(found.boxes.label, minlength=len(found.categories))
   by_class = np.bincount(found.boxes.label, unfit, len(count)) / np.maximum(count, 1)
-  worst = int(np.where(count >= min(_FEW_BOXES, count.max()), by_class, -1).argmax())
+  worst = int(np.where(count >= min(_MIN_BOXES, count.max()), by_class, -1).argmax())
   chosen = found.boxes.label == worst
   return [{'key': change.key, 'value': change.value, 'work': change.work,
            'unfit': float((~change.fits).mean()), 'class': found.categories[worst].name,
            'unfit_of_class': float((~change.fits[chosen]).mean()),
-           'unfit_of_class_now': float(by_class[worst])} for change in found.changes]
+           'unfit_of_class_now': float(by_class[worst])} for change in found.suggestions]
 
 
-def _group(boxes: Boxes, chosen: np.ndarray, unfit: np.ndarray) -> dict[str, Any]:
+def _group(boxes: BoxStatistics, chosen: np.ndarray, unfit: np.ndarray) -> dict[str, Any]:
   count = int(chosen.sum())
   assigned = boxes.anchors[chosen].sum(axis=1)
   share = lambda mask: float(mask.mean()) if count else None
@@ -250,70 +255,70 @@ def _percentiles(values: np.ndarray) -> dict[str, float] | None:
                                             strict=True)}
 
 
-def format_table(numbers: Mapping[str, Any]) -> str:
-  """`figures` as aligned plain text."""
-  every = numbers['all']
+def format_table(summary: Mapping[str, Any]) -> str:
+  """Formats what `summarize` returns as aligned text."""
+  every = summary['all']
   lines = [
-      f'{numbers["split"]}: {numbers["images"]:,} of {numbers["images_in_all"]:,} images, '
-      f'{every["boxes"]:,} boxes ({numbers["boxes_an_image"]["mean"]:.1f} an image, at most '
-      f'{numbers["boxes_an_image"]["most"]}), {numbers["images_without_boxes"]:,} images without '
-      f'boxes, {numbers["crowds"]:,} crowds']
-  if numbers['side']:
+      f'{summary["split"]}: {summary["images"]:,} of {summary["images_in_all"]:,} images, '
+      f'{every["boxes"]:,} boxes ({summary["boxes_an_image"]["mean"]:.1f} per image, at most '
+      f'{summary["boxes_an_image"]["most"]}), {summary["images_without_boxes"]:,} images without '
+      f'boxes, {summary["crowds"]:,} crowds']
+  if summary['side']:
     for what, key, form in (('side, px', 'side', '.0f'), ('width / height', 'ratio', '.2f')):
-      lines.append(f'{what:<15}' + '  '.join(f'{p} {v:{form}}' for p, v in numbers[key].items()))
+      lines.append(f'{what:<15}' + '  '.join(f'{p} {v:{form}}' for p, v in summary[key].items()))
   for key, name in (('by_class', 'class'), ('by_side', 'side, px'), ('by_level', 'level')):
-    lines += ['', *_format_groups(name, [g for g in numbers[key]
+    lines += ['', *_format_groups(name, [g for g in summary[key]
                                          if g['boxes'] or key != 'by_side'], key == 'by_level')]
-  return '\n'.join([*lines, '', verdict(numbers)])
+  return '\n'.join([*lines, '', describe_anchor_fit(summary)])
 
 
-def verdict(numbers: Mapping[str, Any]) -> str:
-  """Whether the anchors suit the boxes, in a sentence."""
-  every = numbers['all']
+def describe_anchor_fit(summary: Mapping[str, Any]) -> str:
+  """Describes in a sentence how well the anchors fit the boxes, and what to change."""
+  every = summary['all']
   if not every['boxes']:
     return 'no boxes: there is nothing to learn from these images'
-  served = ('force_match gives each the best there is' if numbers['force_match'] else
-            'they get none, since force_match is off')
-  advice = _advice(numbers['changes'], len(numbers['by_class']) > 1)
-  if not advice and every['unfit'] >= _MUCH_UNFIT:
+  consequence = ('force_match gives each its best anchor' if summary['force_match'] else
+                 'they get none, since force_match is off')
+  advice = _format_suggestions(summary['changes'], len(summary['by_class']) > 1)
+  if not advice and every['unfit'] >= _MAX_UNFIT:
     advice = ('. No other scale or ratio of anchors, nor an image_size of up to twice as much, '
-              'would help by much')
+              'would help much')
   return (f'{every["unfit"]:.1%} of the boxes overlap no anchor by matched_iou='
-          f'{numbers["matched_iou"]:g} ({served}); {every["without"]:.1%} get no anchor at all; '
-          f'{every["anchors_a_box"]:.1f} anchors a box{advice}')
+          f'{summary["matched_iou"]:g} ({consequence}); {every["without"]:.1%} get no anchor at '
+          f'all; {every["anchors_a_box"]:.1f} anchors per box{advice}')
 
 
-def _advice(changes: Sequence[Mapping[str, Any]], several: bool) -> str:
-  """What to set so that more boxes fit; each change comes on top of those before it.
+def _format_suggestions(changes: Sequence[Mapping[str, Any]], several: bool) -> str:
+  """Formats changes of the config, each of which comes on top of those before it.
 
   With `several` classes the worst of them is named.
   """
   if not changes:
     return ''
-  told = []
+  parts = []
   for change in changes:
     value = str(change['value']).replace(' ', '')
     value = f"'{value}'" if isinstance(change['value'], (tuple, list)) else value
     work = f' at {change["work"]:.1f} times the work' if change['work'] > 1 else ''
     worst = f' (of {change["class"]!r} {change["unfit_of_class"]:.1%})' if several else ''
-    told.append(f'--config.{change["key"]}={value} would leave {change["unfit"]:.1%}{worst}{work}')
+    parts.append(f'--config.{change["key"]}={value} would leave {change["unfit"]:.1%}{worst}{work}')
   first = changes[0]
   worst = f'Of {first["class"]!r} it is {first["unfit_of_class_now"]:.1%}. ' if several else ''
-  return f'. {worst}{"; with that, ".join(told)}'
+  return f'. {worst}{"; with that, ".join(parts)}'
 
 
 def _format_groups(name: str, groups: Sequence[Mapping[str, Any]], levels: bool) -> list[str]:
   width = max(len(name), *(len(g['name']) for g in groups), 10)
   header = (f'{name:<{width}}  {"boxes":>9}  {"median side":>11}  {"best IoU":>8}  '
-            f'{"anchors a box":>13}  {"no anchor fits":>14}')
-  rows = [header + ('  positives an image   anchors of side, px' if levels else '')]
+            f'{"anchors per box":>15}  {"no anchor fits":>14}')
+  rows = [header + ('  positives per image   anchors of side, px' if levels else '')]
   for g in groups:
     cells = (f'{_show(g["median_side"], ".0f"):>11}  {_show(g["best_iou"], ".2f"):>8}  '
-             f'{_show(g["anchors_a_box"], ".1f"):>13}  {_show(g["unfit"], ".1%"):>14}')
+             f'{_show(g["anchors_a_box"], ".1f"):>15}  {_show(g["unfit"], ".1%"):>14}')
     row = f'{g["name"]:<{width}}  {g["boxes"]:>9,}  {cells}'
     if levels:
       low, high = g['anchor_sides']
-      row += f'  {g["positives_an_image"]:>18.1f}   {g["anchors"]:,} of {low:.0f} to {high:.0f}'
+      row += f'  {g["positives_an_image"]:>19.1f}   {g["anchors"]:,} of {low:.0f} to {high:.0f}'
     rows.append(row)
   return rows
 

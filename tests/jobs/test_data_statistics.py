@@ -1,4 +1,4 @@
-"""`ppn data`: the images of training, and boxes counted against their anchors one by one."""
+"""Tests `ppn data`: images of training, and anchors of each box counted one by one."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-from html_page import XHTML, check_alone, parse
+from html_page import XHTML, check_self_contained, parse
 from PIL import Image
 from tiny import CONFIG_FILE, tiny_config
 
@@ -16,7 +16,7 @@ from ppn_jax.data.loader import train_batches
 from ppn_jax.data.source import build_source
 from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.detection import boxes as box_ops
-from ppn_jax.jobs import data_survey
+from ppn_jax.jobs import data_statistics
 from ppn_jax.run import build_detector, resolve_classes
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
@@ -24,7 +24,7 @@ TESTS = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope='module')
 def found():
-  return data_survey.survey(tiny_config(), samples=8, shown=5)
+  return data_statistics.collect_statistics(tiny_config(), samples=8, num_examples=5)
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +46,7 @@ def test_images_are_those_of_training(found):
   config = tiny_config()
   trained = batches_of_training(config, 2)
   expected = np.concatenate([b.images for b in trained])[:5]
-  np.testing.assert_array_equal(np.concatenate([b.images for b in found.shown]), expected)
+  np.testing.assert_array_equal(np.concatenate([b.images for b in found.examples]), expected)
   boxes = np.concatenate([b.truth.boxes[b.truth.valid] for b in trained])
   np.testing.assert_allclose(found.boxes.height, (boxes[:, 2] - boxes[:, 0]) * 64)
   np.testing.assert_allclose(found.boxes.width, (boxes[:, 3] - boxes[:, 1]) * 64)
@@ -54,7 +54,7 @@ def test_images_are_those_of_training(found):
 
 
 def test_anchors_of_each_box_one_by_one(found):
-  """By the rule of the SSD paper, in plain loops."""
+  """Anchors are assigned by the rule of the SSD paper, here in plain loops."""
   anchors, boxes = found.anchors, found.boxes
   at = 0
   for number, (truth, valid) in enumerate(
@@ -74,8 +74,8 @@ def test_anchors_of_each_box_one_by_one(found):
   assert at == len(boxes.label) > 8
 
 
-def test_figures_add_up(found):
-  numbers = data_survey.figures(found)
+def test_groups_add_up(found):
+  numbers = data_statistics.summarize(found)
   boxes = len(found.boxes.label)
   for key in ('by_class', 'by_side', 'by_level'):
     assert sum(g['boxes'] for g in numbers[key]) == boxes == numbers['all']['boxes']
@@ -85,51 +85,51 @@ def test_figures_add_up(found):
   assert positives == pytest.approx(numbers['all']['anchors_a_box'] * boxes)
   assert sum(g['anchors'] for g in numbers['by_level']) == len(found.anchors.boxes)
   assert json.loads(json.dumps(numbers, allow_nan=False)) == numbers
-  table = data_survey.format_table(numbers)
+  table = data_statistics.format_table(numbers)
   assert f'{boxes:,} boxes' in table and all(c.name in table for c in found.categories)
 
 
-def test_a_rule_without_force_match_leaves_boxes_without(found):
+def test_boxes_without_anchors_if_force_match_is_off(found):
   config = tiny_config().copy_and_resolve_references()
   with config.unlocked():
     config.matching.update(matched_iou=0.9, force_match=False)
-  numbers = data_survey.figures(data_survey.survey(config, samples=8))
+  numbers = data_statistics.summarize(data_statistics.collect_statistics(config, samples=8))
   assert numbers['all']['without'] == numbers['all']['unfit'] > 0.9
-  assert 'force_match is off' in data_survey.verdict(numbers)
-  assert data_survey.figures(found)['all']['without'] < 0.2
+  assert 'force_match is off' in data_statistics.describe_anchor_fit(numbers)
+  assert data_statistics.summarize(found)['all']['without'] < 0.2
 
 
-def test_the_detectors_own_matching_is_asked():
+def test_the_matching_is_that_of_the_detector():
   config = tiny_config()
   detector = build_detector(resolve_classes(config, range(5)))
-  numbers = data_survey.figures(data_survey.survey(config, samples=4))
+  numbers = data_statistics.summarize(data_statistics.collect_statistics(config, samples=4))
   batch = batches_of_training(config, 1)[0]
   positive = np.asarray(detector.assign(detector.anchors, batch.truth).positive)
   assert numbers['all']['anchors_a_box'] * numbers['all']['boxes'] == pytest.approx(positive.sum())
 
 
-def test_advice_where_many_boxes_fit_no_anchor(found):
-  numbers = data_survey.figures(found)
-  advice, said = numbers['changes'][0], data_survey.verdict(numbers)
+def test_changes_are_suggested_if_many_boxes_fit_no_anchor(found):
+  numbers = data_statistics.summarize(found)
+  advice, message = numbers['changes'][0], data_statistics.describe_anchor_fit(numbers)
   assert numbers['all']['unfit'] > advice['unfit'] > 0
-  assert f'--config.{advice["key"]}={advice["value"]} would leave {advice["unfit"]:.1%}' in said
-  assert f"Of '{advice['class']}' it is {advice['unfit_of_class_now']:.1%}" in said
-  assert said in data_survey.format_table(numbers)
-  assert 'would help by much' in data_survey.verdict(numbers | {'changes': []})
+  assert f'--config.{advice["key"]}={advice["value"]} would leave {advice["unfit"]:.1%}' in message
+  assert f"Of '{advice['class']}' it is {advice['unfit_of_class_now']:.1%}" in message
+  assert message in data_statistics.format_table(numbers)
+  assert 'would help much' in data_statistics.describe_anchor_fit(numbers | {'changes': []})
   config = tiny_config().copy_and_resolve_references()
   with config.unlocked():
     block, _, key = advice['key'].rpartition('.')
     config[block][key] = advice['value']
-  after = data_survey.figures(data_survey.survey(config, samples=8))
+  after = data_statistics.summarize(data_statistics.collect_statistics(config, samples=8))
   assert after['all']['unfit'] == advice['unfit']
 
 
-def test_no_advice_where_boxes_fit(found):
+def test_no_changes_are_suggested_if_boxes_fit(found):
   boxes = found.boxes._replace(best_iou=np.ones_like(found.boxes.best_iou))
   detector = build_detector(resolve_classes(tiny_config(), range(5)))
-  assert data_survey._changes(tiny_config(), detector, boxes) == ()
+  assert data_statistics._suggest_changes(tiny_config(), detector, boxes) == ()
   none = jax.tree.map(lambda x: x[:0], boxes)
-  assert data_survey._changes(tiny_config(), detector, none) == ()
+  assert data_statistics._suggest_changes(tiny_config(), detector, none) == ()
 
 
 def test_the_command_prints_and_writes(config_file, tmp_path, capsys):
@@ -137,11 +137,11 @@ def test_the_command_prints_and_writes(config_file, tmp_path, capsys):
   assert main(argv) == 0
   out = capsys.readouterr().out
   assert 'train: 6 of 10 images' in out and 'no anchor fits' in out
-  assert out.startswith('data.train: 10 images\n')  # Images drawn on demand have no more to say.
+  assert out.startswith('data.train: 10 images\n')  # Of drawn images.
   numbers = json.loads((tmp_path / 'new' / 'data.json').read_text())
   assert numbers['images'] == 6
   tree, pictures = parse((tmp_path / 'new' / 'data.html').read_text('utf-8'))
-  check_alone(tree)
+  check_self_contained(tree)
   assert [h.text for h in tree.iter(f'{XHTML}h2')] == ['Images', 'Sizes and shapes', 'Classes',
                                                        'Anchors']
   assert len(pictures) == 6 + 3 and all(np.asarray(p).std() > 5 for p in pictures)
@@ -176,14 +176,14 @@ def test_evaluation_data_images_without_boxes_and_crowds(tmp_path, capsys):
   parse((tmp_path / 'out' / 'data.html').read_text('utf-8'))
 
 
-@pytest.mark.parametrize('argument, said', [
+@pytest.mark.parametrize('argument, message', [
     ('--samples=0', 'samples'), ('--split=test', "invalid choice: 'test'"),
     ('--config.data.train.num_images=0', 'num_images'),
     ('--config.data.train.name=nothing', 'nothing'), ('--output={file}', 'is a file')])
-def test_mistakes_are_one_line(config_file, tmp_path, capsys, argument, said):
+def test_user_errors_are_one_line(config_file, tmp_path, capsys, argument, message):
   (tmp_path / 'file').write_text('mine')
   argument = argument.format(file=tmp_path / 'file')
   assert main(['data', f'--config={config_file}', argument]) == 2
   lines = capsys.readouterr().err.splitlines()
-  assert lines[-1].startswith('ppn: error: ') and said in lines[-1] and len(lines) == 1
+  assert lines[-1].startswith('ppn: error: ') and message in lines[-1] and len(lines) == 1
   assert (tmp_path / 'file').read_text() == 'mine'
