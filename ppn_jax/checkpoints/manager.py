@@ -77,7 +77,6 @@ class Checkpoints:
     if keep_last < 1 or keep_best < 0:
       raise InputError(f'train.keep_last={keep_last} must be at least 1 and '
                        f'train.keep_best={keep_best} at least 0')
-    orbax.silence()
     self.failures, self._saving = 0, None
     self._background = Background()
     self._folder, self._read_only = storage.absolute(folder), read_only

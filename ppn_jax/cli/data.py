@@ -26,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  from ppn_jax import storage
   from ppn_jax.config_files import load_config
+  config = load_config(args.config, args.overrides)
+  from ppn_jax import storage
   from ppn_jax.errors import InputError
   from ppn_jax.jobs import data_survey
-  config = load_config(args.config, args.overrides)
   output = storage.folder_path(args.output, '--output') if args.output else None
   if output and output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; give a folder')

@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  from ppn_jax.checkpoints.manager import SaveFailed
   from ppn_jax.config_files import load_config
-  from ppn_jax.jobs.import_tf import import_run
   config = load_config(args.config, args.overrides)
+  from ppn_jax.checkpoints.manager import SaveFailed
+  from ppn_jax.jobs.import_tf import import_run
   try:
     imported = import_run(args.checkpoint, config, args.workdir, kind=args.kind,
                           label_map=args.label_map, average=args.average)

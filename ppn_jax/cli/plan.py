@@ -35,12 +35,13 @@ def run(args: argparse.Namespace) -> int:
   # With libtpu installed, JAX would look for a TPU and warn that there is none.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   from ppn_jax.config_files import load_config
+  config = load_config(args.config, args.overrides)
   from ppn_jax.errors import InputError
   from ppn_jax.jobs.summary import fill_in_classes
   from ppn_jax.planning import estimation
   from ppn_jax.planning import report as planning_report
   from ppn_jax.planning import search as planning_search
-  config = fill_in_classes(load_config(args.config, args.overrides))
+  config = fill_in_classes(config)
   requests = [_request(config, topology, args) for topology in args.topology]
   images = 0 if args.detect else config.train.steps * config.train.batch_size
   estimates, failures = [], []

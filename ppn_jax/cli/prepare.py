@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='a config, such as own_data:coco_json')
   parser.add_argument('--output', required=True, metavar='DIR',
                       help='folder of data sets to write to')
-  parser.add_argument('--name', required=True, help='of the data set: lower-case letters, digits, _')
-  parser.add_argument('--version', default='1.0.0', help='of the data set (default: %(default)s)')
+  parser.add_argument('--name', required=True, help='its name: lower-case letters, digits, _')
+  parser.add_argument('--version', default='1.0.0', help='its version (default: %(default)s)')
   parser.add_argument('--splits', default='', metavar='LIST',
-                      help="'train', 'eval' or 'train,eval' (default: those that the config has)")
+                      help="'train', 'eval' or 'train,eval' (default: those of the config)")
   parser.add_argument('--max_side', type=int, default=0, metavar='PIXELS',
                       help='shrink images whose longer side is larger (default: 0, store the files '
                            'as they are)')
@@ -38,23 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--shards', type=int, default=0, metavar='N',
                       help='number of files per split (default: 0, up to about 128 MB each)')
   parser.add_argument('--threads', '--processes', type=int, default=0, metavar='N',
-                      help='threads that read, check and encode images (default: 0, a few more than '
-                           'there are processor cores)')
+                      help='threads that read, check and encode images (default: 0, a few more '
+                           'than there are processor cores)')
   parser.add_argument('--on_bad_image', metavar='POLICY',
                       help="'raise', or 'skip' to leave out images that cannot be read "
                            "(default: the config's data.on_bad_example)")
   parser.add_argument('--max_bad', type=float, metavar='SHARE',
-                      help="largest share of images that 'skip' may leave out (default: the config's "
-                           'data.max_bad_share)')
+                      help="largest share of images that 'skip' may leave out (default: the "
+                           "config's data.max_bad_share)")
 
 
 def run(args: argparse.Namespace) -> int:
   from ppn_jax.config_files import load_config
+  config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
   from ppn_jax.data.report import report
   from ppn_jax.data.sources.tfds_records import load_tfds
   from ppn_jax.data.splits import names_data, open_splits
-  config = load_config(args.config, args.overrides)
   on_bad_image = args.on_bad_image or config.data.on_bad_example
   max_bad = config.data.max_bad_share if args.max_bad is None else args.max_bad
   options = Options(args.name, args.version, args.max_side, args.quality, args.shards,

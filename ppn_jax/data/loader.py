@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import cv2
 import numpy as np
 
 from ppn_jax.data.bad_examples import BadExamples
@@ -173,8 +172,6 @@ def _batches(load: Callable[[int], Example | None], steps: int, rows: int, image
              max_boxes: int, threads: int) -> Iterator[Batch]:
   """Groups load(0), load(1), ... by `rows`; None makes a row that is not valid."""
   check_integer('threads', threads, 0)
-  # The workers already fill the cores; OpenCV's own threads would only fight them for these.
-  cv2.setNumThreads(1)
   return _generate(load, steps, rows, image_size, max_boxes, threads or _available_cores())
 
 

@@ -69,4 +69,4 @@ def test_keys_that_are_left_aside_are_said(tmp_path, capsys):
   written = json.loads((tmp_path / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps(written | {'optim_': 3}))
   open_workdir(argparse.Namespace(workdir=str(tmp_path), allow=[], overrides=[]))
-  assert 'does not know and leaves aside: optim_' in capsys.readouterr().err
+  assert 'does not know and ignores: optim_' in capsys.readouterr().err

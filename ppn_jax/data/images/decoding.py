@@ -8,7 +8,6 @@ import pathlib
 import re
 import threading
 import time
-import warnings
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -46,10 +45,6 @@ _INVERSE = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTAT
 _END_MARKER = b'\xff\xd9'
 _NAMED = 5  # Files without an end marker that are named in the log of one process.
 _log = logging.getLogger(__name__)
-
-# Pillow warns of many pixels, which are counted here, and of metadata, which do not touch the
-# pixels. A filter for good: `warnings.catch_warnings` is not safe in threads.
-warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 def read(path: str) -> bytes:

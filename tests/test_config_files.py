@@ -5,13 +5,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from ppn_jax import registry
-from ppn_jax.cli import values
-from ppn_jax.cli.flags import load_config, override
+from ppn_jax import config_values, registry
 from ppn_jax.config import COMPONENTS, FUNCTIONS, GIVEN, base_config, complete, component_table
+from ppn_jax.config_files import load_config, override
 from ppn_jax.errors import InputError
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 CONFIG = """
 from ppn_jax.config import base_config
 def get_config():
@@ -116,7 +115,7 @@ def test_a_wrong_override_is_named(argument, said):
 def test_a_path_with_a_comma_that_exists_is_one(tmp_path):
   folder = tmp_path / 'Oslo, 2020'
   folder.mkdir()
-  assert values.parse(str(folder), str | tuple[str, ...]) == str(folder)
+  assert config_values.parse(str(folder), str | tuple[str, ...]) == str(folder)
 
 
 @pytest.mark.parametrize('text, kind, value', [
@@ -124,14 +123,14 @@ def test_a_path_with_a_comma_that_exists_is_one(tmp_path):
     ('', tuple[str, ...], ()), ('a,', tuple[str, ...], ('a',)), ('None', str, 'None'),
     ("('a')", tuple[str, ...], ('a',)), ('(a', str | tuple[str, ...], '(a')])
 def test_values(text, kind, value):
-  assert values.parse(text, kind) == value
+  assert config_values.parse(text, kind) == value
 
 
 @pytest.mark.parametrize('text', ["__import__('os')", '[x for x in ()]', 'dict(**{})', '1 + 1', '(',
                                   'lambda: 0', "f'{1}'"])
 def test_literals_compute_nothing(text):
   with pytest.raises(ValueError, match='literal'):
-    values.literal(text)
+    config_values.literal(text)
 
 
 def test_an_override_leaves_the_original_alone():
