@@ -13,7 +13,9 @@ _PUBLIC = {
     'load': 'ppn_jax.image_detector', 'ImageDetector': 'ppn_jax.image_detector',
     'ImageDetections': 'ppn_jax.image_detector', 'train': 'ppn_jax.jobs.train',
     'evaluate': 'ppn_jax.jobs.evaluate', 'InputError': 'ppn_jax.errors'}
-__all__ = [*_PUBLIC, '__version__']
+__all__ = ['load', 'ImageDetector', 'ImageDetections', 'train', 'evaluate', 'InputError',
+           '__version__']
+__version__: str  # Looked up when it is used, like the others.
 
 
 def __getattr__(name: str):

@@ -95,6 +95,7 @@ def _make_bundled_importable() -> None:
     assert spec is not None and spec.loader is not None
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
+    sys.modules['ppn_jax'].configs = sys.modules[name]  # As an import would.  # pyright: ignore
 
 
 def _get_config(path: pathlib.Path, *arguments: str) -> Any:

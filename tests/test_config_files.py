@@ -1,13 +1,16 @@
-"""Config files and overrides from the command line."""
+"""Tests config files and overrides from the command line."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from ppn_jax import config_values, registry
 from ppn_jax.config import COMPONENTS, FUNCTIONS, GIVEN, base_config, complete, component_table
-from ppn_jax.config_files import load_config, override
+from ppn_jax.config_files import config_names, load_config, override
 from ppn_jax.errors import InputError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
@@ -159,6 +162,72 @@ def test_a_config_imports_its_neighbours_and_no_other_folders(tmp_path):
   assert [load_config(str(tmp_path / name / 'config.py'), []).seed for name in 'ab'] == [0, 1]
 
 
+@pytest.mark.parametrize('name', ['quickstart', str(CONFIGS / 'quickstart.py')])
+def test_a_bundled_config_goes_by_its_name_anywhere(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert load_config(name, ['train.steps=7', '--config.seed=2']).train.steps == 7
+  assert 'own_data' in config_names() and '__init__' not in config_names()
+
+
+def test_a_file_may_import_bundled_configs(tmp_path):
+  (tmp_path / 'mine.py').write_text(
+      'from ppn_jax.configs import own_data\n'
+      'def get_config():\n'
+      "  config = own_data.get_config('pascal_voc').unlock()\n"
+      "  config.data.train.folder = 'here'\n"
+      '  return config.lock()\n')
+  train = load_config(tmp_path / 'mine.py').data.train
+  assert (train.name, train.folder) == ('pascal_voc', 'here')
+
+
+def test_bundled_configs_are_found_in_a_clone_on_the_path(tmp_path):
+  code = ('from ppn_jax.config_files import load_config\n'
+          "print(load_config('quickstart_ssd').model.neck.name)\n"
+          'import ppn_jax.configs.quickstart\n'
+          'print(ppn_jax.configs.quickstart.__file__)')
+  done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                        env={**os.environ, 'PYTHONPATH': str(CONFIGS.parent)}, check=True)
+  assert done.stdout.split() == ['conv_pyramid', str(CONFIGS / 'quickstart.py')]
+
+
+def test_an_argument_goes_to_the_config(tmp_path):
+  (tmp_path / 'mine.py').write_text(
+      'from ppn_jax.config import base_config\n'
+      "def get_config(seed='1'):\n"
+      '  config = base_config()\n'
+      '  config.seed = int(seed)\n'
+      '  return config\n')
+  assert [load_config(f'{tmp_path}/mine.py{end}').seed for end in ('', ':5')] == [1, 5]
+
+
+@pytest.mark.parametrize('data_format', ['coco_json', 'pascal_voc', 'yolo_txt', 'tfds'])
+def test_formats_of_own_data_also_have_names_of_their_own(data_format):
+  config = load_config(f'own_data:{data_format}')
+  assert config.data.train.name == config.data.eval.name == data_format
+  assert load_config(data_format).to_dict() == config.to_dict()
+  build_source = registry.load('data.train', COMPONENTS['data.train'])
+  options = registry.options_of(registry.resolve('data.train', data_format, build_source))
+  assert {*config.data.eval} - {'name'} <= {*options.types}
+
+
+@pytest.mark.parametrize('name, message', [
+    ('own_data:coco', "=own_data:coco: unknown data format 'coco'; did you mean 'coco_json'"),
+    ('quikstart', "no config is named 'quikstart'; did you mean 'quickstart'"),
+    ('configs_of_mine/quickstart.py', '--config=quickstart is one that comes with the package'),
+    ('quickstart:3', '--config=quickstart:3: .* cannot be loaded: get_config.. takes 0')])
+def test_a_wrong_name_or_argument_is_named(name, message):
+  with pytest.raises(InputError, match=message):
+    load_config(name)
+
+
+def test_loading_leaves_no_module_of_the_file_behind(tmp_path):
+  path, modules = list(sys.path), set(sys.modules)
+  from_file(tmp_path)
+  assert sys.path == path and 'ppn_config_file' not in sys.modules
+  assert not [name for name in set(sys.modules) - modules
+              if str(tmp_path) in (getattr(sys.modules[name], '__file__', None) or '')]
+
+
 # What a config file may leave out, and what it may not contain.
 
 
@@ -239,7 +308,7 @@ def test_an_absolute_warm_up_rate_becomes_a_factor_and_stays_the_same(tmp_path, 
 @pytest.mark.parametrize('file, rates', [
     ('ppn_mobilenet_v1_coco', (.7, .1333)), ('ssd_mobilenet_v1_coco_reference', (.9, .3)),
     ('ssd_mobilenet_v1_coco_mined', (.07, .01)), ('quickstart', (.15, .01)),
-    ('coco_json', (.1, .01))])
+    ('own_data', (.1, .01))])
 def test_the_warm_up_follows_the_rate(file, rates):
   path = str(CONFIGS / f'{file}.py')
   optim = load_config(path, []).optim

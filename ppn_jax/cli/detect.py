@@ -87,8 +87,8 @@ def _load(args: argparse.Namespace) -> 'ImageDetector':
     raise InputError(f'--model={args.model}: no exported file there; the folder of a run is given '
                      'by --workdir')
   if args.step is not None or args.ema is not None:
-    raise InputError(f'--step and --ema choose among the checkpoints of a run; --model={args.model} '
-                     'is an exported file, so leave them out')
+    raise InputError('--step and --ema choose among the checkpoints of a run, and '
+                     f'--model={args.model} is an exported file; leave them out')
   return load(args.model, batch_size=args.batch_size)
 
 
