@@ -42,7 +42,7 @@ def entry(config, key):
     (['optim.learning_rate=1'], 'optim.learning_rate', 1.0),
     (['model.layers.dtype=a=b'], 'model.layers.dtype', 'a=b'),
     (['matching.force_match=false'], 'matching.force_match', False),
-    # A default of None does not hide the type.
+    # The type of a key whose default is None.
     (['model.layers.kernel_stddev=0.01'], 'model.layers.kernel_stddev', 0.01),
     (['model.layers.kernel_stddev=None'], 'model.layers.kernel_stddev', None),
     # Several values.
@@ -51,7 +51,7 @@ def entry(config, key):
     (['data.train.name=coco_json', 'data.train.images=a,b'], 'data.train.images', ('a', 'b')),
     (['data.train.name=coco_json', "data.train.images=['a, b']"], 'data.train.images', ('a, b',)),
     (['data.train.name=coco_json', 'data.train.images=a'], 'data.train.images', 'a'),
-    # Options that the config does not spell out.
+    # Options that the config does not list.
     (['data.train.name=yolo_txt', 'data.train.images=a'], 'data.train.images', 'a'),
     (['data.train.name=yolo_txt', "data.train.names={0: 'cat', 2: 'dog'}"], 'data.train.names',
      {0: 'cat', 2: 'dog'}),
@@ -73,7 +73,7 @@ def entry(config, key):
      {'name': 'ssd_random_crop', 'keep_probability': 1.0}),
     (["model.neck={'name': 'conv_pyramid', 'depths': (64,)}"], 'model.neck',
      {'name': 'conv_pyramid', 'depths': (64,)}),
-    # Another component takes none of the options of that before it.
+    # Another component takes none of the options of the previous one.
     (['model.neck.depths=64,32', 'model.neck.name=conv_pyramid'], 'model.neck',
      {'name': 'conv_pyramid', 'depths': (64, 32)}),
     (['model.neck.name=pooling_pyramid', 'model.neck.stride=8'], 'model.neck',
@@ -90,7 +90,7 @@ def test_overrides(entries, key, value):
   assert config.is_locked
 
 
-@pytest.mark.parametrize('argument, said', [
+@pytest.mark.parametrize('argument, message', [
     ('train.stps=5', "unknown config key config.train.stps; did you mean 'steps'"),
     ('trian.steps=5', "unknown config key config.trian; did you mean 'train'"),
     ('train.steps.more=5', 'unknown config key config.train.steps.more'),
@@ -108,8 +108,8 @@ def test_overrides(entries, key, value):
     ('data.transforms.1.probabilty=1', "did you mean 'probability'"),
     ("data.transforms=(dict(name=open('x')),)", 'it must be'),
     ('data.eval_fraction=1.5', 'data.eval_fraction is 1.5, legal: 0 to 1')])
-def test_a_wrong_override_is_named(argument, said):
-  with pytest.raises(InputError, match=said):
+def test_a_wrong_override_is_named(argument, message):
+  with pytest.raises(InputError, match=message):
     config = override(base_config(), [f'--config.{argument}'])
     # Names of model components are looked up with their options, or when the model is built.
     registry.resolve('neck', config.model.neck.name, registry.load('', COMPONENTS['model.neck']))
@@ -142,14 +142,14 @@ def test_an_override_leaves_the_original_alone():
   assert config.train.steps == 0
 
 
-@pytest.mark.parametrize('content, said', [
+@pytest.mark.parametrize('content, message', [
     (None, 'no file'), ('x = 1', 'get_config'), ('def get_config(', 'cannot be loaded'),
     ('def get_config(): return 1 / 0', 'division by zero')])
-def test_files_that_are_no_configs(tmp_path, content, said):
+def test_files_that_are_not_configs(tmp_path, content, message):
   path = tmp_path / 'config.py'
   if content is not None:
     path.write_text(content)
-  with pytest.raises(InputError, match=said):
+  with pytest.raises(InputError, match=message):
     load_config(str(path), [])
 
 
@@ -228,7 +228,7 @@ def test_loading_leaves_no_module_of_the_file_behind(tmp_path):
               if str(tmp_path) in (getattr(sys.modules[name], '__file__', None) or '')]
 
 
-# What a config file may leave out, and what it may not contain.
+# What a config file may leave out, and what it must not contain.
 
 
 @pytest.mark.parametrize('line, expected', [
@@ -249,7 +249,7 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path, line, expected):
   assert {key: entry(config, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize('line, said', [
+@pytest.mark.parametrize('line, message', [
     ('config.train.checkpont_every = 1', "config.train.checkpont_every; did you mean 'checkpoint"),
     ('config.optim_ = dict(learning_rate=1)', "config.optim_; did you mean 'optim'"),
     ('config.data.transform = ()', "config.data.transform; did you mean 'transforms'"),
@@ -262,8 +262,8 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path, line, expected):
     ('config.train = dict(steps="2")', "config.train.steps='2' must be a whole number"),
     ('config.train = dict(steps=2.5)', 'config.train.steps=2.5 must be a whole number'),
     ('config.data = 3', 'cannot be loaded|config.data=3 must be a block')])
-def test_what_does_not_belong_in_a_file_is_named(tmp_path, line, said):
-  with pytest.raises(InputError, match=said):
+def test_a_wrong_entry_of_a_file_is_named(tmp_path, line, message):
+  with pytest.raises(InputError, match=message):
     from_file(tmp_path, line)
 
 
@@ -294,7 +294,7 @@ def test_the_training_block_has_the_defaults_of_how_images_are_held():
       key: value for key, value in base_config().data.train.items() if key != 'name'}
 
 
-# The rate at step 0.
+# The learning rate at step 0.
 
 
 @pytest.mark.parametrize('rate, first', [(.7, .1333), (.1, .01), (.15, .01), (.9, .3), (.07, .01)])

@@ -88,6 +88,6 @@ def test_the_installed_package_trains_outside_a_clone(environment, tmp_path):
   assert len(found) == 2 and all(line.startswith(f'{environment}{os.sep}') for line in found)
   ppn = environment / 'bin' / 'ppn'
   call(ppn, 'train', '--config=quickstart', '--workdir=run', *SMALL, **here)
-  assert (tmp_path / 'run' / 'evaluation' / '5' / 'scores.json').is_file()
+  assert (tmp_path / 'run' / 'checkpoints' / '5').is_dir()
   call(ppn, 'evaluate', '--workdir=run', '--report', **here)
   assert (tmp_path / 'run' / 'evaluation' / '5' / 'report.html').is_file()

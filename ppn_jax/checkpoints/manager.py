@@ -219,7 +219,7 @@ class Checkpoints:
     _check_same_tree(saved, integrity.shapes(like), where)
     with _as_damage(where):
       arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-      state = _retried(lambda: self._manager.restore(step, args=arguments)).state
+      state = _retried(lambda: self._manager.restore(step, args=arguments)).state  # pyright: ignore
       # Checkpoints of earlier versions have no checksums.
       wrong = sums and integrity.difference(sums, integrity.checksums(state))
       if wrong:
