@@ -113,7 +113,6 @@ def _main(argv: list[str], *, as_program: bool) -> int:
       interrupts.end_at_once()
     watch.raise_in_main_thread()
 
-  quiet_libraries()
   watch = interrupts.InterruptWatch(on_interrupt)
   try:
     with watch, _notes_on_stderr():
@@ -155,8 +154,9 @@ def quiet_libraries() -> None:
 
   Library code changes nothing for the whole process; commands do so here.
   """
-  # Orbax and Abseil log routine events as warnings, and failures, which are also raised, as
-  # tracebacks.
+  import absl.logging  # noqa: F401 (its logger must be made before it is named here)
+
+  # Orbax logs routine events as warnings, and failures, which are also raised, as tracebacks.
   for name in ('absl', 'asyncio'):
     logging.getLogger(name).setLevel(logging.CRITICAL)
   # Google's clients announce the end of support for Python versions. Pillow warns of large images,
@@ -213,6 +213,7 @@ def _run(argv: list[str]) -> int:
   # Shells do not expand `--output=~/x`.
   args = argparse.Namespace(**{name: expand_home(value) for name, value in vars(args).items()})
   args.overrides = rest
+  quiet_libraries()
   return modules[args.command].run(args)
 
 
