@@ -20,7 +20,7 @@ import time
 import hardware
 import numpy as np
 
-from ppn_jax.cli.flags import load_config
+from ppn_jax.config_files import load_config
 from ppn_jax.errors import InputError
 from ppn_jax.jobs.calibration_report import CalibrationOptions, format_table
 from ppn_jax.jobs.evaluate import EvaluationOptions, evaluate

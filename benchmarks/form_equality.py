@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ppn_jax.cli.flags import load_config, override
+from ppn_jax.config_files import load_config, override
 from ppn_jax.data.source import build_source
 from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.errors import InputError

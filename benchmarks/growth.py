@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import train_step
 
-from ppn_jax.cli.flags import load_config
+from ppn_jax.config_files import load_config
 from ppn_jax.telemetry.profiling import program_bytes
 from ppn_jax.visualization.drawing import save_png
 from ppn_jax.visualization.plotting import MUTED, plot

@@ -1,6 +1,6 @@
-"""PPN on COCO, the paper's recipe at 300 px.
+"""PPN on COCO by the paper's recipe, at 300 px.
 
-  ppn train --config=configs/ppn_mobilenet_v1_coco.py --workdir=runs/ppn \\
+  ppn train --config=ppn_mobilenet_v1_coco --workdir=runs/ppn \\
     --config.data.train.images=COCO/train2017 \\
     --config.data.train.annotations=COCO/annotations/instances_train2017.json \\
     --config.data.eval.images=COCO/val2017 \\
@@ -8,18 +8,18 @@
 
 Meant for a TPU v5e-8 or larger: 50,000 steps of 512 images.
 
-Expected: the paper reports 20.3 mAP, after starting from a backbone trained on ImageNet. We have
-not run this config to its end; the figure is the paper's.
+Expected: the paper reports 20.3 mAP, starting from a backbone trained on ImageNet. This config has
+not been run to its end; the result is the paper's.
 
-What the paper states is as stated there: anchors, focal loss with alpha .25 and gamma 2, smooth
-L1. What it leaves open follows the config that its authors published: batch 512, 50,000 steps,
-rate .7 with warm-up from .1333 over 2,000 steps, momentum .9, weight decay 4e-5. That config
-has alpha .75 and localisation weight 1.5, where the paper's text has .25 and says nothing.
+Anchors, focal loss (alpha .25, gamma 2) and smooth L1 are as the paper states. What it leaves open
+follows the config that its authors published: batch 512, 50,000 steps, rate .7 with warm-up from
+.1333 over 2,000 steps, momentum .9, weight decay 4e-5. That config has alpha .75 and localisation
+weight 1.5, where the paper's text has alpha .25 and names no weight.
 
-Where neither result is at stake we differ from that config: kernels start from He's distribution
-instead of N(0, .01), images are resized with antialiasing, crowds are ignored instead of matched,
-the crop comes before the flip, batch norm and the loss normaliser see the whole batch instead of
-one replica's part, and there is no background column.
+Other details differ from that config: kernels start from He's distribution instead of N(0, .01),
+images are resized with antialiasing, crowds are ignored instead of matched, the crop comes before
+the flip, batch norm and the loss normaliser see the whole batch instead of one replica's part, and
+there is no background column.
 """
 
 from ppn_jax.config import base_config
@@ -28,7 +28,7 @@ from ppn_jax.config import base_config
 def get_config():
   config = base_config()
   config.data.train.update(name='coco_json', images='', annotations='', on_bad_box='clip')
-  # Published scores count a box twice that is there twice.
+  # Published scores count a duplicate box twice.
   config.data.eval = dict(name='coco_json', images='', annotations='', on_bad_box='clip',
                           duplicates='keep')
   config.model.layers.dtype = 'bfloat16'

@@ -1,16 +1,16 @@
-"""PPN on MobileNet-v1, trained and scored on the split of COCO 2014 that the paper's tables use.
+"""PPN on the split of COCO 2014 that the paper's tables use.
 
-  ppn train --config=configs/ppn_mobilenet_v1_coco14.py:ROOT --workdir=W
+  ppn train --config=ppn_mobilenet_v1_coco14:ROOT --workdir=W
 
-ROOT is a folder with train2014, val2014, annotations and mscoco_minival_ids.txt: the ids of the
-8,059 images of val2014, one a line, that are kept back for scoring (the TF Object Detection API
-publishes this list). The rest of val2014 is trained on. All else is as in
-configs/ppn_mobilenet_v1_coco.py.
+ROOT is a folder with train2014, val2014, annotations and mscoco_minival_ids.txt, which lists the
+ids of the 8,059 images of val2014 that are held out for scoring, one per line (the TF Object
+Detection API publishes this list). The rest of val2014 is trained on. Everything else is as in
+ppn_mobilenet_v1_coco.
 """
 
 import os
 
-from ppn_mobilenet_v1_coco import get_config as coco
+from ppn_jax.configs.ppn_mobilenet_v1_coco import get_config as coco
 
 
 def get_config(root='coco'):
@@ -20,7 +20,7 @@ def get_config(root='coco'):
   minival = os.path.join(root, 'mscoco_minival_ids.txt')
   config = coco()
   with config.unlocked():
-    del config.data.train.images, config.data.train.annotations  # Strings, to be tuples.
+    del config.data.train.images, config.data.train.annotations  # Strings, which become tuples.
     config.data.train.update(images=(train, val), annotations=files, exclude_ids=minival)
     config.data.eval.update(images=val, annotations=files[1], include_ids=minival)
   return config

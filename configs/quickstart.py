@@ -1,9 +1,9 @@
-"""A small PPN on the embedded synthetic shapes, to see everything work within minutes.
+"""A small PPN on the built-in synthetic shapes, which trains within minutes.
 
   make quickstart
 
-or `ppn train --config=configs/quickstart.py --workdir=runs/quickstart`. Two CPU cores train it in
-about three minutes from random weights, to AP50 0.85 on held-out images; nothing is downloaded.
+or `ppn train --config=quickstart --workdir=runs/quickstart`. Two CPU cores train it from random
+weights in about three minutes, to AP50 0.85 on held-out images; nothing is downloaded.
 """
 
 from ppn_jax.config import base_config
@@ -13,7 +13,7 @@ def get_config():
   config = base_config()
   config.model.image_size = 128
   config.model.backbone = dict(name='mobilenet_v1', depth_multiplier=0.5, last_block=8)
-  config.model.neck.num_levels = 4  # 8, 4, 2, 1 cells a side.
+  config.model.neck.num_levels = 4  # 8, 4, 2 and 1 cells per side.
   config.model.head.depth = 128
   config.model.layers.norm_decay = 0.95
   shapes = dict(name='synthetic_shapes', seed=0, image_size=128, scale=(0.16, 0.7), max_shapes=4,

@@ -1,11 +1,11 @@
-"""The quickstart with a vanilla SSD: the same data, schedule and backbone, another neck and head.
+"""The quickstart with a vanilla SSD: the same data, schedule and backbone, SSD's neck and head.
 
-  ppn train --config=configs/quickstart_ssd.py --workdir=runs/quickstart_ssd
+  ppn train --config=quickstart_ssd --workdir=runs/quickstart_ssd
 
-It is there to be compared with configs/quickstart.py, as benchmarks/calibration.py does.
+benchmarks/calibration.py compares it with the quickstart.
 """
 
-from quickstart import get_config as quickstart
+from ppn_jax.configs.quickstart import get_config as quickstart
 
 from ppn_jax.config import ssd
 
@@ -15,7 +15,7 @@ def get_config():
   with config.unlocked():
     last_block = config.model.backbone.last_block
     ssd(config)
-    # One map of the backbone, as PPN has, so that neck and head alone differ.
+    # One map of the backbone, as in PPN, so that only neck and head differ.
     config.model.backbone.last_block = last_block
     config.model.neck.strides = (16,)
     config.model.neck.depths = (256, 128, 128)

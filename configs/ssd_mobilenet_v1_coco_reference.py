@@ -1,19 +1,19 @@
-"""MobileNet SSD on COCO as the TF Object Detection API's sync config has it.
+"""MobileNet SSD on COCO as in the sync config of the TF Object Detection API.
 
-  ppn import-tf --config=configs/ssd_mobilenet_v1_coco_reference.py --workdir=runs/imported \\
+  ppn import-tf --config=ssd_mobilenet_v1_coco_reference --workdir=runs/imported \\
     --checkpoint=DOWNLOADED/model.ckpt --config.model.num_classes=90
 
-or `ppn train` with the data flags of configs/ssd_mobilenet_v1_coco.py. It is called
+or `ppn train` with the data flags of ssd_mobilenet_v1_coco. It is called
 ssd_mobilenet_v1_300x300_coco14_sync there: focal loss with alpha .75, localisation weight 1,
 batch 1,024, 20,000 steps, rate .9 from .3 over 1,000 steps. The zoo's older ssd_mobilenet_v1_coco
 has the same network and loads the same way; its objective is that of
-configs/ssd_mobilenet_v1_coco_mined.py.
+ssd_mobilenet_v1_coco_mined.
 
 SSD's kernels start from N(0, .03) cut off at two deviations in the backbone there; here the
 normal distribution of that deviation is not cut off.
 """
 
-from ssd_mobilenet_v1_coco import get_config as ssd
+from ppn_jax.configs.ssd_mobilenet_v1_coco import get_config as ssd
 
 from ppn_jax.config import tf_reference
 

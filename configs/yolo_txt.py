@@ -1,20 +1,7 @@
-"""Your own images with YOLO's text files, as a data.yaml describes them.
+"""`--config=yolo_txt` is an earlier name of `--config=own_data:yolo_txt`."""
 
-  ppn train --config=configs/yolo_txt.py --workdir=W \\
-    --config.data.train.data=data.yaml --config.data.eval.data=data.yaml \\
-    --config.train.steps=N --config.train.batch_size=B --config.train.checkpoint_every=K
-
-Recipe and advice are those of configs/coco_json.py.
-"""
-
-from coco_json import recipe
+from ppn_jax.configs import own_data
 
 
 def get_config():
-  config = recipe()
-  # polygons='box' takes the bounding boxes of outlines.
-  config.data.train.update(name='yolo_txt', data='', split='train', on_bad_box='clip',
-                           polygons='raise')
-  config.data.eval = dict(name='yolo_txt', data='', split='val', on_bad_box='clip',
-                          polygons='raise')
-  return config.lock()
+  return own_data.get_config('yolo_txt')

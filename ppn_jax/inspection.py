@@ -150,7 +150,7 @@ class Inspection:
     if path:
       return self._open(path).image
     if 'google.colab' in sys.modules:
-      from google.colab import files as colab
+      from google.colab import files as colab  # pyright: ignore
       for name, data in colab.upload().items():
         return image_files.decode(data, name=name)
     return self._open(0).image

@@ -182,7 +182,7 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
   """
   workdir = storage.folder_path(workdir)
   config = _with_num_levels(resolve_classes(config, categories))
-  if workdir.exists() and not workdir.is_dir():
+  if workdir.exists() and not workdir.is_dir():  # pyright: ignore
     raise InputError(f'workdir {workdir} is a file; give a folder, new or of an earlier run')
   if _config_path(workdir).exists():
     _check_same_model(open_run(workdir), config, categories)

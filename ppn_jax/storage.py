@@ -117,7 +117,7 @@ def modified(path: Path) -> float:
   """
   with _as_store_error(path):
     found = retried(path.stat)
-  return found.st_mtime if is_local(path) else float(found.mtime)
+  return found.st_mtime if is_local(path) else float(found.mtime)  # pyright: ignore
 
 
 def write_text(path: Path, text: str) -> None:
@@ -380,11 +380,11 @@ def _check_bucket(bucket: str) -> None:
     raise InputError(f"gs://{bucket}: gcsfs is not installed; {install_command('gcs')}") from e
   # One client whatever else is installed, which sees what other machines write and delete.
   os.environ.setdefault('EPATH_USE_TF', 'false')
-  fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
+  fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False  # pyright: ignore
   try:
     # Orbax asks the same of it, so that the permission is needed anyway.
     storage.Client().get_bucket(bucket, timeout=_CHECK_SECONDS / 2,
-                                retry=storage.retry.DEFAULT_RETRY.with_timeout(_CHECK_SECONDS))
+                                retry=storage.retry.DEFAULT_RETRY.with_timeout(_CHECK_SECONDS))  # pyright: ignore
   except exceptions.NotFound as e:
     raise InputError(f'there is no bucket gs://{bucket}; make it first') from e
   except exceptions.ClientError as e:

@@ -1,4 +1,4 @@
-"""The documentation agrees with the code: generated pages, links, commands, flags, config keys."""
+"""Tests that the documentation agrees with the code: pages, links, commands, config keys."""
 
 import argparse
 import functools
@@ -7,14 +7,16 @@ import importlib.util
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import unicodedata
 
 import pytest
 
-from ppn_jax.cli.main import COMMANDS
+from ppn_jax.cli.main import COMMANDS, main
 from ppn_jax.config import base_config
+from ppn_jax.config_files import load_config, override
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'
@@ -123,10 +125,10 @@ def legal_flags():
   return flags
 
 
-def commands(page):
-  """Returns (command, line) of every `ppn COMMAND ...` in blocks and spans of code."""
+def commands(page, spans=True):
+  """Returns (command, line) of every `ppn COMMAND ...` in blocks and, if asked, spans of code."""
   whole = text(page).replace('\\\n', ' ')
-  code = [*_FENCE.findall(whole), *_CODE.findall(_FENCE.sub('', whole))]
+  code = [*_FENCE.findall(whole), *(_CODE.findall(_FENCE.sub('', whole)) if spans else ())]
   lines = [line.strip('` ') for block in code for line in block.splitlines()]
   found = [re.match(r'(?:\w+=\S+ )*ppn ([a-z-]+)(.*)', line) for line in lines]
   return [(match[1], match[2]) for match in found if match]
@@ -139,6 +141,37 @@ def test_commands_take_the_flags_that_pages_show(page):
              if not flag.startswith('config.')
              and flag not in legal_flags().get(command, ())]
   assert not unknown
+
+
+def examples(page):
+  """Returns the whole commands in a page's blocks of code, as lists of arguments."""
+  lines = [(command, line.partition(' #')[0]) for command, line in commands(page, spans=False)]
+  # Others show where a value belongs, as in `ppn train --config=FILE [--config.KEY=VALUE ...]`.
+  return [[command, *shlex.split(line)] for command, line in lines
+          if not re.search(r'=[A-Z_]+\b(?!/)|[\[|]|\.\.\.', line)]
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_commands_of_pages_parse(page, monkeypatch):
+  """Parses them as `ppn` does, and loads their configs with the entries that they change."""
+  parsed = []
+  for command in COMMANDS:
+    module = importlib.import_module(f'ppn_jax.cli.{command.replace("-", "_")}')
+    monkeypatch.setattr(module, 'run', lambda args: parsed.append(args) or 0)
+  for argv in examples(page):
+    parsed.clear()
+    assert main(argv) == 0, argv
+    config = getattr(parsed[0], 'config', None)
+    if config and not (config.endswith('.py') and not (ROOT / config).exists()):
+      load_config(config, parsed[0].overrides)
+    elif parsed[0].overrides and not config:
+      override(base_config(), [entry for entry in parsed[0].overrides if 'data.' not in entry])
+
+
+def test_examples_are_found():
+  assert ['train', '--config=own_data:coco_json'] in [
+      argv[:2] for page in PAGES for argv in examples(page)]
+  assert sum(len(examples(page)) for page in PAGES) > 15
 
 
 @pytest.mark.parametrize('page', PAGES)

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 
 # From the bottom up: folders, and modules that stand beside them.
 LAYERS = (
-    ('errors', 'registry', 'config', 'storage'),
+    ('errors', 'registry', 'config', 'config_values', 'storage'),
     ('telemetry', 'distributed'),
     ('detection',),
     ('models', 'metrics', 'export', 'data.images'),
@@ -21,7 +21,7 @@ LAYERS = (
     ('device_data', 'visualization'),
     ('training',),
     ('checkpoints',),
-    ('run', 'weights'),
+    ('run', 'weights', 'config_files'),
     ('planning', 'predictor', 'image_detector'),
     ('jobs',),
     ('inspection', 'cli'),

@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax.traverse_util import flatten_dict
 
-from ppn_jax.cli.flags import load_config
+from ppn_jax.config_files import load_config
 from ppn_jax.detection.structures import GroundTruth
 from ppn_jax.models import layers
 from ppn_jax.run import build_detector

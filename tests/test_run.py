@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from ppn_jax.cli.flags import override
+from ppn_jax.config_files import override
 from ppn_jax.data.splits import open_splits
 from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.detection.structures import Category

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ppn_jax.cli.flags import load_config
 from ppn_jax.config import fpn, ssd
+from ppn_jax.config_files import load_config
 
 MODELS = ('ppn', 'ssd', 'fpn')
 TUNING_SEED = 100  # Recipes are chosen on a seed that is not reported.

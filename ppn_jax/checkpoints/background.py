@@ -51,4 +51,4 @@ def _copies(tree: Any) -> Any:
 def _readable(leaf: jax.Array) -> jax.sharding.Sharding:
   if leaf.is_fully_addressable or leaf.is_fully_replicated:
     return leaf.sharding
-  return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+  return NamedSharding(leaf.sharding.mesh, PartitionSpec())  # pyright: ignore

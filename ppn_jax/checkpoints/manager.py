@@ -77,7 +77,6 @@ class Checkpoints:
     if keep_last < 1 or keep_best < 0:
       raise InputError(f'train.keep_last={keep_last} must be at least 1 and '
                        f'train.keep_best={keep_best} at least 0')
-    orbax.silence()
     self.failures, self._saving = 0, None
     self._background = Background()
     self._folder, self._read_only = storage.absolute(folder), read_only
@@ -220,7 +219,7 @@ class Checkpoints:
     _check_same_tree(saved, integrity.shapes(like), where)
     with _as_damage(where):
       arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-      state = _retried(lambda: self._manager.restore(step, args=arguments)).state
+      state = _retried(lambda: self._manager.restore(step, args=arguments)).state  # pyright: ignore
       # Checkpoints of earlier versions have no checksums.
       wrong = sums and integrity.difference(sums, integrity.checksums(state))
       if wrong:

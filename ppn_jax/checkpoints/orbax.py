@@ -1,10 +1,7 @@
-"""Orbax's manager as the checkpoint service needs it: quiet, and without collectives."""
+"""Orbax's manager as the checkpoint service needs it: without collectives."""
 
-import functools
-import logging
 import os
 import re
-import sys
 from typing import Any
 
 import jax
@@ -51,25 +48,6 @@ def reader() -> ocp.options.MultiprocessingOptions:
   process = jax.process_index()
   return ocp.options.MultiprocessingOptions(
       primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'reader_{process}')
-
-
-@functools.cache
-def silence() -> None:
-  """It speaks of each of its steps at levels that users take for trouble, and of trouble in
-  tracebacks; what is wrong comes as an exception besides."""
-  for name in ('absl', 'asyncio'):
-    logging.getLogger(name).setLevel(logging.CRITICAL)
-  report = sys.unraisablehook
-
-  def hook(unraisable: Any) -> None:
-    # Of several files that cannot be written the first ends the event loop that the others'
-    # threads answer to. Of several that cannot be read one tells of it, and the others end here.
-    code = getattr(unraisable.object, 'cr_code', None)
-    ours = code is None or 'orbax' not in code.co_filename
-    if ours and str(unraisable.exc_value) != 'Event loop is closed':
-      report(unraisable)
-
-  sys.unraisablehook = hook
 
 
 def reason(error: Exception) -> str:

@@ -4,12 +4,12 @@ import argparse
 import json
 import sys
 
-from ppn_jax.cli.flags import CONFIG_HELP, load_config
+from ppn_jax.cli.flags import CONFIG_HELP
 
-HELP = f"""Look at a data set before training: boxes, classes, and the anchors they get.
+HELP = f"""Look at a data set before training: boxes, classes, and their anchors.
 
 Prints sizes, classes and how many boxes get an anchor on which level, with the share that no
-anchor fits. --output adds data.html, with images as training draws them, and data.json.
+anchor fits. --output adds data.html, with images as training will see them, and data.json.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True
@@ -17,16 +17,16 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', required=True, metavar='FILE',
-                      help='a config file, such as configs/coco_json.py')
+                      help='a config, such as own_data:coco_json')
   parser.add_argument('--split', choices=('train', 'eval'), default='train',
                       help='data.train, augmented, or data.eval (default: %(default)s)')
   parser.add_argument('--samples', type=int, default=1000, metavar='N',
-                      help='how many images to look at, at most all of them '
-                           '(default: %(default)s)')
+                      help='how many images to look at (default: %(default)s)')
   parser.add_argument('--output', metavar='DIR', help='folder for data.html and data.json')
 
 
 def run(args: argparse.Namespace) -> int:
+  from ppn_jax.config_files import load_config
   config = load_config(args.config, args.overrides)
   from ppn_jax import storage
   from ppn_jax.errors import InputError

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 HELP = """Find objects in pictures and videos.
 
-Of a folder it takes the pictures and videos in it, by their suffixes, and says what else is there.
-Writes each with its boxes drawn, and detections.json, to the output folder.
-Boxes in the json are COCO's: [x, y, width, height] in pixels. Of a picture it
-has all detections, of a video those of each frame that are drawn. Videos come
-out as MP4, without sound."""
+A folder stands for the pictures and videos in it, by their suffixes; other files are reported.
+Each is written with its boxes drawn to the output folder, and detections.json beside them.
+Boxes in the JSON are COCO's: [x, y, width, height] in pixels. It has all detections of a
+picture, and of each frame of a video those that are drawn. Videos are written as MP4,
+without sound."""
 
 VIDEOS = frozenset({'.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv'})
 
@@ -32,20 +32,20 @@ TAKES_CONFIG = False
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('images', nargs='+', metavar='IMAGE',
                       help="pictures, videos, folders of them, or patterns such as 'photos/*.jpg'; "
-                           '** is any depth of folders')
+                           '** matches folders of any depth')
   of = parser.add_mutually_exclusive_group(required=True)
   of.add_argument('--workdir', metavar='DIR', help='folder of a run')
-  of.add_argument('--model', metavar='FILE', help='instead: what `ppn export` wrote')
+  of.add_argument('--model', metavar='FILE', help='instead: a file that `ppn export` wrote')
   add_allow_flag(parser)
   parser.add_argument('--output', required=True, metavar='DIR', help='folder to write to')
   parser.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
-                      help='the moving average of the weights, or the weights themselves '
-                           '(default: the average where the run keeps one)')
+                      help='use the moving average of the weights, or the weights themselves '
+                           '(default: the average if the run keeps one)')
   parser.add_argument('--threshold', type=float, default=0.3, metavar='SCORE',
-                      help='least score of a box that is drawn, 0 to 1 (default: %(default)s)')
+                      help='lowest score of a box that is drawn, 0 to 1 (default: %(default)s)')
   parser.add_argument('--batch_size', type=int, metavar='N',
-                      help='images at a time (default: 4, or what the exported file takes)')
+                      help='images at a time (default: 4, or the batch size of the exported file)')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
   files = _find(args.images, _say)
   drawings = _drawing_paths(files, output)
   if not 0 <= args.threshold <= 1:
-    raise InputError(f'--threshold={args.threshold} must lie between 0 and 1')
+    raise InputError(f'--threshold={args.threshold} must be between 0 and 1')
   import json
 
   from ppn_jax.telemetry.host_memory import keep_freed_memory
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
   if len(files) == 1 and broken:
     raise broken[files[0]]
   write_text(output / 'detections.json', json.dumps(entries, indent=1) + '\n')
-  print(f'{_counted(entries)} and detections.json in {output} (step {detector.step:,})')
+  print(f'{_count(entries)} and detections.json in {output} (step {detector.step:,})')
   _note_if_none(entries, args.threshold)
   if broken:
     raise InputError(f'{len(broken)} of {len(files)} files could not be read, such as '
@@ -87,8 +87,8 @@ def _load(args: argparse.Namespace) -> 'ImageDetector':
     raise InputError(f'--model={args.model}: no exported file there; the folder of a run is given '
                      'by --workdir')
   if args.step is not None or args.ema is not None:
-    raise InputError(f'--step and --ema choose among what a run has saved; --model={args.model} is '
-                     'an exported file, leave them out')
+    raise InputError('--step and --ema choose among the checkpoints of a run, and '
+                     f'--model={args.model} is an exported file; leave them out')
   return load(args.model, batch_size=args.batch_size)
 
 
@@ -96,7 +96,7 @@ def _say(line: str) -> None:
   print(f'ppn: {line}', file=sys.stderr)
 
 
-def _counted(entries: Sequence[dict]) -> str:
+def _count(entries: Sequence[dict]) -> str:
   videos = sum('frames' in entry for entry in entries)
   pictures = len(entries) - videos
   return (f'{pictures} picture{"s" * (pictures != 1)}'
@@ -104,7 +104,7 @@ def _counted(entries: Sequence[dict]) -> str:
 
 
 def _note_if_none(entries: Sequence[dict], threshold: float) -> None:
-  """Pictures without boxes leave it open whether the detector is bad or the threshold high."""
+  """Prints the best score if no box is drawn: is the detector bad, or the threshold too high?"""
   scores = [found['score'] for entry in entries for frame in entry.get('frames', [entry])
             for found in frame['detections']]
   if max(scores, default=-1.0) < threshold:
@@ -115,7 +115,7 @@ def _note_if_none(entries: Sequence[dict], threshold: float) -> None:
 def _detect_all(detector: 'ImageDetector', files: Sequence[pathlib.Path],
                 drawings: Sequence[pathlib.Path], threshold: float
                 ) -> tuple[list[dict], dict[pathlib.Path, InputError]]:
-  """Entries of detections.json, in order of the files, and what is wrong with the others."""
+  """Returns the entries of detections.json in order of the files, and the errors of the others."""
   entries: dict[pathlib.Path, dict] = {}
   broken: dict[pathlib.Path, InputError] = {}
 
@@ -126,7 +126,7 @@ def _detect_all(detector: 'ImageDetector', files: Sequence[pathlib.Path],
 
   drawing_of = dict(zip(files, drawings, strict=True))
   opened = _open_pictures([f for f in files if not _is_video(f)], skip)
-  for file, image, found in _detected(detector, opened):
+  for file, image, found in _detect_stream(detector, opened):
     entries[file] = _draw_picture(detector, file, drawing_of[file], image, found, threshold)
   for file in filter(_is_video, files):
     try:
@@ -149,9 +149,9 @@ def _open_pictures(files: Sequence[pathlib.Path], skip) -> Iterator[tuple[pathli
       skip(file, e)
 
 
-def _detected(detector: 'ImageDetector', images: Iterator[tuple[Any, 'np.ndarray']]
-              ) -> Iterator[tuple[Any, 'np.ndarray', 'ImageDetections']]:
-  """(key, image) -> (key, image, detections), a batch in memory at a time."""
+def _detect_stream(detector: 'ImageDetector', images: Iterator[tuple[Any, 'np.ndarray']]
+                   ) -> Iterator[tuple[Any, 'np.ndarray', 'ImageDetections']]:
+  """Yields (key, image, detections) for each (key, image), with one batch in memory at a time."""
   waiting = []
 
   def pixels() -> Iterator['np.ndarray']:
@@ -167,7 +167,7 @@ def _draw_picture(detector: 'ImageDetector', file: pathlib.Path, drawing: pathli
                   image: 'np.ndarray', found: 'ImageDetections', threshold: float) -> dict:
   from ppn_jax.visualization.drawing import save_png
   height, width = image.shape[:2]
-  save_png(drawing, _drawn(detector, image, found, threshold))
+  save_png(drawing, _draw(detector, image, found, threshold))
   return {'file': str(file), 'picture': str(drawing), 'width': width, 'height': height,
           'detections': _entries(detector, found)}
 
@@ -183,9 +183,9 @@ def _draw_video(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.
     rate = reader.frames_per_second
     with VideoWriter(drawing, reader.size, rate) as writer:
       for number, image, found in track(
-          _detected(detector, enumerate(reader)), str(file), total=reader.stated or None,
+          _detect_stream(detector, enumerate(reader)), str(file), total=reader.stated or None,
           console=console, transient=True, disable=not console.is_terminal):
-        writer.write(_drawn(detector, image, found, threshold))
+        writer.write(_draw(detector, image, found, threshold))
         frames.append({'frame': number, 'seconds': round(number / rate, 3),
                        'detections': _entries(detector, found, threshold)})
     if reader.cut_short:
@@ -195,8 +195,8 @@ def _draw_video(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.
           'frames_per_second': rate, 'frames': frames}
 
 
-def _drawn(detector: 'ImageDetector', image: 'np.ndarray', found: 'ImageDetections',
-           threshold: float) -> 'np.ndarray':
+def _draw(detector: 'ImageDetector', image: 'np.ndarray', found: 'ImageDetections',
+          threshold: float) -> 'np.ndarray':
   import numpy as np
 
   from ppn_jax.visualization.drawing import draw_boxes
@@ -208,7 +208,7 @@ def _drawn(detector: 'ImageDetector', image: 'np.ndarray', found: 'ImageDetectio
 
 def _entries(detector: 'ImageDetector', found: 'ImageDetections', threshold: float = 0.0
              ) -> list[dict]:
-  """COCO rows with the class's name for the image's id."""
+  """Returns detections as COCO rows, with the class's name in place of the image's id."""
   shown = found.scores >= threshold
   return [{'category': detector.categories[label].name,
            'category_id': detector.categories[label].id, 'score': score,
@@ -219,26 +219,26 @@ def _entries(detector: 'ImageDetector', found: 'ImageDetections', threshold: flo
 
 
 def _find(paths: Sequence[str], say: Callable[[str], None]) -> list[pathlib.Path]:
-  """Picture and video files, those of folders and patterns in order of name, each once.
+  """Returns picture and video files, each once; those of folders and patterns sorted by name.
 
   Args:
-    paths: files, folders and patterns.
-    say: is told what else is in a folder or fits a pattern.
+    paths: Files, folders and patterns.
+    say: Called with a line about other files in a folder or that match a pattern.
 
   Raises:
-    InputError: a path that does not exist, a folder without pictures, a pattern that fits none.
+    InputError: If a path does not exist, or a folder or pattern has no pictures or videos.
   """
   from ppn_jax.data.images import folders
   from ppn_jax.data.images.decoding import SUFFIXES
   suffixes, files = SUFFIXES | VIDEOS, []
   for path in paths:
     if glob.has_magic(path) and not os.path.exists(path):
-      fitting = sorted(glob.glob(path, recursive=True))
-      kept = [p for p in fitting if folders.has_suffix(p, suffixes) and os.path.isfile(p)]
-      rest = sorted(set(fitting).difference(kept))
-      # What is in folders fits ** as well.
+      matches = sorted(glob.glob(path, recursive=True))
+      kept = [p for p in matches if folders.has_suffix(p, suffixes) and os.path.isfile(p)]
+      rest = sorted(set(matches).difference(kept))
+      # With **, the contents of folders match as well.
       others = folders.describe_others(p for p in rest if '**' not in path or os.path.isfile(p))
-      missing = f'no picture or video fits {path}'
+      missing = f'no picture or video matches {path}'
     elif os.path.isdir(path):
       kept, others = folders.list_folder(path, suffixes)
       missing = f'folder {path} has no pictures or videos'
@@ -256,7 +256,7 @@ def _find(paths: Sequence[str], say: Callable[[str], None]) -> list[pathlib.Path
 
 
 def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
-  """Where to write each drawing: one name each, and never over a file that was given."""
+  """Returns where to write each drawing: a different name each, and never that of an input."""
   if output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; give a folder')
   given, taken = {f.resolve() for f in files}, set()
@@ -265,7 +265,7 @@ def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[
     end = '.mp4' if _is_video(file) else '.png'
     names = (f'{file.stem}{end}', f'{file.name}{end}',
              *(f'{file.stem}_{n}{end}' for n in range(2, len(files) + 2)))
-    # Some disks take A.png for a.png.
+    # Some file systems do not distinguish A.png from a.png.
     drawing = next(output / n for n in names if n.lower() not in taken)
     if drawing.resolve() in given:
       raise InputError(f'--output={output} would overwrite {file}; give another folder')

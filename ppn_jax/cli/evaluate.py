@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 HELP = f"""Score a checkpoint with COCO's metrics.
 
-Prints COCO's twelve figures and a table by class; writes results.json (COCO's
+Prints COCO's twelve metrics and a table by class; writes results.json (COCO's
 results format) and scores.json to WORKDIR/evaluation/STEP. --calibration adds
-how far scores can be trusted, above all across pyramid levels.
+how far scores can be trusted, especially across pyramid levels.
 
---follow scores every checkpoint as training, here or on another machine, saves
-it, until the last; --steps those that are there. Both leave out what is scored
-already, unless the checkpoint is another one by now, so that they can be stopped
-and started again, and add their curves to TensorBoard and
-WORKDIR/evaluation/metrics.jsonl. One at a time writes to a folder.
+--follow scores every checkpoint when training, here or on another machine, saves
+it, until the last one; --steps scores existing ones. Both skip checkpoints that
+are scored already and unchanged, so they can be stopped and restarted, and add
+their curves to TensorBoard and WORKDIR/evaluation/metrics.jsonl. Only one command
+at a time writes to a folder.
 {CONFIG_HELP}
-So --config.data.eval.images and .annotations evaluate on other data, with --output."""
+For example, --config.data.eval.images and .annotations, with --output, evaluate on other data."""
 
 TAKES_CONFIG = True
 
@@ -41,39 +41,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   which = parser.add_mutually_exclusive_group()
   which.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   which.add_argument('--steps', metavar='A:B:C',
-                     help='all checkpoints from step A up to B, B included, whose distance from A '
-                          'is a multiple of C; each may be left out, and "all" is all')
+                     help='checkpoints of the steps A, A+C, A+2C, ... up to and including B; each '
+                          'may be left out, and "all" scores all checkpoints')
   which.add_argument('--follow', action='store_true',
                      help='every checkpoint, as it appears, until the end of training; may be '
-                          'started before it')
+                          'started before training')
   parser.add_argument('--timeout', type=float, default=0, metavar='SECONDS',
-                      help='with --follow: give up, with exit code 1, when nothing new has '
-                           'appeared for so long (default: never)')
+                      help='with --follow: give up, with exit code 1, after this long without a '
+                           'new checkpoint (default: never)')
   parser.add_argument('--poll', type=float, default=10, metavar='SECONDS',
-                      help='with --follow: how long between looks (default: %(default)g)')
+                      help='with --follow: time between two looks (default: %(default)g)')
   parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
-                      help='the moving average of the weights, or the weights themselves, whose '
-                           'many scores go to WORKDIR/evaluation_raw '
-                           '(default: the average where the run keeps one)')
+                      help='use the moving average of the weights, or the weights themselves, '
+                           'which --follow and --steps score in WORKDIR/evaluation_raw '
+                           '(default: the average if the run keeps one)')
   parser.add_argument('--scorer', choices=('hotcoco', 'pycocotools'), default='hotcoco',
-                      help='hotcoco gives the same figures as pycocotools, sooner '
+                      help='hotcoco gives the same results as pycocotools, faster '
                            '(default: %(default)s)')
   parser.add_argument('--output', metavar='DIR',
                       help='folder to write to (default: WORKDIR/evaluation/STEP); with --follow '
-                           'and --steps, the folder of the folders of steps')
+                           'and --steps, a folder in which each step gets one')
   parser.add_argument('--pictures', type=int, default=0, metavar='N',
-                      help='draw truth (white) and detections of N images to pictures.png there')
+                      help='draw ground truth (white) and detections of N images to pictures.png '
+                           'there')
   parser.add_argument('--report', action='store_true',
-                      help='write report.html there, one file for any browser: figures, curves, '
-                           'mistakes by kind, best and worst images, reliability of scores')
+                      help='write report.html there, one file for any browser: metrics, curves, '
+                           'errors by kind, best and worst images, reliability of scores')
   parser.add_argument('--calibration', action='store_true',
-                      help='hold scores against precision by level, size and class, and report '
-                           'what differences between levels cost: calibration.json and .png there')
+                      help='compare scores with precision by level, size and class, and report '
+                           'the cost of differences between levels: calibration.json and .png '
+                           'there')
   parser.add_argument('--calibration_floor', type=float, default=0.05, metavar='SCORE',
-                      help='least score that enters this report (default: %(default)s)')
+                      help='lowest score that enters this report (default: %(default)s)')
   parser.add_argument('--calibration_images', type=int, default=2000, metavar='N',
-                      help='training images to count the positives of each level on, at most one '
-                           'epoch; 0 for none (default: %(default)s)')
+                      help='number of training images on which the positives of each level are '
+                           'counted, at most one epoch; 0: none (default: %(default)s)')
   add_process_flags(parser)
 
 
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
   if args.pictures < 0:
     raise InputError(f'--pictures={args.pictures} must be at least 0')
   if args.overrides and not args.output:
-    raise InputError('give --output=DIR beside --config entries, so that the figures of the '
+    raise InputError('give --output=DIR with --config entries, so that the results of the '
                      "run's own evaluation are not overwritten")
   calibration = calibration_report.CalibrationOptions(
       floor=args.calibration_floor, train_images=args.calibration_images)
@@ -98,8 +100,8 @@ def run(args: argparse.Namespace) -> int:
   polling = follow.Polling(args.poll, args.timeout)
   selected = follow.parse_steps('all' if args.steps is None else args.steps)
   if not args.follow:
-    opened = open_workdir(args)  # Mistakes are told before other processes are waited for.
-  join_processes(args, hear_sigterm=False)  # Nobody here asks whether it came.
+    opened = open_workdir(args)  # Mistakes are reported before waiting for other processes.
+  join_processes(args, hear_sigterm=False)  # Nothing here asks whether it came.
   keep_programs()
 
   def say(line: str) -> None:
@@ -130,11 +132,11 @@ def _print(evaluation: 'Evaluation', report: bool) -> None:
   print(f'{evaluation.scores.num_detections:,} detections on {evaluation.scores.num_images:,} '
         f'images in {evaluation.folder}')
   if report:
-    print(f'for a browser: {evaluation.folder / "report.html"}')
+    print(f'report: {evaluation.folder / "report.html"}')
 
 
 def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str], None]) -> int:
-  """Prints the figures of many steps; 1 if some that were asked for are missing."""
+  """Prints the scores of many steps; returns 1 if some that were asked for are missing."""
   import jax
 
   from ppn_jax.distributed import sharding
@@ -145,8 +147,8 @@ def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str],
   if first and not outcome.metrics and args.steps is not None:
     raise InputError(f'no checkpoint in {args.workdir} is among --steps={args.steps}')
   if not outcome.complete:
-    say(f'nothing new for --timeout={args.timeout:g} seconds, and training has not ended; giving '
-        'up')
+    say(f'no new checkpoint for --timeout={args.timeout:g} seconds, and training has not ended; '
+        'giving up')
   if outcome.unreadable:
     say(f'not scored, since they cannot be read: {", ".join(map(str, outcome.unreadable))}')
   return 0 if sharding.first_says(outcome.complete and not outcome.unreadable) else 1

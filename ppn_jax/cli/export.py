@@ -7,12 +7,12 @@ import sys
 from ppn_jax.cli.flags import add_allow_flag, open_workdir
 from ppn_jax.errors import InputError
 
-HELP = """Write a run's detector as a file that runs without this package.
+HELP = """Export a run's detector as a file that runs without this package.
 
-Pixels u8 [B, S, S, 3] in; boxes, scores, labels, level and valid out, NMS inside. The file is run
-by its own runtime on real images and compared with JAX, and is kept only if it agrees.
+It takes pixels u8 [B, S, S, 3] and returns boxes, scores, labels, level and valid, with NMS
+included. The file is run by its own runtime on real images and kept only if it agrees with JAX.
 
-  stablehlo    one file for CPU, TPU and CUDA, opened by jax.export; the weights also as .npz
+  stablehlo    one file for CPU, TPU and CUDA, read by jax.export; the weights also as .npz
   saved_model  TensorFlow
   tflite       LiteRT (TensorFlow Lite), built-in operations only
   onnx         onnxruntime and others"""
@@ -26,16 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--format', required=True, metavar='FORMAT',
                       help='stablehlo, saved_model, tflite or onnx')
   parser.add_argument('--output', required=True, metavar='FILE',
-                      help='what to write, new; of a saved_model a folder')
+                      help='new file to write; for saved_model a folder')
   parser.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
-                      help="the weights' moving average (default: if the run keeps one)")
+                      help="use the weights' moving average (default: if the run keeps one)")
   parser.add_argument('--batch_size', default='1', metavar='N',
-                      help='images at a time, or `free`, not for tflite (default: %(default)s)')
+                      help='images at a time, or `free` for any number, not for tflite '
+                           '(default: %(default)s)')
   parser.add_argument('--precision', default='float32', metavar='TYPE',
                       help='float32; tflite also float16 (weights) and int8 (default: %(default)s)')
   parser.add_argument('--calibration_images', type=int, default=100, metavar='N',
-                      help='how many training images int8 takes its ranges from '
+                      help='number of training images from which int8 takes its ranges '
                            '(default: %(default)s)')
   parser.add_argument('--images', metavar='FOLDER',
                       help="pictures to calibrate on and check with (default: the run's data)")
@@ -56,12 +57,12 @@ def run(args: argparse.Namespace) -> int:
   difference = made.difference
   print(f'{output}: {made.size / 1e6:.1f} MB, step {made.step:,}')
   if options.format == 'stablehlo':
-    print(f'{output}.json, with class names and preprocessing, goes with it; the weights are also '
+    print(f'{output}.json, with class names and preprocessing, belongs to it; the weights are also '
           f'in {output}.npz')
   print(f'largest difference from JAX on {made.images} images: boxes {difference.boxes:.2g} of '
         f'the side, scores {difference.scores:.2g}; {difference.missing} of '
-        f'{difference.detections} detections without counterpart')
-  print(f'a call of {options.batch_size or 1} images: {made.latency * 1e3:.1f} ms, in JAX here '
+        f'{difference.detections} detections without a counterpart')
+  print(f'{options.batch_size or 1} images per call: {made.latency * 1e3:.1f} ms, with JAX '
         f'{made.jax_latency * 1e3:.1f} ms')
   return 0
 

@@ -3,13 +3,13 @@
 import argparse
 import sys
 
-from ppn_jax.cli.flags import CONFIG_HELP, load_config
+from ppn_jax.cli.flags import CONFIG_HELP
 
-HELP = f"""Make a run of TensorFlow's or Keras' weights.
+HELP = f"""Make a run from TensorFlow's or Keras' weights.
 
 The run can be evaluated, used and trained further like any other. Checkpoints of
-the TF Object Detection API have a background column and were trained on images
-resized in their own way; the configs that end in _reference say so.
+the TF Object Detection API have a background class and were trained on images that
+it resized in its own way; use the configs that end in _reference for them.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True
@@ -19,19 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--checkpoint', required=True, metavar='PREFIX',
                       help='PREFIX of PREFIX.index, its folder, a frozen graph (.pb) or a Keras '
                            'MobileNet (.h5, .keras)')
-  parser.add_argument('--config', required=True, metavar='FILE', help='config of the same model')
-  parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of the run, new')
+  parser.add_argument('--config', required=True, metavar='FILE', help='a config of the same model')
+  parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of the new run')
   parser.add_argument('--kind', choices=('auto', 'detector', 'backbone'), default='auto',
-                      help='import a whole detector, or the backbone and leave the rest fresh '
+                      help='import a whole detector, or the backbone and initialise the rest '
                            '(default: whichever the file holds)')
   parser.add_argument('--label_map', metavar='FILE',
                       help="names of the classes: a .pbtxt, or a COCO .json (default: COCO's if "
                            'there are 90)')
   parser.add_argument('--average', action='store_true',
-                      help="take the weights' moving averages that the checkpoint has beside them")
+                      help="import the moving averages of the weights, if the checkpoint has them")
 
 
 def run(args: argparse.Namespace) -> int:
+  from ppn_jax.config_files import load_config
   config = load_config(args.config, args.overrides)
   from ppn_jax.checkpoints.manager import SaveFailed
   from ppn_jax.jobs.import_tf import import_run

@@ -1,47 +1,52 @@
-"""`ppn`: one command, its sub-commands, and what their exit codes mean.
+"""The command `ppn`, its sub-commands and their exit codes.
 
-  0  done        1  failed, such as a loss that is not finite, or a bucket out of reach
-  2  a mistake in what was given; one line on stderr says which
-  75 told to end by SIGTERM, and saved: the same command goes on
-  130 interrupted by Ctrl-C; a training has saved its last step, a second Ctrl-C ends it at once
-Of several processes that work together, all end with the code of the first that fails.
+  0    done
+  1    failed, such as a loss that is not finite, or a bucket that cannot be reached
+  2    a mistake in the input, reported in one line on stderr
+  75   stopped by SIGTERM after saving; the same command resumes
+  130  interrupted by Ctrl-C; training has saved its last step, a second Ctrl-C ends it at once
+
+Processes that work together all exit with the code of the first one that fails.
 """
 
 import argparse
 import contextlib
+import functools
 import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from ppn_jax.distributed import failures, interrupts
 from ppn_jax.errors import InputError, did_you_mean, verdict
 from ppn_jax.storage import expand_home
 
-# Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (is --config.key=value for it?),
+# Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (whether it takes --config.key=value),
 # `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that
-# help and mistakes answer at once.
+# help and error messages appear at once.
 COMMANDS = ('train', 'evaluate', 'detect', 'data', 'summary', 'import-tf', 'prepare', 'plan',
             'export')
 
 DESCRIPTION = """\
 Train, evaluate and use single-stage object detectors.
 
-  ppn train --config=configs/quickstart.py --workdir=runs/quickstart
+  ppn train --config=quickstart --workdir=runs/quickstart
   ppn evaluate --workdir=runs/quickstart
   ppn detect --workdir=runs/quickstart photo.jpg --output=found
 """
 
 
 class _Parser(argparse.ArgumentParser):
-  """A parser whose mistakes are InputErrors, one line each, with the nearest legal flag."""
+  """Parser that raises mistakes as an InputError of one line, with the nearest legal flag."""
 
   def error(self, message: str):
     raise InputError(f'{self.prog}: {message}; see `{self.prog} --help`')
 
   def check_positions(self, arguments: Sequence[str]) -> None:
-    """Raises InputError on an argument without a flag, for a command whose arguments have one."""
+    """Raises InputError on an argument without a flag, if every argument of the command has one."""
     if any(not action.option_strings for action in self._actions):
       return
     value_of_flag = False
@@ -66,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _meant(argument: str, flags: Iterable[str], arguments: Sequence[str]) -> str:
-  """The hint that ends an error about an argument without a flag, one of `arguments`."""
+  """Returns the hint that ends an error about an argument without a flag."""
   missing = [flag for flag in ('--checkpoint', '--workdir', '--output')
              if flag in flags and not any(a.partition('=')[0] == flag for a in arguments)]
   key, equals, value = argument.partition('=')
@@ -76,6 +81,8 @@ def _meant(argument: str, flags: Iterable[str], arguments: Sequence[str]) -> str
     meant = f'--config.{key.removeprefix("config.")}={value}'
   elif equals and f'--{key}' in flags:
     meant = f'--{argument}'
+  elif '--config' in flags and argument.partition(':')[0] in _config_names():
+    meant = f'--config={argument}'
   elif missing:
     meant = f'{missing[0]}={argument}'
   else:
@@ -83,11 +90,16 @@ def _meant(argument: str, flags: Iterable[str], arguments: Sequence[str]) -> str
   return f'; did you mean {meant}?'
 
 
+def _config_names() -> list[str]:
+  from ppn_jax.config_files import config_names
+  return config_names()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command line, by default that of this process, and returns its exit code."""
   code = _main(list(sys.argv[1:] if argv is None else argv), as_program=argv is None)
   if argv is None and code == interrupts.EXIT_CODE:
-    # Threads of JAX that are at work when the interpreter ends can crash it.
+    # JAX threads that are still running when the interpreter ends can crash it.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -96,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str], *, as_program: bool) -> int:
   def on_interrupt(count: int) -> None:
-    failures.fail(KeyboardInterrupt())  # Of several processes it ends all, at once.
+    failures.fail(KeyboardInterrupt())  # Ends all processes that work together, at once.
     if count > 1 and as_program:
       interrupts.end_at_once()
     watch.raise_in_main_thread()
@@ -106,7 +118,7 @@ def _main(argv: list[str], *, as_program: bool) -> int:
     with watch, _notes_on_stderr():
       return _run(argv)
   except (Exception, KeyboardInterrupt) as e:
-    failures.fail(e)  # Of several processes none goes on from here.
+    failures.fail(e)  # Processes that work together all end here.
     if isinstance(e, BrokenPipeError):  # `ppn ... | head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       return 0
@@ -118,7 +130,7 @@ def _main(argv: list[str], *, as_program: bool) -> int:
 
 
 class _Notes(logging.Handler):
-  """Prints what the package logs, such as a file that lacks its end, as a line of the command."""
+  """Prints what the package logs, such as a truncated file, as lines of the command."""
 
   def emit(self, record: logging.LogRecord) -> None:
     print(f'ppn: {record.getMessage()}', file=sys.stderr)
@@ -126,7 +138,7 @@ class _Notes(logging.Handler):
 
 @contextlib.contextmanager
 def _notes_on_stderr() -> Iterator[None]:
-  """Prints the package's log here, and not also by the handlers that libraries install."""
+  """Sends the package's log to stderr, and not also to handlers that libraries install."""
   logger, handler = logging.getLogger('ppn_jax'), _Notes()
   before, logger.propagate = logger.propagate, False
   logger.addHandler(handler)
@@ -135,6 +147,42 @@ def _notes_on_stderr() -> Iterator[None]:
   finally:
     logger.removeHandler(handler)
     logger.propagate = before
+
+
+def quiet_libraries() -> None:
+  """Keeps libraries from writing to stderr and from starting threads of their own.
+
+  Library code changes nothing for the whole process; commands do so here.
+  """
+  import absl.logging  # noqa: F401 (its logger must be made before it is named here)
+
+  # Orbax logs routine events as warnings, and failures, which are also raised, as tracebacks.
+  for name in ('absl', 'asyncio'):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  # Google's clients announce the end of support for Python versions. Pillow warns of large images,
+  # which are checked by us, and of metadata, which is not used.
+  warnings.filterwarnings('ignore', category=FutureWarning, module=r'google\.')
+  warnings.filterwarnings('ignore', module=r'PIL\.')
+  # OpenCV reads these when it is imported. Its threads would compete with the input workers.
+  os.environ.setdefault('OPENCV_FOR_THREADS_NUM', '1')
+  os.environ.setdefault('OPENCV_LOG_LEVEL', 'SILENT')
+  _ignore_orbax_threads()
+
+
+@functools.cache
+def _ignore_orbax_threads() -> None:
+  """Hides exceptions of Orbax's threads that nobody waits for; others are reported as before."""
+  report = sys.unraisablehook
+
+  def hook(unraisable: Any) -> None:
+    # If several files cannot be written, the first failure ends the event loop that the threads
+    # of the others respond to. If several cannot be read, one is raised and the others end here.
+    code = getattr(unraisable.object, 'cr_code', None)
+    is_orbax = code is not None and 'orbax' in code.co_filename
+    if not is_orbax and str(unraisable.exc_value) != 'Event loop is closed':
+      report(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _run(argv: list[str]) -> int:
@@ -162,14 +210,15 @@ def _run(argv: list[str]) -> int:
       parsers[argv[0]].check_positions(argv[1:])
   args, rest = parser.parse_known_args(argv)
   _check_rest(args.command, rest, modules[args.command].TAKES_CONFIG)
-  # Shells leave `--output=~/x` as it is.
+  # Shells do not expand `--output=~/x`.
   args = argparse.Namespace(**{name: expand_home(value) for name, value in vars(args).items()})
   args.overrides = rest
+  quiet_libraries()
   return modules[args.command].run(args)
 
 
 def _version() -> str:
-  """Versions that a report of a fault should name."""
+  """Returns the versions that a bug report should name."""
   import platform
   from importlib import metadata
   versions = []
@@ -182,7 +231,7 @@ def _version() -> str:
 
 
 def _check_rest(command: str, rest: Sequence[str], takes_config: bool) -> None:
-  """Raises InputError unless all that no flag took is `--config.key=value`, and wanted."""
+  """Raises InputError if what is left is not `--config.key=value`, or the command takes none."""
   for argument in rest:
     if not argument.startswith('--config.'):
       raise InputError(f'ppn {command}: unexpected argument {argument!r}')

@@ -5,14 +5,14 @@ import json
 import os
 import sys
 
-from ppn_jax.cli.flags import CONFIG_HELP, load_config
+from ppn_jax.cli.flags import CONFIG_HELP
 from ppn_jax.errors import install_command
 
-HELP = f"""Compile for TPU slices that are not at hand: does it fit, how fast would it be.
+HELP = f"""Compile for TPU slices that you do not have: does it fit, and how fast is it.
 
 Needs libtpu ({install_command('tpu')}) and no TPU. Each slice takes a minute or two. Cycles
-are the compiler's estimate, without collectives, and tend to read too slow; the roofline, bytes
-over bandwidth, is what the memory allows at best. Exit code 1 where something does not fit.
+are the compiler's estimate, without collectives, and tend to be too slow; the roofline, bytes
+over bandwidth, is what the memory allows at best. The exit code is 1 if something does not fit.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True
@@ -20,21 +20,22 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', required=True, metavar='FILE',
-                      help='a config file, such as configs/ppn_mobilenet_v1_coco.py')
+                      help='a config, such as ppn_mobilenet_v1_coco')
   parser.add_argument('--topology', required=True, action='append', metavar='NAME',
                       help='such as v5e:2x4, in chips; may be given several times')
   parser.add_argument('--batch_per_chip', type=int, default=0, metavar='N',
-                      help='images a chip (default: the batch size of the config, split)')
+                      help="images per chip (default: the config's batch size, split)")
   parser.add_argument('--detect', action='store_true',
-                      help='detection, in place of the training step')
+                      help='compile detection instead of the training step')
   parser.add_argument('--largest_batch', action='store_true',
-                      help='search for the largest batch that fits, by some more compiles')
+                      help='search for the largest batch that fits, with a few more compilations')
   parser.add_argument('--json', action='store_true', help='print one JSON array')
 
 
 def run(args: argparse.Namespace) -> int:
-  # Where libtpu is installed, JAX would look for a TPU, and say so.
+  # With libtpu installed, JAX would look for a TPU and warn that there is none.
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  from ppn_jax.config_files import load_config
   config = load_config(args.config, args.overrides)
   from ppn_jax.errors import InputError
   from ppn_jax.jobs.summary import fill_in_classes
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(config, topology: str, args: argparse.Namespace):
-  """Checks what can be checked before the first minute is spent."""
+  """Returns the request for one topology, after the checks that need no compilation."""
   import math
 
   from ppn_jax.errors import InputError

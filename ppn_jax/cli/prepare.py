@@ -4,17 +4,17 @@ import argparse
 import os
 import sys
 
-from ppn_jax.cli.flags import CONFIG_HELP, load_config
+from ppn_jax.cli.flags import CONFIG_HELP
 from ppn_jax.errors import InputError
 
 HELP = f"""Store a data set in sharded ArrayRecord files, in TFDS's format.
 
-Reads data.train and data.eval of a config, of any format, and writes them as the
+Reads data.train and data.eval of a config, in any format, and writes them as the
 splits 'train' and 'eval' of OUTPUT/NAME/VERSION. To train on them, put
   dict(name='tfds', dataset=NAME, data_dir=OUTPUT, split='train')
-into a config as data.train, or see configs/tfds.py. A call that is stopped leaves no
-data set and begins again when it is repeated; on what is finished it checks every
-file and that it is of the same data.
+into a config as data.train, or use --config=own_data:tfds. A call that is stopped leaves
+no data set, and starts over when it is repeated. If the data set exists, every file is
+checked, and whether it was made from the same data.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True
@@ -23,32 +23,33 @@ _SPLITS = ('train', 'eval')
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', required=True, metavar='FILE',
-                      help='a config file, such as configs/coco_json.py')
+                      help='a config, such as own_data:coco_json')
   parser.add_argument('--output', required=True, metavar='DIR',
-                      help='folder of data sets to write to, new or not')
-  parser.add_argument('--name', required=True, help='of the data set: small letters, digits, _')
-  parser.add_argument('--version', default='1.0.0', help='of the data set (default: %(default)s)')
+                      help='folder of data sets to write to')
+  parser.add_argument('--name', required=True, help='its name: lower-case letters, digits, _')
+  parser.add_argument('--version', default='1.0.0', help='its version (default: %(default)s)')
   parser.add_argument('--splits', default='', metavar='LIST',
-                      help="'train', 'eval' or 'train,eval' (default: those that the config has)")
+                      help="'train', 'eval' or 'train,eval' (default: those of the config)")
   parser.add_argument('--max_side', type=int, default=0, metavar='PIXELS',
-                      help='store images with a longer side smaller (default: 0, store the files '
+                      help='shrink images whose longer side is larger (default: 0, store the files '
                            'as they are)')
   parser.add_argument('--quality', type=int, default=90, metavar='N',
-                      help='of JPEG files made then, 1 to 100 (default: %(default)s)')
+                      help='JPEG quality of shrunk images, 1 to 100 (default: %(default)s)')
   parser.add_argument('--shards', type=int, default=0, metavar='N',
-                      help='files for each split (default: 0, up to about 128 MB each)')
+                      help='number of files per split (default: 0, up to about 128 MB each)')
   parser.add_argument('--threads', '--processes', type=int, default=0, metavar='N',
-                      help='that read, check and encode images (default: 0, a few more than there '
-                           'are processor cores)')
+                      help='threads that read, check and encode images (default: 0, a few more '
+                           'than there are processor cores)')
   parser.add_argument('--on_bad_image', metavar='POLICY',
                       help="'raise', or 'skip' to leave out images that cannot be read "
                            "(default: the config's data.on_bad_example)")
   parser.add_argument('--max_bad', type=float, metavar='SHARE',
-                      help="of images that 'skip' may leave out (default: the config's "
-                           'data.max_bad_share)')
+                      help="largest share of images that 'skip' may leave out (default: the "
+                           "config's data.max_bad_share)")
 
 
 def run(args: argparse.Namespace) -> int:
+  from ppn_jax.config_files import load_config
   config = load_config(args.config, args.overrides)
   from ppn_jax.data.prepare import Options, prepare
   from ppn_jax.data.report import report
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
                      'back a tenth of the training images for it, or --splits=train')
   try:
     opened = open_splits(config, names, on_bad_example=on_bad_image)
-  except InputError as e:  # Whose advice is for training.
+  except InputError as e:  # Its advice names the flag of training.
     raise InputError(str(e).replace('--config.data.on_bad_example', '--on_bad_image')) from e
   sources = {name: opened[name] for name in names}
   for line in dict.fromkeys(line for name, source in sources.items()
@@ -90,7 +91,7 @@ def _say(line: str) -> None:
 
 
 class _progress_bar:
-  """A bar on a terminal, with the images done of all and the time left; nothing elsewhere."""
+  """Progress bar with images done and time left on a terminal; nothing elsewhere."""
 
   def __enter__(self):
     from rich import progress

@@ -3,12 +3,12 @@
 import argparse
 import json
 
-from ppn_jax.cli.flags import CONFIG_HELP, add_allow_flag, load_config, open_workdir
+from ppn_jax.cli.flags import CONFIG_HELP, add_allow_flag, open_workdir
 
 HELP = f"""Count a model's parameters and FLOPs, by layer and in total.
 
 Nothing is trained, compiled or downloaded. The classes are those of the training data;
-without it give --config.model.num_classes=N.
+without data, give --config.model.num_classes=N.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True
@@ -17,14 +17,15 @@ TAKES_CONFIG = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   model = parser.add_mutually_exclusive_group(required=True)
   model.add_argument('--config', metavar='FILE',
-                     help='a config file, such as configs/ppn_mobilenet_v1_coco.py')
-  model.add_argument('--workdir', metavar='DIR', help='folder of a run, in place of a config')
+                     help='a config, such as ppn_mobilenet_v1_coco')
+  model.add_argument('--workdir', metavar='DIR', help='folder of a run, instead of a config')
   add_allow_flag(parser)
   parser.add_argument('--json', action='store_true', help='print one JSON object')
 
 
 def run(args: argparse.Namespace) -> int:
   if args.config is not None:
+    from ppn_jax.config_files import load_config
     config = load_config(args.config, args.overrides)
   else:
     config = open_workdir(args).config

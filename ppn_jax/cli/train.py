@@ -4,20 +4,14 @@ import argparse
 import signal
 import sys
 
-from ppn_jax.cli.flags import (
-  CONFIG_HELP,
-  add_process_flags,
-  join_processes,
-  keep_programs,
-  load_config,
-)
+from ppn_jax.cli.flags import CONFIG_HELP, add_process_flags, join_processes, keep_programs
 
-HELP = f"""Train a detector, or go on with a run that was stopped.
+HELP = f"""Train a detector, or resume a run that was stopped.
 
-A workdir that holds a run of the same model is resumed from its newest checkpoint that is whole.
-One training at a time: a second one in the same workdir is refused, with who has it.
-SIGTERM, and a TPU's notice of maintenance, make it save and end with exit code 75; the same
-command then goes on from there. So does Ctrl-C, with exit code 130; a second one ends at once.
+A workdir that holds a run of the same model is resumed from its newest intact checkpoint.
+A second training in the same workdir is refused, with the name of the process that has it.
+On SIGTERM, or a TPU's maintenance notice, it saves and exits with code 75; the same command
+then resumes. So does Ctrl-C, with exit code 130; a second Ctrl-C ends it at once.
 {CONFIG_HELP}"""
 
 TAKES_CONFIG = True
@@ -25,9 +19,9 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', required=True, metavar='FILE',
-                      help='a config file, such as configs/quickstart.py')
+                      help='name or path of a config, such as quickstart')
   parser.add_argument('--workdir', required=True, metavar='DIR',
-                      help='folder of the run, new or to be resumed')
+                      help='folder of the run, new or to resume')
   parser.add_argument('--profile', default='', metavar='START:STOP',
                       help="trace these steps, STOP included, for TensorBoard's profile plugin "
                            'and XProf, to WORKDIR/tensorboard/plugins/profile')
@@ -35,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+  from ppn_jax.config_files import load_config
   config = load_config(args.config, args.overrides)
   join_processes(args)
   keep_programs()
@@ -43,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
   try:
     train(config, args.workdir, profile=args.profile)
   except preemption.Preempted as e:
-    # It ends now; another one must not turn the exit code into that of a kill.
+    # A second SIGTERM must not turn the exit code into that of a kill.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(f'ppn: preempted: {e}', file=sys.stderr)
     return preemption.EXIT_CODE

@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import cv2
 import numpy as np
 
 from ppn_jax.data.bad_examples import BadExamples
@@ -176,8 +175,6 @@ def _batches(load: Callable[[int], Example | None], steps: int, rows: int, image
              max_boxes: int, threads: int) -> Iterator[Batch]:
   """Groups load(0), load(1), ... into batches of `rows`; None becomes a row that is not valid."""
   check_integer('threads', threads, 0)
-  # The workers keep all cores busy; OpenCV's own threads would compete with them.
-  cv2.setNumThreads(1)
   return _generate(load, steps, rows, image_size, max_boxes, threads or _available_cores())
 
 

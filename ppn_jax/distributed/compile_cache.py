@@ -31,8 +31,9 @@ def keep_compiled_programs(say: Callable[[str], None]) -> pathlib.Path | None:
   Returns:
     The folder; None if nothing is kept, or if JAX has been told where.
   """
-  chosen = 'JAX_COMPILATION_CACHE_DIR' in os.environ or jax.config.jax_compilation_cache_dir
-  if chosen or not jax.config.jax_enable_compilation_cache:
+  chosen = ('JAX_COMPILATION_CACHE_DIR' in os.environ
+            or jax.config.jax_compilation_cache_dir)  # pyright: ignore
+  if chosen or not jax.config.jax_enable_compilation_cache:  # pyright: ignore
     return None
   folder = platformdirs.user_cache_path('ppn_jax') / 'compiled' / _processor()
   try:

@@ -67,6 +67,6 @@ def jackknife_interval(value: float, parts: Sequence[float]) -> list[float] | No
   parts, g = np.asarray(parts), len(parts)
   if g < 2:
     return None
-  error = np.sqrt((g - 1) / g * np.sum((parts - parts.mean())**2))
+  error = np.sqrt((g - 1) / g * np.sum((parts - parts.mean())**2))  # pyright: ignore
   half = float(special.stdtrit(g - 1, 0.975) * error)
   return [value - half, value + half]

@@ -1,4 +1,4 @@
-"""Mistakes on the command line, before anything is read."""
+"""Tests mistakes on the command line, before anything is read."""
 
 import argparse
 import json
@@ -13,11 +13,12 @@ from ppn_jax.errors import InputError
 from ppn_jax.run import create_run
 
 
-@pytest.mark.parametrize('arguments, said', [
+@pytest.mark.parametrize('arguments, message', [
     ('train configs/x.py', "'configs/x.py'; did you mean --config=configs/x.py?"),
     ('train configs/x.py:coco --workdir w', 'did you mean --config=configs/x.py:coco?'),
     ('train --config x.py --workdir=w train.steps=3', 'did you mean --config.train.steps=3?'),
     ('train --config x.py --workdir=w config.seed=3', 'did you mean --config.seed=3?'),
+    ('train quickstart --workdir=w', 'did you mean --config=quickstart?'),
     ('train --config=x.py runs/a', 'did you mean --workdir=runs/a?'),
     ('data configs/x.py', 'did you mean --config=configs/x.py?'),
     ('plan configs/x.py', 'did you mean --config=configs/x.py?'),
@@ -30,10 +31,10 @@ from ppn_jax.run import create_run
     ('tran', "did you mean 'train'?"),
     ('train --workdri=x', 'did you mean'),
     ('train --config=x.py --workdir=w --config.train.steps', 'write --config.train.steps=VALUE')])
-def test_a_mistake_is_answered_in_one_line(arguments, said, capsys):
+def test_a_mistake_is_answered_in_one_line(arguments, message, capsys):
   assert main(arguments.split()) == 2
   error = capsys.readouterr().err
-  assert said in error and error.count('\n') == 1
+  assert message in error and error.count('\n') == 1
 
 
 def test_values_after_their_flags_are_taken(capsys):
@@ -48,25 +49,25 @@ def test_version(capsys):
   assert all(name in line for name in ('ppn_jax', 'jax ', 'Python'))
 
 
-@pytest.mark.parametrize('entry, said', [
+@pytest.mark.parametrize('entry, message', [
     ('data.eval_fraction=0.2', '--config.data.eval_fraction=0.2: which images'),
     ('data.eval_fraction=0.3', '--config.data.eval_fraction=0.3: which images'),
     ('seed=1', r'--config.seed=1: which .* training began \(seed=0\)'), ('data.threads=3', '')])
-def test_which_images_are_kept_back_is_decided_when_training_begins(tmp_path, entry, said):
+def test_which_images_are_held_out_is_decided_when_training_begins(tmp_path, entry, message):
   config = tiny_config().copy_and_resolve_references().unlock()
-  config.data.eval_fraction = 0.0 if said.startswith('--config.data.eval_fraction=0.2') else 0.2
+  config.data.eval_fraction = 0.0 if message.startswith('--config.data.eval_fraction=0.2') else 0.2
   create_run(tmp_path, config, (Category(1, 'cat'),)).save()
   args = argparse.Namespace(workdir=str(tmp_path), allow=[], overrides=[f'--config.{entry}'])
-  if said:
-    with pytest.raises(InputError, match=said):
+  if message:
+    with pytest.raises(InputError, match=message):
       open_workdir(args)
   else:
     assert open_workdir(args).config.data.threads == 3
 
 
-def test_keys_that_are_left_aside_are_said(tmp_path, capsys):
+def test_unknown_keys_are_reported(tmp_path, capsys):
   create_run(tmp_path, tiny_config(), (Category(1, 'cat'),)).save()
   written = json.loads((tmp_path / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps(written | {'optim_': 3}))
   open_workdir(argparse.Namespace(workdir=str(tmp_path), allow=[], overrides=[]))
-  assert 'does not know and leaves aside: optim_' in capsys.readouterr().err
+  assert 'does not know and ignores: optim_' in capsys.readouterr().err

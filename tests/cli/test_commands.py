@@ -1,4 +1,4 @@
-"""The commands as users type them: what they print, leave behind and refuse."""
+"""Tests the commands as users type them: what they print, write and refuse."""
 
 import json
 import os
@@ -34,20 +34,20 @@ def run(config, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def coco_folder(tmp_path_factory):
-  """Images on disk and a json: ids with gaps, an image without boxes, a category without any."""
+  """Writes images and a JSON file: ids with gaps, an image and a category without boxes."""
   folder = tmp_path_factory.mktemp('coco')
   source = build_source({'name': 'synthetic_shapes', 'num_images': 8, 'image_size': (48, 64)})
-  truth = source.ground_truth()
-  for index, image in enumerate(truth['images']):
+  ground_truth = source.ground_truth()
+  for index, image in enumerate(ground_truth['images']):
     Image.fromarray(source[index].image).save(folder / image['file_name'], quality=95)
   Image.new('L', (64, 48), 99).save(folder / 'empty.png')
-  truth['images'].append({'id': 900, 'file_name': 'empty.png', 'width': 64, 'height': 48})
-  for category in truth['categories']:
+  ground_truth['images'].append({'id': 900, 'file_name': 'empty.png', 'width': 64, 'height': 48})
+  for category in ground_truth['categories']:
     category['id'] *= 10
-  for annotation in truth['annotations']:
+  for annotation in ground_truth['annotations']:
     annotation['category_id'] *= 10
-  truth['categories'].append({'id': 77, 'name': 'nothing'})
-  (folder / 'truth.json').write_text(json.dumps(truth))
+  ground_truth['categories'].append({'id': 77, 'name': 'nothing'})
+  (folder / 'truth.json').write_text(json.dumps(ground_truth))
   return folder
 
 
@@ -56,14 +56,14 @@ def data_flags(folder, annotations='truth.json'):
           for key, value in (('images', folder), ('annotations', folder / annotations))]
 
 
-def refused(capsys, argv, *said):
-  """Runs a command that must exit with 2 and one line; checks what the line says."""
+def refused(capsys, argv, *messages):
+  """Runs a command that must exit with 2, and checks its one-line error."""
   capsys.readouterr()
   assert main([str(a) for a in argv]) == 2
   lines = capsys.readouterr().err.splitlines()
   errors = [line for line in lines if line.startswith('ppn: error: ')]
   assert len(errors) == 1 and lines[-1] == errors[0], lines
-  for text in said:
+  for text in messages:
     assert str(text) in errors[0]
 
 
@@ -76,7 +76,7 @@ def test_help_answers_without_the_heavy_libraries():
   assert '--workdir' in result.stdout and 'resumed' in result.stdout
 
 
-def test_own_images_exactly_as_the_config_says(coco_folder, tmp_path, capsys):
+def test_training_on_own_images_as_the_config_describes(coco_folder, tmp_path, capsys):
   small = ['--config.model.image_size=64', '--config.model.neck.num_levels=3',
            '--config.model.neck.stride=8', '--config.model.backbone.last_block=5',
            '--config.model.backbone.depth_multiplier=0.25', '--config.model.head.depth=16']
@@ -85,11 +85,11 @@ def test_own_images_exactly_as_the_config_says(coco_folder, tmp_path, capsys):
           '--config.train.checkpoint_every=4', *small]
   assert main(argv) == 0
   assert json.loads((tmp_path / 'w' / 'config.json').read_text())['model']['num_classes'] == 6
-  said = capsys.readouterr().err
-  assert 'evaluated step 4' in said
+  printed = capsys.readouterr().err
+  assert 'evaluated step 4' in printed
   for line in ('data.train: 9 images, 1 without annotations, ', 'data.eval: 9 images, ',
                "data.train: no box of 1 class, which cannot be learned: 'nothing'"):
-    assert said.index(line) < said.index('compiling')
+    assert printed.index(line) < printed.index('compiling')
   assert main(['evaluate', f'--workdir={tmp_path / "w"}', '--scorer=pycocotools']) == 0
   out = capsys.readouterr().out
   assert 'AP50' in out and 'triangle' in out and '9 images' in out
@@ -136,7 +136,7 @@ def test_detect_writes_pictures_and_json(run, coco_folder, tmp_path, capsys):
       assert detection['category'] in ('circle', 'square', 'triangle', 'star', 'cross')
 
 
-def test_detect_skips_a_broken_file_and_says_so(run, coco_folder, tmp_path, capsys):
+def test_detect_skips_a_broken_file_and_reports_it(run, coco_folder, tmp_path, capsys):
   (tmp_path / 'in').mkdir()
   good = (coco_folder / '000000.jpg').read_bytes()
   (tmp_path / 'in' / 'good.jpg').write_bytes(good)
@@ -146,7 +146,7 @@ def test_detect_skips_a_broken_file_and_says_so(run, coco_folder, tmp_path, caps
   assert len(json.loads((tmp_path / 'out' / 'detections.json').read_text())) == 1
 
 
-def test_detect_never_writes_over_what_it_was_given(run, tmp_path, capsys):
+def test_detect_never_overwrites_its_input(run, tmp_path, capsys):
   Image.new('RGB', (64, 48)).save(tmp_path / 'a.png')
   before = (tmp_path / 'a.png').read_bytes()
   refused(capsys, ['detect', f'--workdir={run}', tmp_path / 'a.png', f'--output={tmp_path}'],
@@ -154,7 +154,7 @@ def test_detect_never_writes_over_what_it_was_given(run, tmp_path, capsys):
   assert (tmp_path / 'a.png').read_bytes() == before
 
 
-@pytest.mark.parametrize('argv, said', [
+@pytest.mark.parametrize('argv, message', [
   (['trian'], "unknown command 'trian'; did you mean 'train'"),
   ([], 'COMMAND'),
   (['train', '--confg=x', '--workdir=w'], "unknown flag --confg; did you mean '--config'"),
@@ -174,13 +174,13 @@ def test_detect_never_writes_over_what_it_was_given(run, tmp_path, capsys):
   (['evaluate', '--workdir=w', '--config.eval.batch_size=8'], '--output'),
   (['detect', '--workdir=w', '--output=o', 'nothing.jpg'], 'no file or folder nothing.jpg'),
 ])
-def test_mistakes_on_the_command_line(capsys, tmp_path, monkeypatch, argv, said):
+def test_mistakes_on_the_command_line(capsys, tmp_path, monkeypatch, argv, message):
   monkeypatch.chdir(tmp_path)
-  refused(capsys, argv, said)
+  refused(capsys, argv, message)
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('override, said', [
+@pytest.mark.parametrize('override, message', [
   ('--config.train.stps=3', "did you mean 'steps'"),
   ('--config.train.steps=three', 'config.train.steps=three'),
   ('--config.train.steps=0', 'train.steps=0'),
@@ -209,23 +209,23 @@ def test_mistakes_on_the_command_line(capsys, tmp_path, monkeypatch, argv, said)
   ('--config.train.keep_last=0', 'keep_last=0'),
   ('--config.eval.batch_size=0', 'eval.batch_size=0'),
 ])
-def test_mistakes_in_a_config_touch_nothing(config, run, tmp_path, capsys, override, said):
+def test_mistakes_in_a_config_touch_nothing(config, run, tmp_path, capsys, override, message):
   evaluating = ['--config.train.evaluate_every=3']
   argv = ['train', f'--config={config}', override, *evaluating]
-  refused(capsys, [*argv, f'--workdir={tmp_path / "new"}'], said)
+  refused(capsys, [*argv, f'--workdir={tmp_path / "new"}'], message)
   before = {p: p.read_bytes() for p in run.rglob('*') if p.is_file()}
-  refused(capsys, [*argv, f'--workdir={run}'])  # Or says that the run is of another model.
+  refused(capsys, [*argv, f'--workdir={run}'])  # Or reports that the run is of another model.
   assert {p: p.read_bytes() for p in run.rglob('*') if p.is_file()} == before
 
 
-def spoiled(folder, change):
-  truth = json.loads((folder / 'truth.json').read_text())
-  change(truth)
-  (folder / 'spoiled.json').write_text(json.dumps(truth))
-  return 'spoiled.json'
+def write_changed(folder, change):
+  """Writes changed.json, a copy of truth.json with a mistake."""
+  ground_truth = json.loads((folder / 'truth.json').read_text())
+  change(ground_truth)
+  (folder / 'changed.json').write_text(json.dumps(ground_truth))
 
 
-@pytest.mark.parametrize('change, said', [
+@pytest.mark.parametrize('change, message', [
   (lambda t: t['annotations'][0].update(image_id=12345), '12345'),
   (lambda t: t['annotations'][0].update(category_id=3), 'category'),
   (lambda t: t['annotations'][0].update(bbox=[5, 5, 0, 9]), "on_bad_box='drop'"),
@@ -237,14 +237,14 @@ def spoiled(folder, change):
   (lambda t: t.update(annotations=[]), 'nothing to learn from: no box in 9 images'),
   (lambda t: [a.update(iscrowd=1) for a in t['annotations']], 'nothing to learn from: all '),
 ])
-def test_mistakes_in_a_json(coco_folder, tmp_path, capsys, change, said):
-  spoiled(coco_folder, change)
-  refused(capsys, ['train', f'--config={REPOSITORY}/configs/coco_json.py',
-                   f'--workdir={tmp_path / "w"}', *data_flags(coco_folder, 'spoiled.json')], said)
+def test_mistakes_in_a_json(coco_folder, tmp_path, capsys, change, message):
+  write_changed(coco_folder, change)
+  refused(capsys, ['train', '--config=own_data:coco_json', f'--workdir={tmp_path / "w"}',
+                   *data_flags(coco_folder, 'changed.json')], message)
   assert not (tmp_path / 'w').exists()
 
 
-def test_data_flags_that_were_forgotten(tmp_path, capsys):
+def test_missing_data_flags(tmp_path, capsys):
   refused(capsys, ['train', f'--config={REPOSITORY}/configs/coco_json.py',
                    f'--workdir={tmp_path / "w"}'], 'images')
 
@@ -259,7 +259,7 @@ def test_workdirs_that_are_no_runs(run, config, tmp_path, capsys):
   refused(capsys, ['evaluate', f'--workdir={tmp_path / "broken"}'], 'cannot be read as a run')
 
 
-def test_checkpoints_that_are_missing_or_anothers(run, config, tmp_path, capsys):
+def test_checkpoints_that_are_missing_or_of_another_model(run, config, tmp_path, capsys):
   refused(capsys, ['evaluate', f'--workdir={run}', '--step=5'], 'no checkpoint of step 5')
   refused(capsys, ['train', f'--config={config}', f'--workdir={run}',
                    '--config.model.head.depth=8'], 'another model', 'head.depth')

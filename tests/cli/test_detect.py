@@ -1,4 +1,4 @@
-"""`ppn detect` on files, folders, patterns and video. Broken pictures: test_commands.py."""
+"""Tests `ppn detect` on files, folders, patterns and video; broken pictures: test_commands.py."""
 
 import json
 
@@ -27,9 +27,9 @@ def draw(path, size=(48, 64), seed=0):
 
 
 def film(path, frames=7, size=(48, 64)):
-  """Frame i is all of one grey, which any decoder gives back to within a few levels."""
+  """Writes a video whose frame i has one grey, which any decoder returns within a few levels."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  video._quiet()  # OpenCV asks once a process how much to say.
+  video._quiet()  # OpenCV reads its log level once per process.
   codec = 'MJPG' if path.suffix == '.avi' else 'mp4v'
   writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*codec), 10.0,
                            size[::-1])
@@ -44,6 +44,11 @@ def frames_of(path):
   while (read := capture.read())[0]:
     frames.append(read[1])
   return frames
+
+
+def command_lines(capture):
+  """Returns the lines of the command on stderr, without those that libraries may print."""
+  return [line for line in capture.readouterr().err.splitlines() if line.startswith('ppn: ')]
 
 
 def detect(run, output, *arguments):
@@ -65,7 +70,7 @@ def test_exported_file(run, tmp_path, capsys):
   for ours, theirs in zip(found['detections'], entry['detections'], strict=True):
     assert ours['category_id'] == theirs['category_id']
     assert ours['bbox'] == pytest.approx(theirs['bbox'], abs=1e-3)
-  for flags, said in [([f'--workdir={model}'], f'given by --model={model}'),
+  for flags, message in [([f'--workdir={model}'], f'given by --model={model}'),
                       ([f'--model={run}'], 'given by --workdir'),
                       ([f'--model={model}', f'--workdir={run}'], 'not allowed with'),
                       ([f'--model={model}', '--step=6'], '--step and --ema choose'),
@@ -73,8 +78,8 @@ def test_exported_file(run, tmp_path, capsys):
                       ([f'--model={model}', '--batch_size=2'], 'takes 1 images at a time'),
                       ([], '--workdir --model is required')]:
     assert main(['detect', *flags, f'--output={tmp_path}/new', str(picture)]) == 2
-    line, = capsys.readouterr().err.splitlines()
-    assert said in line and not (tmp_path / 'new').exists()
+    line, = command_lines(capsys)
+    assert message in line and not (tmp_path / 'new').exists()
 
 
 def test_patterns_folders_and_files_each_once(run, tmp_path, capsys):
@@ -91,7 +96,7 @@ def test_patterns_folders_and_files_each_once(run, tmp_path, capsys):
   assert f'none scores --threshold=0.3 or more, the best has {best:.2g}\n' in printed
 
 
-def test_what_a_folder_has_besides_pictures_is_said(run, tmp_path, monkeypatch, capsys):
+def test_other_files_in_a_folder_are_reported(run, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('HOME', str(tmp_path))
   monkeypatch.setattr(decoding, '_without_end', set())
   for name in ('a.png', 'b.pgm', 'c.jfif', 'more/e.png'):
@@ -111,13 +116,13 @@ def test_what_a_folder_has_besides_pictures_is_said(run, tmp_path, monkeypatch, 
   assert capsys.readouterr().err == f'ppn: {tmp_path}/in/**: 1 file not looked at: .heic\n'
 
 
-def test_drawings_have_names_of_their_own_on_any_disk(tmp_path):
+def test_drawings_have_different_names_on_any_file_system(tmp_path):
   files = [tmp_path / name for name in ('a.png', 'A.jpg', 'b/a.png', 'a.png.png')]
   names = [drawing.name.lower() for drawing in _drawing_paths(files, tmp_path / 'out')]
   assert len(set(names)) == 4
 
 
-def test_json_has_what_load_finds(run, tmp_path):
+def test_json_agrees_with_load(run, tmp_path):
   image = draw(tmp_path / 'a.png')
   entry, = detect(run, tmp_path / 'out', tmp_path / 'a.png')
   found = ppn_jax.load(run, batch_size=4)(image)
@@ -155,11 +160,11 @@ def test_video_that_cannot_be_read(run, tmp_path, capfd):
   (tmp_path / 'bad.mp4').write_bytes(film(tmp_path / 'good.mp4').read_bytes()[:300])
   argv = ['detect', f'--workdir={run}', f'--output={tmp_path / "out"}', str(tmp_path / 'bad.mp4')]
   assert main(argv) == 2
-  assert capfd.readouterr().err.splitlines() == [
+  assert command_lines(capfd) == [
       f'ppn: error: {tmp_path / "bad.mp4"}: not a video that can be read']
   assert not (tmp_path / 'out').exists()
   assert main([*argv, str(tmp_path / 'good.mp4')]) == 2
-  lines = capfd.readouterr().err.splitlines()
+  lines = command_lines(capfd)
   assert len(lines) == 2 and 'skipped' in lines[0] and '1 of 2 files' in lines[1]
   assert len(json.loads((tmp_path / 'out' / 'detections.json').read_text())) == 1
 
@@ -172,21 +177,21 @@ def test_video_that_ends_early_is_named(run, tmp_path, capfd):
   assert f'a.avi ends after {len(entry["frames"])} of 60 frames' in capfd.readouterr().err
 
 
-@pytest.mark.parametrize('arguments, said', [
-  (['none/*.jpg'], 'no picture or video fits none/*.jpg'),
-  (['*.txt'], 'no picture or video fits *.txt'),
+@pytest.mark.parametrize('arguments, message', [
+  (['none/*.jpg'], 'no picture or video matches none/*.jpg'),
+  (['*.txt'], 'no picture or video matches *.txt'),
   (['.'], 'folder . has no pictures or videos'),
   (['clip.mp4', '--output=.'], 'would overwrite clip.mp4'),
   (['clip.mp4', '--threshold=nan'], '--threshold=nan'),
   (['clip.mp4', '--batch_size=0'], 'batch_size=0'),
   (['clip.mp4', '--ema'], 'ema_decay'),
 ])
-def test_mistakes(run, tmp_path, monkeypatch, capsys, arguments, said):
+def test_mistakes(run, tmp_path, monkeypatch, capsys, arguments, message):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a.txt').write_text('')
   if 'clip.mp4' in arguments:
     film(tmp_path / 'clip.mp4')
   before = {p: p.read_bytes() for p in tmp_path.iterdir()}
   assert main(['detect', f'--workdir={run}', '--output=out', *arguments]) == 2
-  assert said in capsys.readouterr().err.splitlines()[-1]
+  assert message in command_lines(capsys)[-1]
   assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -1,4 +1,4 @@
-"""`ppn prepare` as users type it: a folder of images becomes one that `ppn train` takes."""
+"""Tests `ppn prepare` as users type it: it writes data sets that `ppn train` reads."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 def write_coco(folder, images):
-  """A folder of images of noise and its truth."""
+  """Writes a folder of images of noise and their ground truth."""
   folder.mkdir()
   pixels = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
   data = encode_jpeg(pixels)
@@ -66,7 +66,7 @@ def test_prepares_both_splits(argv, tmp_path, capsys):
   assert 'exists already' in capsys.readouterr().err
 
 
-def test_the_config_s_skip_holds_and_the_count_is_of_what_is_stored(argv, tmp_path, capsys):
+def test_the_policy_of_the_config_applies_and_stored_images_are_counted(argv, tmp_path, capsys):
   (tmp_path / 'in' / '3.jpg').write_bytes(b'junk')
   assert main([*argv, '--splits=train']) == 2
   assert '--on_bad_image=skip' in capsys.readouterr().err
@@ -96,9 +96,9 @@ def test_a_fraction_of_the_training_images_becomes_the_other_split(argv, tmp_pat
 
 
 def test_evaluation_data_with_some_of_the_classes(argv, tmp_path):
-  truth = json.loads((tmp_path / 'in' / 'truth.json').read_text())
-  truth['categories'].insert(0, {'id': 3, 'name': 'signal'})
-  (tmp_path / 'in' / 'more.json').write_text(json.dumps(truth))
+  ground_truth = json.loads((tmp_path / 'in' / 'truth.json').read_text())
+  ground_truth['categories'].insert(0, {'id': 3, 'name': 'signal'})
+  (tmp_path / 'in' / 'more.json').write_text(json.dumps(ground_truth))
   assert main([*argv, f'--config.data.train.annotations={tmp_path}/in/more.json']) == 0
   source = Tfds('noise', 'eval', str(tmp_path / 'out'))
   assert [c.name for c in source.categories] == ['signal', 'noise']

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from ppn_jax.cli.flags import load_config
+from ppn_jax.config_files import load_config
 from ppn_jax.data.source import build_source
 from ppn_jax.data.transforms.basic import Resize
 from ppn_jax.device_data import dataset

@@ -8,9 +8,9 @@ import flax
 import pytest
 from tiny import tiny_config
 
-from ppn_jax.cli.flags import load_config
 from ppn_jax.cli.main import main
 from ppn_jax.config import hard_negative_mining
+from ppn_jax.config_files import load_config
 from ppn_jax.detection.structures import Category
 from ppn_jax.jobs.summary import (
   AFTER,

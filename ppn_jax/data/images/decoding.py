@@ -8,7 +8,6 @@ import pathlib
 import re
 import threading
 import time
-import warnings
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -46,10 +45,6 @@ _INVERSE = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTAT
 _END_MARKER = b'\xff\xd9'
 _NAMED = 5  # Number of files without an end marker that a process names in its log.
 _log = logging.getLogger(__name__)
-
-# Pillow warns about large images, which are checked here, and about metadata, which do not affect
-# the pixels. The filter is permanent since `warnings.catch_warnings` is not thread-safe.
-warnings.filterwarnings('ignore', module=r'PIL\.')
 
 
 def read(path: str) -> bytes:

@@ -234,15 +234,17 @@ def test_too_many_pixels_is_read_from_the_header():
 
 
 def test_nothing_is_printed():
-  """Decodes files that Pillow warns about in a process without pytest's warning filters."""
+  """Runs as a command does, in its own process: Pillow warns of all of these."""
   script = '''
 import io, numpy as np, PIL.Image
+from ppn_jax.cli.main import quiet_libraries
 from ppn_jax.data.images.decoding import decode
 from ppn_jax.errors import InputError
 def save(image, kind, **options):
   buffer = io.BytesIO()
   image.save(buffer, kind, **options)
   return buffer.getvalue()
+quiet_libraries()
 palette = PIL.Image.frombytes('P', (4, 4), bytes(16))
 palette.putpalette([1, 2, 3])
 decode(save(palette, 'PNG', transparency=bytes([128])), name='x')

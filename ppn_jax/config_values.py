@@ -1,4 +1,4 @@
-"""The text of a flag as a value of the type that a config key has."""
+"""Parses the text of a flag as a value of the type that a config key has."""
 
 import ast
 import collections.abc
@@ -13,19 +13,19 @@ _MAPPINGS = (dict, collections.abc.Mapping)
 
 
 def parse(text: str, kind: Any) -> Any:
-  """Returns the value that a text stands for.
+  """Returns a text as a value of a type.
 
   Several values are written 'a,b', or as a literal: "('a', 'b')". Blocks of a config are literals,
-  "dict(name='conv_pyramid', depths=(64,))". Of a key that takes one path or several, a text with a
-  comma is one path if that exists.
+  "dict(name='conv_pyramid', depths=(64,))". For a key that takes one path or several, a text with a
+  comma is one path if that path exists.
 
   Args:
-    text: what stands behind the '=' of a flag.
-    kind: the type of the value, an annotation such as `int`, `str | None` or `tuple[float, ...]`.
-      Any takes a literal as what it is, and any other text as it stands.
+    text: The text after the '=' of a flag.
+    kind: The type of the value, an annotation such as `int`, `str | None` or `tuple[float, ...]`.
+      `Any` evaluates a literal and keeps any other text as it is.
 
   Raises:
-    ValueError: The text is of no such type; the message says what it must be.
+    ValueError: If the text has another type; the message is "must be a whole number" or the like.
   """
   alternatives = _alternatives(kind)
   for alternative in sorted(alternatives, key=_rank):
@@ -37,10 +37,10 @@ def parse(text: str, kind: Any) -> Any:
 
 
 def literal(text: str) -> Any:
-  """Returns the value of a Python literal; lists become tuples, and dict(key=...) may be used.
+  """Returns the value of a Python literal; lists become tuples, and dict(key=...) is allowed.
 
   Raises:
-    ValueError: It is none.
+    ValueError: If the text is not a literal.
   """
   try:
     return _evaluate(ast.parse(text.strip(), mode='eval').body)
@@ -49,7 +49,7 @@ def literal(text: str) -> Any:
 
 
 def describe(kind: Any) -> str:
-  """Returns what a value of a type is, in words: 'a whole number or None'."""
+  """Returns a type in words, such as 'a whole number or None'."""
   words = [_describe_one(a) for a in sorted(_alternatives(kind), key=_rank, reverse=True)]
   return ' or '.join(dict.fromkeys(words))
 
@@ -63,7 +63,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _rank(kind: Any) -> int:
-  """The order of trying: what fewer texts can be comes first."""
+  """Returns the position of a type in the order of trying: types of fewer texts come first."""
   origin = typing.get_origin(kind) or kind
   order = (type(None), typing.Literal, bool, int, float, *_MAPPINGS, *_SEQUENCES)
   return order.index(origin) if origin in order else len(order) + (origin is str)
@@ -98,24 +98,24 @@ def _known(text: str, values: dict[str, Any]) -> Any:
 
 
 def _parse_sequence(text: str, kind: Any, alone: bool) -> tuple:
-  """A sequence; if it is not `alone`, a text without a comma is one value of another type."""
+  """Returns a tuple; if not `alone`, a text without a comma is left to another type."""
   if text.lstrip()[:1] in ('(', '['):
     value = literal(text)
     if not isinstance(value, tuple):
-      value = (value,)  # ('a') is not a tuple in Python, but meant as one.
+      value = (value,)  # ('a') is no tuple in Python, but is meant as one.
     return _of_type(value, kind)
   if not alone and (',' not in text or os.path.exists(os.path.expanduser(text))):
     raise ValueError(text)
   parts = [part.strip() for part in text.split(',')]
-  parts = parts[:-1] if parts[-1] == '' else parts  # 'a,' is one; '' none.
+  parts = parts[:-1] if parts[-1] == '' else parts  # 'a,' is one value, '' none.
   return tuple(parse(part, k) for part, k in zip(parts, _kinds(kind, len(parts)), strict=True))
 
 
 def _of_type(value: Any, kind: Any) -> Any:
-  """Returns the value of a literal, if it is of the type.
+  """Returns the value of a literal as a value of a type.
 
   Raises:
-    ValueError: It is not.
+    ValueError: If it has another type.
   """
   for alternative in sorted(_alternatives(kind), key=_rank):
     origin, arguments = typing.get_origin(alternative) or alternative, typing.get_args(alternative)
@@ -137,7 +137,7 @@ def _of_type(value: Any, kind: Any) -> Any:
 
 
 def _kinds(kind: Any, count: int) -> tuple[Any, ...]:
-  """The types of the elements of a sequence that has `count` of them."""
+  """Returns the types of the `count` elements of a sequence."""
   arguments = typing.get_args(kind)
   if not arguments:
     return (Any,) * count

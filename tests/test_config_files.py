@@ -1,15 +1,16 @@
-"""Config files and overrides from the command line."""
+"""Tests config files and overrides from the command line."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ppn_jax import registry
-from ppn_jax.cli import values
-from ppn_jax.cli.flags import load_config, override
+from ppn_jax import config_values, registry
 from ppn_jax.config import (
   COMPONENTS,
   FUNCTIONS,
@@ -19,9 +20,10 @@ from ppn_jax.config import (
   component_table,
   plain,
 )
+from ppn_jax.config_files import config_names, load_config, override
 from ppn_jax.errors import InputError
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 CONFIG = """
 from ppn_jax.config import base_config
 def get_config():
@@ -50,7 +52,7 @@ def entry(config, key):
     (['optim.learning_rate=1'], 'optim.learning_rate', 1.0),
     (['model.layers.dtype=a=b'], 'model.layers.dtype', 'a=b'),
     (['matching.force_match=false'], 'matching.force_match', False),
-    # A default of None does not hide the type.
+    # The type of a key whose default is None.
     (['model.layers.kernel_stddev=0.01'], 'model.layers.kernel_stddev', 0.01),
     (['model.layers.kernel_stddev=None'], 'model.layers.kernel_stddev', None),
     # Several values.
@@ -59,7 +61,7 @@ def entry(config, key):
     (['data.train.name=coco_json', 'data.train.images=a,b'], 'data.train.images', ('a', 'b')),
     (['data.train.name=coco_json', "data.train.images=['a, b']"], 'data.train.images', ('a, b',)),
     (['data.train.name=coco_json', 'data.train.images=a'], 'data.train.images', 'a'),
-    # Options that the config does not spell out.
+    # Options that the config does not list.
     (['data.train.name=yolo_txt', 'data.train.images=a'], 'data.train.images', 'a'),
     (['data.train.name=yolo_txt', "data.train.names={0: 'cat', 2: 'dog'}"], 'data.train.names',
      {0: 'cat', 2: 'dog'}),
@@ -91,7 +93,7 @@ def entry(config, key):
      {'name': 'ssd_random_crop', 'keep_probability': 1.0}),
     (["model.neck={'name': 'conv_pyramid', 'depths': (64,)}"], 'model.neck',
      {'name': 'conv_pyramid', 'depths': (64,)}),
-    # Another component takes none of the options of that before it.
+    # Another component takes none of the options of the previous one.
     (['model.neck.depths=64,32', 'model.neck.name=conv_pyramid'], 'model.neck',
      {'name': 'conv_pyramid', 'depths': (64, 32)}),
     (['model.neck.name=pooling_pyramid', 'model.neck.stride=8'], 'model.neck',
@@ -106,7 +108,7 @@ def test_overrides(entries, key, value):
   assert config.is_locked
 
 
-@pytest.mark.parametrize('argument, said', [
+@pytest.mark.parametrize('argument, message', [
     ('train.stps=5', "unknown config key config.train.stps; did you mean 'steps'"),
     ('trian.steps=5', "unknown config key config.trian; did you mean 'train'"),
     ('train.steps.more=5', 'unknown config key config.train.steps.more'),
@@ -124,8 +126,8 @@ def test_overrides(entries, key, value):
     ('data.transforms.1.probabilty=1', "did you mean 'probability'"),
     ("data.transforms=(dict(name=open('x')),)", 'it must be'),
     ('data.eval_fraction=1.5', 'data.eval_fraction is 1.5, legal: 0 to 1')])
-def test_a_wrong_override_is_named(argument, said):
-  with pytest.raises(InputError, match=said):
+def test_a_wrong_override_is_named(argument, message):
+  with pytest.raises(InputError, match=message):
     config = override(base_config(), [f'--config.{argument}'])
     # Names of model components are looked up with their options, or when the model is built.
     registry.resolve('neck', config.model.neck.name, registry.load('', COMPONENTS['model.neck']))
@@ -134,7 +136,7 @@ def test_a_wrong_override_is_named(argument, said):
 def test_a_path_with_a_comma_that_exists_is_one(tmp_path):
   folder = tmp_path / 'Oslo, 2020'
   folder.mkdir()
-  assert values.parse(str(folder), str | tuple[str, ...]) == str(folder)
+  assert config_values.parse(str(folder), str | tuple[str, ...]) == str(folder)
 
 
 @pytest.mark.parametrize('text, kind, value', [
@@ -142,14 +144,14 @@ def test_a_path_with_a_comma_that_exists_is_one(tmp_path):
     ('', tuple[str, ...], ()), ('a,', tuple[str, ...], ('a',)), ('None', str, 'None'),
     ("('a')", tuple[str, ...], ('a',)), ('(a', str | tuple[str, ...], '(a')])
 def test_values(text, kind, value):
-  assert values.parse(text, kind) == value
+  assert config_values.parse(text, kind) == value
 
 
 @pytest.mark.parametrize('text', ["__import__('os')", '[x for x in ()]', 'dict(**{})', '1 + 1', '(',
                                   'lambda: 0', "f'{1}'"])
 def test_literals_compute_nothing(text):
   with pytest.raises(ValueError, match='literal'):
-    values.literal(text)
+    config_values.literal(text)
 
 
 def test_an_override_leaves_the_original_alone():
@@ -158,14 +160,14 @@ def test_an_override_leaves_the_original_alone():
   assert config.train.steps == 0
 
 
-@pytest.mark.parametrize('content, said', [
+@pytest.mark.parametrize('content, message', [
     (None, 'no file'), ('x = 1', 'get_config'), ('def get_config(', 'cannot be loaded'),
     ('def get_config(): return 1 / 0', 'division by zero')])
-def test_files_that_are_no_configs(tmp_path, content, said):
+def test_files_that_are_not_configs(tmp_path, content, message):
   path = tmp_path / 'config.py'
   if content is not None:
     path.write_text(content)
-  with pytest.raises(InputError, match=said):
+  with pytest.raises(InputError, match=message):
     load_config(str(path), [])
 
 
@@ -178,7 +180,73 @@ def test_a_config_imports_its_neighbours_and_no_other_folders(tmp_path):
   assert [load_config(str(tmp_path / name / 'config.py'), []).seed for name in 'ab'] == [0, 1]
 
 
-# What a config file may leave out, and what it may not contain.
+@pytest.mark.parametrize('name', ['quickstart', str(CONFIGS / 'quickstart.py')])
+def test_a_bundled_config_goes_by_its_name_anywhere(name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert load_config(name, ['train.steps=7', '--config.seed=2']).train.steps == 7
+  assert 'own_data' in config_names() and '__init__' not in config_names()
+
+
+def test_a_file_may_import_bundled_configs(tmp_path):
+  (tmp_path / 'mine.py').write_text(
+      'from ppn_jax.configs import own_data\n'
+      'def get_config():\n'
+      "  config = own_data.get_config('pascal_voc').unlock()\n"
+      "  config.data.train.folder = 'here'\n"
+      '  return config.lock()\n')
+  train = load_config(tmp_path / 'mine.py').data.train
+  assert (train.name, train.folder) == ('pascal_voc', 'here')
+
+
+def test_bundled_configs_are_found_in_a_clone_on_the_path(tmp_path):
+  code = ('from ppn_jax.config_files import load_config\n'
+          "print(load_config('quickstart_ssd').model.neck.name)\n"
+          'import ppn_jax.configs.quickstart\n'
+          'print(ppn_jax.configs.quickstart.__file__)')
+  done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                        env={**os.environ, 'PYTHONPATH': str(CONFIGS.parent)}, check=True)
+  assert done.stdout.split() == ['conv_pyramid', str(CONFIGS / 'quickstart.py')]
+
+
+def test_an_argument_goes_to_the_config(tmp_path):
+  (tmp_path / 'mine.py').write_text(
+      'from ppn_jax.config import base_config\n'
+      "def get_config(seed='1'):\n"
+      '  config = base_config()\n'
+      '  config.seed = int(seed)\n'
+      '  return config\n')
+  assert [load_config(f'{tmp_path}/mine.py{end}').seed for end in ('', ':5')] == [1, 5]
+
+
+@pytest.mark.parametrize('data_format', ['coco_json', 'pascal_voc', 'yolo_txt', 'tfds'])
+def test_formats_of_own_data_also_have_names_of_their_own(data_format):
+  config = load_config(f'own_data:{data_format}')
+  assert config.data.train.name == config.data.eval.name == data_format
+  assert load_config(data_format).to_dict() == config.to_dict()
+  build_source = registry.load('data.train', COMPONENTS['data.train'])
+  options = registry.options_of(registry.resolve('data.train', data_format, build_source))
+  assert {*config.data.eval} - {'name'} <= {*options.types}
+
+
+@pytest.mark.parametrize('name, message', [
+    ('own_data:coco', "=own_data:coco: unknown data format 'coco'; did you mean 'coco_json'"),
+    ('quikstart', "no config is named 'quikstart'; did you mean 'quickstart'"),
+    ('configs_of_mine/quickstart.py', '--config=quickstart is one that comes with the package'),
+    ('quickstart:3', '--config=quickstart:3: .* cannot be loaded: get_config.. takes 0')])
+def test_a_wrong_name_or_argument_is_named(name, message):
+  with pytest.raises(InputError, match=message):
+    load_config(name)
+
+
+def test_loading_leaves_no_module_of_the_file_behind(tmp_path):
+  path, modules = list(sys.path), set(sys.modules)
+  from_file(tmp_path)
+  assert sys.path == path and 'ppn_config_file' not in sys.modules
+  assert not [name for name in set(sys.modules) - modules
+              if str(tmp_path) in (getattr(sys.modules[name], '__file__', None) or '')]
+
+
+# What a config file may leave out, and what it must not contain.
 
 
 @pytest.mark.parametrize('line, expected', [
@@ -201,7 +269,7 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path, line, expected):
   assert {key: entry(config, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize('line, said', [
+@pytest.mark.parametrize('line, message', [
     ('config.train.checkpont_every = 1', "config.train.checkpont_every; did you mean 'checkpoint"),
     ('config.optim_ = dict(learning_rate=1)', "config.optim_; did you mean 'optim'"),
     ('config.data.transform = ()', "config.data.transform; did you mean 'transforms'"),
@@ -216,8 +284,8 @@ def test_what_a_file_leaves_out_has_its_default(tmp_path, line, expected):
     ('config.data.train.cache = 3', "config.data.cache.where=3 must be text"),
     ('config.data.train.cache = "a"; config.data.cache.where = "b"', 'give one of the two'),
     ('config.data = 3', 'cannot be loaded|config.data=3 must be a block')])
-def test_what_does_not_belong_in_a_file_is_named(tmp_path, line, said):
-  with pytest.raises(InputError, match=said):
+def test_a_wrong_entry_of_a_file_is_named(tmp_path, line, message):
+  with pytest.raises(InputError, match=message):
     from_file(tmp_path, line)
 
 
@@ -274,7 +342,7 @@ def test_a_config_json_of_0_1_means_the_same():
   assert now == written
 
 
-# The rate at step 0.
+# The learning rate at step 0.
 
 
 @pytest.mark.parametrize('rate, first', [(.7, .1333), (.1, .01), (.15, .01), (.9, .3), (.07, .01)])
@@ -288,7 +356,7 @@ def test_an_absolute_warm_up_rate_becomes_a_factor_and_stays_the_same(tmp_path, 
 @pytest.mark.parametrize('file, rates', [
     ('ppn_mobilenet_v1_coco', (.7, .1333)), ('ssd_mobilenet_v1_coco_reference', (.9, .3)),
     ('ssd_mobilenet_v1_coco_mined', (.07, .01)), ('quickstart', (.15, .01)),
-    ('coco_json', (.1, .01))])
+    ('own_data', (.1, .01))])
 def test_the_warm_up_follows_the_rate(file, rates):
   path = str(CONFIGS / f'{file}.py')
   optim = load_config(path, []).optim

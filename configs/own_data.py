@@ -1,0 +1,60 @@
+"""Your own images in one of four formats, which is the argument of the config.
+
+  ppn train --config=own_data:coco_json --workdir=W \\
+    --config.data.train.images=DIR --config.data.train.annotations=JSON \\
+    --config.data.eval.images=DIR --config.data.eval.annotations=JSON \\
+    --config.train.steps=N --config.train.batch_size=B --config.train.checkpoint_every=K
+
+The other formats take these flags in place of images and annotations, for data.eval too:
+
+  own_data:pascal_voc  --config.data.train.folder=DIR, with Annotations, ImageSets/Main and
+                       JPEGImages. Objects marked difficult are neither trained on nor scored.
+  own_data:yolo_txt    --config.data.train.data=data.yaml
+  own_data:tfds        --config.data.train.dataset=NAME --config.data.train.data_dir=DIR, where DIR
+                       may be in gs://: ArrayRecord files of TensorFlow Datasets or `ppn prepare`.
+                       For a data set that TFDS made, such as voc/2007, add
+                       --config.data.eval.split=validation.
+
+Runs on a laptop, a GPU or a TPU. The classes are read from the data. The learning rate scales with
+the batch size, and the warm-up with the rate and the number of steps, so each can be changed alone.
+Without data to evaluate on, --config.data.eval_fraction=0.1 keeps back a tenth of the training
+images for it, and --config.train.evaluate_every=0 does not evaluate. To start from a trained
+backbone, add --config.init.backbone=FILE: a TensorFlow checkpoint or Keras' MobileNet.
+"""
+
+from ppn_jax.config import base_config
+from ppn_jax.errors import InputError, did_you_mean
+
+# Data format -> the options of data.train, and those of data.eval that differ. Boxes that reach
+# over the edge of the image are clipped; on_bad_box='drop' drops boxes that cannot be right.
+FORMATS = {
+    # exclude_ids and include_ids: text files of image ids to leave out, or to keep alone.
+    'coco_json': (dict(images='', annotations='', on_bad_box='clip', exclude_ids='',
+                       include_ids=''), {}),
+    'pascal_voc': (dict(folder='', split='train', on_bad_box='clip'), dict(split='val')),
+    'tfds': (dict(dataset='', data_dir='', split='train', on_bad_box='clip'), dict(split='eval')),
+    # polygons='box' takes the bounding boxes of outlines.
+    'yolo_txt': (dict(data='', split='train', on_bad_box='clip', polygons='raise'),
+                 dict(split='val')),
+}
+
+
+def get_config(data_format='coco_json'):
+  if data_format not in FORMATS:
+    raise InputError(f'unknown data format {data_format!r}; {did_you_mean(data_format, FORMATS)}')
+  config = base_config()
+  config.model.neck.num_levels = 0  # As many as the image size allows.
+  config.model.layers.norm_decay = 0.99
+  config.optim.learning_rate = 0.1
+  config.optim.warmup_factor = 0.1
+  config.optim.rate_batch_size = 32
+  config.optim.clip_norm = 10.0
+  config.train.steps = 10_000
+  config.train.batch_size = 32
+  config.train.log_every = 20
+  config.train.checkpoint_every = 500
+  config.train.evaluate_every = 1_000
+  train, evaluation = FORMATS[data_format]
+  config.data.train.update(name=data_format, **train)
+  config.data.eval = dict(name=data_format, **(train | evaluation))
+  return config.lock()
