@@ -117,7 +117,7 @@ def summary(values) -> dict[str, float]:
 
 def draw(kind: str, detector, batch: int, rng: np.random.Generator) -> Outputs:
   """What a network may say of every anchor; see the top of this file."""
-  anchors, classes = detector.anchors.boxes, detector.columns.count
+  anchors, classes = detector.anchors.boxes, detector.class_spec.num_logits
   shape = (batch, len(anchors), classes)
   codes = rng.normal(0, 0.5, (*shape[:2], 4)).astype(np.float32)
   if kind == 'ties':
@@ -152,7 +152,7 @@ def _ordered(boxes: np.ndarray) -> np.ndarray:
 def plain_greedy(detector, outputs: Outputs, options):
   """(anchor's level, label, score, box, valid) by a loop over classes, as the reference has it."""
   anchors = detector.anchors
-  scores = detector.columns.scores(outputs.class_logits.astype(jnp.float32))
+  scores = detector.class_spec.scores(outputs.class_logits.astype(jnp.float32))
   boxes = box_ops.decode(outputs.box_codes.astype(jnp.float32), jnp.asarray(anchors.boxes))
 
   def of_class(boxes, left):

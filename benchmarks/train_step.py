@@ -146,7 +146,7 @@ def loss_parts(setup: Setup) -> dict[str, Callable]:
   """Assignment and loss apart from the step, on what the network says at first."""
   detector = setup.detector
   outputs = jax.jit(detector.forward)(setup.variables, setup.images)
-  assignment = jax.jit(functools.partial(detector.assign, detector.anchors))
+  assignment = jax.jit(functools.partial(detector.assign_targets, detector.anchors))
   total = lambda o, t: sum(detector.outputs_loss(Outputs(*o), t)[:2])
   return {'assignment': blocking(assignment, setup.truth),
           'loss_with_gradient': blocking(jax.jit(jax.value_and_grad(total)), outputs,

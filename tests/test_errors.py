@@ -1,14 +1,14 @@
-"""How commands end on what goes wrong."""
+"""How commands report errors."""
 
 import errno
 
 import pytest
 
-from ppn_jax.errors import InputError, Stopped, StoreError, verdict
+from ppn_jax.errors import InputError, Stopped, StoreError, exit_status
 
 
 class Refused(Exception):
-  """As a client library of a bucket would raise it."""
+  """An error of a bucket's client library."""
 
 
 Refused.__module__ = 'google.api_core.exceptions'
@@ -30,4 +30,4 @@ Refused.__module__ = 'google.api_core.exceptions'
     (ZeroDivisionError('a bug'), 1, None),
 ])
 def test_one_line_or_a_traceback(error, code, line):
-  assert verdict(error) == (code, line)
+  assert exit_status(error) == (code, line)

@@ -119,10 +119,10 @@ def positives_in_training(config: ConfigDict, detector: Detector, num_images: in
 def _count_positives(detector: Detector, batches: Iterator[Batch], count: int) -> dict[str, Any]:
   level = np.asarray(detector.anchors.level)
   positives, boxes = np.zeros((2, level.max() + 1), np.int64)
-  assign = jax.jit(lambda truth: detector.assign(detector.anchors, truth).positive)
+  assign = jax.jit(lambda truth: detector.assign_targets(detector.anchors, truth).positive)
   seen = 0
   while seen < count:
-    truth = next(batches).truth
+    truth = next(batches).ground_truth
     shown = slice(count - seen)  # The last batch may reach into another epoch.
     positive = np.asarray(assign(truth))[shown]
     positives += np.bincount(np.broadcast_to(level, positive.shape)[positive],

@@ -36,7 +36,7 @@ def matched(detector: Detector, image: Array, boxes: Array, labels: Array, crowd
                       np.asarray(crowd, bool)[None], np.ones((1, len(boxes)), bool))
   if not len(boxes):  # One row that is not valid.
     truth = GroundTruth(*(np.zeros((1, 1, *column.shape[2:]), column.dtype) for column in truth))
-  targets = jax.tree.map(lambda x: np.asarray(x)[0], detector.assign(anchors, truth))
+  targets = jax.tree.map(lambda x: np.asarray(x)[0], detector.assign_targets(anchors, truth))
   aims = box_ops.decode(targets.box_codes, anchors.boxes)[:, None]
   overlap = box_ops.iou(np.asarray(anchors.boxes)[:, None], aims)[:, 0, 0]
   back = draw_boxes((image * _DIMMED).astype(np.uint8), boxes, labels, [''] * detector.num_classes,

@@ -35,7 +35,7 @@ def looker(detector: Detector) -> Callable[[Variables, Array], Inside]:
     maps = detector.network.apply(variables, images, train=False, method='pyramid')
     outputs = detector.forward(variables, images)
     return ([jnp.sqrt(jnp.mean(jnp.square(m[0].astype(jnp.float32)), axis=-1)) for m in maps],
-            detector.columns.scores(outputs.class_logits[0]).max(axis=-1),
+            detector.class_spec.scores(outputs.class_logits[0]).max(axis=-1),
             detector.postprocess(outputs, detector.anchors))
 
   def inside(variables: Variables, image: Array) -> Inside:

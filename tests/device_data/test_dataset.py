@@ -41,7 +41,7 @@ def resident_config(**train):
 
 def plan_of(source, *, blocks=(), image_size=48, batch_size=8, seed=0):
   augmentation = build_augmentation(blocks, image_size=image_size, resize='area')
-  return dataset.Plan(len(source), batch_size, 8, image_size, augmentation, seed)
+  return dataset.ResidentSpec(len(source), batch_size, 8, image_size, augmentation, seed)
 
 
 def test_without_augmentation_each_epoch_shows_what_the_host_would():
