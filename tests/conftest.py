@@ -15,7 +15,8 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 '
                                    '--xla_cpu_use_fusion_emitters=false '
                                    '--xla_cpu_parallel_codegen_split_count=1')
-os.environ.setdefault('NO_GCE_CHECK', 'true')  # Keeps tests from asking a cloud's metadata server whether this machine is preempted.
+# Keeps tests from asking a cloud's metadata server whether this machine is preempted.
+os.environ.setdefault('NO_GCE_CHECK', 'true')
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # For tiny.py.
 
 

@@ -145,11 +145,12 @@ def take_step(shared) -> Step:
   optimizer = build_optimizer(steps=50_000, batch_size=512, **config.optim.to_dict())
   state = TrainState(jnp.zeros((), jnp.int32), variables,
                      optimizer.transform.init(variables['params']), {})
-  boxes = GroundTruth(golden_truth['gt_boxes'], np.maximum(golden_truth['gt_classes'], 0).astype(np.int32),
-                      np.zeros(golden_truth['gt_classes'].shape, bool), golden_truth['gt_weights'] > 0)
+  labels, valid = golden_truth['gt_classes'], golden_truth['gt_weights'] > 0
+  ground_truth = GroundTruth(golden_truth['gt_boxes'], np.maximum(labels, 0).astype(np.int32),
+                             np.zeros(labels.shape, bool), valid)
   outputs, _ = jax.jit(detector.forward_train)(variables, golden['images_uint8'])
   after, metrics = jax.jit(lambda *a: train_step(detector, optimizer, *a))(
-      state, golden['images_uint8'], boxes)
+      state, golden['images_uint8'], ground_truth)
   # The momentum was zero before the step, so it is the gradient afterwards.
   is_trace = lambda s: isinstance(s, optax.TraceState)
   (momentum,) = filter(is_trace, jax.tree.leaves(after.opt_state, is_leaf=is_trace))

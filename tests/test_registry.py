@@ -41,7 +41,8 @@ def test_build_passes_options_and_arguments_of_the_system():
 def test_an_unknown_option_is_named_with_the_nearest():
   with pytest.raises(InputError, match="no option 'heigth'; did you mean 'height'"):
     registry.build('thing', {'name': f'{__name__}:area', 'heigth': 5}, {}, width=3)
-  with pytest.raises(InputError, match="no option 'width'"):  # Supplied by the system, not by the user.
+  # The system supplies this one.
+  with pytest.raises(InputError, match="no option 'width'"):
     registry.build('thing', {'name': f'{__name__}:area', 'width': 5}, {}, width=3)
 
 
@@ -52,7 +53,8 @@ def test_did_you_mean_without_anything_near_lists_all():
 def test_a_blocked_name_is_not_imported(tmp_path, monkeypatch):
   (tmp_path / 'planted.py').write_text('raise RuntimeError("imported")')
   monkeypatch.syspath_prepend(tmp_path)
-  config = registry.block_imports({'name': 'counter', 'inner': [{'name': 'planted:X', 'depth': 3}]}, (), 'W')
+  config = registry.block_imports(
+      {'name': 'counter', 'inner': [{'name': 'planted:X', 'depth': 3}]}, (), 'W')
   assert config == {'name': 'counter', 'inner': ({'name': 'planted:X', 'depth': 3},)}
   with pytest.raises(InputError, match=r"thing 'planted:X' in W is code.*--allow=planted, in Py"):
     registry.build('thing', config['inner'][0], KNOWN)
