@@ -211,7 +211,8 @@ def test_free_memory_of_a_device_with_its_own():
 
 @pytest.mark.parametrize('change, message', [
     ({'data.train.resident_size': -1}, 'data.train.resident_size is -1'),
-    ({'data.transforms': ({'name': 'mosaic', 'size': 64},)}, "'mosaic' is not available on the device"),
+    ({'data.transforms': ({'name': 'mosaic', 'size': 64},)},
+     "'mosaic' is not available on the device"),
     ({'train.steps': 2**31}, 'more than 2\\*\\*32 images')])
 def test_unsupported_options_are_rejected_at_once(change, message, tmp_path):
   config = resident_config().unlock()

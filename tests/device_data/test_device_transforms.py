@@ -28,13 +28,14 @@ def ground_truth_of(boxes, padded=8):
 
 
 def views(blocks, boxes=BOXES, size=SIZE, draws=DRAWS, image_size=32):
-  """Returns the device's draws: windows (y, x, height, width) in pixels, flips, numbers of boxes."""
+  """Returns the device's draws: windows (y, x, height, width) in pixels, flips, box counts."""
   augmentation = build_augmentation(blocks, image_size=image_size, resize='area')
   view = jax.jit(jax.vmap(augmentation.view, in_axes=(None, None, 0)))(
       jnp.int32(size), ground_truth_of(boxes), jax.random.split(jax.random.key(1), draws))
   frame = np.asarray(view.frame, np.float64) * [*size, *size]
   windows = np.concatenate([frame[:, :2], frame[:, 2:] - frame[:, :2]], axis=1)
-  return np.round(windows, 3), np.asarray(view.mirrored), np.asarray(view.ground_truth.valid.sum(axis=1))
+  counts = np.asarray(view.ground_truth.valid.sum(axis=1))
+  return np.round(windows, 3), np.asarray(view.mirrored), counts
 
 
 def host_draws(blocks, boxes=BOXES, size=SIZE, draws=DRAWS):
@@ -144,7 +145,8 @@ def test_large_scale_jitter_is_distributed_as_on_the_host():
 def test_a_crop_keeps_and_cuts_the_boxes_that_the_host_does():
   rng = np.random.default_rng(0)
   example = Example(np.zeros((*SIZE, 3), np.uint8), BOXES, np.arange(4), np.zeros(4, bool), 0, SIZE)
-  view = View(jnp.float32(SIZE), jnp.float32([0, 0, 1, 1]), jnp.bool_(False), ground_truth_of(BOXES))
+  view = View(jnp.float32(SIZE), jnp.float32([0, 0, 1, 1]), jnp.bool_(False),
+              ground_truth_of(BOXES))
   cropped = jax.jit(crop)
   for _ in range(200):
     y, x = rng.integers(0, SIZE[0] - 1), rng.integers(0, SIZE[1] - 1)
@@ -167,8 +169,8 @@ def test_boxes_follow_pixels():
   images, ground_truth = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
       image, jnp.int32([48, 96]), ground_truth_of(box), jax.random.split(jax.random.key(0), 100))
   checked = 0
-  for pixels, boxes, valid in zip(*map(np.asarray, (images, ground_truth.boxes, ground_truth.valid)),
-                                  strict=True):
+  drawn = images, ground_truth.boxes, ground_truth.valid
+  for pixels, boxes, valid in zip(*map(np.asarray, drawn), strict=True):
     lit = np.argwhere(pixels[..., 0] > 127)
     if valid[0] and len(lit):
       found = np.concatenate([lit.min(axis=0), lit.max(axis=0) + 1]) / 64
@@ -256,6 +258,7 @@ def test_colours_change_only_an_earlier_border():
   for blocks, untouched in (([colours, canvas], 1.0), ([canvas, colours], 1 / 16)):
     augmentation = build_augmentation(blocks, image_size=24, resize='area')
     images, _ = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
-        image, jnp.int32([16, 16]), ground_truth_of(BOXES), jax.random.split(jax.random.key(3), 200))
+        image, jnp.int32([16, 16]), ground_truth_of(BOXES),
+        jax.random.split(jax.random.key(3), 200))
     fill = np.asarray((images == jnp.uint8([9, 99, 199])).all(axis=-1)).any(axis=(1, 2))
     np.testing.assert_allclose(fill.mean(), untouched, atol=0.08 * (untouched < 1))
