@@ -1,4 +1,4 @@
-"""The detector: a network with its anchors, loss and post-processing.
+"""Detector: a network with its anchors, loss and post-processing.
 
 Training, evaluation, export, planning and notebooks all call `Detector.loss` and
 `Detector.detect`; there is no second definition of either.
@@ -35,7 +35,7 @@ DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Detector:
-  """A network with its anchors, and functions for its loss and its detections.
+  """Network with its anchors, and functions for its loss and its detections.
 
   It holds no learned values: those are `Variables`, made by `init` and passed to every call.
 

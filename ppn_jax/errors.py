@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class InputError(ValueError):
-  """A mistake in a config, a flag, a data set, an image or a checkpoint.
+  """Mistake in a config, a flag, a data set, an image or a checkpoint.
 
   The message is one line: what is wrong, the value, and the legal values or the fix. Commands print
   it to stderr and exit with code 2. Any other exception is a bug and keeps its traceback.
@@ -15,11 +15,11 @@ class InputError(ValueError):
 
 
 class InputTypeError(InputError, TypeError):
-  """An argument of the wrong type."""
+  """Argument of the wrong type."""
 
 
 class StoreError(OSError):
-  """A failed read or write of a bucket. The message is one line."""
+  """Failed read or write of a bucket. The message is one line."""
 
 
 # Modules of the client libraries for buckets. Their errors mean that storage is unavailable, not
@@ -29,7 +29,7 @@ _STORE_CLIENTS = ('aiohttp.', 'gcsfs.', 'google.api_core.', 'google.auth.', 'goo
 
 
 class Stopped(RuntimeError):
-  """A run that cannot continue although its input is valid. The message is one line.
+  """Failure of a run that cannot continue although its input is valid. The message is one line.
 
   Commands print it to stderr and exit with code 1.
   """
@@ -58,7 +58,7 @@ def is_outage(error: BaseException | None) -> bool:
 
 
 class ExitStatus(NamedTuple):
-  """How a command reports an exception."""
+  """Exit code and message of a command that ends with an exception."""
   code: int  # Exit code.
   line: str | None  # Printed to stderr; None for a bug, whose traceback is printed.
 

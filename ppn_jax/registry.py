@@ -11,7 +11,7 @@ from ppn_jax.errors import InputError, did_you_mean
 
 
 class BlockedName(str):
-  """A dotted path from an untrusted file, which `resolve` refuses to import.
+  """Dotted path from an untrusted file, which `resolve` refuses to import.
 
   In all other respects it equals the plain name. Made by `block_imports`.
 
@@ -166,7 +166,7 @@ def check_options(what: str, function: Callable[..., Any], options: Iterable[str
 
 
 class ComponentOptions(typing.NamedTuple):
-  """The options of a component in its config block."""
+  """Options of a component in its config block."""
   types: dict[str, Any]  # Option -> annotation, or the type of its default; Any if unknown.
   defaults: dict[str, Any]  # Option -> default, of those that have one.
   open: bool  # Whether it accepts any other option too.

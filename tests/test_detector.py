@@ -1,4 +1,4 @@
-"""The detector as a whole: shapes, perfect outputs, and parts that do not fit."""
+"""Detector as a whole: shapes, perfect outputs, and parts that do not fit."""
 
 import jax
 import jax.numpy as jnp

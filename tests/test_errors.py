@@ -1,4 +1,4 @@
-"""How commands report errors."""
+"""Reports of errors by commands."""
 
 import errno
 
@@ -8,7 +8,7 @@ from ppn_jax.errors import InputError, Stopped, StoreError, exit_status
 
 
 class Refused(Exception):
-  """An error of a bucket's client library."""
+  """Error of a bucket's client library."""
 
 
 Refused.__module__ = 'google.api_core.exceptions'

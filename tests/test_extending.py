@@ -1,4 +1,4 @@
-"""The files and commands of docs/extending.md work as printed."""
+"""Files and commands of docs/extending.md work as printed."""
 
 import csv
 import json

@@ -127,7 +127,7 @@ _moments.defvjp(_moments_forward, _moments_backward)
 
 
 class Step(NamedTuple):
-  """The reference's PPN step, and ours from the same state."""
+  """PPN step of the reference, and ours from the same state."""
   golden: np.lib.npyio.NpzFile
   boxes: np.ndarray  # Codes in training mode.
   gradient: dict  # By the reference's names, as are the next two.

@@ -1,4 +1,4 @@
-"""A run small enough for tests: it compiles in seconds, and a step takes a fraction of one."""
+"""Run small enough for tests: it compiles in seconds, and a step takes a fraction of one."""
 
 from ppn_jax.config import base_config
 

@@ -25,7 +25,7 @@ _MAX_PAIRS = 2**22  # Overlaps that are computed at a time.
 
 
 class Change(NamedTuple):
-  """A change of one config entry, on top of those before it in a list.
+  """Change of one config entry, on top of those before it in a list.
 
   Fields:
     key: a key of the config, such as 'model.anchors.min_scale'.

@@ -1,4 +1,4 @@
-"""The layout of class logits, and the scores and targets that follow from it."""
+"""Layout of class logits, and the scores and targets that follow from it."""
 
 import dataclasses
 

@@ -22,7 +22,7 @@ _IGNORED = -2  # Marks an ignored anchor in place of a target index.
 
 
 class DetectionLoss(NamedTuple):
-  """The parts of the loss, f32 scalars; `classification + localization` is minimised."""
+  """Parts of the loss, f32 scalars; `classification + localization` is minimised."""
   classification: Array
   localization: Array
   num_positive: Array  # Positive anchors of the whole batch.
@@ -43,8 +43,9 @@ def focal_loss(outputs: Outputs, targets: Targets, *, class_spec: ClassLogitsSpe
     outputs: outputs of the network, f32.
     targets: targets of `matching.assign_targets`.
     class_spec: layout of the class logits.
-    alpha, gamma: weights of the focal loss, see `sigmoid_focal`. The paper states .25 and 2; the
-      reference's config has .75.
+    alpha: weight of positive logits, 0 to 1; negative ones have 1 - alpha. The paper states .25,
+      the reference's config has .75.
+    gamma: how fast the weight of well classified logits falls, at least 0.
     localization_weight: w. The reference's PPN config has 1.5.
     group_size: images that n is counted over: 0 for the whole batch; otherwise the loss is the mean
       over groups of this size, as the reference's replicas compute it (see `batch_groups`).
@@ -88,9 +89,9 @@ def hard_negative_mining_loss(
 
   Args:
     outputs, targets, class_spec: see `focal_loss`.
-    negatives_per_positive: negative anchors for each positive one, at least 0.
+    negatives_per_positive: largest number of negative anchors for each positive one, at least 0.
     localization_weight: w, at least 0.
-    group_size: see `focal_loss`.
+    group_size: images that n is counted over, as in `focal_loss`; 0 for the whole batch.
 
   Raises:
     InputError: If a value is below 0.

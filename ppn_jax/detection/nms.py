@@ -68,7 +68,7 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSp
 
 
 class _Pairs(NamedTuple):
-  """The N (anchor, class) pairs of one round, best first."""
+  """(anchor, class) pairs of one round, N of them, best first."""
   anchor: Array  # i32 [N].
   label: Array  # i32 [N].
   score: Array  # f32 [N].
@@ -76,7 +76,7 @@ class _Pairs(NamedTuple):
 
 
 class _Found(NamedTuple):
-  """The detections so far, in the first `count` entries."""
+  """Detections so far, in the first `count` entries."""
   anchor: Array  # i32 [K].
   label: Array  # i32 [K].
   score: Array  # f32 [K].

@@ -1,4 +1,4 @@
-"""The arrays that cross module borders, each with its shape and meaning.
+"""Arrays that cross module borders, each with its shape and meaning.
 
 Dimension letters, the same everywhere:
 
@@ -25,13 +25,13 @@ else:
 
 
 class Category(NamedTuple):
-  """A class of a data set. Label k is the k-th category in order of `id`."""
+  """Class of a data set. Label k is the k-th category in order of `id`."""
   id: int  # The data set's own id, which may start anywhere and have gaps; COCO rows carry it.
   name: str
 
 
 class Example(NamedTuple):
-  """An image with its ground truth, on the host."""
+  """Image with its ground truth, on the host."""
   image: Array  # u8 [H, W, 3], RGB; a `LazyImage` inside the loader.
   boxes: Array  # f32 [N, 4], relative to `image` as it is now; a transform changes both.
   labels: Array  # i32 [N], 0 .. C-1.
@@ -47,7 +47,7 @@ def unlabelled_example(image: np.ndarray) -> Example:
 
 
 class GroundTruth(NamedTuple):
-  """The annotated boxes of a batch, padded to G per image."""
+  """Annotated boxes of a batch, padded to G per image."""
   boxes: Array  # f32 [B, G, 4].
   labels: Array  # i32 [B, G].
   crowd: Array  # bool [B, G].
@@ -55,7 +55,7 @@ class GroundTruth(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """The input of one step."""
+  """Input of one step."""
   images: Array  # u8 [B, S, S, 3].
   ground_truth: GroundTruth
   image_id: Array  # i64 on the host, [B].
@@ -64,19 +64,19 @@ class Batch(NamedTuple):
 
 
 class Anchors(NamedTuple):
-  """The default boxes of a detector: constants, NumPy."""
+  """Default boxes of a detector: constants, NumPy."""
   boxes: Array  # f32 [A, 4], not clipped to the image.
   level: Array  # i32 [A], the pyramid level that predicts this anchor, 0 the finest.
 
 
 class Outputs(NamedTuple):
-  """The network's predictions for every anchor."""
+  """Predictions of the network for every anchor."""
   box_codes: Array  # f32 [B, A, 4], (ty, tx, th, tw) of `boxes.encode`.
   class_logits: Array  # f32 [B, A, C], or [B, A, 1 + C] with background first (`ClassLogitsSpec`).
 
 
 class Targets(NamedTuple):
-  """The desired predictions for every anchor."""
+  """Desired predictions for every anchor."""
   box_codes: Array  # f32 [B, A, 4], zero where not positive.
   labels: Array  # i32 [B, A], zero where not positive.
   positive: Array  # bool [B, A].
@@ -84,7 +84,7 @@ class Targets(NamedTuple):
 
 
 class Detections(NamedTuple):
-  """The detected objects of each image, best score first."""
+  """Detected objects of each image, best score first."""
   boxes: Array  # f32 [B, K, 4], clipped to the image.
   scores: Array  # f32 [B, K], 0 to 1.
   labels: Array  # i32 [B, K].

@@ -1,4 +1,4 @@
-"""A training set in device memory, from which the step draws its batches.
+"""Training set in device memory, from which the step draws its batches.
 
 The images are decoded and resized once and stored as uint8 on the devices of the mesh, an equal
 part on each. The batch of a step is a function of (seed, step), the same for any number of devices
@@ -223,7 +223,7 @@ def _batches(examples: '_Subset', spec: ResidentSpec, chunk: int, threads: int) 
 
 
 class _Subset:
-  """A source with some of another's examples."""
+  """Source with a subset of another source's examples."""
 
   def __init__(self, source: Source, numbers: range):
     self._source, self._numbers = source, numbers

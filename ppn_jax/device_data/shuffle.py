@@ -1,4 +1,4 @@
-"""The order of examples in an endless shuffled stream, computed on the device."""
+"""Order of examples in an endless shuffled stream, computed on the device."""
 
 import math
 

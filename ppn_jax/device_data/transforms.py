@@ -1,4 +1,4 @@
-"""The augmentation of `data.transforms` on the device, for one image, to be vmapped.
+"""Augmentation of `data.transforms` on the device, for one image, to be vmapped.
 
 Geometric ops only update a `View`; the pixels are read once, at the end. Colour ops then change the
 network's input. The distributions are those of the host's ops; the random numbers are not.
@@ -28,7 +28,7 @@ _WHOLE = np.float32([0, 0, 1, 1])
 
 
 class View(NamedTuple):
-  """An image with its ground truth after the ops so far; its pixels are read later."""
+  """Image with its ground truth after the ops so far; its pixels are read later."""
   size: Array  # f32 [2], (height, width) in whole pixels.
   frame: Array  # f32 [4], the box of the stored image that is shown.
   mirrored: Array  # bool [], left to right.
@@ -37,7 +37,7 @@ class View(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-  """The ops of `data.transforms` and the resize to the network's input.
+  """Ops of `data.transforms` and the resize to the network's input.
 
   Fields:
     ops: dataclasses of `data.transforms`, in order.

@@ -33,7 +33,7 @@ _VIEWS = frozenset({'broadcast_in_dim', 'convert_element_type', 'copy', 'copy_p'
 
 
 class Operation(NamedTuple):
-  """The arithmetic of one equation, over all its runs.
+  """Arithmetic of one equation, over all its runs.
 
   Attributes:
     primitive: name of the primitive.
@@ -52,7 +52,7 @@ class Operation(NamedTuple):
 
 
 class _Cost(NamedTuple):
-  """The arithmetic of one run; see `Operation`."""
+  """Arithmetic of one run; see `Operation`."""
   multiply_adds: int = 0
   flops: int = 0
   other_ops: int = 0

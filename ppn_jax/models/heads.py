@@ -119,7 +119,7 @@ class PerLevelBoxPredictor(nn.Module):
 
 
 class _LevelPredictor(nn.Module):
-  """The two convolutions of one level."""
+  """Two convolutions of one level."""
   num_classes: int
   anchors: int
   side: int

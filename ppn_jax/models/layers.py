@@ -55,7 +55,7 @@ class LayerPolicy:
     except TypeError:
       is_float = False
     if not is_float:
-      raise InputError(f"dtype {self.dtype!r} is not a float type; take 'float32' or 'bfloat16'")
+      raise InputError(f"dtype {self.dtype!r} is not a float type; use 'float32' or 'bfloat16'")
     if not 0 <= self.norm_decay < 1:
       raise InputError(f'norm_decay {self.norm_decay} is not in [0, 1)')
     if not self.norm_epsilon > 0:

@@ -15,7 +15,7 @@ BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (
 
 
 class MobileNetV1(nn.Module):
-  """A 3x3 stride-2 convolution and up to 13 depthwise separable blocks.
+  """MobileNet-v1: a 3x3 stride-2 convolution and up to 13 depthwise separable blocks.
 
   Parameters are named after the zoo's checkpoints: `conv2d_3/depthwise/kernel` is
   Conv2d_3_depthwise/depthwise_weights, its `norm` that layer's BatchNorm.

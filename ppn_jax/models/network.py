@@ -26,7 +26,7 @@ HEADS = {
 
 
 class Network(nn.Module):
-  """The network of a single-stage detector, without anchors and loss.
+  """Network of a single-stage detector, without anchors and loss.
 
   Attributes:
     backbone: maps images [B, S, S, 3] in [-1, 1] to {stride: features}.

@@ -1,4 +1,4 @@
-"""The training set in device memory: its data, its batches, and runs that train on it."""
+"""Training set in device memory: its data, its batches, and runs that train on it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The device's augmentation has the distributions of the host's and the reference's."""
+"""Augmentation on the device has the distributions of the host's and the reference's."""
 
 import colorsys
 
@@ -160,7 +160,7 @@ def test_a_crop_keeps_and_cuts_the_boxes_that_the_host_does():
 
 
 def test_boxes_follow_pixels():
-  """A white rectangle on black stays within its box under all ops."""
+  """Moves a white rectangle by all ops: it stays within its box."""
   blocks = [FLIP, {'name': 'expand', 'ratio': (1.0, 2.0), 'fill': (0, 0, 0)}, CROP, FLIP]
   augmentation = build_augmentation(blocks, image_size=64, resize='area')
   box = np.float32([[0.25, 0.375, 0.625, 0.875]])

@@ -1,4 +1,4 @@
-"""The device's crop and resize against the host's, on the same pixels."""
+"""Crop and resize on the device against the host's, on the same pixels."""
 
 import cv2
 import jax

@@ -1,4 +1,4 @@
-"""The device's order: every epoch has every example once, for any number of examples."""
+"""Order on the device: every epoch has every example once, for any number of examples."""
 
 import jax
 import jax.numpy as jnp

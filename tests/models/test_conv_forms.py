@@ -1,4 +1,4 @@
-"""The forms for CPUs and TPUs equal the native ones in value and gradient."""
+"""Forms for CPUs and TPUs equal the native ones in value and gradient."""
 
 import functools
 

@@ -60,7 +60,7 @@ def test_batch_norm_keeps_float32_statistics_of_bfloat16():
 
 @pytest.mark.usefixtures('float64')
 def test_statistics_stay_float32_in_float64():
-  """A step must return the types that it takes."""
+  """Checks that a step returns the types that it takes."""
   _, _, _, updates = batch_norm(random((4, 3, 3, 2)))
   assert {leaf.dtype for leaf in jax.tree.leaves(updates['batch_stats'])} == {jnp.dtype('float32')}
 

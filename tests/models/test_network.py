@@ -1,4 +1,4 @@
-"""The whole network: sizes, counts, order of rows, and what it rejects."""
+"""Tests of the whole network: sizes, counts, order of rows, and what it rejects."""
 
 import functools
 
