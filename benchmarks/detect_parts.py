@@ -118,7 +118,7 @@ def summary(values) -> dict[str, float]:
 
 def draw(kind: str, detector, batch: int, rng: np.random.Generator) -> Outputs:
   """Returns random outputs of a kind; see the top of this file."""
-  anchors, classes = detector.anchors.boxes, detector.columns.count
+  anchors, classes = detector.anchors.boxes, detector.class_spec.num_logits
   shape = (batch, len(anchors), classes)
   codes = rng.normal(0, 0.5, (*shape[:2], 4)).astype(np.float32)
   if kind == 'ties':
@@ -153,7 +153,7 @@ def _ordered(boxes: np.ndarray) -> np.ndarray:
 def plain_greedy(detector, outputs: Outputs, options):
   """Runs NMS by a loop over the classes, as the reference does; the fields are as in Detections."""
   anchors = detector.anchors
-  scores = detector.columns.scores(outputs.class_logits.astype(jnp.float32))
+  scores = detector.class_spec.scores(outputs.class_logits.astype(jnp.float32))
   boxes = box_ops.decode(outputs.box_codes.astype(jnp.float32), jnp.asarray(anchors.boxes))
 
   def of_class(boxes, left):

@@ -182,7 +182,7 @@ def train(step, state, source, mesh, start: int, until: int):
                           seed=0, start_step=start, rows=rows)
   losses, own, compiled = [], [], None
   for batch, _ in zip(batches, range(start, until), strict=False):
-    placed = sharding.to_global((batch.images, batch.truth), mesh, BATCH)
+    placed = sharding.to_global((batch.images, batch.ground_truth), mesh, BATCH)
     if compiled is None:
       compiled = step.lower(state, *placed).compile()
       coordination.meet()

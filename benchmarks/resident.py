@@ -45,8 +45,8 @@ def main() -> None:
                               rate_batch_size=0)
   augmentation = build_augmentation(config.data.transforms, image_size=300,
                                     resize=config.data.resize)
-  plan = dataset.Plan(num_images=IMAGES, batch_size=args.batch, max_boxes=BOXES, stored_size=300,
-                       augmentation=augmentation, seed=0)
+  plan = dataset.ResidentSpec(num_images=IMAGES, batch_size=args.batch, max_boxes=BOXES,
+                              stored_size=300, augmentation=augmentation, seed=0)
   data = random_data(plan, mesh)
   draw = jax.jit(lambda data, step: dataset.draw_batch(plan, mesh, data, step))
   batch = jax.block_until_ready(draw(data, jnp.int32(0)))
@@ -76,7 +76,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def random_data(plan: dataset.Plan, mesh: jax.sharding.Mesh) -> dataset.ResidentData:
+def random_data(plan: dataset.ResidentSpec, mesh: jax.sharding.Mesh) -> dataset.ResidentData:
   """Returns images of noise with five boxes each."""
   shapes, rng = dataset.abstract_data(plan, mesh), np.random.default_rng(0)
   corners = np.sort(rng.uniform(size=(IMAGES, BOXES, 2, 2)), axis=2)

@@ -148,7 +148,7 @@ def loss_parts(setup: Setup) -> dict[str, Callable]:
   """Returns assignment and loss as separate functions, on the outputs of random weights."""
   detector = setup.detector
   outputs = jax.jit(detector.forward)(setup.variables, setup.images)
-  assignment = jax.jit(functools.partial(detector.assign, detector.anchors))
+  assignment = jax.jit(functools.partial(detector.assign_targets, detector.anchors))
   total = lambda o, t: sum(detector.outputs_loss(Outputs(*o), t)[:2])
   return {'assignment': blocking(assignment, setup.ground_truth),
           'loss_with_gradient': blocking(jax.jit(jax.value_and_grad(total)), outputs,

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from ppn_jax import config as config_module
 from ppn_jax import registry
-from ppn_jax.detection.class_logits import ClassColumns
+from ppn_jax.detection.class_logits import ClassLogitsSpec
 
 PAGE = pathlib.Path(__file__).with_name('configs.md')
 
@@ -96,7 +96,7 @@ def _block(name: str, block: ConfigDict, comments: Mapping[str, str]) -> Iterato
   function = config_module.FUNCTIONS.get(name)
   meanings = _meanings((registry.load(name, function),) if function else ())
   if name == 'model':
-    meanings = _meanings((ClassColumns,)) | meanings
+    meanings = _meanings((ClassLogitsSpec,)) | meanings
   rows, inner = [], []
   for key, value in block.items():
     path = f'{name}.{key}'

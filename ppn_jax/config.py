@@ -36,7 +36,7 @@ FUNCTIONS = {
     'model.anchors': 'ppn_jax.detection.anchors:ssd_anchors',
     'model.layers': 'ppn_jax.models.layers:LayerPolicy',
     'data.cache': 'ppn_jax.data.cache:cache_source',
-    'matching': 'ppn_jax.detection.matching:assign',
+    'matching': 'ppn_jax.detection.matching:assign_targets',
     'postprocess': 'ppn_jax.detection.nms:postprocess',
     'init': 'ppn_jax.weights.initial:initial_weights',
     'optim': 'ppn_jax.training.optimizer:build_optimizer',
@@ -51,7 +51,7 @@ RENAMED = {
 }
 
 # Arguments of components that are supplied by the system and cannot be set by the user.
-GIVEN = frozenset({'anchors_per_cell', 'categories', 'columns', 'name', 'num_classes', 'outputs',
+GIVEN = frozenset({'anchors_per_cell', 'categories', 'class_spec', 'name', 'num_classes', 'outputs',
                    'parent', 'policy', 'targets'})
 
 
@@ -63,7 +63,7 @@ def base_config() -> ConfigDict:
   config.model = dict(  # ppn_jax.detector.build
       image_size=300,
       num_classes=0,  # 0: the number of classes of the training data.
-      background_column=False,  # ppn_jax.detection.class_logits.ClassColumns
+      background_column=False,  # ppn_jax.detection.class_logits.ClassLogitsSpec
       score_activation='sigmoid',
       backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11),
       neck=dict(name='pooling_pyramid', stride=16, num_levels=6, projection=0),
@@ -75,7 +75,7 @@ def base_config() -> ConfigDict:
       layers=dict(  # ppn_jax.models.layers.LayerPolicy
           dtype='float32', norm_decay=0.97, norm_epsilon=0.001, norm_group_size=0,
           conv_form='auto', kernel_stddev=placeholder(float)))  # None: He initialisation.
-  config.matching = dict(  # ppn_jax.detection.matching.assign
+  config.matching = dict(  # ppn_jax.detection.matching.assign_targets
       matched_iou=0.5, force_match=True, ignore_crowd=True)
   config.loss = dict(  # ppn_jax.detection.losses.LOSSES
       name='focal', alpha=0.25, gamma=2.0, localization_weight=1.0, group_size=0)

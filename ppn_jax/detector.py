@@ -1,4 +1,4 @@
-"""Where network and mathematics meet: one object that knows how to learn and how to detect.
+"""Detector: a network with its anchors, loss and post-processing.
 
 Training, evaluation, export, planning and notebooks all call `Detector.loss` and
 `Detector.detect`; there is no second definition of either.
@@ -12,94 +12,96 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from ppn_jax import registry
 from ppn_jax.detection.anchors import anchors_per_cell, ssd_anchors
-from ppn_jax.detection.class_logits import ClassColumns
+from ppn_jax.detection.class_logits import ClassLogitsSpec
 from ppn_jax.detection.losses import LOSSES, DetectionLoss
-from ppn_jax.detection.matching import assign
+from ppn_jax.detection.matching import assign_targets
 from ppn_jax.detection.nms import postprocess as postprocess_outputs
 from ppn_jax.detection.structures import Anchors, Array, Detections, GroundTruth, Outputs, Targets
+from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.models.layers import LayerPolicy
 from ppn_jax.models.network import build_network
 
-# {'params': ..., 'batch_stats': ...}, as Flax has them.
+# Flax variables: {'params': ..., 'batch_stats': ...}.
 Variables = Mapping[str, Any]
 
-# float64 is for tests of equality; JAX has it with jax_enable_x64 only.
+# float64 is for tests of equality; JAX only has it with jax_enable_x64.
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Detector:
-  """A network with its anchors and the functions that give its outputs meaning.
+  """Network with its anchors, and functions for its loss and its detections.
 
   It holds no learned values: those are `Variables`, made by `init` and passed to every call.
 
   Attributes:
-    network: images u8 [B, S, S, 3] -> Outputs.
-    anchors: one for each row of the outputs.
-    image_size: S.
-    columns: what the C or 1 + C columns of the class logits mean.
-    assign: (anchors, truth) -> Targets.
-    outputs_loss: (outputs, targets) -> DetectionLoss.
-    postprocess: (outputs, anchors) -> Detections.
+    network: maps images u8 [B, S, S, 3] to Outputs.
+    anchors: A anchors, one for each row of the outputs.
+    image_size: S, side of the network's input in pixels.
+    class_spec: layout of the class logits, C or 1 + C for each anchor.
+    assign_targets: maps (anchors, ground_truth) to Targets.
+    outputs_loss: maps (outputs, targets) to DetectionLoss.
+    postprocess: maps (outputs, anchors) to Detections.
   """
   network: nn.Module
   anchors: Anchors
   image_size: int
-  columns: ClassColumns
-  assign: Callable[[Anchors, GroundTruth], Targets]
+  class_spec: ClassLogitsSpec
+  assign_targets: Callable[[Anchors, GroundTruth], Targets]
   outputs_loss: Callable[[Outputs, Targets], DetectionLoss]
   postprocess: Callable[[Outputs, Anchors], Detections]
 
   @property
   def num_classes(self) -> int:
     """C, the background not counted."""
-    return self.columns.num_classes
+    return self.class_spec.num_classes
 
   @property
   def num_levels(self) -> int:
-    """L, of the pyramid."""
+    """L, levels of the pyramid."""
     return int(self.anchors.level[-1]) + 1
 
   def init(self, key: Array) -> Variables:
-    """Fresh variables: `{'params', 'batch_stats'}`, float32."""
+    """Returns initial variables, float32, drawn from a random key."""
     return self._first_pass(key)[1]
 
   @functools.cached_property
   def _first_pass(self) -> Callable[[Array], tuple[Outputs, Variables]]:
-    """key -> (outputs for a blank image, fresh variables).
+    """Function from a key to (outputs for a blank image, initial variables).
 
-    Shapes are asked for many times before the first step; each trace takes a second or so, and
-    this has one, which other programs take over as if it were their own.
+    Shapes are needed many times before the first step, and each trace of the network takes about a
+    second. This function is traced once and inlined into other programs.
     """
     return jax.jit(lambda key: self.network.init_with_output(key, self.blank_images(),
                                                              train=False), inline=True)
 
   def forward(self, variables: Variables, images: Array) -> Outputs:
-    """The network at inference: batch norm uses its moving averages."""
+    """Applies the network for inference: batch norm uses its moving averages."""
     return self.network.apply(variables, images, train=False)
 
   def forward_train(self, variables: Variables, images: Array) -> tuple[Outputs, Variables]:
-    """The network in training -> (outputs, updated batch_stats).
+    """Applies the network in training; returns (outputs, updated batch_stats).
 
     Batch norm uses the statistics of the batch and moves its averages towards them.
     """
     outputs, updates = self.network.apply(variables, images, train=True, mutable=['batch_stats'])
     return outputs, updates['batch_stats']
 
-  def loss(self, outputs: Outputs, truth: GroundTruth) -> DetectionLoss:
-    """How wrong the outputs are, over the whole batch."""
-    return self.outputs_loss(outputs, self.assign(self.anchors, truth))
+  def loss(self, outputs: Outputs, ground_truth: GroundTruth) -> DetectionLoss:
+    """Computes the loss of the outputs over the whole batch."""
+    return self.outputs_loss(outputs, self.assign_targets(self.anchors, ground_truth))
 
   def detect(self, variables: Variables, images: Array) -> Detections:
-    """Pixels to detections: images u8 [B, S, S, 3] -> K detections each."""
+    """Returns K detections for each image u8 [B, S, S, 3]."""
     return self.postprocess(self.forward(variables, images), self.anchors)
 
   def blank_images(self) -> Array:
-    """One black image, to trace or warm up with: u8 [1, S, S, 3]."""
+    """Returns one black image, u8 [1, S, S, 3], to trace or warm up with."""
     return jnp.zeros((1, self.image_size, self.image_size, 3), jnp.uint8)
 
 
@@ -112,44 +114,45 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
 
   Args:
     image_size: S, the side of the square input in pixels.
-    num_classes: C, background not counted.
+    num_classes: C, the background not counted.
     backbone, neck, head: a `name` or dotted path each, and its arguments.
     anchors: arguments of `anchors.ssd_anchors`; the grids come from the neck.
     layers: arguments of `LayerPolicy`, with `dtype` by name: 'float32' or 'bfloat16'.
     loss: a `name` of `losses.LOSSES` or a dotted path, and its arguments.
-    matching, postprocess: arguments of `matching.assign` and `postprocess.postprocess`.
-    background_column: whether the class logits begin with a column for the background.
-    score_activation: 'sigmoid' scores each class by itself, 'softmax' all columns together.
+    matching, postprocess: arguments of `matching.assign_targets` and `nms.postprocess`.
+    background_column: whether the class logits of an anchor begin with one for the background.
+    score_activation: 'sigmoid' scores each class by itself, 'softmax' all of an anchor together.
 
   Raises:
-    InputError: an unknown name or option, or parts that do not fit, with both numbers. Nothing
-      is compiled or allocated before that is known.
+    InputError: If a name or option is unknown, or parts do not fit together. Nothing is compiled or
+      allocated before this is checked.
   """
   if image_size < 1 or num_classes < 1:
     raise InputError(f'image_size={image_size} and num_classes={num_classes} must be positive')
-  columns = ClassColumns(num_classes, background_column, score_activation)
+  class_spec = ClassLogitsSpec(num_classes, background_column, score_activation)
   policy = _layer_policy(layers)
   network = functools.partial(build_network, backbone=backbone, neck=neck, head=head,
-                              num_classes=columns.count, policy=policy)
-  lay_anchors = registry.bind('anchors', ssd_anchors, anchors, given=['grid_sizes'])
-  # All forms of an operation have the same shapes, and one is sooner traced than all.
+                              num_classes=class_spec.num_logits, policy=policy)
+  anchors_of = registry.bind('anchors', ssd_anchors, anchors, given=['grid_sizes'])
+  # All forms of an operation have the same shapes, and tracing one is faster than tracing all.
   plain = dataclasses.replace(policy, conv_form='native')
   grids = grid_sizes(network(anchors_per_cell=(1,), policy=plain), image_size)
-  laid = lay_anchors(grids)
-  per_cell = anchors_per_cell(laid, grids)
+  placed = anchors_of(grids)
+  per_cell = anchors_per_cell(placed, grids)
   if len(set(per_cell)) == 1:
-    columns = dataclasses.replace(columns, cell_anchors=per_cell[0])
-  outputs_loss = registry.select('loss', loss, LOSSES, given=['outputs', 'targets', 'columns'])
-  report = registry.bind('postprocess', postprocess_outputs, postprocess,
-                         given=['outputs', 'anchors', 'columns'])
+    class_spec = dataclasses.replace(class_spec, anchors_per_cell=per_cell[0])
+  outputs_loss = registry.select('loss', loss, LOSSES, given=['outputs', 'targets', 'class_spec'])
+  bound_postprocess = registry.bind('postprocess', postprocess_outputs, postprocess,
+                                    given=['outputs', 'anchors', 'class_spec'])
   detector = Detector(
       network=network(anchors_per_cell=per_cell),
-      anchors=laid,
+      anchors=placed,
       image_size=image_size,
-      columns=columns,
-      assign=registry.bind('matching', assign, matching, given=['anchors', 'truth']),
-      outputs_loss=functools.partial(outputs_loss, columns=columns),
-      postprocess=functools.partial(report, columns=columns))
+      class_spec=class_spec,
+      assign_targets=registry.bind('matching', assign_targets, matching,
+                                   given=['anchors', 'ground_truth']),
+      outputs_loss=functools.partial(outputs_loss, class_spec=class_spec),
+      postprocess=functools.partial(bound_postprocess, class_spec=class_spec))
   _check_rows(detector)
   return detector
 
@@ -159,10 +162,11 @@ def configured_grid_sizes(
     head: Mapping[str, Any], layers: Mapping[str, Any]) -> list[tuple[int, int]]:
   """Returns (rows, columns) of each pyramid level, finest first; nothing is compiled.
 
-  Args: As of `build`.
+  Args:
+    image_size, backbone, neck, head, layers: see `build`.
 
   Raises:
-    InputError: As `build`.
+    InputError: If a name or option is unknown, or parts do not fit together.
   """
   policy = dataclasses.replace(_layer_policy(layers), conv_form='native')
   network = build_network(backbone=backbone, neck=neck, head=head, num_classes=1,
@@ -170,18 +174,33 @@ def configured_grid_sizes(
   return grid_sizes(network, image_size)
 
 
+def jit_detect(detector: Detector, mesh: Mesh) -> Callable[[Variables, Array], Detections]:
+  """Compiles `Detector.detect` for a mesh.
+
+  Images and detections are split by rows; variables are replicated.
+  """
+  whole, split = sharding.replicated(mesh), sharding.by_rows(mesh)
+
+  def detect(variables: Variables, images: Array) -> Detections:
+    return detector.detect(jax.lax.with_sharding_constraint(variables, whole), images)
+
+  # A moving average keeps its sharding of training, which may be split over the devices.
+  return jax.jit(detect, in_shardings=(None, split), out_shardings=split)
+
+
 def _layer_policy(options: Mapping[str, Any]) -> LayerPolicy:
+  """Builds the policy of a `layers` block, whose `dtype` is a name."""
   options = dict(options)
   dtype = options.pop('dtype', 'float32')
   if dtype not in DTYPES:
-    raise InputError(f'layers.dtype={dtype!r}; {did_you_mean(str(dtype), DTYPES)}')
-  if dtype == 'float64' and not jax.config.jax_enable_x64:  # pyright: ignore
+    raise InputError(f'layers.dtype={dtype!r} is unknown; {did_you_mean(str(dtype), DTYPES)}')
+  if dtype == 'float64' and not jax.config.jax_enable_x64:
     raise InputError("layers.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
   return registry.bind('layers', LayerPolicy, options, given=['dtype'])(dtype=DTYPES[dtype])
 
 
 def grid_sizes(network: nn.Module, image_size: int) -> list[tuple[int, int]]:
-  """(rows, columns) of each pyramid level, found by tracing the shapes alone."""
+  """Returns (rows, columns) of each pyramid level, finest first, by tracing shapes alone."""
   images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
 
   def pyramid(images):
@@ -192,16 +211,16 @@ def grid_sizes(network: nn.Module, image_size: int) -> list[tuple[int, int]]:
 
 
 def _check_rows(detector: Detector) -> None:
-  """Every output row must have its anchor, and loss and postprocess take what comes.
+  """Checks that each output row has an anchor, and that the loss and post-processing accept them.
 
-  Shapes only, nothing is compiled.
+  Only shapes are traced; nothing is compiled.
   """
   outputs, _ = jax.eval_shape(lambda: detector._first_pass(jax.random.key(0)))
-  rows, columns = outputs.class_logits.shape[1:]
-  if rows != len(detector.anchors.boxes) or columns != detector.columns.count:
+  rows, logits = outputs.class_logits.shape[1:]
+  if rows != len(detector.anchors.boxes) or logits != detector.class_spec.num_logits:
     raise InputError(
-        f'the head gives {rows} rows of {columns} class columns, but there are '
-        f'{len(detector.anchors.boxes)} anchors and {detector.columns.count} columns to fill')
+        f'the head returns {rows} rows of {logits} class logits, but the detector needs '
+        f'{len(detector.anchors.boxes)} rows (anchors) of {detector.class_spec.num_logits}')
   one_box = GroundTruth(*(jnp.zeros((1, 1, *tail), dtype) for tail, dtype in [
       ((4,), jnp.float32), ((), jnp.int32), ((), jnp.bool_), ((), jnp.bool_)]))
   jax.eval_shape(detector.loss, outputs, one_box)

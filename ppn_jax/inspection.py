@@ -22,7 +22,7 @@ from ppn_jax.config import complete, plain
 from ppn_jax.data.images import decoding as image_files
 from ppn_jax.data.source import file_ids
 from ppn_jax.data.transforms.basic import Resize
-from ppn_jax.detection.structures import Array, Category, Detections, Example, without_truth
+from ppn_jax.detection.structures import Array, Category, Detections, Example, unlabelled_example
 from ppn_jax.detector import Variables
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.jobs.evaluate import EvaluationJob, EvaluationOptions, prepare_evaluation
@@ -173,7 +173,7 @@ class Inspection:
     if isinstance(picture, (int, np.integer)):
       check_index(picture, len(source))
       return source[picture]
-    return without_truth(image_files.to_pixels(picture, 'the picture'))
+    return unlabelled_example(image_files.to_pixels(picture, 'the picture'))
 
   def _resized(self, example: Example) -> Example:
     return Resize(self.job.detector.image_size, self.job.run.config.data.resize)(example)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ppn_jax.data.transforms.basic import Resize
-from ppn_jax.detection.structures import Array, Category, Detections, without_truth
+from ppn_jax.detection.structures import Array, Category, Detections, unlabelled_example
 from ppn_jax.errors import InputError
 from ppn_jax.export.runtimes import open_export
 
@@ -61,7 +61,7 @@ class Predictor:
     side = self.resize.size
     pixels = np.zeros((self.batch_size, side, side, 3), np.uint8)
     for row, image in enumerate(images):
-      pixels[row] = self.resize(without_truth(image)).image
+      pixels[row] = self.resize(unlabelled_example(image)).image
     found = Detections(*map(np.asarray, self.detect(pixels)))
     return [Detections(*(field[row][found.valid[row]] for field in found))
             for row in range(len(images))]

@@ -1,4 +1,4 @@
-"""Components by name or by dotted path, so that users extend the system from outside it."""
+"""Components by name or by dotted path, so that users can add their own from outside."""
 
 import functools
 import importlib
@@ -10,10 +10,10 @@ from typing import Any
 from ppn_jax.errors import InputError, did_you_mean
 
 
-class Barred(str):
-  """A dotted path from a file of somebody else's making, which `resolve` refuses to import.
+class BlockedName(str):
+  """Dotted path from an untrusted file, which `resolve` refuses to import.
 
-  Equal to the plain name in everything else. Made by `bar`.
+  In all other respects it equals the plain name. Made by `block_imports`.
 
   Attributes:
     origin: the file, for the error message.
@@ -21,37 +21,40 @@ class Barred(str):
   origin: str = ''
 
 
-def bar(config: Any, allow: Sequence[str], origin: str) -> Any:
-  """Returns a config in which no component can be imported but those that its reader allows.
+def block_imports(config: Any, allow: Sequence[str], origin: str) -> Any:
+  """Returns a config whose components can only be imported if the user allows it.
 
-  A workdir is data that people send each other, and importing a module runs it. Dotted paths under
-  any key `name` become `Barred`; names of components of this package stay as they are.
+  Workdirs are data that people exchange, and importing a module runs its code. Dotted paths under
+  any key `name` become `BlockedName`; names of components of this package stay as they are.
 
   Args:
-    config: dicts, tuples and values, as of a config.json.
-    allow: what may be imported: a package or module with all below it, 'my_pkg' or 'my_pkg.nets',
-      or one component, 'my_pkg.nets:MyNet'.
-    origin: where the config stands, for the error message.
+    config: dicts, tuples and values, as in a config.json.
+    allow: what may be imported: a package or module with everything below it, 'my_pkg' or
+      'my_pkg.nets', or one component, 'my_pkg.nets:MyNet'.
+    origin: the config's file, for the error message.
   """
   if isinstance(config, Mapping):
-    return {key: _bar_name(value, allow, origin) if key == 'name' else bar(value, allow, origin)
+    return {key: _block_name(value, allow, origin) if key == 'name'
+            else block_imports(value, allow, origin)
             for key, value in config.items()}
   if isinstance(config, (list, tuple)):
-    return tuple(bar(value, allow, origin) for value in config)
+    return tuple(block_imports(value, allow, origin) for value in config)
   return config
 
 
-def _bar_name(name: Any, allow: Sequence[str], origin: str) -> Any:
+def _block_name(name: Any, allow: Sequence[str], origin: str) -> Any:
+  """Returns the value of a key `name`, blocked if it is a dotted path that is not allowed."""
   if not isinstance(name, str):
-    return bar(name, allow, origin)
+    return block_imports(name, allow, origin)
   if ':' not in name or any(_is_within(name, allowed) for allowed in allow):
     return str(name)
-  barred = Barred(name)
-  barred.origin = origin
-  return barred
+  blocked = BlockedName(name)
+  blocked.origin = origin
+  return blocked
 
 
 def _is_within(name: str, allowed: str) -> bool:
+  """Returns whether a dotted path is an allowed component or in an allowed package or module."""
   module = name.partition(':')[0]
   return bool(allowed) and (name == allowed or f'{module}.'.startswith(f'{allowed}.'))
 
@@ -60,12 +63,13 @@ def resolve(kind: str, name: str, known: Mapping[str, str]) -> Callable[..., Any
   """Finds the component called `name`.
 
   Args:
-    kind: what is being looked for, for the error message: 'backbone', 'source', ...
+    kind: kind of component, such as 'backbone' or 'source', for the error message.
     name: a key of `known`, or a dotted path 'package.module:Attribute'.
-    known: short names -> dotted paths. Nothing is imported before it is asked for.
+    known: maps short names to dotted paths; only the chosen one is imported.
 
   Raises:
-    InputError: the name is not known, the dotted path leads nowhere, or it is `Barred`.
+    InputError: If the name is unknown, the dotted path cannot be imported, or it is a
+      `BlockedName`.
   """
   if not isinstance(name, str) or not name:
     raise InputError(f"{kind}: name {name!r} is not a name; legal: {', '.join(sorted(known))}")
@@ -74,19 +78,19 @@ def resolve(kind: str, name: str, known: Mapping[str, str]) -> Callable[..., Any
     raise InputError(
         f'unknown {kind} {name!r}; {did_you_mean(name, known)} '
         "(or a dotted path 'package.module:Name')")
-  if isinstance(path, Barred):
+  if isinstance(path, BlockedName):
     module = path.partition(':')[0]
     raise InputError(
-        f'{kind} {str(name)!r} in {path.origin} is code from outside ppn_jax, which is only run '
+        f'{kind} {str(name)!r} in {path.origin} is code from outside ppn_jax, which runs only '
         f'if you allow it: --allow={module}, in Python allow=({module!r},)')
   return load(f'{kind} {name!r}', path)
 
 
 def load(what: str, path: str) -> Any:
-  """Imports what a dotted path 'package.module:Attribute' leads to.
+  """Imports the object at a dotted path 'package.module:Attribute'.
 
   Raises:
-    InputError: it leads nowhere; the message begins with `what`.
+    InputError: If it cannot be imported; the message begins with `what`.
   """
   module, _, attribute = path.partition(':')
   try:
@@ -98,20 +102,24 @@ def load(what: str, path: str) -> Any:
 def build(kind: str, block: Mapping[str, Any], known: Mapping[str, str], **given: Any) -> Any:
   """Calls the component that a config block names with the block's other entries.
 
-  A block is `{'name': ..., **options}`; `given` adds arguments that the system supplies
-  itself, which are not the user's to set.
+  A block is `{'name': ..., **options}`; `given` adds arguments that the system supplies and the
+  user cannot set.
 
   Raises:
-    InputError: no such component, or an option that it does not take.
+    InputError: If there is no such component, or it does not have an option.
   """
   return select(kind, block, known, given=given)(**given)
 
 
 def select(kind: str, block: Mapping[str, Any], known: Mapping[str, str], *,
            given: Iterable[str] = ()) -> Callable[..., Any]:
-  """As `build`, but leaves the call to the caller, who passes the arguments `given`."""
+  """Returns the component of a config block with its options bound, to be called with `given`.
+
+  Raises:
+    InputError: If there is no such component, or it does not have an option.
+  """
   if not isinstance(block, Mapping):
-    raise InputError(f"{kind} {block!r} is no block; write {{'name': ..., option: value}}")
+    raise InputError(f"{kind} {block!r} is not a block; write {{'name': ..., option: value}}")
   options = dict(block)
   name = options.pop('name', None)
   component = resolve(kind, name, known)
@@ -120,11 +128,11 @@ def select(kind: str, block: Mapping[str, Any], known: Mapping[str, str], *,
 
 def bind(what: str, function: Callable[..., Any], options: Mapping[str, Any], *,
          given: Iterable[str] = ()) -> Callable[..., Any]:
-  """`function` with a config block's options filled in; the caller passes the arguments `given`.
+  """Binds a config block's options to `function`; the caller passes the arguments `given`.
 
   Raises:
-    InputError: an option that `function` does not take, with the nearest that it does, or one
-      that it needs and is not given.
+    InputError: If `function` does not have an option, with the nearest that it has, or needs one
+      that is missing.
   """
   check_options(what, function, options, given=given)
   parameters = inspect.signature(function).parameters
@@ -137,11 +145,16 @@ def bind(what: str, function: Callable[..., Any], options: Mapping[str, Any], *,
 
 def check_options(what: str, function: Callable[..., Any], options: Iterable[str], *,
                   given: Iterable[str] = ()) -> None:
-  """Raises InputError if `function` does not take one of `options`, with the nearest that it does.
+  """Checks that `function` has all the options.
 
   Args:
-    what: `function`, for the message.
-    given: arguments that are not the user's to set.
+    what: description of `function`, for the message.
+    function: function or class.
+    options: names of options.
+    given: arguments that the user cannot set.
+
+  Raises:
+    InputError: If an option does not exist, with the nearest that does.
   """
   parameters = inspect.signature(function).parameters
   if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -152,14 +165,14 @@ def check_options(what: str, function: Callable[..., Any], options: Iterable[str
       raise InputError(f'{what} has no option {option!r}; {did_you_mean(str(option), legal)}')
 
 
-class Options(typing.NamedTuple):
-  """What a component takes from its config block."""
-  types: dict[str, Any]  # Option -> annotation, or the type of its default; Any if neither says.
+class ComponentOptions(typing.NamedTuple):
+  """Options of a component in its config block."""
+  types: dict[str, Any]  # Option -> annotation, or the type of its default; Any if unknown.
   defaults: dict[str, Any]  # Option -> default, of those that have one.
-  open: bool  # Whether it takes any other option too.
+  open: bool  # Whether it accepts any other option too.
 
 
-def options_of(function: Callable[..., Any], *, given: Iterable[str] = ()) -> Options:
+def options_of(function: Callable[..., Any], *, given: Iterable[str] = ()) -> ComponentOptions:
   """Returns the options of a component, without those that the system supplies (`given`)."""
   parameters = inspect.signature(function).parameters
   hints = _hints(function)
@@ -175,13 +188,13 @@ def options_of(function: Callable[..., Any], *, given: Iterable[str] = ()) -> Op
       default = defaults.get(name)
       annotation = Any if default is None else type(default)
     types[name] = annotation
-  return Options(types, defaults,
-                 any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
+  return ComponentOptions(types, defaults,
+                          any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-  """Returns annotations with those that are written as text looked up, where that is possible."""
+  """Returns annotations, with those that are written as strings resolved where possible."""
   try:
     return typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-  except Exception:  # Names that exist for type checkers only; whatever user code does.
+  except Exception:  # Names that exist for type checkers only, or anything in user code.
     return {}

@@ -205,7 +205,7 @@ def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
 
   Args:
     workdir: of `ppn train` or `ppn import-tf`.
-    allow: packages, modules or components that may be imported, see `registry.bar`.
+    allow: packages, modules or components that may be imported, see `registry.block_imports`.
 
   Raises:
     InputError: there is none, or its files cannot be read.
@@ -218,7 +218,7 @@ def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
   try:
     written = json.loads(storage.read_text(_config_path(workdir)))
     config = complete(written, unknown=unknown)
-    config = registry.bar(plain(config), _listed(allow), str(_config_path(workdir)))
+    config = registry.block_imports(plain(config), _listed(allow), str(_config_path(workdir)))
     categories = json.loads(storage.read_text(workdir / 'categories.json'))
     return Run(workdir, ConfigDict(config).lock(), tuple(Category(**c) for c in categories),
                tuple(unknown))

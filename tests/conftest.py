@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures and settings of all tests."""
 
 import functools
 import json
@@ -10,18 +10,22 @@ import sys
 import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Programs here compile for seconds and run for milliseconds; `make test-all` keeps XLA's choices.
+# Test programs compile for seconds and run for milliseconds, so XLA optimises little; `make
+# test-all` keeps its defaults.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 '
                                    '--xla_cpu_use_fusion_emitters=false '
                                    '--xla_cpu_parallel_codegen_split_count=1')
-os.environ.setdefault('NO_GCE_CHECK', 'true')  # Whatever machine this is, nobody takes it away.
+# Keeps tests from asking a cloud's metadata server whether this machine is preempted.
+os.environ.setdefault('NO_GCE_CHECK', 'true')
 sys.path.insert(0, str(pathlib.Path(__file__).parent))  # For tiny.py.
 
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory, worker_id):
-  """Keeps compiled programs for the session, for all workers and child processes: many tests train
-  the same tiny model."""
+  """Shares compiled programs among all workers and child processes of the session.
+
+  Many tests train the same tiny model.
+  """
   base = tmp_path_factory.getbasetemp()
   folder = (base if worker_id == 'master' else base.parent) / 'compiled'
   import jax
@@ -34,15 +38,17 @@ def compilation_cache(tmp_path_factory, worker_id):
 
 
 def pytest_sessionstart():
-  """Lets equal configs of one process share their detector, optimizer and jitted functions: tests
-  train the same tiny models again and again, and tracing takes longer than running."""
+  """Makes equal configs of a process share their detector, optimizer and jitted functions.
+
+  Tests train the same tiny models again and again, and tracing takes longer than running.
+  """
   import jax
 
-  from ppn_jax import run
+  from ppn_jax import detector, run
   from ppn_jax.training import train_step
 
-  def shared(function, key_of):
-    made = {}
+  def memoized(function, key_of):
+    results = {}
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -50,27 +56,29 @@ def pytest_sessionstart():
       if key is None:
         return function(*args, **kwargs)
       key = key, jax.config.jax_enable_x64
-      if key not in made:
-        made[key] = function(*args, **kwargs), args  # Arguments stay, so that no id is used twice.
-      return made[key][0]
+      if key not in results:
+        # Keeping the arguments alive keeps their ids from being reused.
+        results[key] = function(*args, **kwargs), args
+      return results[key][0]
 
     return wrapped
 
   def of_config(*blocks):
     def key(config, **kwargs):
       text = json.dumps([config[block].to_dict() for block in blocks], default=repr)
-      # Components of a test's own modules may have the name of another test's.
+      # Modules that different tests write may have components of the same name.
       return None if re.search(r'"name": "[^"]*:', text) else (text, *kwargs.items())
     return key
 
   def of_objects(*args):
     return tuple(a if isinstance(a, jax.sharding.Mesh) else id(a) for a in args)
 
-  run.build_detector = shared(run.build_detector,
-                              of_config('model', 'matching', 'loss', 'postprocess'))
-  run.optimizer_of = shared(run.optimizer_of, of_config('optim'))
-  for name in ('jit_init', 'jit_train_step', 'jit_detect'):
-    setattr(train_step, name, shared(getattr(train_step, name), of_objects))
+  run.build_detector = memoized(run.build_detector,
+                                of_config('model', 'matching', 'loss', 'postprocess'))
+  run.optimizer_of = memoized(run.optimizer_of, of_config('optim'))
+  for module, name in ((train_step, 'jit_init'), (train_step, 'jit_train_step'),
+                       (detector, 'jit_detect')):
+    setattr(module, name, memoized(getattr(module, name), of_objects))
 
 
 @pytest.fixture
@@ -84,8 +92,10 @@ def float64():
 
 @pytest.fixture(scope='session')
 def shared() -> pathlib.Path:
-  """The folder of real images and reference arrays. Without it tests are skipped, unless
-  PPN_REQUIRE_SHARED is set."""
+  """Returns the folder of real images and reference arrays.
+
+  Without it tests are skipped, or fail if PPN_REQUIRE_SHARED is set.
+  """
   default = pathlib.Path(__file__).resolve().parents[2] / 'shared'
   folder = pathlib.Path(os.environ.get('PPN_SHARED', default))
   if not (folder / 'golden').is_dir():

@@ -1,4 +1,4 @@
-"""The detector as a whole: shapes, oracle outputs, and parts that do not fit."""
+"""Detector as a whole: shapes, perfect outputs, and parts that do not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ def test_parameters_are_those_of_the_reference():
 
 
 @pytest.mark.slow
-def test_oracle_outputs_score_one():
-  """Outputs made from the targets must come out of detect and scoring as perfect."""
+def test_perfect_outputs_score_one():
+  """Outputs made from the targets must score an AP of one."""
   config = tiny_config()
   config.unlock()
   config.model.num_classes = 5
@@ -53,17 +53,17 @@ def test_oracle_outputs_score_one():
   rows = []
   for batch in eval_batches(source, image_size=64, max_boxes=required_boxes(source),
                             batch_size=8):
-    targets = detector.assign(detector.anchors, batch.truth)
-    right = jax.nn.one_hot(targets.labels, 5) * targets.positive[..., None]
-    outputs = Outputs(targets.box_codes, 40 * right - 20)
+    targets = detector.assign_targets(detector.anchors, batch.ground_truth)
+    correct = jax.nn.one_hot(targets.labels, 5) * targets.positive[..., None]
+    outputs = Outputs(targets.box_codes, 40 * correct - 20)
     found = jax.device_get(detector.postprocess(outputs, detector.anchors))
     rows += coco.to_rows(found, batch.image_id, batch.size, batch.valid, source.categories)
-  figures = coco.score(source.ground_truth(), rows).metrics
-  # Two objects that claim one anchor cannot both be told; the synthetic set has none here.
+  figures = coco.score(source.ground_truth(), rows).figures
+  # An anchor can only predict one object; in this data no two objects share one.
   assert figures['AP'] == pytest.approx(1.0) and figures['AR100'] == pytest.approx(1.0)
 
 
-def random_truth(rng, batch, boxes, valid, num_classes=5):
+def random_ground_truth(rng, batch, boxes, valid, num_classes=5):
   corners = np.sort(rng.uniform(0, 1, (batch, boxes, 2, 2)), axis=2).reshape(batch, boxes, 4)
   mask = np.arange(boxes) < valid
   return GroundTruth(np.where(mask[:, None], corners, 0).astype('f'),
@@ -71,13 +71,13 @@ def random_truth(rng, batch, boxes, valid, num_classes=5):
                      np.zeros((batch, boxes), bool), np.broadcast_to(mask, (batch, boxes)))
 
 
-def test_padding_of_the_truth_changes_neither_loss_nor_gradient():
+def test_padding_of_ground_truth_changes_neither_loss_nor_gradient():
   config = tiny_config()
   config.unlock()
   config.model.num_classes = 5
   detector = build_detector(config)
   rng = np.random.default_rng(0)
-  narrow = random_truth(rng, 2, 8, 3)
+  narrow = random_ground_truth(rng, 2, 8, 3)
   wide = jax.tree.map(lambda x: np.pad(x, [(0, 0), (0, 56)] + [(0, 0)] * (x.ndim - 2)), narrow)
   rows = len(detector.anchors.boxes)
   outputs = Outputs(jnp.asarray(rng.normal(size=(2, rows, 4)), jnp.float32),
@@ -87,7 +87,7 @@ def test_padding_of_the_truth_changes_neither_loss_nor_gradient():
   jax.tree.map(np.testing.assert_array_equal, *both)
 
 
-@pytest.mark.parametrize('block, entry, value, said', [
+@pytest.mark.parametrize('block, entry, value, message', [
     ('head', 'depht', 3, "head 'shared_box_predictor' has no option 'depht'; did you mean 'depth'"),
     ('backbone', 'name', 'mobilenet_v2', "unknown backbone 'mobilenet_v2'"),
     ('neck', 'stride', 13, '16'),
@@ -95,13 +95,13 @@ def test_padding_of_the_truth_changes_neither_loss_nor_gradient():
     ('layers', 'dtype', 'float23', "did you mean 'float32'"),
     ('anchors', 'reduce_lowest_level', True, 'reduce_lowest_level=False'),
     ('anchors', 'min_scale', -1.0, 'min_scale=-1.0')])
-def test_parts_that_do_not_fit(block, entry, value, said):
+def test_parts_that_do_not_fit(block, entry, value, message):
   config = base_config()
   config.model.num_classes = 3
   config.model[block][entry] = value
   with pytest.raises(InputError) as error:
     build_detector(config)
-  assert said in str(error.value)
+  assert message in str(error.value)
 
 
 def test_blocks_beside_the_model_are_checked_too():

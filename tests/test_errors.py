@@ -1,4 +1,4 @@
-"""How commands end on what goes wrong."""
+"""Reports of errors by commands."""
 
 import errno
 import pathlib
@@ -6,11 +6,11 @@ import pathlib
 import pytest
 
 from ppn_jax import errors
-from ppn_jax.errors import InputError, Stopped, StoreError, install_command, verdict
+from ppn_jax.errors import InputError, Stopped, StoreError, exit_status, install_command
 
 
 class Refused(Exception):
-  """As a client library of a bucket would raise it."""
+  """Error of a bucket's client library."""
 
 
 Refused.__module__ = 'google.api_core.exceptions'
@@ -32,7 +32,7 @@ Refused.__module__ = 'google.api_core.exceptions'
     (ZeroDivisionError('a bug'), 1, None),
 ])
 def test_one_line_or_a_traceback(error, code, line):
-  assert verdict(error) == (code, line)
+  assert exit_status(error) == (code, line)
 
 
 def test_install_command_of_a_clone_names_its_folder():

@@ -1,4 +1,4 @@
-"""docs/extending.md does what it says: its files are written down, its commands run."""
+"""Files and commands of docs/extending.md work as printed."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ COMMANDS = re.findall(r'^(PYTHONPATH=.*)$', PAGE, re.M)
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """What a reader has: the page's files, images and a table of boxes."""
+  """Creates what a reader has: the page's files, images and a table of boxes."""
   folder = tmp_path_factory.mktemp('reader')
   for name, text in FILES.items():
     (folder / name).write_text(text)
@@ -55,9 +55,9 @@ def importable(folder, monkeypatch):
     sys.modules.pop(name.removesuffix('.py'), None)
 
 
-def test_the_page_has_what_is_run():
+def test_the_page_has_the_files_and_commands():
   assert set(FILES) == {'my_nets.py', 'my_data.py', 'my_config.py'} and len(COMMANDS) == 2
-  # Every block of code is one of those.
+  # There are no other blocks of code.
   assert len(re.findall(r'^```', PAGE, re.M)) == 2 * (len(FILES) + 3)
 
 
@@ -71,20 +71,20 @@ def test_source_is_a_source(importable):
     assert (ours.image == theirs.image).all() and abs(ours.boxes - theirs.boxes).max() < 1e-6
     assert [source.categories[k].name for k in ours.labels] == [
         original.categories[k].name for k in theirs.labels]
-  truth = source.ground_truth()
-  assert len(truth['annotations']) == sum(len(original[i].boxes) for i in range(6))
+  ground_truth = source.ground_truth()
+  assert len(ground_truth['annotations']) == sum(len(original[i].boxes) for i in range(6))
   with pytest.raises(InputError, match="did you mean 'folder'"):
     build_source(block | {'foldr': '.'})
   (importable / 'bad.csv').write_text('image,xmin,ymin,xmax,ymax,label\n0.png,5,5,5,9,a\n')
-  for file, said in [('nowhere.csv', 'nowhere.csv'), ('my_nets.py', 'no table'),
+  for file, message in [('nowhere.csv', 'nowhere.csv'), ('my_nets.py', 'no table'),
                      ('bad.csv', 'row 1')]:
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
       build_source(block | {'file': file})
 
 
 def test_backbone_options_are_checked(importable):
-  for options, said in [({'widht': 3}, "did you mean 'width'"), ({'blocks': 0}, 'blocks 0')]:
-    with pytest.raises(InputError, match=said):
+  for options, message in [({'widht': 3}, "did you mean 'width'"), ({'blocks': 0}, 'blocks 0')]:
+    with pytest.raises(InputError, match=message):
       registry.build('backbone', {'name': 'my_nets:SmallResNet', **options}, {})
 
 
@@ -94,7 +94,7 @@ def test_the_commands_train_evaluate_and_detect(importable, capsys):
   assignment, program, *arguments = shlex.split(command)
   name, _, value = assignment.partition('=')
   assert program == 'ppn'
-  # -P: as an installed script, which does not look for modules where it is called from.
+  # -P: like an installed script, which does not search the current folder for modules.
   result = subprocess.run(
       [sys.executable, '-P', '-m', 'ppn_jax.cli.main', *arguments], text=True, capture_output=True,
       cwd=importable, env={**os.environ, name: f'{value}{os.pathsep}{ROOT}'})
@@ -104,7 +104,7 @@ def test_the_commands_train_evaluate_and_detect(importable, capsys):
   assert config['model']['backbone'] == {'name': 'my_nets:SmallResNet', 'width': 4, 'blocks': 2}
   _, program, *arguments = shlex.split(evaluation)
   assert program == 'ppn' and main([*arguments, '--output=scores']) == 0
-  # Nobody's code is run by opening a workdir.
+  # Opening a workdir runs none of its code.
   for name in list(FILES):
     sys.modules.pop(name.removesuffix('.py'), None)
   assert main(['evaluate', '--workdir=run', '--output=scores', '--allow=my_data']) == 2

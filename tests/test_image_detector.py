@@ -14,7 +14,7 @@ from tiny import tiny_config, untrained_run
 import ppn_jax
 from ppn_jax.cli.main import main
 from ppn_jax.data.transforms.basic import Resize
-from ppn_jax.detection.structures import Category, Detections, without_truth
+from ppn_jax.detection.structures import Category, Detections, unlabelled_example
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.run import create_run, load_variables, open_run
@@ -56,7 +56,7 @@ def test_detections_are_those_of_the_detector_in_pixels(run, detector):
   found = detector(image)
   opened = open_run(run)
   built = opened.detector()
-  resized = Resize(64, opened.config.data.resize)(without_truth(image)).image
+  resized = Resize(64, opened.config.data.resize)(unlabelled_example(image)).image
   _, variables = load_variables(opened, built, sharding.data_mesh())
   expected = Detections(*(np.asarray(f)[0] for f in jax.jit(built.detect)(
       variables, np.stack([resized, resized * 0, resized * 0]))))

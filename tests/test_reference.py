@@ -1,7 +1,7 @@
-"""Against the TF Object Detection API: its checkpoints through our network, and one of its steps.
+"""Comparison with the TF Object Detection API: its checkpoints in our network, and a training step.
 
-`../shared/golden/README.md` says how the arrays were made. Outputs are promised to 1e-4 on any
-processor: rounding alone moves them by up to 2e-5, another way with other vector units.
+`../shared/golden/README.md` says how the arrays were made. Outputs agree to 1e-4 on any processor:
+rounding alone moves them by up to 2e-5, which depends on the vector units.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ from ppn_jax.weights.importer import import_detector
 from ppn_jax.weights.read import read_weights
 
 TOLERANCE = 1e-4
-# The logistic function and the softmax are nowhere steeper than a quarter.
+# The slopes of the logistic function and the softmax are at most a quarter.
 SCORE_TOLERANCE = TOLERANCE / 4
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
@@ -38,7 +38,7 @@ def reference(kind, *overrides):
 
 
 def imported(golden, kind, config):
-  """The reference's detector and the variables of its checkpoint."""
+  """Returns the reference's detector and the variables of its checkpoint."""
   detector = build_detector(config)
   like = jax.eval_shape(detector.init, jax.random.key(0))
   file = read_weights(golden / f'ckpt_{kind}_s1' / 'model.ckpt')
@@ -47,7 +47,7 @@ def imported(golden, kind, config):
 
 @pytest.fixture(scope='module', params=['ppn', 'ssd'])
 def forward(request, shared):
-  """(detector, variables, arrays of the reference) of one of its two models."""
+  """Returns (detector, variables, arrays of the reference) for one of its two models."""
   golden = shared / 'golden'
   detector, variables = imported(golden, request.param, reference(request.param))
   return detector, variables, np.load(golden / f'forward_{request.param}_s1.npz')
@@ -82,7 +82,7 @@ def test_detections(forward):
 
 
 def match_up_to_ties(labels, boxes, expected_labels, expected_boxes, scores):
-  """Equal in order, but those whose scores are as close as rounding may have changed places."""
+  """Asserts equal detections in equal order, except that close scores may change places."""
   for k in range(len(labels)):
     tied = np.abs(scores - scores[k]) <= 2 * SCORE_TOLERANCE
     same = expected_labels[tied] == labels[k]
@@ -91,11 +91,11 @@ def match_up_to_ties(labels, boxes, expected_labels, expected_boxes, scores):
 
 
 def summed_like_the_reference(x):
-  """Mean and biased variance of [..., C] with TensorFlow's rounding on the machine of the goldens.
+  """Computes mean and biased variance of [..., C] with the rounding of the reference.
 
-  Its CPU kernel adds 180,000 float32 rows one after another, in two threads' halves, and so its
-  first variances are off by up to 3e-4. Gradients of this network are a hundred times as
-  sensitive (ReLU6 elements change sides), so only with this error do they agree closely.
+  TensorFlow's CPU kernel added 180,000 float32 rows one after another, in two halves of two
+  threads, so its first variances are off by up to 3e-4. Gradients of this network are a hundred
+  times as sensitive (ReLU6 elements change sides), so they only agree closely with this error.
   """
   return _moments(x.reshape(-1, x.shape[-1]))
 
@@ -108,9 +108,9 @@ def _moments(rows):
 
 def _in_halves(rows):
   half = (len(rows) + 1) // 2
-  add_up = lambda part: jax.lax.scan(lambda total, row: (total + row, None),
-                                     jnp.zeros(part.shape[1:], part.dtype), part)[0]
-  return add_up(rows[:half]) + add_up(rows[half:])
+  total_of = lambda part: jax.lax.scan(lambda total, row: (total + row, None),
+                                       jnp.zeros(part.shape[1:], part.dtype), part)[0]
+  return total_of(rows[:half]) + total_of(rows[half:])
 
 
 def _moments_forward(rows):
@@ -127,10 +127,10 @@ _moments.defvjp(_moments_forward, _moments_backward)
 
 
 class Step(NamedTuple):
-  """The reference's PPN step, and ours from the same start."""
+  """PPN step of the reference, and ours from the same state."""
   golden: np.lib.npyio.NpzFile
   boxes: np.ndarray  # Codes in training mode.
-  gradient: dict  # By the reference's names, as the next two.
+  gradient: dict  # By the reference's names, as are the next two.
   params: dict
   batch_stats: dict
   metrics: StepMetrics
@@ -138,18 +138,19 @@ class Step(NamedTuple):
 
 def take_step(shared) -> Step:
   golden = np.load(shared / 'golden' / 'train_step_ppn_s1.npz')
-  truth = np.load(shared / 'golden' / 'targets_loss_ppn.npz')
+  golden_truth = np.load(shared / 'golden' / 'targets_loss_ppn.npz')
   # The reference builds blocks 12 and 13 for PPN too, and decays their weights.
   config = reference('ppn', '--config.model.backbone.last_block=13')
   detector, variables = imported(shared / 'golden', 'ppn', config)
   optimizer = build_optimizer(steps=50_000, batch_size=512, **config.optim.to_dict())
   state = TrainState(jnp.zeros((), jnp.int32), variables,
                      optimizer.transform.init(variables['params']), {})
-  boxes = GroundTruth(truth['gt_boxes'], np.maximum(truth['gt_classes'], 0).astype(np.int32),
-                      np.zeros(truth['gt_classes'].shape, bool), truth['gt_weights'] > 0)
+  labels, valid = golden_truth['gt_classes'], golden_truth['gt_weights'] > 0
+  ground_truth = GroundTruth(golden_truth['gt_boxes'], np.maximum(labels, 0).astype(np.int32),
+                             np.zeros(labels.shape, bool), valid)
   outputs, _ = jax.jit(detector.forward_train)(variables, golden['images_uint8'])
   after, metrics = jax.jit(lambda *a: train_step(detector, optimizer, *a))(
-      state, golden['images_uint8'], boxes)
+      state, golden['images_uint8'], ground_truth)
   # The momentum was zero before the step, so it is the gradient afterwards.
   is_trace = lambda s: isinstance(s, optax.TraceState)
   (momentum,) = filter(is_trace, jax.tree.leaves(after.opt_state, is_leaf=is_trace))
@@ -165,14 +166,14 @@ def step(shared):
 
 @pytest.fixture(scope='module')
 def rounded_step(shared):
-  """As `step`, with the reference's rounding in batch norm."""
+  """Takes the same step with the reference's rounding in batch norm."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(layers, '_moments', summed_like_the_reference)
     return take_step(shared)
 
 
 def by_reference_name(tree, collection):
-  """{the reference's name: array in its layout}."""
+  """Returns {the reference's name: array in its layout}."""
   named = {}
   for path, leaf in flatten_dict(tree).items():
     leaf = np.asarray(leaf)
@@ -187,12 +188,12 @@ def golden_of(golden, prefix):
 
 
 def norm_errors(ours, norms):
-  """Relative errors of Euclidean norms."""
+  """Returns relative errors of Euclidean norms."""
   return np.array([abs(np.linalg.norm(ours[name]) / norm - 1) for name, norm in norms.items()])
 
 
 def largest_error(ours, theirs):
-  """Of all arrays, the largest |difference| / |theirs| in Euclidean norms."""
+  """Returns the largest |difference| / |theirs| of all arrays, in Euclidean norms."""
   return max(np.linalg.norm(ours[name] - value) / np.linalg.norm(value)
              for name, value in theirs.items())
 
@@ -212,13 +213,13 @@ def test_step_losses(step, rounded_step):
 def test_step_gradients(step, rounded_step):
   norms = golden_of(step.golden, 'norm/grad/')
   assert norms.keys() <= step.gradient.keys() and len(norms) == 90
-  # The reference has no gradient at all for the scales and biases of the unused blocks.
+  # The reference has no gradient for the scales and biases of the unused blocks.
   for name in step.gradient.keys() - norms.keys():
     assert not step.gradient[name].any(), name
   errors = norm_errors(rounded_step.gradient, norms)
   assert errors.max() < 6e-3 and np.mean(errors < 1e-3) > 0.7
   assert largest_error(rounded_step.gradient, golden_of(step.golden, 'grad/')) < 0.03
-  # Without its rounding: what the reference's own error makes of the earliest layers.
+  # Without its rounding, the reference's own error dominates in the earliest layers.
   errors = norm_errors(step.gradient, norms)
   assert errors.max() < 0.1 and np.median(errors) < 3e-3
 

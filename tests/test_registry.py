@@ -18,7 +18,7 @@ def area(width, height=2):
   return width * height
 
 
-def test_known_names_and_dotted_paths_lead_to_the_same():
+def test_known_names_and_dotted_paths_resolve_to_the_same():
   assert registry.resolve('thing', 'counter', KNOWN) is registry.resolve(
       'thing', 'collections:Counter', KNOWN)
 
@@ -27,12 +27,12 @@ def test_known_names_and_dotted_paths_lead_to_the_same():
     ('countr', "did you mean 'counter'"), ('', 'legal'), (None, 'legal'),
     ('collections:Countr', 'cannot be loaded'), ('no_such_module:X', 'cannot be loaded'),
     ('lost', 'cannot be loaded')])
-def test_a_name_that_leads_nowhere(name, hint):
+def test_a_name_that_cannot_be_resolved(name, hint):
   with pytest.raises(InputError, match=hint):
     registry.resolve('thing', name, KNOWN)
 
 
-def test_build_passes_options_and_what_the_system_gives():
+def test_build_passes_options_and_arguments_of_the_system():
   block = {'name': f'{__name__}:area', 'height': 5}
   assert registry.build('thing', block, {}, width=3) == 15
   assert block == {'name': f'{__name__}:area', 'height': 5}
@@ -41,7 +41,8 @@ def test_build_passes_options_and_what_the_system_gives():
 def test_an_unknown_option_is_named_with_the_nearest():
   with pytest.raises(InputError, match="no option 'heigth'; did you mean 'height'"):
     registry.build('thing', {'name': f'{__name__}:area', 'heigth': 5}, {}, width=3)
-  with pytest.raises(InputError, match="no option 'width'"):  # The system's, not the user's.
+  # The system supplies this one.
+  with pytest.raises(InputError, match="no option 'width'"):
     registry.build('thing', {'name': f'{__name__}:area', 'width': 5}, {}, width=3)
 
 
@@ -49,14 +50,15 @@ def test_did_you_mean_without_anything_near_lists_all():
   assert did_you_mean('zzz', ['b', 'a']) == "legal: 'a', 'b'"
 
 
-def test_a_barred_name_is_not_imported(tmp_path, monkeypatch):
+def test_a_blocked_name_is_not_imported(tmp_path, monkeypatch):
   (tmp_path / 'planted.py').write_text('raise RuntimeError("imported")')
   monkeypatch.syspath_prepend(tmp_path)
-  config = registry.bar({'name': 'counter', 'inner': [{'name': 'planted:X', 'depth': 3}]}, (), 'W')
+  config = registry.block_imports(
+      {'name': 'counter', 'inner': [{'name': 'planted:X', 'depth': 3}]}, (), 'W')
   assert config == {'name': 'counter', 'inner': ({'name': 'planted:X', 'depth': 3},)}
   with pytest.raises(InputError, match=r"thing 'planted:X' in W is code.*--allow=planted, in Py"):
     registry.build('thing', config['inner'][0], KNOWN)
-  # Neither copies nor what is made of the config let it through.
+  # Copies and conversions of the config are blocked too.
   block = ConfigDict(config).copy_and_resolve_references().inner[0]
   for copied in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block)), plain(block)):
     with pytest.raises(InputError, match='planted'):
@@ -68,9 +70,9 @@ def test_a_barred_name_is_not_imported(tmp_path, monkeypatch):
     (('my_pkg',), True), (('other', 'my_pkg.nets'), True), (('my_pkg.nets:Net',), True),
     (('my_pkg.net',), False), (('my',), False), (('my_pkg.nets:Other',), False), (('',), False),
     ((), False)])
-def test_what_allows_a_component(allow, allowed):
-  barred = registry.bar({'name': 'my_pkg.nets:Net'}, allow, 'W')['name']
-  assert isinstance(barred, registry.Barred) is not allowed
+def test_allowed_components(allow, allowed):
+  name = registry.block_imports({'name': 'my_pkg.nets:Net'}, allow, 'W')['name']
+  assert isinstance(name, registry.BlockedName) is not allowed
 
 
 def options(a, b: int = 3, *, c: 'float | None' = None, d=(1, 2), **others):

@@ -14,7 +14,7 @@ from ppn_jax import storage
 from ppn_jax.cli.main import main
 from ppn_jax.data.cache import cache_source
 from ppn_jax.data.source import build_source
-from ppn_jax.errors import InputError, StoreError, is_outage, verdict
+from ppn_jax.errors import InputError, StoreError, exit_status, is_outage
 from ppn_jax.image_detector import load
 from ppn_jax.run import open_run
 from ppn_jax.weights.labels import read_label_map
@@ -153,7 +153,7 @@ def test_a_store_in_trouble_is_asked_again(tmp_path, monkeypatch, number):
   with pytest.raises(StoreError, match=r'config\.json cannot be read now') as error:
     storage.read_text(path)
   assert len(tried) == 4 and os.strerror(number) in str(error.value)
-  assert verdict(error.value).code == 1
+  assert exit_status(error.value).code == 1
 
 
 @pytest.mark.parametrize('number, kind', [
@@ -178,7 +178,7 @@ def test_outages_are_told_from_content():
 
 
 def test_an_error_of_the_disk_is_one_line():
-  code, line = verdict(OSError(errno.EIO, 'Input/output error', '/data/a.json'))
+  code, line = exit_status(OSError(errno.EIO, 'Input/output error', '/data/a.json'))
   assert (code, line) == (1, 'ppn: failed: /data/a.json: Input/output error')
 
 

@@ -1,10 +1,10 @@
-"""A run small enough for tests: seconds to compile, a fraction of one a step."""
+"""Run small enough for tests: it compiles in seconds, and a step takes a fraction of one."""
 
 from ppn_jax.config import base_config
 
 
 def tiny_config(**train):
-  """A 64 px PPN of a few thousand parameters on the synthetic shapes."""
+  """Returns the config of a 64 px PPN with a few thousand parameters, on synthetic shapes."""
   config = base_config()
   config.model.image_size = 64
   config.model.backbone = dict(name='mobilenet_v1', depth_multiplier=0.25, last_block=5)
@@ -30,7 +30,7 @@ def get_config():
 
 
 def untrained_run(workdir, steps=(6,), *, ema_decay=0.0, categories=None):
-  """A workdir with saved steps of random weights, another for each and for its average."""
+  """Creates a run with saved steps of random weights, different for each step and its average."""
   from ppn_jax.detection.structures import Category
   from ppn_jax.distributed import sharding
   from ppn_jax.run import create_run

@@ -45,9 +45,10 @@ def write(folder: pathlib.Path, num_classes: int, num_images: int, max_boxes: in
                              max_boxes=max_boxes, batch_size=len(source), seed=0))
   detector = build_detector(config)
   # Random labels, because the shapes have few classes; the cost does not depend on the class.
-  labels = np.random.default_rng(0).integers(0, num_classes, batch.truth.labels.shape)
-  material = {'images': batch.images, 'boxes': batch.truth.boxes, 'valid': batch.truth.valid,
-              'labels': np.where(batch.truth.valid, labels, 0).astype(np.int32)}
+  labels = np.random.default_rng(0).integers(0, num_classes, batch.ground_truth.labels.shape)
+  material = {'images': batch.images, 'boxes': batch.ground_truth.boxes,
+              'valid': batch.ground_truth.valid,
+              'labels': np.where(batch.ground_truth.valid, labels, 0).astype(np.int32)}
   np.savez(folder / 'material.npz', anchors=detector.anchors.boxes,
            **{name: array[:num_images] for name, array in material.items()})
   # Different images from those of the step, so that the step changes the averages.

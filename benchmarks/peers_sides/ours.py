@@ -12,13 +12,14 @@ from material import LEARNING_RATE, paper_config
 from worker import Task, serve
 
 from ppn_jax.detection.structures import GroundTruth
+from ppn_jax.detector import jit_detect
 from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.run import build_detector
 from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.training.optimizer import build_optimizer
 from ppn_jax.training.state import first_state
-from ppn_jax.training.train_step import jit_detect, jit_train_step
+from ppn_jax.training.train_step import jit_train_step
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import hardware

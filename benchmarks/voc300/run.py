@@ -44,7 +44,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from voc300 import recipes
 from voc300.pieces import Folder, Piece, RunKey, work
 
-from ppn_jax.errors import InputError, did_you_mean, verdict
+from ppn_jax.errors import InputError, did_you_mean, exit_status
 
 INCOMPLETE = 75  # As `ppn train` when it is stopped: the same command continues.
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     return _run(_parser().parse_args(argv))
   except (Exception, KeyboardInterrupt) as e:
-    code, line = verdict(e)
+    code, line = exit_status(e)
     if line is None:
       raise
     print(line.replace('ppn: ', 'voc300: ', 1), file=sys.stderr)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ppn_jax.distributed import failures, interrupts
-from ppn_jax.errors import InputError, did_you_mean, verdict
+from ppn_jax.errors import InputError, did_you_mean, exit_status
 from ppn_jax.storage import expand_home
 
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (whether it takes --config.key=value),
@@ -122,7 +122,7 @@ def _main(argv: list[str], *, as_program: bool) -> int:
     if isinstance(e, BrokenPipeError):  # `ppn ... | head`
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
       return 0
-    code, line = verdict(e)
+    code, line = exit_status(e)
     if line is None:
       raise
     print(line, file=sys.stderr)

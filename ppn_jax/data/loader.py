@@ -240,10 +240,10 @@ def _empty(rows: int, image_size: int, max_boxes: int) -> Batch:
   """Makes an empty batch, in new arrays since JAX on a CPU may keep using those it is given."""
   return Batch(
       images=np.zeros((rows, image_size, image_size, 3), np.uint8),
-      truth=GroundTruth(boxes=np.zeros((rows, max_boxes, 4), np.float32),
-                        labels=np.zeros((rows, max_boxes), np.int32),
-                        crowd=np.zeros((rows, max_boxes), bool),
-                        valid=np.zeros((rows, max_boxes), bool)),
+      ground_truth=GroundTruth(boxes=np.zeros((rows, max_boxes, 4), np.float32),
+                               labels=np.zeros((rows, max_boxes), np.int32),
+                               crowd=np.zeros((rows, max_boxes), bool),
+                               valid=np.zeros((rows, max_boxes), bool)),
       image_id=np.zeros(rows, np.int64), size=np.zeros((rows, 2), np.int32),
       valid=np.zeros(rows, bool))
 
@@ -254,7 +254,7 @@ def _fill(batch: Batch, row: int, example: Example, max_boxes: int) -> None:
     raise InputError(f'image {example.image_id} has {n} boxes, but max_boxes is {max_boxes}; '
                      'raise it, or set it to 0 for as many as the data needs')
   batch.images[row] = example.image
-  for column, values in zip(batch.truth, (example.boxes, example.labels, example.crowd, True),
-                            strict=True):
-    column[row, :n] = values
+  for array, values in zip(
+      batch.ground_truth, (example.boxes, example.labels, example.crowd, True), strict=True):
+    array[row, :n] = values
   batch.image_id[row], batch.size[row], batch.valid[row] = example.image_id, example.size, True

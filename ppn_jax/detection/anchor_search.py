@@ -1,4 +1,4 @@
-"""Looks for anchors that fit given boxes better, by small changes of the config."""
+"""Search for anchors that match given boxes better, by a few changes of the config."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,106 +14,103 @@ Grids = Sequence[tuple[int, int]]
 
 _SCALES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7,
            0.8, 0.95)
-_LARGEST_MIN = 0.3  # Larger ones are tried as max_scale only.
+_LARGEST_MIN_SCALE = 0.3  # Larger scales are tried as max_scale only.
 _RATIOS = (1.5, 3.0, 4.0, 5.0, 6.0, 8.0)
-_MOST_CHANGES = 3
-# A further change must fit so many boxes more, in points and as a share of those left, to be named.
-_LEAST_POINTS, _LEAST_SHARE = 0.02, 0.2
-# Boxes that candidates are tried on: their shares are then told apart to about two points.
-_SAMPLE = 600
-_AT_ONCE = 2**22  # Overlaps that are computed at a time.
+_MAX_CHANGES = 3
+# A change must match this share more of all boxes, and of those that no anchor matches yet.
+_MIN_GAIN, _MIN_RELATIVE_GAIN = 0.02, 0.2
+# Boxes that candidates are tried on: enough to tell shares apart to about two percent.
+_SAMPLE_SIZE = 600
+_MAX_PAIRS = 2**22  # Overlaps that are computed at a time.
 
 
 class Change(NamedTuple):
-  """One entry of the config to change, after those before it in a list.
+  """Change of one config entry, on top of those before it in a list.
 
   Fields:
-    key: of the config, such as 'model.anchors.min_scale'.
-    value: what to set it to.
-    fits: bool [N], which of the boxes overlap an anchor by enough then.
-    work: how many times the arithmetic of the network as it is, roughly.
+    key: a key of the config, such as 'model.anchors.min_scale'.
+    value: its new value.
+    matched: bool [N], which of the boxes then overlap an anchor by `matched_iou`.
+    cost: arithmetic of the network relative to the present one, roughly.
   """
   key: str
   value: Any
-  fits: Array
-  work: float
+  matched: Array
+  cost: float
 
 
 def best_iou(boxes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
-  """IoU of each box with the anchor that fits best: [N, 4], [A, 4] -> [N]."""
-  step = max(_AT_ONCE // len(anchors), 1)
+  """Computes the IoU of each box with its best anchor: [N, 4], [A, 4] -> [N]."""
+  step = max(_MAX_PAIRS // len(anchors), 1)
   return np.concatenate([np.zeros(0, np.float32), *(
-      box_ops.iou(boxes[at:at + step], anchors).max(axis=1)
-      for at in range(0, len(boxes), step))])
+      box_ops.iou(boxes[start:start + step], anchors).max(axis=1)
+      for start in range(0, len(boxes), step))])
 
 
 def search(boxes: np.ndarray, labels: np.ndarray, options: Mapping[str, Any],
            grids: Mapping[int, Grids], image_size: int, matched_iou: float, *,
            shared_head: bool = True) -> list[Change]:
-  """Finds a few changes, the most useful first, that let more boxes overlap an anchor.
+  """Finds a few changes, the most useful first, with which more boxes overlap an anchor.
 
-  Half of what counts is the share of all boxes, half the mean of the classes' shares, so that a
-  rare class of small objects is not lost among large ones. Larger images must fit more boxes than
-  other anchors do, as the root of the work that they cost.
+  The objective is half the share of all boxes and half the mean of the classes' shares, so that a
+  rare class of small objects is not lost among large ones. The unmatched share is weighted by the
+  square root of the cost, so larger images must match more boxes than other anchors do.
 
   Args:
     boxes: [N, 4], 0 to 1 of the image.
     labels: [N].
-    options: of `ssd_anchors`, as they are.
-    grids: the pyramid's for each side of the input in pixels that may be proposed.
-    image_size: the present side, one of `grids`.
-    matched_iou: the least overlap that counts as fitting.
-    shared_head: whether all levels need as many anchors.
+    options: present arguments of `ssd_anchors`.
+    grids: for each image size in pixels that may be proposed, the grid sizes of its pyramid.
+    image_size: present side of the input, a key of `grids`.
+    matched_iou: least IoU that counts as a match.
+    shared_head: whether all levels need the same number of anchors per cell.
 
   Returns:
-    At most three changes; each stands for itself and those before it, and a key that comes again
-    replaces its value.
+    At most three changes, each to be made on top of those before it. A key may occur twice; the
+    later value replaces the earlier.
   """
   weights = _weights(labels)
-  sample = np.unique(np.linspace(0, len(boxes) - 1, min(_SAMPLE, len(boxes))).astype(int))
-  # Small classes are looked at whole.
-  sample = np.union1d(sample, _of_small_classes(labels))
+  sample = np.unique(np.linspace(0, len(boxes) - 1, min(_SAMPLE_SIZE, len(boxes))).astype(int))
+  # A sample would have few boxes of small classes, so all of theirs are added.
+  sample = np.union1d(sample, _indices_of_small_classes(labels))
 
-  def fits(state: Mapping[str, Any], chosen: np.ndarray) -> np.ndarray:
+  def matched(state: Mapping[str, Any], chosen: np.ndarray) -> np.ndarray:
     anchors = ssd_anchors(grids[state['image_size']],
                           **{k: v for k, v in state.items() if k != 'image_size'})
     return best_iou(boxes[chosen], anchors.boxes) >= matched_iou
 
-  def unfit(state: Mapping[str, Any]) -> float:
-    share = weights[sample]
-    return float(share[~fits(state, sample)].sum() / share.sum())
+  def unmatched_share(state: Mapping[str, Any]) -> float:
+    weight = weights[sample]
+    return float(weight[~matched(state, sample)].sum() / weight.sum())
 
-  state = {**_defaults(options), 'image_size': image_size}
-  present, found = unfit(state), []
-  work = lambda state: (state['image_size'] / image_size) ** 2
-  while len(found) < _MOST_CHANGES:
+  state = {**ssd_anchors.__kwdefaults__, **options, 'image_size': image_size}
+  present, changes = unmatched_share(state), []
+  cost = lambda state: (state['image_size'] / image_size) ** 2
+  while len(changes) < _MAX_CHANGES:
     tried = []
     for key, value in _candidates(state, grids, boxes, shared_head):
       after = {**state, key: value}
-      left = unfit(after)
-      if present - left >= max(_LEAST_POINTS, _LEAST_SHARE * present):
-        tried.append((left * work(after) ** 0.5, left, len(tried), key, value))
+      left = unmatched_share(after)
+      if present - left >= max(_MIN_GAIN, _MIN_RELATIVE_GAIN * present):
+        # The number settles ties, so that values are never compared.
+        tried.append((left * cost(after) ** 0.5, left, len(tried), key, value))
     if not tried:
       break
     _, left, _, key, value = min(tried)
     state, present = {**state, key: value}, left
-    found.append(Change(f'model.{key}' if key == 'image_size' else f'model.anchors.{key}', value,
-                        fits(state, np.arange(len(boxes))), work(state)))
-  return found
-
-
-def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-  """All options of `ssd_anchors`, those that a config leaves out too."""
-  return {**ssd_anchors.__kwdefaults__, **options}
+    path = f'model.{key}' if key == 'image_size' else f'model.anchors.{key}'
+    changes.append(Change(path, value, matched(state, np.arange(len(boxes))), cost(state)))
+  return changes
 
 
 def _candidates(state: Mapping[str, Any], grids: Mapping[int, Grids], boxes: np.ndarray,
                 shared_head: bool) -> Iterator[tuple[str, Any]]:
-  """Every (key, value) that might replace the present one, nearest first."""
+  """Yields every (key, value) that might replace a present one, nearest values first."""
   low, high = state['min_scale'], state['max_scale']
-  near = lambda to: sorted(_SCALES, key=lambda scale: abs(np.log(scale / to)))
-  yield from (('min_scale', s) for s in near(low) if s != low and s <= min(high, _LARGEST_MIN))
-  yield from (('max_scale', s) for s in near(high) if s != high and s > low)
+  nearest = lambda to: sorted(_SCALES, key=lambda scale: abs(np.log(scale / to)))
+  largest = min(high, _LARGEST_MIN_SCALE)
+  yield from (('min_scale', s) for s in nearest(low) if s != low and s <= largest)
+  yield from (('max_scale', s) for s in nearest(high) if s != high and s > low)
   yield from (('aspect_ratios', ratios) for ratios in _ratios(state['aspect_ratios'], boxes))
   if state['reduce_lowest_level'] or not shared_head:
     yield 'reduce_lowest_level', not state['reduce_lowest_level']
@@ -121,24 +118,24 @@ def _candidates(state: Mapping[str, Any], grids: Mapping[int, Grids], boxes: np.
 
 
 def _ratios(present: Sequence[float], boxes: np.ndarray) -> Iterator[tuple[float, ...]]:
-  """Present ratios with further ones: those of boxes that there are, wide, high or both."""
+  """Yields the present ratios with one or two others that boxes have: wide, high or both."""
   size = np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-6)
-  least, most = np.percentile(size[:, 1] / size[:, 0], (2, 98))
+  low, high = np.percentile(size[:, 1] / size[:, 0], (2, 98))
   new = [r for r in _RATIOS if not any(abs(np.log(r / p)) < 0.1 for p in present)]
   for count in (1, 2):
     for wide in itertools.combinations(new, count):
-      further = [r for ratio in wide for r in (ratio, round(1 / ratio, 4)) if least <= r <= most]
-      if further:
-        yield (*present, *further)
+      added = [r for ratio in wide for r in (ratio, round(1 / ratio, 4)) if low <= r <= high]
+      if added:
+        yield (*present, *added)
 
 
 def _weights(labels: np.ndarray) -> np.ndarray:
-  """[N], of each box: half of all weight is spread over boxes, half over classes."""
+  """Returns each box's weight [N]: half of all weight goes to boxes equally, half to classes."""
   _, index, count = np.unique(labels, return_inverse=True, return_counts=True)
   return 0.5 / len(labels) + 0.5 / (len(count) * count[index])
 
 
-def _of_small_classes(labels: np.ndarray) -> np.ndarray:
-  """Which boxes are of classes that a sample would have few of, at most as many as it has."""
+def _indices_of_small_classes(labels: np.ndarray) -> np.ndarray:
+  """Returns indices of boxes of classes that have at most 50, no more than `_SAMPLE_SIZE`."""
   _, index, count = np.unique(labels, return_inverse=True, return_counts=True)
-  return np.flatnonzero(count[index] <= 50)[:_SAMPLE]
+  return np.flatnonzero(count[index] <= 50)[:_SAMPLE_SIZE]

@@ -13,26 +13,27 @@ def ssd_anchors(grid_sizes: Sequence[tuple[int, int]], *, min_scale: float = 0.1
                 max_scale: float = 0.95,
                 aspect_ratios: Sequence[float] = (1.0, 2.0, 0.5, 3.0, 0.3333),
                 reduce_lowest_level: bool = False) -> Anchors:
-  """Lays default boxes over every cell of every pyramid level.
+  """Places default boxes on every cell of every pyramid level.
 
   Level i of L has scale s_i = min + (max - min) i / (L - 1), and s_L = 1. A cell carries one
   box of scale s_i for each aspect ratio (width over height) and a square one of scale
-  sqrt(s_i s_{i+1}). A box of scale s and ratio r is s sqrt(r) wide and s / sqrt(r) high. Centres
-  are the centres of the cells of the actual grid, whatever the nominal stride.
+  sqrt(s_i s_{i+1}). A box of scale s and ratio r is s sqrt(r) wide and s / sqrt(r) high. Boxes are
+  centred on the cells of the actual grid, whatever the nominal stride.
 
   Args:
     grid_sizes: (rows, columns) of each level, finest first.
     min_scale, max_scale: side of the square box of the first and last level, 0 to 1 of the image.
     aspect_ratios: width over height, in the order in which the box head emits them.
-    reduce_lowest_level: vanilla SSD's habit of giving the finest level three boxes only: scale
-      0.1 square, and ratios 2 and 1/2 of scale s_0.
+    reduce_lowest_level: whether the finest level has three boxes only, as in vanilla SSD: a square
+      one of scale 0.1, and ratios 2 and 1/2 of scale s_0.
 
   Returns:
-    Anchors ordered level, row, column, shape; not clipped to the image. float32 arithmetic in
-    the reference's order, so equal to it in every bit.
+    Anchors in order of level, row, column and shape; not clipped to the image. The float32
+    arithmetic follows the reference's order, so they equal its anchors in every bit.
 
   Raises:
-    InputError: scales not in 0 < min < max <= 1, a ratio that is not positive, or no level.
+    InputError: If not 0 < min_scale <= max_scale <= 1, a ratio is not positive, or there is no
+      level.
   """
   shapes = _shapes_by_level(len(grid_sizes), min_scale, max_scale, aspect_ratios,
                             reduce_lowest_level)
@@ -43,16 +44,16 @@ def ssd_anchors(grid_sizes: Sequence[tuple[int, int]], *, min_scale: float = 0.1
 
 
 def anchors_per_cell(anchors: Anchors, grid_sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-  """How many of the anchors lie on a cell of each level, finest first."""
+  """Counts the anchors of a cell of each level, finest first."""
   count = np.bincount(anchors.level, minlength=len(grid_sizes))
   return tuple(int(n) // (rows * columns)
                for n, (rows, columns) in zip(count, grid_sizes, strict=True))
 
 
 def _shapes_by_level(num_levels, min_scale, max_scale, aspect_ratios, reduce_lowest_level):
-  """(scales, ratios) of the boxes on one cell of each level, as float32 arrays."""
+  """Returns (scales, ratios) of the boxes on one cell of each level, as float32 arrays."""
   if num_levels < 1:
-    raise InputError('anchors need at least one pyramid level, got none')
+    raise InputError('anchors need at least one pyramid level, but there is none')
   if not 0 < min_scale <= max_scale <= 1:
     raise InputError(f'anchors: min_scale={min_scale} and max_scale={max_scale} must satisfy '
                      '0 < min_scale <= max_scale <= 1')
@@ -68,12 +69,12 @@ def _shapes_by_level(num_levels, min_scale, max_scale, aspect_ratios, reduce_low
       level = ([0.1, scale, scale], [1.0, 2.0, 0.5])
     else:
       level = ([scale] * len(ratios) + [np.sqrt(scale * coarser)], [*ratios, 1.0])
-    shapes.append(tuple(np.asarray(column, np.float32) for column in level))
+    shapes.append(tuple(np.asarray(values, np.float32) for values in level))
   return shapes
 
 
 def _tile(grid: tuple[int, int], scales: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-  """[rows * columns * shapes, 4] float32 boxes over one grid."""
+  """Returns the boxes of one grid, float32 [rows * columns * shapes, 4]."""
   root = np.sqrt(ratios)
   height, width = scales / root, scales * root
   centers = []

@@ -1,22 +1,22 @@
-"""Box arithmetic. One code for NumPy and JAX arrays: each function computes in the namespace
-of what it is given, so the input pipeline and the compiled step share every formula.
+"""Box arithmetic for NumPy and JAX arrays.
 
-Boxes are `[..., 4]` float32, `[ymin, xmin, ymax, xmax]`, 0 to 1 of the image unless said
-otherwise.
+Each function computes in the array namespace of its arguments, so the input pipeline and the
+compiled step share every formula. Boxes are `[..., 4]` float32, `[ymin, xmin, ymax, xmax]`, 0 to 1
+of the image unless stated otherwise.
 """
 
 import numpy as np
 
 from ppn_jax.detection.structures import Array
 
-# SSD's variances as the TF Object Detection API states them: (y, x, height, width).
+# SSD's variances, inverted, as the TF Object Detection API has them: (y, x, height, width).
 CODE_SCALES = (10.0, 10.0, 5.0, 5.0)
 # Added to sides before dividing and taking logarithms, in `encode` only, as the reference does.
 CODE_EPSILON = 1e-8
 
 
 def _namespace(*arrays: Array):
-  """The array namespace to compute in: JAX's as soon as one array is JAX's."""
+  """Returns JAX's array namespace if any of the arrays is JAX's, otherwise NumPy."""
   for a in arrays:
     if not isinstance(a, (np.ndarray, np.generic)) and hasattr(a, '__array_namespace__'):
       return a.__array_namespace__()
@@ -24,7 +24,7 @@ def _namespace(*arrays: Array):
 
 
 def area(boxes: Array) -> Array:
-  """[..., 4] -> [...]; zero for boxes turned inside out."""
+  """Computes areas, [..., 4] -> [...]; zero for inverted boxes."""
   xp = _namespace(boxes)
   height = xp.maximum(boxes[..., 2] - boxes[..., 0], 0)
   width = xp.maximum(boxes[..., 3] - boxes[..., 1], 0)
@@ -32,7 +32,7 @@ def area(boxes: Array) -> Array:
 
 
 def intersection(a: Array, b: Array) -> Array:
-  """Area of overlap, pairwise: [..., N, 4], [..., M, 4] -> [..., N, M]."""
+  """Computes pairwise areas of overlap: [..., N, 4], [..., M, 4] -> [..., N, M]."""
   xp = _namespace(a, b)
   a, b = a[..., :, None, :], b[..., None, :, :]
   # Coordinate by coordinate: a [N, M, 2] intermediate pads its last axis to 128 lanes on a TPU.
@@ -42,9 +42,9 @@ def intersection(a: Array, b: Array) -> Array:
 
 
 def iou(a: Array, b: Array) -> Array:
-  """Intersection over union, pairwise: [..., N, 4], [..., M, 4] -> [..., N, M], 0 to 1.
+  """Computes pairwise intersection over union: [..., N, 4], [..., M, 4] -> [..., N, M], 0 to 1.
 
-  Zero where the intersection is zero, so boxes without area overlap nothing.
+  It is zero where the intersection is zero, so boxes without area overlap nothing.
   """
   xp = _namespace(a, b)
   overlap = intersection(a, b)
@@ -53,7 +53,10 @@ def iou(a: Array, b: Array) -> Array:
 
 
 def coverage(a: Array, b: Array) -> Array:
-  """Share of each box of `a` that lies in each box of `b`, pairwise -> [..., N, M], 0 to 1."""
+  """Computes the share of each box of `a` that lies in each box of `b`.
+
+  Pairwise: [..., N, 4], [..., M, 4] -> [..., N, M], 0 to 1.
+  """
   xp = _namespace(a, b)
   overlap = intersection(a, b)
   own = area(a)[..., :, None]
@@ -61,35 +64,35 @@ def coverage(a: Array, b: Array) -> Array:
 
 
 def clip(boxes: Array) -> Array:
-  """Cuts boxes at the image's border, to [0, 1]."""
+  """Clips boxes to the image, [0, 1]."""
   return _namespace(boxes).clip(boxes, 0, 1)
 
 
-def common(a: Array, b: Array) -> Array:
-  """Returns the box that two boxes have in common, one of no area if that is nothing."""
+def intersect(a: Array, b: Array) -> Array:
+  """Returns the intersection of two boxes as a box, one without area if they are disjoint."""
   xp = _namespace(a, b)
   corner = xp.maximum(a[..., :2], b[..., :2])
   return xp.concatenate([corner, xp.maximum(xp.minimum(a[..., 2:], b[..., 2:]), corner)], axis=-1)
 
 
 def flip_horizontal(boxes: Array) -> Array:
-  """The boxes of the image mirrored left to right."""
+  """Returns the boxes of the image mirrored left to right."""
   xp = _namespace(boxes)
   return xp.stack([boxes[..., 0], 1 - boxes[..., 3], boxes[..., 2], 1 - boxes[..., 1]], axis=-1)
 
 
 def encode(boxes: Array, anchors: Array) -> Array:
-  """Boxes as offsets from anchors, the regression target (SSD, equation 2).
+  """Encodes boxes as offsets from anchors, the regression target (SSD, equation 2).
 
-  (10 (yc - yc_a) / h_a, 10 (xc - xc_a) / w_a, 5 ln(h / h_a), 5 ln(w / w_a)). The inverse of
-  `decode` up to `CODE_EPSILON`, which keeps boxes without area finite.
+  A code is (10 (yc - yc_a) / h_a, 10 (xc - xc_a) / w_a, 5 ln(h / h_a), 5 ln(w / w_a)). This is the
+  inverse of `decode` up to `CODE_EPSILON`, which keeps codes of boxes without area finite.
 
   Args:
     boxes: [..., 4].
-    anchors: [..., 4], broadcast against `boxes`, with area.
+    anchors: [..., 4], broadcast against `boxes`, with positive area.
 
   Returns:
-    [..., 4] (ty, tx, th, tw).
+    Codes [..., 4], (ty, tx, th, tw).
   """
   xp = _namespace(boxes, anchors)
   yc, xc, h, w = _center_and_size(boxes)
@@ -100,7 +103,7 @@ def encode(boxes: Array, anchors: Array) -> Array:
 
 
 def decode(codes: Array, anchors: Array) -> Array:
-  """The boxes that `encode` would turn into `codes`; neither clipped nor clamped.
+  """Decodes box codes, the inverse of `encode`; boxes are neither clipped nor clamped.
 
   Args:
     codes: [..., 4] (ty, tx, th, tw).
@@ -114,17 +117,18 @@ def decode(codes: Array, anchors: Array) -> Array:
 
 
 def _rounded_product(height: Array, width: Array) -> Array:
-  """height * width of sides that are not negative, rounded before anything is added to it.
+  """Multiplies non-negative sides so that the product is rounded before it is added to anything.
 
   XLA's CPU compiler contracts a product and a sum into one instruction (and sees through an
-  optimization barrier); overlaps that are equal by the definition then differ in the last bit,
-  and force-match claims another anchor than the reference. A selection in between prevents it.
+  optimization barrier); overlaps that are equal by definition then differ in the last bit, and
+  `force_match` picks another anchor than the reference. A select in between prevents it.
   """
   product = height * width
   return _namespace(product).where(product > 0, product, 0)
 
 
 def _center_and_size(boxes: Array) -> tuple[Array, Array, Array, Array]:
+  """Returns (yc, xc, height, width) of boxes [..., 4], each [...]."""
   ymin, xmin, ymax, xmax = (boxes[..., i] for i in range(4))
   height, width = ymax - ymin, xmax - xmin
   return ymin + height / 2, xmin + width / 2, height, width

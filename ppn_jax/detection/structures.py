@@ -1,14 +1,15 @@
-"""The arrays that cross module borders, each with its shape and meaning.
+"""Arrays that cross module borders, each with its shape and meaning.
 
 Dimension letters, the same everywhere:
 
-  B images of a batch      G padded truth boxes of an image    L pyramid levels
-  A anchors of an image    C classes, background not counted   K detections of an image
-  S side of the network's input in pixels
+  B images of a batch               C classes, background not counted
+  G boxes of an image, padded       K detections of an image
+  A anchors of an image             S side of the network's input in pixels
+  L pyramid levels
 
-One box convention: `[ymin, xmin, ymax, xmax]`, float32, 0 to 1 of the image. Every padded
-axis has a `valid` array beside it; entries that are not valid hold zeros and mean nothing.
-Fields are NumPy arrays on the host and JAX arrays on the device.
+One box convention: `[ymin, xmin, ymax, xmax]`, float32, 0 to 1 of the image. Every padded axis has
+a `valid` array beside it; entries that are not valid are zero and must be ignored. Fields are NumPy
+arrays on the host and JAX arrays on the device.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,33 +21,33 @@ if TYPE_CHECKING:
 
   Array = np.ndarray | jax.Array
 else:
-  Array = Any  # Input workers import this module and must not pay for JAX.
+  Array = Any  # Input workers import this module and must stay free of JAX.
 
 
 class Category(NamedTuple):
-  """One class of a data set. Label k is the k-th category in order of `id`."""
-  id: int  # The data set's own id, with gaps and from any start; COCO rows carry it.
+  """Class of a data set. Label k is the k-th category in order of `id`."""
+  id: int  # The data set's own id, which may start anywhere and have gaps; COCO rows carry it.
   name: str
 
 
 class Example(NamedTuple):
-  """One image with its truth, on the host."""
-  image: Array  # u8 [H, W, 3], RGB; on its way through the loader a `LazyImage`.
-  boxes: Array  # f32 [N, 4], of the image as it is now; a transform changes both.
+  """Image with its ground truth, on the host."""
+  image: Array  # u8 [H, W, 3], RGB; a `LazyImage` inside the loader.
+  boxes: Array  # f32 [N, 4], relative to `image` as it is now; a transform changes both.
   labels: Array  # i32 [N], 0 .. C-1.
-  crowd: Array  # bool [N], a group of objects, or one too difficult to be asked for.
+  crowd: Array  # bool [N], a group of objects, or an object too difficult to require.
   image_id: int
-  size: tuple[int, int]  # (height, width) in pixels of the original image.
+  size: tuple[int, int]  # (height, width) of the original image in pixels.
 
 
-def without_truth(image: np.ndarray) -> Example:
-  """An Example of an image u8 [H, W, 3] of which nothing is known."""
+def unlabelled_example(image: np.ndarray) -> Example:
+  """Returns an Example of an image u8 [H, W, 3] without boxes."""
   return Example(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32), np.zeros(0, bool), 0,
                  image.shape[:2])
 
 
 class GroundTruth(NamedTuple):
-  """The truth of a batch, padded to G boxes an image."""
+  """Annotated boxes of a batch, padded to G per image."""
   boxes: Array  # f32 [B, G, 4].
   labels: Array  # i32 [B, G].
   crowd: Array  # bool [B, G].
@@ -54,28 +55,28 @@ class GroundTruth(NamedTuple):
 
 
 class Batch(NamedTuple):
-  """What one step consumes."""
+  """Input of one step."""
   images: Array  # u8 [B, S, S, 3].
-  truth: GroundTruth
+  ground_truth: GroundTruth
   image_id: Array  # i64 on the host, [B].
   size: Array  # i32 [B, 2], (height, width) of the original images in pixels.
   valid: Array  # bool [B]; False pads the last evaluation batch.
 
 
 class Anchors(NamedTuple):
-  """The default boxes of a detector: constants, NumPy."""
+  """Default boxes of a detector: constants, NumPy."""
   boxes: Array  # f32 [A, 4], not clipped to the image.
   level: Array  # i32 [A], the pyramid level that predicts this anchor, 0 the finest.
 
 
 class Outputs(NamedTuple):
-  """What the network says of every anchor."""
+  """Predictions of the network for every anchor."""
   box_codes: Array  # f32 [B, A, 4], (ty, tx, th, tw) of `boxes.encode`.
-  class_logits: Array  # f32 [B, A, C], or 1 + C with the background in front (`columns`).
+  class_logits: Array  # f32 [B, A, C], or [B, A, 1 + C] with background first (`ClassLogitsSpec`).
 
 
 class Targets(NamedTuple):
-  """What the network should have said."""
+  """Desired predictions for every anchor."""
   box_codes: Array  # f32 [B, A, 4], zero where not positive.
   labels: Array  # i32 [B, A], zero where not positive.
   positive: Array  # bool [B, A].
@@ -83,9 +84,9 @@ class Targets(NamedTuple):
 
 
 class Detections(NamedTuple):
-  """What is reported of each image, best score first."""
+  """Detected objects of each image, best score first."""
   boxes: Array  # f32 [B, K, 4], clipped to the image.
   scores: Array  # f32 [B, K], 0 to 1.
   labels: Array  # i32 [B, K].
-  level: Array  # i32 [B, K], the pyramid level whose anchor made the box.
+  level: Array  # i32 [B, K], the pyramid level whose anchor predicted the box.
   valid: Array  # bool [B, K].

@@ -1,8 +1,8 @@
-"""A training set in device memory, and batches drawn from it inside the step.
+"""Training set in device memory, from which the step draws its batches.
 
-The images are decoded and reduced once, and lie as uint8 on the devices of the mesh, each of which
-holds an equal part. What a step shows is a function of (seed, step), the same for any number of
-devices and processes; there is no input to wait for and no state of it to save.
+The images are decoded and resized once and stored as uint8 on the devices of the mesh, an equal
+part on each. The batch of a step is a function of (seed, step), the same for any number of devices
+and processes; there is no input to wait for, and no state of it to save.
 """
 
 import functools
@@ -23,17 +23,18 @@ from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.telemetry.host_memory import available_memory
 
-_ORDER_TAG, _AUGMENT_TAG = 0x0de5, 0xa064  # Keep the uses of one seed apart.
-_LANES, _SUBLANES = 128, 32  # Of a TPU's tile of bytes: rows of whole tiles waste and split none.
-_CHUNK = 64  # Images that are on their way to a device at a time.
-# What a training step holds for every pixel of its input. PPN takes 235 in bfloat16 by the TPU
-# compiler's account (1.35 GB for 64 images of 300 px), twice that in float32, SSD and FPN less.
+# Order and augmentation have separate random streams of one seed.
+_ORDER_TAG, _AUGMENT_TAG = 0x0de5, 0xa064
+_LANES, _SUBLANES = 128, 32  # A TPU's tile of bytes: rows of whole tiles waste and split none.
+_CHUNK = 64  # Images that are copied to a device at a time.
+# Estimated memory of a training step per pixel of its input. For PPN, the TPU compiler reports 235
+# in bfloat16 (1.35 GB for 64 images of 300 px); float32 needs twice that, SSD and FPN less.
 _STEP_BYTES_PER_PIXEL = 512
 
 
 class ResidentData(NamedTuple):
-  """N images and their truth, rows split over the mesh; rows from N on are never drawn."""
-  images: Array  # u8 [N', K, 128]: 3 x R x R, channels first, filled up with zeros.
+  """N images with ground truth, rows split over the mesh; rows from N on are padding."""
+  images: Array  # u8 [N', K, 128]: 3 x R x R, channels first, padded with zeros.
   size: Array  # i32 [N', 2], (height, width) of the originals in pixels.
   boxes: Array  # f32 [N', 4 G]
   labels: Array  # i32 [N', G]
@@ -41,16 +42,16 @@ class ResidentData(NamedTuple):
   valid: Array  # bool [N', G]
 
 
-class Plan(NamedTuple):
-  """All that decides what a step draws, apart from the data.
+class ResidentSpec(NamedTuple):
+  """Sizes of a resident data set, and all else that determines the batches drawn from it.
 
   Fields:
     num_images: N.
     batch_size: B, over all devices.
     max_boxes: G.
-    stored_size: R, side of the images that are held.
-    augmentation: what is made of them.
-    seed: of order and augmentation.
+    stored_size: R, side of the stored images in pixels.
+    augmentation: applied to each image that is drawn.
+    seed: seed of order and augmentation.
   """
   num_images: int
   batch_size: int
@@ -60,73 +61,79 @@ class Plan(NamedTuple):
   seed: int
 
 
-def check_plan(plan: Plan, mesh: Mesh, steps: int) -> None:
-  """Raises InputError unless memory holds the data beside a step, and positions their 32 bits.
+def check_memory(spec: ResidentSpec, mesh: Mesh, steps: int) -> None:
+  """Checks before loading that the data and a step fit into memory.
 
-  A rough account, before anything is loaded; the step's share is an estimate.
+  The memory of a step is a rough estimate.
+
+  Raises:
+    InputError: If they do not fit, or the run draws more images than 32 bits can count.
   """
-  if steps * plan.batch_size >= 2**32:
-    raise InputError(f'train.steps={steps} of train.batch_size={plan.batch_size} are more than '
+  if steps * spec.batch_size >= 2**32:
+    raise InputError(f'train.steps={steps} of train.batch_size={spec.batch_size} are more than '
                      '2**32 images, which data.resident.enabled=True cannot count')
-  data = bytes_of_data(plan, mesh)
-  step = (plan.batch_size // mesh.size * plan.augmentation.image_size**2 * _STEP_BYTES_PER_PIXEL
-          + 2 * plan.batch_size * 3 * plan.stored_size**2)
+  data = data_bytes(spec, mesh)
+  step = (spec.batch_size // mesh.size * spec.augmentation.image_size**2 * _STEP_BYTES_PER_PIXEL
+          + 2 * spec.batch_size * 3 * spec.stored_size**2)
   free = min(map(_free_memory, mesh.local_devices))
   if data + step > free:
     raise InputError(
-        f'data.resident: {plan.num_images:,} images of {plan.stored_size} px take '
+        f'data.resident: {spec.num_images:,} images of {spec.stored_size} px take '
         f'{_gigabytes(data)} on each of {mesh.size} device{"s" if mesh.size > 1 else ""} and a '
         f'step about {_gigabytes(step)}, but {_gigabytes(free)} are free; use more devices, a '
         'smaller data.resident.size, or data.resident.enabled=False')
 
 
-def bytes_of_data(plan: Plan, mesh: Mesh) -> int:
-  """What each device holds of the data."""
-  shapes = abstract_data(plan, mesh)
-  return sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in shapes) * _rows(plan, mesh)
+def data_bytes(spec: ResidentSpec, mesh: Mesh) -> int:
+  """Returns the bytes of data on each device."""
+  shapes = abstract_data(spec, mesh)
+  return sum(math.prod(a.shape[1:]) * a.dtype.itemsize for a in shapes) * _rows(spec, mesh)
 
 
-def abstract_data(plan: Plan, mesh: Mesh) -> ResidentData:
-  """Shapes, types and shardings of the data, to compile with."""
+def abstract_data(spec: ResidentSpec, mesh: Mesh) -> ResidentData:
+  """Returns shapes, types and shardings of the data, to compile with."""
   split = sharding.by_rows(mesh)
   tile = _LANES * _SUBLANES
-  lines = -(-3 * plan.stored_size**2 // tile) * _SUBLANES
+  lines = -(-3 * spec.stored_size**2 // tile) * _SUBLANES
 
   def array(*shape_and_type):
     *shape, dtype = shape_and_type
-    return jax.ShapeDtypeStruct((_rows(plan, mesh) * mesh.size, *shape), dtype, sharding=split)
+    return jax.ShapeDtypeStruct((_rows(spec, mesh) * mesh.size, *shape), dtype, sharding=split)
 
-  g = plan.max_boxes
+  g = spec.max_boxes
   return ResidentData(array(lines, _LANES, jnp.uint8), array(2, jnp.int32),
                       array(4 * g, jnp.float32), array(g, jnp.int32), array(g, jnp.bool_),
                       array(g, jnp.bool_))
 
 
-def load(source: Source, plan: Plan, mesh: Mesh, *, threads: int = 0,
+def load(source: Source, spec: ResidentSpec, mesh: Mesh, *, threads: int = 0,
          on_images: Callable[[int], None] = lambda count: None) -> ResidentData:
-  """Decodes the images and puts them on the devices.
+  """Decodes the images and copies them to the devices.
 
-  A process decodes what its own devices hold and keeps no more of it than a few chunks. Images are
-  reduced, or enlarged, to R x R as `data.resize` says.
+  A process decodes the images of its own devices and keeps only a few chunks in its memory. Images
+  are resized to R x R as `data.resize` says.
 
   Args:
-    threads: as of `data.loader`.
-    on_images: called now and then with how many of this process' images are there.
+    source: the N images.
+    spec: sizes of the data set.
+    mesh: devices that store the data.
+    threads: see `data.loader`.
+    on_images: called after each chunk with the number of images that this process has loaded.
 
   Raises:
-    InputError: an image cannot be read.
+    InputError: If an image cannot be read.
   """
-  shapes = abstract_data(plan, mesh)
-  total, rows, done = shapes.images.shape[0], _rows(plan, mesh), 0
+  shapes = abstract_data(spec, mesh)
+  total, rows, done = shapes.images.shape[0], _rows(spec, mesh), 0
   indices = sharding.by_rows(mesh).addressable_devices_indices_map((total,))
   parts = []
   for device, (index,) in indices.items():
     first = index.indices(total)[0]
     part = jax.tree.map(
         lambda a, device=device: jnp.zeros((rows, *a.shape[1:]), a.dtype, device=device), shapes)
-    examples = _Part(source, range(min(first, len(source)), min(first + rows, len(source))))
-    for number, batch in enumerate(_batches(examples, plan, min(_CHUNK, rows), threads)):
-      chunk = batch.images, batch.size, batch.truth
+    examples = _Subset(source, range(min(first, len(source)), min(first + rows, len(source))))
+    for number, batch in enumerate(_batches(examples, spec, min(_CHUNK, rows), threads)):
+      chunk = batch.images, batch.size, batch.ground_truth
       part = _insert(part, *jax.device_put(chunk, device), number * len(batch.images))
       done += int(batch.valid.sum())
       on_images(done)
@@ -135,84 +142,88 @@ def load(source: Source, plan: Plan, mesh: Mesh, *, threads: int = 0,
       a.shape, a.sharding, shards), shapes, *parts)
 
 
-def draw_batch(plan: Plan, mesh: Mesh, data: ResidentData, step: Array
+def draw_batch(spec: ResidentSpec, mesh: Mesh, data: ResidentData, step: Array
                ) -> tuple[Array, GroundTruth]:
-  """What a step shows: row r is the augmented example at position step * B + r.
+  """Draws the batch of a step: row r is the augmented example at position step * B + r.
 
-  Each device looks up those of the batch's images that it holds, an all-to-all hands every device
-  its rows, and each augments its own.
+  Each device looks up the batch's images that it holds, an all-to-all sends every device its rows,
+  and each device augments its own.
 
   Args:
-    data: of `load`, on `mesh`.
-    step: i32 [], how many steps have been taken before this one.
+    spec: sizes, seed and augmentation.
+    mesh: devices that hold the data.
+    data: result of `load`, on `mesh`.
+    step: i32 [], number of steps before this one.
 
   Returns:
-    Images u8 [B, S, S, 3] and their truth, split by rows.
+    Images u8 [B, S, S, 3] and their ground truth, split by rows.
   """
-  here, split = PartitionSpec(), PartitionSpec(sharding.AXIS)
-  draw = functools.partial(_draw_rows, plan, plan.batch_size // mesh.size)
-  # The check of what varies over the mesh knows neither loops nor random bits that do not.
-  return jax.shard_map(draw, mesh=mesh, in_specs=(split, here), out_specs=split,
+  replicated, split = PartitionSpec(), PartitionSpec(sharding.AXIS)
+  draw = functools.partial(_draw_rows, spec, spec.batch_size // mesh.size)
+  # The check of varying axes rejects loops and random bits that do not vary over the mesh.
+  return jax.shard_map(draw, mesh=mesh, in_specs=(split, replicated), out_specs=split,
                        check_vma=False)(data, step)
 
 
-def _draw_rows(plan: Plan, rows: int, data: ResidentData, step: Array
+def _draw_rows(spec: ResidentSpec, rows: int, data: ResidentData, step: Array
                ) -> tuple[Array, GroundTruth]:
-  """The part of the batch that belongs to this device, from its part of the data."""
-  key = jax.random.key(plan.seed, impl='threefry2x32')
-  positions = (step.astype(jnp.uint32) * jnp.uint32(plan.batch_size)
-               + jnp.arange(plan.batch_size, dtype=jnp.uint32))
-  epochs, indices = example_at(positions, plan.num_images, jax.random.fold_in(key, _ORDER_TAG))
+  """Draws this device's rows of the batch, from its part of the data."""
+  key = jax.random.key(spec.seed, impl='threefry2x32')
+  positions = (step.astype(jnp.uint32) * jnp.uint32(spec.batch_size)
+               + jnp.arange(spec.batch_size, dtype=jnp.uint32))
+  epochs, indices = example_at(positions, spec.num_images, jax.random.fold_in(key, _ORDER_TAG))
   drawn = _exchange(data, indices.astype(jnp.int32), rows)
   first = jax.lax.axis_index(sharding.AXIS) * rows
   epochs, indices = (jax.lax.dynamic_slice(a, (first,), (rows,)) for a in (epochs, indices))
 
   def augment(example: ResidentData, epoch: Array, index: Array) -> tuple[Array, GroundTruth]:
-    side = plan.stored_size
+    side = spec.stored_size
     image = example.images.reshape(-1)[:3 * side * side].reshape(3, side, side)
-    truth = GroundTruth(example.boxes.reshape(-1, 4), example.labels, example.crowd, example.valid)
+    ground_truth = GroundTruth(example.boxes.reshape(-1, 4), example.labels, example.crowd,
+                               example.valid)
     own_key = jax.random.fold_in(key, _AUGMENT_TAG)
     own_key = jax.random.fold_in(jax.random.fold_in(own_key, epoch), index)
-    return plan.augmentation(image, example.size, truth, own_key)
+    return spec.augmentation(image, example.size, ground_truth, own_key)
 
   return jax.vmap(augment)(drawn, epochs, indices)
 
 
 def _exchange(data: ResidentData, indices: Array, rows: int) -> ResidentData:
-  """This device's `rows` of the batch of `indices`, [B], from all devices' parts of the data."""
+  """Collects this device's `rows` of the batch `indices` [B] from the parts of all devices."""
   held, device = len(data.size), jax.lax.axis_index(sharding.AXIS)
   owners = jax.lax.dynamic_slice(indices // held, (device * rows,), (rows,))
 
-  def column(array: Array) -> Array:
-    # Of rows that it does not hold, a device sends some other, which nobody looks at.
+  def exchange(array: Array) -> Array:
+    # For rows that it does not hold, a device sends arbitrary ones, which are never read.
     sent = array.at[indices - device * held].get(mode='clip')
     received = jax.lax.all_to_all(sent, sharding.AXIS, 0, 0, tiled=True)
     return received.reshape(-1, rows, *array.shape[1:])[owners, jnp.arange(rows)]
 
-  return jax.tree.map(column, data)
+  return jax.tree.map(exchange, data)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _insert(part: ResidentData, images: Array, size: Array, truth: GroundTruth, at: Array
+def _insert(part: ResidentData, images: Array, size: Array, ground_truth: GroundTruth, at: Array
             ) -> ResidentData:
-  """`part` with a chunk of images u8 [n, R, R, 3] and their truth from row `at` on."""
+  """Writes a chunk of images u8 [n, R, R, 3] with ground truth to `part`, from row `at` on."""
   n, (_, lines, lanes) = len(images), part.images.shape
   flat = images.transpose(0, 3, 1, 2).reshape(n, -1)
   flat = jnp.pad(flat, ((0, 0), (0, lines * lanes - flat.shape[1]))).reshape(n, lines, lanes)
-  chunk = ResidentData(flat, size, truth.boxes.reshape(n, -1), *truth[1:])
+  chunk = ResidentData(flat, size, ground_truth.boxes.reshape(n, -1), *ground_truth[1:])
   return jax.tree.map(
       lambda whole, rows: jax.lax.dynamic_update_slice_in_dim(whole, rows, at, 0), part, chunk)
 
 
-def _batches(examples: '_Part', plan: Plan, chunk: int, threads: int) -> Iterable[Batch]:
-  if not len(examples):  # Fewer images than devices.
+def _batches(examples: '_Subset', spec: ResidentSpec, chunk: int, threads: int) -> Iterable[Batch]:
+  """Yields chunks of the examples, decoded and resized to the stored size."""
+  if not len(examples):  # There are fewer images than devices.
     return ()
-  return eval_batches(examples, image_size=plan.stored_size, max_boxes=plan.max_boxes,
-                      batch_size=chunk, threads=threads, resize=plan.augmentation.kernel)
+  return eval_batches(examples, image_size=spec.stored_size, max_boxes=spec.max_boxes,
+                      batch_size=chunk, threads=threads, resize=spec.augmentation.kernel)
 
 
-class _Part:
-  """Some of a source's examples."""
+class _Subset:
+  """Source with a subset of another source's examples."""
 
   def __init__(self, source: Source, numbers: range):
     self._source, self._numbers = source, numbers
@@ -227,15 +238,15 @@ class _Part:
     return open_example(self._source, self._numbers[index])
 
 
-def _rows(plan: Plan, mesh: Mesh) -> int:
-  """Rows that each device holds: a multiple of the chunk, so that one program inserts them all."""
-  rows = -(-plan.num_images // mesh.size)
+def _rows(spec: ResidentSpec, mesh: Mesh) -> int:
+  """Returns the rows on each device, a multiple of the chunk: one program inserts all chunks."""
+  rows = -(-spec.num_images // mesh.size)
   chunk = min(_CHUNK, rows)
   return -(-rows // chunk) * chunk
 
 
 def _free_memory(device: jax.Device) -> int:
-  """Bytes; devices without a memory of their own have a part of the host's."""
+  """Returns free memory in bytes; devices without their own memory have a share of the host's."""
   stats = device.memory_stats() or {}
   if 'bytes_limit' in stats:
     return stats['bytes_limit'] - stats.get('bytes_in_use', 0)

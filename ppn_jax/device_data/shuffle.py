@@ -1,4 +1,4 @@
-"""The shuffled endless stream of examples, computed on the device that draws from it."""
+"""Order of examples in an endless shuffled stream, computed on the device."""
 
 import math
 
@@ -11,36 +11,37 @@ _ROUNDS = 8
 
 
 def example_at(positions: Array, num_examples: int, key: Array) -> tuple[Array, Array]:
-  """Which example stands at a position; each epoch has each of them exactly once.
+  """Returns the examples at positions of the stream; each epoch has every example exactly once.
 
   Args:
-    positions: u32 [B], in the endless stream.
+    positions: u32 [B], positions in the endless stream.
     num_examples: N, 1 to 2**31.
-    key: of the order; every epoch's permutation is made from it.
+    key: random key from which every epoch's permutation is made.
 
   Returns:
-    The epoch and the index of the example, 0 .. N-1; u32 [B] each.
+    Epochs and indices of the examples, 0 .. N-1; u32 [B] each.
   """
-  epochs, at = positions // jnp.uint32(num_examples), positions % jnp.uint32(num_examples)
+  epochs, offsets = positions // jnp.uint32(num_examples), positions % jnp.uint32(num_examples)
   round_keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(key, e), (_ROUNDS,)))(epochs)
   side = math.isqrt(num_examples - 1) + 1
-  return epochs, permute(at, num_examples, side, round_keys)
+  return epochs, permute(offsets, num_examples, side, round_keys)
 
 
-def permute(at: Array, num_examples: Array | int, side: Array | int, round_keys: Array) -> Array:
-  """A permutation of 0 .. N-1 by a Feistel network (Black and Rogaway, 2002).
+def permute(indices: Array, num_examples: Array | int, side: Array | int, round_keys: Array
+            ) -> Array:
+  """Permutes 0 .. N-1 by a Feistel network (Black and Rogaway, 2002).
 
   The network permutes the pairs (left, right) of digits to the base `side`, which are the numbers
-  below side**2; those beyond N are sent through it again until they are not (cycle walking).
+  below side**2; results of N or more are permuted again until they are below N (cycle walking).
 
   Args:
-    at: u32 [B], below N.
+    indices: u32 [B], below N.
     num_examples: N.
-    side: the least integer whose square is N or more, at most 2**16.
-    round_keys: u32 [B, rounds] or [rounds]; they choose the permutation.
+    side: least integer whose square is N or more, at most 2**16.
+    round_keys: u32 [B, rounds] or [rounds]; they determine the permutation.
 
   Returns:
-    u32 [B].
+    Permuted indices, u32 [B].
   """
   num_examples, side = jnp.uint32(num_examples), jnp.uint32(side)
 
@@ -52,11 +53,12 @@ def permute(at: Array, num_examples: Array | int, side: Array | int, round_keys:
 
   return jax.lax.while_loop(
       lambda numbers: jnp.any(numbers >= num_examples),
-      lambda numbers: jnp.where(numbers >= num_examples, shuffle(numbers), numbers), shuffle(at))
+      lambda numbers: jnp.where(numbers >= num_examples, shuffle(numbers), numbers),
+      shuffle(indices))
 
 
 def _mix(x: Array) -> Array:
-  """A hash of u32 in which every bit depends on every other (MurmurHash3's finaliser)."""
+  """Hashes u32 so that every bit depends on every other (MurmurHash3's finaliser)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85ebca6b)
   x = (x ^ (x >> 13)) * jnp.uint32(0xc2b2ae35)
   return x ^ (x >> 16)

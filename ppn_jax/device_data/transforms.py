@@ -1,8 +1,7 @@
-"""The augmentation of `data.transforms` on the device, one image at a time, to be mapped.
+"""Augmentation of `data.transforms` on the device, for one image, to be vmapped.
 
-What changes geometry is decided first and the pixels are read once, at the end (`View`); what
-changes colour follows on the network's input. The distributions are those of the host's ops;
-their random numbers are not.
+Geometric ops only update a `View`; the pixels are read once, at the end. Colour ops then change the
+network's input. The distributions are those of the host's ops; the random numbers are not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,96 +28,99 @@ _WHOLE = np.float32([0, 0, 1, 1])
 
 
 class View(NamedTuple):
-  """One image with its truth as the ops so far leave it; pixels are still those stored."""
+  """Image with its ground truth after the ops so far; its pixels are read later."""
   size: Array  # f32 [2], (height, width) in whole pixels.
-  frame: Array  # f32 [4], the box of the stored image that it shows.
+  frame: Array  # f32 [4], the box of the stored image that is shown.
   mirrored: Array  # bool [], left to right.
-  truth: GroundTruth  # [G, ...]; boxes that are gone are not valid, wherever they stand.
+  ground_truth: GroundTruth  # [G, ...]; dropped boxes are not valid, at any position.
   visible: Array = _WHOLE  # f32 [4], the box of the stored image that no crop has cut off.
 
 
 class Augmentation(NamedTuple):
-  """The ops of `data.transforms` and the resize to the network's input.
+  """Ops of `data.transforms` and the resize to the network's input.
 
   Fields:
     ops: dataclasses of `data.transforms`, in order.
-    image_size: S.
-    kernel: of resizing, one of `device_resize.KERNELS`.
+    image_size: S, side of the network's input in pixels.
+    kernel: resizing kernel, one of `resize.KERNELS`.
   """
   ops: tuple[Any, ...]
   image_size: int
   kernel: str
 
-  def view(self, size: Array, truth: GroundTruth, key: Array) -> View:
-    """What to show of an image of `size` (i32 [2], pixels), and its truth then."""
-    view = View(size.astype(jnp.float32), jnp.float32(_WHOLE), jnp.bool_(False), truth)
+  def view(self, size: Array, ground_truth: GroundTruth, key: Array) -> View:
+    """Applies the geometric ops to an image of `size` (i32 [2], pixels)."""
+    view = View(size.astype(jnp.float32), jnp.float32(_WHOLE), jnp.bool_(False), ground_truth)
     for number, op in enumerate(self.ops):
       if type(op) in _GEOMETRY:
         view = _GEOMETRY[type(op)](op, view, jax.random.fold_in(key, number))
     return view
 
-  def __call__(self, image: Array, size: Array, truth: GroundTruth, key: Array
+  def __call__(self, image: Array, size: Array, ground_truth: GroundTruth, key: Array
                ) -> tuple[Array, GroundTruth]:
-    """A stored image -> what the network sees, and its truth.
+    """Augments a stored image and resizes it to the network's input.
 
     Args:
       image: u8 [3, R, R].
       size: i32 [2], (height, width) of the original, in whose pixels the ops draw.
-      truth: [G, ...].
-      key: of this image in this epoch.
+      ground_truth: [G, ...].
+      key: random key of this image in this epoch.
 
     Returns:
-      u8 [S, S, 3], and the truth [G, ...], zero where it is not valid.
+      Image u8 [S, S, 3], and its ground truth [G, ...], zero where it is not valid.
     """
-    view = self.view(size, truth, key)
+    view = self.view(size, ground_truth, key)
     fills = any(isinstance(op, _FILLING) for op in self.ops)
     image, seen = crop_and_resize(image, view.frame, view.mirrored, self.image_size, self.kernel,
                                   beyond=fills, visible=view.visible if fills else None)
     for number, op in enumerate(self.ops):
-      if isinstance(op, _FILLING):  # Colours change it only from here on.
+      if isinstance(op, _FILLING):  # Only later colour ops change the fill.
         image = image * seen + jnp.float32(op.fill)[:, None, None] * (1 - seen)
       if type(op) in _COLOR:
         image = _COLOR[type(op)](op, image, jax.random.fold_in(key, number))
-    valid = view.truth.valid
-    boxes = jnp.where(valid[:, None], view.truth.boxes, 0)
-    labels = jnp.where(valid, view.truth.labels, 0)
+    valid = view.ground_truth.valid
+    boxes = jnp.where(valid[:, None], view.ground_truth.boxes, 0)
+    labels = jnp.where(valid, view.ground_truth.labels, 0)
     return (jnp.rint(image).astype(jnp.uint8).transpose(1, 2, 0),
-            GroundTruth(boxes, labels, view.truth.crowd & valid, valid))
+            GroundTruth(boxes, labels, view.ground_truth.crowd & valid, valid))
 
 
 def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, resize: str
                        ) -> Augmentation:
-  """The device's form of a config's `data.transforms` and `data.resize`.
+  """Builds the device's augmentation from a config's `data.transforms` and `data.resize`.
 
   Raises:
-    InputError: as `build_transforms`, or an op that has no form on the device.
+    InputError: If a block is bad (see `build_transforms`), or an op is not available on the device.
   """
   ops = build_transforms(blocks)
   kernel = Resize(image_size, resize).method
   for block, op in zip(blocks, ops, strict=True):
-    if type(op) not in (*_GEOMETRY, *_COLOR):  # Not isinstance: a subclass does something else.
-      raise InputError(f'transform {block["name"]!r} has no form on the device; leave it out, or '
+    # Not isinstance, since a subclass may behave differently.
+    if type(op) not in (*_GEOMETRY, *_COLOR):
+      raise InputError(f'transform {block["name"]!r} is not available on the device; remove it, or '
                        'train with data.resident.enabled=False')
     if isinstance(op, (Resize, LargeScaleJitter)):
       kernel = op.method
       if op.size < image_size:
         raise InputError(f'{block["name"]}.size is {op.size}, below model.image_size={image_size}, '
-                         'which has no form on the device; train with data.resident.enabled=False')
+                         'which is not available on the device; train with '
+                         'data.resident.enabled=False')
   if kernel not in KERNELS:
-    raise InputError(f'resize method {kernel!r} has no form on the device; '
+    raise InputError(f'resize method {kernel!r} is not available on the device; '
                      f'{did_you_mean(kernel, KERNELS)}')
   filling = [block['name'] for block, op in zip(blocks, ops, strict=True)
              if isinstance(op, _FILLING)]
   if len(filling) > 1:
-    raise InputError(f'transforms {filling[0]!r} and {filling[1]!r} both show more than the image; '
-                     'with data.resident.enabled=True one may')
+    raise InputError(f'transforms {filling[0]!r} and {filling[1]!r} both add a border around the '
+                     'image; with data.resident.enabled=True only one transform may')
   return Augmentation(ops, image_size, kernel)
 
 
 def _horizontal_flip(op: HorizontalFlip, view: View, key: Array) -> View:
-  flip = jax.random.uniform(key) < op.probability
-  boxes = jnp.where(flip, box_ops.flip_horizontal(view.truth.boxes), view.truth.boxes)
-  return view._replace(mirrored=view.mirrored ^ flip, truth=view.truth._replace(boxes=boxes))
+  flip, ground_truth = jax.random.uniform(key) < op.probability, view.ground_truth
+  boxes = jnp.where(flip, box_ops.flip_horizontal(ground_truth.boxes), ground_truth.boxes)
+  return view._replace(mirrored=view.mirrored ^ flip,
+                       ground_truth=ground_truth._replace(boxes=boxes))
 
 
 def _resize(op: Resize | LargeScaleJitter, view: View, key: Array) -> View:
@@ -138,66 +140,81 @@ def _large_scale_jitter(op: LargeScaleJitter, view: View, key: Array) -> View:
   frame = jnp.maximum(jnp.rint(view.size.max() / _between(op.scale, draws[0])), 1)
   corner = jnp.floor(draws[1:] * (jnp.maximum(view.size - frame, 0) + 1))
   view = crop(view, jnp.concatenate([corner, corner + frame]), op.min_coverage)
-  boxes = view.truth.boxes
+  boxes = view.ground_truth.boxes
   large = ((boxes[:, 2:] - boxes[:, :2]) * op.size).min(axis=-1) >= op.min_side
-  valid = view.truth.valid & (large | view.truth.crowd) & (box_ops.area(boxes) > 0)
-  return _resize(op, view._replace(truth=view.truth._replace(valid=valid)), key)
+  valid = view.ground_truth.valid & (large | view.ground_truth.crowd) & (box_ops.area(boxes) > 0)
+  return _resize(op, view._replace(ground_truth=view.ground_truth._replace(valid=valid)), key)
 
 
 def _ssd_random_crop(op: SsdRandomCrop, view: View, key: Array) -> View:
-  draws = jax.random.uniform(key, (4 * op.attempts + 2,))  # One call: each is slow to compile.
+  # One call, since each is slow to compile.
+  draws = jax.random.uniform(key, (4 * op.attempts + 2,))
   coverage = jnp.float32(op.coverages)[jnp.int32(draws[0] * len(op.coverages))]
-  window = draw_window(op, view.size, view.truth, coverage, draws[2:].reshape(4, op.attempts))
+  window = draw_window(op, view.size, view.ground_truth, coverage,
+                       draws[2:].reshape(4, op.attempts))
   keep = draws[1] < op.keep_probability
   return jax.tree.map(lambda a, b: jnp.where(keep, a, b), view, crop(view, window, coverage))
 
 
 def crop(view: View, window: Array, coverage: Array) -> View:
-  """Crops as `data.geometry.crop`, to a window f32 [4], [ymin, xmin, ymax, xmax] in pixels."""
-  frame, truth = window / jnp.tile(view.size, 2), view.truth
-  share = box_ops.coverage(truth.boxes, frame[None])[:, 0]
-  valid = truth.valid & (share > 0) & (truth.crowd | (share >= coverage))
-  boxes = box_ops.clip((truth.boxes - jnp.tile(frame[:2], 2))
+  """Crops like `data.transforms.geometry.crop`.
+
+  Args:
+    view: image to crop.
+    window: f32 [4], [ymin, xmin, ymax, xmax] in pixels; it may reach beyond the image.
+    coverage: least share of a box inside the window for the box to be kept.
+  """
+  frame, ground_truth = window / jnp.tile(view.size, 2), view.ground_truth
+  share = box_ops.coverage(ground_truth.boxes, frame[None])[:, 0]
+  valid = ground_truth.valid & (share > 0) & (ground_truth.crowd | (share >= coverage))
+  boxes = box_ops.clip((ground_truth.boxes - jnp.tile(frame[:2], 2))
                        / jnp.tile(frame[2:] - frame[:2], 2))
-  # The same window in the image as it is stored, and so not mirrored.
+  # The same window in the stored image, which is not mirrored.
   frame = jnp.where(view.mirrored, box_ops.flip_horizontal(frame), frame)
   corner, sides = view.frame[:2], view.frame[2:] - view.frame[:2]
   return view._replace(size=window[2:] - window[:2],
                        frame=jnp.tile(corner, 2) + frame * jnp.tile(sides, 2),
-                       truth=truth._replace(boxes=boxes, valid=valid),
-                       visible=box_ops.common(view.visible, view.frame))
+                       ground_truth=ground_truth._replace(boxes=boxes, valid=valid),
+                       visible=box_ops.intersect(view.visible, view.frame))
 
 
-def draw_window(op: SsdRandomCrop, size: Array, truth: GroundTruth, coverage: Array, draws: Array
-                ) -> Array:
-  """`data.random_crop.draw_window` -> f32 [4], [ymin, xmin, ymax, xmax] in whole pixels.
+def draw_window(op: SsdRandomCrop, size: Array, ground_truth: GroundTruth, coverage: Array,
+                draws: Array) -> Array:
+  """Draws a crop window like `data.transforms.random_crop.draw_window`.
 
   Args:
+    op: options of the crop.
+    size: f32 [2], (height, width) of the image in pixels.
+    ground_truth: [G, ...].
+    coverage: least share of some box that the window must cover.
     draws: f32 [4, attempts], uniform in [0, 1).
+
+  Returns:
+    f32 [4], [ymin, xmin, ymax, xmax] in whole pixels; the whole image if no attempt succeeds.
   """
   sides, legal = _draw_sides(op, size, _between(op.aspect_ratio, draws[0]), draws[1])
   corners = jnp.floor(draws[2:].T * (size - sides))
   windows = jnp.concatenate([corners, corners + sides], axis=-1)
   whole = jnp.concatenate([jnp.zeros(2), size])
-  objects = jnp.trunc(box_ops.clip(truth.boxes) * jnp.tile(size, 2))
-  seen = truth.valid & (box_ops.area(objects) >= 1)
+  objects = jnp.trunc(box_ops.clip(ground_truth.boxes) * jnp.tile(size, 2))
+  seen = ground_truth.valid & (box_ops.area(objects) >= 1)
   covered = seen[:, None] & (box_ops.coverage(objects, windows) >= coverage)
-  # Without boxes the whole image serves as one.
-  alone = box_ops.coverage(whole[None], windows)[0] >= coverage
-  good = legal & jnp.where(truth.valid.any(), covered.any(axis=0), alone)
+  # Without boxes, the whole image counts as one.
+  covers_image = box_ops.coverage(whole[None], windows)[0] >= coverage
+  good = legal & jnp.where(ground_truth.valid.any(), covered.any(axis=0), covers_image)
   return jnp.where(good.any(), windows[jnp.argmax(good)], whole)
 
 
 def _draw_sides(op: SsdRandomCrop, size: Array, aspect: Array, draw: Array
                 ) -> tuple[Array, Array]:
-  """(height, width) of windows [attempts, 2], and which keep to the rules, as on the host."""
+  """Draws (height, width) of windows [attempts, 2], and which are legal, as the host does."""
   low_area, high_area = (share * size[0] * size[1] for share in op.area)
-  # The largest height whose width, rounded, still fits into the image.
+  # The largest height whose rounded width still fits into the image.
   fitting = jnp.floor((size[1] + (0.5 - 1e-3)) / aspect)
   highest = jnp.minimum(jnp.minimum(jnp.rint(jnp.sqrt(high_area / aspect)), fitting), size[0])
   lowest = jnp.minimum(jnp.rint(jnp.sqrt(low_area / aspect)), highest)
   height = lowest + jnp.floor(draw * (highest - lowest + 1))
-  # Rounding may have left the area just outside its range; one pixel of height mends it.
+  # Rounding may put the area just outside its range; one pixel of height corrects that.
   height += height * jnp.rint(height * aspect) < low_area
   height -= height * jnp.rint(height * aspect) > high_area
   sides = jnp.stack([height, jnp.rint(height * aspect)], axis=-1)
@@ -208,17 +225,18 @@ def _draw_sides(op: SsdRandomCrop, size: Array, aspect: Array, draw: Array
 
 
 def _photometric_distortion(op: PhotometricDistortion, image: Array, key: Array) -> Array:
-  """On [3, S, S], 0 to 255; in floating point, without the host's rounding in between."""
+  """Distorts [3, S, S], 0 to 255, in floating point, without the host's rounding between steps."""
   draws = jax.random.uniform(key, (3, 4))
   low = jnp.float32([-op.brightness, op.contrast[0], op.saturation[0], -op.hue])
   high = jnp.float32([op.brightness, op.contrast[1], op.saturation[1], op.hue])
-  nothing = jnp.float32([0, 1, 1, 0])
-  amount = jnp.where(draws[0] < 0.5, _between((low, high), draws[1]), nothing)
+  identity = jnp.float32([0, 1, 1, 0])
+  amount = jnp.where(draws[0] < 0.5, _between((low, high), draws[1]), identity)
   order = jnp.argsort(draws[2])
 
   def change(turn: Array, image: Array) -> Array:
-    # Under a map every branch would run, so each turn does all four, three of them idle.
-    now = jnp.where(jnp.arange(4) == order[turn], amount, nothing)
+    # Under vmap every branch of a conditional runs, so each turn does all four changes, three of
+    # them with no effect.
+    now = jnp.where(jnp.arange(4) == order[turn], amount, identity)
     image = jnp.clip(image * now[1] + now[0], 0, 255)
     return jnp.where(order[turn] >= 2, shift_hsv(image, now[3], now[2]), image)
 
@@ -226,26 +244,28 @@ def _photometric_distortion(op: PhotometricDistortion, image: Array, key: Array)
 
 
 def _between(bounds: Sequence[Any], draws: Array) -> Array:
-  """Uniform in [0, 1) -> uniform between two bounds."""
+  """Maps uniform draws in [0, 1) to the range between two bounds."""
   return bounds[0] + draws * (bounds[1] - bounds[0])
 
 
 def shift_hsv(image: Array, hue: Array, saturation: Array) -> Array:
-  """Turns the hue by degrees and multiplies the saturation of f32 [3, S, S], RGB of 0 to 255."""
+  """Shifts the hue by degrees and scales the saturation of f32 [3, S, S], RGB of 0 to 255."""
   red, green, blue = image
   value, chroma = image.max(axis=0), image.max(axis=0) - image.min(axis=0)
-  safe = jnp.where(chroma > 0, chroma, 1)
-  sixth = jnp.where(value == red, (green - blue) / safe,
-                    jnp.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe))
+  divisor = jnp.where(chroma > 0, chroma, 1)
+  sixth = jnp.where(value == red, (green - blue) / divisor,
+                    jnp.where(value == green, 2 + (blue - red) / divisor,
+                              4 + (red - green) / divisor))
   chroma = jnp.minimum(chroma * saturation, value)
-  # Each channel is the value less a trapezoid of the hue.
+  # Each channel is the value minus a trapezoid of the hue.
   turns = jnp.mod(jnp.float32([5, 3, 1])[:, None, None] + sixth + hue / 60, 6)
   return value - chroma * jnp.clip(jnp.minimum(turns, 4 - turns), 0, 1)
 
 
-_Form = Callable[[Any, Any, Array], Any]
-_GEOMETRY: dict[type, _Form] = {
+_DeviceOp = Callable[[Any, Any, Array], Any]
+_GEOMETRY: dict[type, _DeviceOp] = {
     HorizontalFlip: _horizontal_flip, SsdRandomCrop: _ssd_random_crop, Expand: _expand,
     LargeScaleJitter: _large_scale_jitter, Resize: _resize}
+# Ops that may show a border around the image.
 _FILLING = (Expand, LargeScaleJitter)
-_COLOR: dict[type, _Form] = {PhotometricDistortion: _photometric_distortion}
+_COLOR: dict[type, _DeviceOp] = {PhotometricDistortion: _photometric_distortion}

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from ppn_jax.errors import InputError, verdict
+from ppn_jax.errors import InputError, exit_status
 
 _REASON, _HEARD = 'ppn_jax/stopped/reason', 'ppn_jax/stopped/heard'
 _POLL_SECONDS = 0.5
@@ -96,7 +96,7 @@ class _Watch:
 
   def fail(self, error: BaseException) -> None:
     self._ending.acquire()
-    code, line = verdict(error)
+    code, line = exit_status(error)
     # A mistake is told by all who meet it. Other failures may be what another's end led to.
     if (told := self._told()) and not isinstance(error, (InputError, KeyboardInterrupt)):
       self._repeat(told)

@@ -127,10 +127,10 @@ def _count_positives(detector: Detector, batches: Iterator[Batch], count: int) -
   """Counts over the first `count` images of the batches; see `count_training_positives`."""
   level = np.asarray(detector.anchors.level)
   positives, boxes = np.zeros((2, level.max() + 1), np.int64)
-  assign = jax.jit(lambda truth: detector.assign(detector.anchors, truth).positive)
+  assign = jax.jit(lambda truth: detector.assign_targets(detector.anchors, truth).positive)
   seen = 0
   while seen < count:
-    truth = next(batches).truth
+    truth = next(batches).ground_truth
     kept = slice(count - seen)  # The last batch may reach into the next epoch.
     positive = np.asarray(assign(truth))[kept]
     positives += np.bincount(np.broadcast_to(level, positive.shape)[positive],

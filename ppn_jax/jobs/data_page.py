@@ -63,7 +63,7 @@ def _examples(found: DataStatistics) -> list[Picture]:
   names, pictures = [c.name for c in found.categories], []
   for batch in found.examples:
     for row, image in enumerate(batch.images):
-      truth = [column[row][batch.truth.valid[row]] for column in batch.truth]
+      truth = [column[row][batch.ground_truth.valid[row]] for column in batch.ground_truth]
       drawn = draw_boxes(image, truth[0], truth[1], names, min_side=_SAMPLE_SIDE, weight=1.2,
                          notes=['(crowd)' if crowd else '' for crowd in truth[2]])
       caption = f'image {batch.image_id[row]}'

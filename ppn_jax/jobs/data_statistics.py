@@ -106,7 +106,7 @@ def collect_statistics(config: ConfigDict, *, split: str = 'train', samples: int
     chosen = batch.valid & (np.cumsum(batch.valid) <= count - seen)
     parts.append(measure(batch, chosen, seen))
     batch = jax.tree.map(lambda x, chosen=chosen: x[chosen], batch)
-    crowds += int((batch.truth.valid & batch.truth.crowd).sum())
+    crowds += int((batch.ground_truth.valid & batch.ground_truth.crowd).sum())
     if seen < num_examples:
       examples.append(jax.tree.map(lambda x, room=num_examples - seen: x[:room], batch))
     seen += len(batch.valid)
@@ -167,11 +167,11 @@ def _build_measure(detector: Detector, matching: Mapping[str, Any]
   # With box numbers in place of labels, the targets show which box each anchor is assigned to.
   numbered = lambda truth: truth._replace(
       labels=jnp.broadcast_to(jnp.arange(truth.labels.shape[1]), truth.labels.shape))
-  assign = jax.jit(lambda truth: detector.assign(detector.anchors, numbered(truth)))
+  assign = jax.jit(lambda truth: detector.assign_targets(detector.anchors, numbered(truth)))
   level, num_levels = detector.anchors.level, detector.num_levels
 
   def measure(batch: Batch, chosen: Array, first: int) -> BoxStatistics:
-    truth = batch.truth
+    truth = batch.ground_truth
     targets = jax.device_get(assign(truth))
     counted = truth.valid & chosen[:, None]
     if matching['ignore_crowd']:
@@ -232,9 +232,9 @@ def _summarize_changes(found: DataStatistics, unfit: np.ndarray) -> list[dict[st
   by_class = np.bincount(found.boxes.label, unfit, len(count)) / np.maximum(count, 1)
   worst = int(np.where(count >= min(_MIN_BOXES, count.max()), by_class, -1).argmax())
   chosen = found.boxes.label == worst
-  return [{'key': change.key, 'value': change.value, 'work': change.work,
-           'unfit': float((~change.fits).mean()), 'class': found.categories[worst].name,
-           'unfit_of_class': float((~change.fits[chosen]).mean()),
+  return [{'key': change.key, 'value': change.value, 'work': change.cost,
+           'unfit': float((~change.matched).mean()), 'class': found.categories[worst].name,
+           'unfit_of_class': float((~change.matched[chosen]).mean()),
            'unfit_of_class_now': float(by_class[worst])} for change in found.suggestions]
 
 

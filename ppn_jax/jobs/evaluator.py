@@ -14,11 +14,10 @@ from ppn_jax.data.loader import eval_batches, required_boxes
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import open_split
 from ppn_jax.detection.structures import Array, Batch, Category, Detections
-from ppn_jax.detector import Detector, Variables
+from ppn_jax.detector import Detector, Variables, jit_detect
 from ppn_jax.distributed import coordination, sharding
 from ppn_jax.metrics import coco
 from ppn_jax.run import Run
-from ppn_jax.training.train_step import jit_detect
 
 # The fields of a detection that processes send to the first one.
 _PACKED = np.dtype([('position', 'i8'), ('image_id', 'i8'), ('size', 'i8', 2), ('boxes', 'f4', 4),

@@ -16,7 +16,7 @@ from ppn_jax.data.images import folders
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import names_data, open_split
 from ppn_jax.data.transforms.basic import Resize
-from ppn_jax.detection.structures import Detections, Example, without_truth
+from ppn_jax.detection.structures import Detections, Example, unlabelled_example
 from ppn_jax.detector import Detector
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
@@ -231,4 +231,4 @@ class _Folder:
     return len(self.files)
 
   def __getitem__(self, index: int) -> Example:
-    return without_truth(images_lib.load(self.files[index]))
+    return unlabelled_example(images_lib.load(self.files[index]))

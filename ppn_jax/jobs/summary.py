@@ -90,7 +90,7 @@ def summarize(config: ConfigDict) -> Summary:
       length.
   """
   detector = build_detector(_native(config))
-  columns, classes = detector.columns.count, detector.num_classes
+  columns, classes = detector.class_spec.num_logits, detector.num_classes
   layers, totals = _count(detector)
   by_columns = {columns: totals}
   for count in range(classes, classes + 3):

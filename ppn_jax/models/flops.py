@@ -1,9 +1,10 @@
-"""The arithmetic of a traced function, operation by operation, read from its jaxpr.
+"""Arithmetic of a traced function, counted operation by operation in its jaxpr.
 
-FLOPs are those of TensorFlow's profiler, so that published figures can be met: 2 for each
-multiply-add of a convolution or matrix product, a pooling window's size for each of its outputs,
-1 for each output of an addition, comparison or the like. It counts taps on padding as any other.
-What it has no figure for (sigmoid, exponential, clamping) is counted apart, 1 for each output.
+FLOPs are counted as TensorFlow's profiler does, so that they can be compared with published
+numbers: 2 for each multiply-add of a convolution or matrix product, a pooling window's size for
+each of its outputs, 1 for each output of an addition, comparison or the like. Taps on padding count
+as any other. Operations that the profiler does not count (sigmoid, exponential, clamping) are
+counted separately, 1 for each output.
 """
 
 import itertools
@@ -24,24 +25,23 @@ _OTHER = frozenset({
     'abs', 'ceil', 'clamp', 'cos', 'cosh', 'erf', 'erf_inv', 'erfc', 'exp', 'exp2', 'expm1',
     'floor', 'log1p', 'logistic', 'rem', 'round', 'sign', 'sin', 'sinh', 'sqrt', 'tan', 'tanh'})
 _POOLING = frozenset({'reduce_window_max', 'reduce_window_min', 'reduce_window_sum'})
-# They carry a scalar function that is not called with their operands.
+# These have a scalar function as parameter that is not called with their operands.
 _REDUCTIONS = frozenset({'reduce', 'reduce_window'})
-# What hands on the values of its first operand, and with them the argument they came from.
+# These pass on the values of their first operand, and with them the argument that they came from.
 _VIEWS = frozenset({'broadcast_in_dim', 'convert_element_type', 'copy', 'copy_p', 'reshape',
                     'squeeze', 'stop_gradient', 'transpose', 'expand_dims'})
 
 
 class Operation(NamedTuple):
-  """One equation, as often as it runs.
+  """Arithmetic of one equation, over all its runs.
 
   Attributes:
-    primitive: its name in JAX.
-    scope: the named scopes around it, outermost first.
-    arguments: indices of the function's arguments that are operands of it, apart from shape and
-      dtype.
-    multiply_adds: of convolutions and matrix products.
-    flops: as TensorFlow's profiler counts.
-    other_ops: outputs of operations that it does not count.
+    primitive: name of the primitive.
+    scope: named scopes around it, outermost first.
+    arguments: indices of the function's arguments that are operands, up to shape and dtype.
+    multiply_adds: multiply-adds of convolutions and matrix products.
+    flops: FLOPs as TensorFlow's profiler counts them.
+    other_ops: outputs of operations that the profiler does not count.
   """
   primitive: str
   scope: tuple[str, ...]
@@ -52,24 +52,25 @@ class Operation(NamedTuple):
 
 
 class _Cost(NamedTuple):
+  """Arithmetic of one run; see `Operation`."""
   multiply_adds: int = 0
   flops: int = 0
   other_ops: int = 0
 
 
 def operations(jaxpr: core.Jaxpr) -> Iterator[Operation]:
-  """The operations that the outputs of `jaxpr` depend on, in order, calls looked into.
+  """Yields the operations that the outputs of `jaxpr` depend on, in order, inside calls too.
 
-  Of a conditional's branches the costliest is meant. Operations without cost are among them.
+  Of a conditional, only the costliest branch counts. Operations without cost are included.
 
   Raises:
-    InputError: arithmetic in a loop whose length is known at run time only.
+    InputError: If there is arithmetic in a loop whose length is known at run time only.
   """
   return _walk(jaxpr, {v: i for i, v in enumerate(jaxpr.invars)}, (), 1)
 
 
 def used_arguments(jaxpr: core.Jaxpr) -> frozenset[int]:
-  """Indices of the arguments that the outputs of `jaxpr` depend on; a call uses all of its."""
+  """Returns indices of arguments that the outputs depend on; a call counts as using all of its."""
   needed = _variables(jaxpr.outvars) | {v for eqn in _needed_equations(jaxpr)
                                         for v in _variables(eqn.invars)}
   return frozenset(i for i, v in enumerate(jaxpr.invars) if v in needed)
@@ -77,7 +78,10 @@ def used_arguments(jaxpr: core.Jaxpr) -> frozenset[int]:
 
 def _walk(jaxpr: core.Jaxpr, origins: dict[core.Var, int], scope: tuple[str, ...],
           times: int) -> Iterator[Operation]:
-  """`origins` says of variables which argument they are, apart from shape and dtype."""
+  """Yields the operations of a jaxpr that runs `times` times.
+
+  `origins` has the indices of arguments, by the variables that hold their values.
+  """
   for eqn in _needed_equations(jaxpr):
     name = eqn.primitive.name
     stack = str(eqn.source_info.name_stack)
@@ -98,7 +102,7 @@ def _walk(jaxpr: core.Jaxpr, origins: dict[core.Var, int], scope: tuple[str, ...
 
 
 def _needed_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
-  """Those that the outputs depend on, in order; XLA leaves out the others too."""
+  """Returns the equations that the outputs depend on, in order; XLA drops the others too."""
   needed, kept = _variables(jaxpr.outvars), []
   for eqn in reversed(jaxpr.eqns):
     if eqn.effects or not needed.isdisjoint(eqn.outvars):
@@ -108,12 +112,13 @@ def _needed_equations(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
 
 
 def _variables(atoms: Iterable[Any]) -> set[core.Var]:
+  """Returns those atoms that are no literals."""
   return {a for a in atoms if isinstance(a, core.Var)}
 
 
 def _bodies(eqn: core.JaxprEqn, origins: list[int | None]
             ) -> Iterator[tuple[core.Jaxpr, dict[core.Var, int], int]]:
-  """(body, origins of its arguments, how often it runs) of a call, loop or conditional."""
+  """Yields (body, origins of its arguments, number of runs) of a call, loop or conditional."""
   name = eqn.primitive.name
   if name in _REDUCTIONS:
     return
@@ -121,12 +126,13 @@ def _bodies(eqn: core.JaxprEqn, origins: list[int | None]
   for body in core.jaxprs_in_params(eqn.params):
     if name == 'while':
       yield body, {}, 1
-    elif len(body.invars) == len(operands):  # Else it is no call, as scatter's update.
+    elif len(body.invars) == len(operands):  # Otherwise it is not a call, such as scatter's update.
       known = {v: i for v, i in zip(body.invars, operands, strict=True) if i is not None}
       yield body, known, eqn.params['length'] if name == 'scan' else 1
 
 
 def _check_free(inside: Iterable[Operation], scope: tuple[str, ...]) -> None:
+  """Raises InputError if the operations inside a loop of unknown length have a cost."""
   if any(op.flops or op.other_ops for op in inside):
     raise InputError(f'{"/".join(scope) or "the function"} has a loop whose length is known at run '
                      'time only, so its FLOPs cannot be counted; use lax.scan or fori_loop with '
@@ -134,10 +140,10 @@ def _check_free(inside: Iterable[Operation], scope: tuple[str, ...]) -> None:
 
 
 def _cost(eqn: core.JaxprEqn) -> _Cost:
-  """What one run of an equation costs, the bodies of calls apart."""
+  """Returns the cost of one run of an equation, without the bodies of calls."""
   name, params, out = eqn.primitive.name, eqn.params, eqn.outvars[0].aval if eqn.outvars else None
   if not any(jnp.issubdtype(getattr(v.aval, 'dtype', bool), jnp.inexact) for v in eqn.invars):
-    return _Cost()  # Arithmetic of indices.
+    return _Cost()  # Integer arithmetic, of indices.
   if name == 'conv_general_dilated':
     kernel = eqn.invars[1].aval
     features = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
@@ -149,7 +155,7 @@ def _cost(eqn: core.JaxprEqn) -> _Cost:
     return _Cost(flops=out.size * math.prod(params['window_dimensions']))
   if name == 'reduce_sum':
     return _Cost(flops=eqn.invars[0].aval.size - out.size)
-  # A maximum or minimum with a constant is an activation's.
+  # A maximum or minimum with a constant is part of an activation.
   if name in _OTHER or (name in ('max', 'min') and any(v.aval.size == 1 for v in eqn.invars)
                         and out.size > 1):
     return _Cost(other_ops=out.size)

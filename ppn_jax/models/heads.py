@@ -1,4 +1,4 @@
-"""From the pyramid's maps to box codes and class logits."""
+"""Heads: predict box codes and class logits from the pyramid's feature maps."""
 
 import math
 
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from ppn_jax.detection.structures import Outputs
 from ppn_jax.errors import InputError
-from ppn_jax.models.layers import BatchNorm, LayerPolicy, accumulator, conv, relu6
+from ppn_jax.models.convolution import accumulator, conv
+from ppn_jax.models.layers import BatchNorm, LayerPolicy, relu6
 
 Array = jax.Array
 
@@ -20,11 +21,12 @@ class SharedBoxPredictor(nn.Module):
   and one for classes. Every level passes through the same kernels.
 
   Attributes:
-    num_classes: logits of an anchor, a background column included where there is one.
+    num_classes: logits per anchor, including the background if there is one.
     anchors_per_cell: anchors of a cell of each level; here all the same.
     depth: channels of the shared layer.
-    norm_per_level: each level has its own batch norm, as in the reference; False shares one.
-    prior: probability that the classes' biases start from (focal loss, section 4.1).
+    norm_per_level: whether each level has its own batch norm, as in the reference; False shares
+      one.
+    prior: initial probability of every class, set by the biases (focal loss, section 4.1).
     policy: see LayerPolicy.
   """
   num_classes: int
@@ -37,18 +39,22 @@ class SharedBoxPredictor(nn.Module):
   def __post_init__(self):
     _check(self)
     if self.depth < 1:
-      raise InputError(f'head: depth {self.depth} is not at least 1')
+      raise InputError(f'head: depth {self.depth} must be at least 1')
     if len(set(self.anchors_per_cell)) != 1:
       raise InputError(
-          f'a head shared by all levels needs as many anchors on each, but there are '
-          f'{tuple(self.anchors_per_cell)} on a cell; set anchors.reduce_lowest_level=False')
+          f'a head shared by all levels needs the same number of anchors per cell on each, but '
+          f'the levels have {tuple(self.anchors_per_cell)}; set anchors.reduce_lowest_level=False')
     super().__post_init__()
 
   @nn.compact
   def __call__(self, levels: tuple[Array, ...], *, train: bool) -> Outputs:
-    """Maps [B, h, w, d] of one depth -> float32 Outputs; rows by level, y, x, anchor."""
-    # One matrix multiplication for all levels: on a TPU small ones waste the matrix unit, and
-    # each level's own would all-reduce its own part of the kernels' gradients.
+    """Predicts from maps [B, h, w, d] of equal depth.
+
+    Returns:
+      Float32 Outputs, with anchors in order of level, y, x and shape.
+    """
+    # One matrix product for all levels: small ones waste a TPU's matrix unit, and with one per
+    # level each would all-reduce its own part of the kernels' gradients.
     x = jnp.concatenate([_as_rows(level) for level in levels], axis=1)
     x = self._tower(x, [level.shape[1] * level.shape[2] for level in levels], train)
     return _predict(self, x[:, :, None], self.anchors_per_cell[0])
@@ -67,16 +73,16 @@ class SharedBoxPredictor(nn.Module):
 
 
 class PerLevelBoxPredictor(nn.Module):
-  """Vanilla SSD's head: a predictor of its own for every level (docs/reference.md 4).
+  """Vanilla SSD's head: a separate predictor for every level (docs/reference.md 4).
 
   A convolution with bias for boxes and one for classes, straight from the map; nothing is
   shared. Level i's parameters are those of `level_{i}`.
 
   Attributes:
-    num_classes: logits of an anchor, a background column included where there is one.
+    num_classes: logits per anchor, including the background if there is one.
     anchors_per_cell: anchors of a cell of each level, finest first.
-    side: of the square kernels; the reference has 1, the SSD paper 3.
-    prior: probability that the classes' biases start from; 0.5 makes them zero.
+    side: side of the square kernels; the reference has 1, the SSD paper 3.
+    prior: initial probability of every class, set by the biases; 0.5 makes them zero.
     policy: see LayerPolicy.
   """
   num_classes: int
@@ -88,19 +94,22 @@ class PerLevelBoxPredictor(nn.Module):
   def __post_init__(self):
     _check(self)
     if self.side not in (1, 3):
-      raise InputError(f'head: side {self.side} of the kernels is not 1 or 3')
+      raise InputError(f'head: side {self.side} of the kernels must be 1 or 3')
     super().__post_init__()
 
   @nn.compact
   def __call__(self, levels: tuple[Array, ...], *, train: bool) -> Outputs:
-    """Maps [B, h, w, d_i] of any depths -> float32 Outputs; rows by level, y, x, anchor.
+    """Predicts from maps [B, h, w, d_i] of any depths.
+
+    Returns:
+      Float32 Outputs, with anchors in order of level, y, x and shape.
 
     Raises:
-      InputError: there are not as many levels as entries of `anchors_per_cell`.
+      InputError: If the number of levels is not that of `anchors_per_cell`.
     """
-    del train  # Nothing here is normalised.
+    del train  # There is no batch norm here.
     if len(levels) != len(self.anchors_per_cell):
-      raise InputError(f'head: {len(levels)} levels, but anchors_per_cell '
+      raise InputError(f'head: there are {len(levels)} levels, but anchors_per_cell '
                        f'{tuple(self.anchors_per_cell)} is for {len(self.anchors_per_cell)}')
     outputs = [_LevelPredictor(self.num_classes, anchors, self.side, self.prior, self.policy,
                                name=f'level_{i}')(level)
@@ -110,7 +119,7 @@ class PerLevelBoxPredictor(nn.Module):
 
 
 class _LevelPredictor(nn.Module):
-  """The two convolutions of one level."""
+  """Two convolutions of one level."""
   num_classes: int
   anchors: int
   side: int
@@ -123,8 +132,8 @@ class _LevelPredictor(nn.Module):
 
 
 def _predict(head: nn.Module, x: Array, anchors: int, *, side: int = 1) -> Outputs:
-  """[B, h, w, d] -> Outputs of its h * w * anchors rows, with parameters of `head`."""
-  # bfloat16 would sum the gradients of thousands of rows and lose the biases' last digits.
+  """Predicts the h * w * anchors rows of a map [B, h, w, d], with parameters of `head`."""
+  # In bfloat16, sums of gradients over thousands of rows would lose the biases' last digits.
   x = x.astype(accumulator(head.policy.dtype))
 
   def convolve(name: str, width: int, bias: float) -> Array:
@@ -140,14 +149,16 @@ def _predict(head: nn.Module, x: Array, anchors: int, *, side: int = 1) -> Outpu
 
 
 def _check(head: nn.Module) -> None:
+  """Raises InputError if an attribute that all heads have is outside its range."""
   if head.num_classes < 1:
-    raise InputError(f'head: num_classes {head.num_classes} is not at least 1')
+    raise InputError(f'head: num_classes {head.num_classes} must be at least 1')
   if not head.anchors_per_cell or min(head.anchors_per_cell) < 1:
-    raise InputError(f'head: anchors_per_cell {tuple(head.anchors_per_cell)} is not at least 1 '
+    raise InputError(f'head: anchors_per_cell {tuple(head.anchors_per_cell)} must be at least 1 '
                      'for each level')
   if not 0 < head.prior < 1:
-    raise InputError(f'head: prior {head.prior} is not between 0 and 1')
+    raise InputError(f'head: prior {head.prior} must be between 0 and 1')
 
 
 def _as_rows(x: Array) -> Array:
+  """Reshapes [B, h, w, d] to [B, h * w, d]."""
   return x.reshape(x.shape[0], -1, x.shape[-1])

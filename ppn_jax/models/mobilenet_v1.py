@@ -15,14 +15,14 @@ BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), (512, 1), (
 
 
 class MobileNetV1(nn.Module):
-  """A 3x3 stride-2 convolution and up to 13 depthwise separable blocks.
+  """MobileNet-v1: a 3x3 stride-2 convolution and up to 13 depthwise separable blocks.
 
   Parameters are named after the zoo's checkpoints: `conv2d_3/depthwise/kernel` is
   Conv2d_3_depthwise/depthwise_weights, its `norm` that layer's BatchNorm.
 
   Attributes:
-    depth_multiplier: scales every channel count, down to no fewer than 8.
-    last_block: where to stop. PPN reads nothing beyond 11, the last block of stride 16; SSD
+    depth_multiplier: factor of every channel count, which is at least 8.
+    last_block: number of blocks. PPN reads nothing beyond 11, the last block of stride 16; SSD
       needs 13.
     policy: see LayerPolicy.
   """
@@ -32,14 +32,18 @@ class MobileNetV1(nn.Module):
 
   def __post_init__(self):
     if not self.depth_multiplier > 0:
-      raise InputError(f'backbone: depth_multiplier {self.depth_multiplier} is not positive')
+      raise InputError(f'backbone: depth_multiplier {self.depth_multiplier} must be positive')
     if self.last_block not in range(1, len(BLOCKS) + 1):
-      raise InputError(f'backbone: last_block {self.last_block} is not in 1 .. {len(BLOCKS)}')
+      raise InputError(f'backbone: last_block {self.last_block} must be 1 to {len(BLOCKS)}')
     super().__post_init__()
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> dict[int, Array]:
-    """[B, S, S, 3] in [-1, 1] -> {stride in pixels: the last map [B, s, s, d] of that stride}."""
+    """Extracts features from images [B, S, S, 3] in [-1, 1].
+
+    Returns:
+      {stride in pixels: last feature map [B, s, s, d] of that stride}.
+    """
     x = ConvNorm(self._depth(STEM), side=3, stride=2, policy=self.policy, name='conv2d_0')(
         x, train=train)
     features, stride = {}, 2

@@ -1,4 +1,4 @@
-"""Backbone, neck and head put together: uint8 images in, one row for every anchor out."""
+"""Backbone, neck and head put together: uint8 images in, predictions for every anchor out."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,13 +26,13 @@ HEADS = {
 
 
 class Network(nn.Module):
-  """A single-stage detector's network; it knows no anchors and no loss.
+  """Network of a single-stage detector, without anchors and loss.
 
   Attributes:
-    backbone: images [B, S, S, 3] in [-1, 1] -> {stride: features}.
-    neck: {stride: features} -> maps, finest first.
-    head: maps -> Outputs.
-    policy: see LayerPolicy; each part has been given the same one.
+    backbone: maps images [B, S, S, 3] in [-1, 1] to {stride: features}.
+    neck: maps {stride: features} to feature maps, finest first.
+    head: maps feature maps to Outputs.
+    policy: see LayerPolicy; each part has the same one.
   """
   backbone: nn.Module
   neck: nn.Module
@@ -40,22 +40,25 @@ class Network(nn.Module):
   policy: LayerPolicy = LayerPolicy()
 
   def __call__(self, images: Array, *, train: bool) -> Outputs:
-    """uint8 [B, S, S, 3] -> Outputs of all anchors, by level, y, x, anchor.
+    """Predicts from images, uint8 [B, S, S, 3].
+
+    Returns:
+      Outputs of all anchors, in order of level, y, x and shape.
 
     Raises:
-      InputError: images that are not uint8 [B, S, S, 3].
+      InputError: If the images are not uint8 [B, S, S, 3].
     """
     return self.head(self.pyramid(images, train=train), train=train)
 
   def pyramid(self, images: Array, *, train: bool) -> tuple[Array, ...]:
-    """uint8 [B, S, S, 3] -> the maps that the head reads, finest first.
+    """Computes the maps that the head reads from images, uint8 [B, S, S, 3]; finest first.
 
-    `jax.eval_shape` of it gives the grid sizes that the anchors need.
+    Its shapes are the grid sizes that the anchors need.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3:
       raise InputError(f'images are {images.dtype} {list(images.shape)}; '
                        'the network takes uint8 [B, S, S, 3], 0 to 255')
-    # In float32: bfloat16 has eight bits for 256 levels and the scaling would round them.
+    # In float32: bfloat16 has eight bits for the 256 levels, and scaling would round them.
     x = images.astype(jnp.float32) * (2 / 255) - 1
     return self.neck(self.backbone(x.astype(self.policy.dtype), train=train), train=train)
 
@@ -63,19 +66,19 @@ class Network(nn.Module):
 def build_network(*, backbone: Mapping[str, Any], neck: Mapping[str, Any],
                   head: Mapping[str, Any], num_classes: int, anchors_per_cell: tuple[int, ...],
                   policy: LayerPolicy) -> Network:
-  """The network that three config blocks name.
+  """Builds a network from three config blocks.
 
   Args:
-    backbone: {'name': 'mobilenet_v1' or a dotted path, **its arguments}.
-    neck: the same of NECKS.
-    head: the same of HEADS.
-    num_classes: logits of an anchor, a background column included.
+    backbone: {'name': a name of BACKBONES or a dotted path, **its arguments}.
+    neck: likewise, of NECKS.
+    head: likewise, of HEADS.
+    num_classes: logits per anchor, including the background if there is one.
     anchors_per_cell: anchors of a cell of each level, finest first.
-    policy: given to all three and to the network.
+    policy: passed to all three and to the network.
 
   Raises:
-    InputError: an unknown name, an option that the component does not have, or a value
-      outside of its range.
+    InputError: If a name is unknown, a component does not have an option, or a value is outside its
+      range.
   """
   return Network(
       backbone=registry.build('backbone', backbone, BACKBONES, policy=policy),

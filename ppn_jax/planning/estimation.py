@@ -25,11 +25,12 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
+from ppn_jax.detector import jit_detect
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, install_command
 from ppn_jax.planning import hlo
 from ppn_jax.run import build_detector, check_batch, optimizer_of
-from ppn_jax.training.train_step import abstract_batch, abstract_state, jit_detect, jit_train_step
+from ppn_jax.training.train_step import abstract_batch, abstract_state, jit_train_step
 
 
 class Chip(NamedTuple):

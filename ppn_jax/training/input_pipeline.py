@@ -73,7 +73,7 @@ class HostFeed:
     rows = sharding.local_rows(batch_size, self.mesh)
     for batch in train_batches(self.source, start_step=start, rows=rows, bad=self.bad,
                                **self.options):
-      yield sharding.to_global((batch.images, batch.truth), self.mesh, batch_size)
+      yield sharding.to_global((batch.images, batch.ground_truth), self.mesh, batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ResidentFeed:
   source: Source
   mesh: Mesh
   bad: BadExamples
-  plan: dataset.Plan
+  plan: dataset.ResidentSpec
   threads: int
 
   def jit_step(self, detector: Detector, optimizer: Optimizer) -> Callable:
@@ -104,7 +104,7 @@ class ResidentFeed:
 
   def _load(self, start: int, progress: Progress) -> dataset.ResidentData:
     count, begun = self.plan.num_images, time.perf_counter()
-    share = f'{dataset.bytes_of_data(self.plan, self.mesh) / 1e9:,.3g} GB'
+    share = f'{dataset.data_bytes(self.plan, self.mesh) / 1e9:,.3g} GB'
     progress.say(f'loading {count:,} images of {self.plan.stored_size} px onto the devices, '
                  f'{share} on each')
     data = dataset.load(
@@ -137,8 +137,8 @@ def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | Res
         'image_size': size, 'batch_size': batch_size, 'seed': seed, 'threads': data.threads,
         'max_boxes': max_boxes})
   augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize)
-  plan = dataset.Plan(num_images=len(source), batch_size=batch_size, max_boxes=max_boxes,
+  plan = dataset.ResidentSpec(num_images=len(source), batch_size=batch_size, max_boxes=max_boxes,
                        stored_size=data.resident.size or size, augmentation=augmentation,
                        seed=seed)
-  dataset.check_plan(plan, mesh, config.train.steps)
+  dataset.check_memory(plan, mesh, config.train.steps)
   return ResidentFeed(source, mesh, bad, plan, data.threads)

@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from ppn_jax.detection.losses import DetectionLoss
-from ppn_jax.detection.structures import Array, Detections, GroundTruth
+from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.detector import Detector, Variables
-from ppn_jax.device_data.dataset import Plan, ResidentData, draw_batch
+from ppn_jax.device_data.dataset import ResidentData, ResidentSpec, draw_batch
 from ppn_jax.distributed import sharding
 from ppn_jax.training.optimizer import Optimizer, update_average, weight_penalty
 from ppn_jax.training.state import TrainState, init_state
@@ -153,7 +153,7 @@ def jit_train_step(detector: Detector, optimizer: Optimizer, mesh: Mesh
                    detector, optimizer, mesh, (split, split))
 
 
-def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, plan: Plan
+def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, plan: ResidentSpec
                       ) -> Callable[[TrainState, ResidentData], tuple[TrainState, StepMetrics]]:
   """As `jit_train_step`, of a step that draws its batch from the data on the devices."""
   def step(state: TrainState, data: ResidentData) -> tuple[TrainState, StepMetrics]:
@@ -168,14 +168,3 @@ def _jit_step(step: Callable, detector: Detector, optimizer: Optimizer, mesh: Me
   state = _shardings(abstract_state(detector, optimizer, mesh))
   return jax.jit(step, in_shardings=(state, *data),
                  out_shardings=(state, sharding.replicated(mesh)), donate_argnums=0)
-
-
-def jit_detect(detector: Detector, mesh: Mesh) -> Callable[[Variables, Array], Detections]:
-  """`Detector.detect` over the mesh: images and detections split by rows, variables made whole."""
-  whole, split = sharding.replicated(mesh), sharding.by_rows(mesh)
-
-  def detect(variables: Variables, images: Array) -> Detections:
-    return detector.detect(jax.lax.with_sharding_constraint(variables, whole), images)
-
-  # A moving average comes as training has it, which may be split.
-  return jax.jit(detect, in_shardings=(None, split), out_shardings=split)

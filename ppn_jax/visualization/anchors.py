@@ -41,7 +41,7 @@ def draw_assigned_anchors(detector: Detector, image: Array, boxes: Array, labels
   if not len(boxes):  # One row that is not valid.
     ground_truth = GroundTruth(*(np.zeros((1, 1, *column.shape[2:]), column.dtype)
                                  for column in ground_truth))
-  targets = jax.tree.map(lambda x: np.asarray(x)[0], detector.assign(anchors, ground_truth))
+  targets = jax.tree.map(lambda x: np.asarray(x)[0], detector.assign_targets(anchors, ground_truth))
   matched_boxes = box_ops.decode(targets.box_codes, anchors.boxes)[:, None]
   overlap = box_ops.iou(np.asarray(anchors.boxes)[:, None], matched_boxes)[:, 0, 0]
   background = draw_boxes((image * _DIMMED).astype(np.uint8), boxes, labels,

@@ -32,7 +32,7 @@ def build_activations(detector: Detector) -> Callable[[Variables, Array], Activa
     maps = detector.network.apply(variables, images, train=False, method='pyramid')
     outputs = detector.forward(variables, images)
     return ([jnp.sqrt(jnp.mean(jnp.square(m[0].astype(jnp.float32)), axis=-1)) for m in maps],
-            detector.columns.scores(outputs.class_logits[0]).max(axis=-1),
+            detector.class_spec.scores(outputs.class_logits[0]).max(axis=-1),
             detector.postprocess(outputs, detector.anchors))
 
   def activations(variables: Variables, image: Array) -> Activations:

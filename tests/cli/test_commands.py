@@ -195,7 +195,7 @@ def test_mistakes_on_the_command_line(capsys, tmp_path, monkeypatch, argv, messa
   ('--config.seed=-1', 'seed=-1'),
   ('--config.seed=2147483648', 'seed=2147483648'),
   ('--config.data.threads=-1', 'threads'),
-  ('--config.data.transforms=3', 'transform 3 is no block'),
+  ('--config.data.transforms=3', 'transform 3 is not a block'),
   ('--config.optim.rate_batch_size=-8', 'optim.rate_batch_size=-8'),
   ('--config.loss.alpha=1.5', 'alpha=1.5'),
   ('--config.matching.matched_iou=0', 'matched_iou'),

@@ -83,7 +83,7 @@ def test_batches_are_those_of_the_source(where):
   for _ in range(6):
     a, b = next(plain), next(cached)
     np.testing.assert_array_equal(a.images, b.images)
-    np.testing.assert_array_equal(a.truth.boxes, b.truth.boxes)
+    np.testing.assert_array_equal(a.ground_truth.boxes, b.ground_truth.boxes)
 
 
 def test_a_folder_serves_the_next_run(tmp_path):

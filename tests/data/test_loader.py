@@ -88,7 +88,7 @@ def take(batches, n):
 
 
 def arrays(batch):
-  return [batch.images, *batch.truth, batch.image_id, batch.size, batch.valid]
+  return [batch.images, *batch.ground_truth, batch.image_id, batch.size, batch.valid]
 
 
 def assert_equal(a, b):
@@ -112,14 +112,15 @@ def test_shapes_types_and_padding():
   batch, = take(train(Numbered(4)), 1)
   assert batch.images.shape == (4, 8, 8, 3) and batch.images.dtype == np.uint8
   assert batch.images.flags.c_contiguous
-  assert batch.truth.boxes.shape == (4, 4, 4) and batch.truth.boxes.dtype == np.float32
-  assert batch.truth.labels.dtype == np.int32 and batch.truth.crowd.dtype == bool
+  boxes = batch.ground_truth.boxes
+  assert boxes.shape == (4, 4, 4) and boxes.dtype == np.float32
+  assert batch.ground_truth.labels.dtype == np.int32 and batch.ground_truth.crowd.dtype == bool
   assert batch.image_id.dtype == np.int64 and batch.size.dtype == np.int32
   for row, number in enumerate(batch.image_id - 1000):
     assert (batch.images[row] == number).all()
-    np.testing.assert_array_equal(batch.truth.valid[row], np.arange(4) < number)
-    np.testing.assert_array_equal(batch.truth.crowd[row], (np.arange(4) == 1) & (number > 1))
-    assert (batch.truth.boxes[row][~batch.truth.valid[row]] == 0).all()
+    np.testing.assert_array_equal(batch.ground_truth.valid[row], np.arange(4) < number)
+    np.testing.assert_array_equal(batch.ground_truth.crowd[row], (np.arange(4) == 1) & (number > 1))
+    assert (batch.ground_truth.boxes[row][~batch.ground_truth.valid[row]] == 0).all()
     np.testing.assert_array_equal(batch.size[row], [8, 8])
   assert batch.valid.all()
 
@@ -186,7 +187,7 @@ def test_every_op_for_any_number_of_threads_and_hosts_and_from_any_step(name):
   source = SOURCES[name]
   whole = take(train(source, threads=1, **OPTIONS), 5)
   assert len({b.images.tobytes() for b in whole}) == 5
-  assert max(b.truth.valid.sum(axis=1).max() for b in whole) > 2  # There are mosaics.
+  assert max(b.ground_truth.valid.sum(axis=1).max() for b in whole) > 2  # There are mosaics.
   for threads in (2, 8):
     assert_equal(whole, take(train(source, threads=threads, **OPTIONS), 5))
   for hosts in (2, 4):
@@ -228,8 +229,8 @@ def test_reduced_decoding(resize):
                                for a, b in zip(wanted, reduced, strict=True)]))
       assert 0 < error.mean() < (20 if resize == 'bilinear' else 12)  # For noise in blocks.
       for a, b in zip(wanted, reduced, strict=True):
-        assert np.abs(a.truth.boxes - b.truth.boxes).max() < 0.5 / 48 + 1e-6
-        np.testing.assert_array_equal(a.truth.labels, b.truth.labels)
+        assert np.abs(a.ground_truth.boxes - b.ground_truth.boxes).max() < 0.5 / 48 + 1e-6
+        np.testing.assert_array_equal(a.ground_truth.labels, b.ground_truth.labels)
 
 
 def test_evaluation_decodes_late():
@@ -250,7 +251,7 @@ def test_evaluation_shows_all_of_an_image_whatever_it_is_decoded_at(resize):
   options = {'image_size': 100, 'max_boxes': 8, 'batch_size': 4, 'resize': resize}
   reduced, whole = (next(loader.eval_batches(Odd(4), reduced_decoding=reduced, **options))
                     for reduced in (True, False))
-  np.testing.assert_array_equal(reduced.truth.boxes, whole.truth.boxes)
+  np.testing.assert_array_equal(reduced.ground_truth.boxes, whole.ground_truth.boxes)
 
 
 @pytest.mark.parametrize('rows', [[], [6], [-1], slice(6, 9)])

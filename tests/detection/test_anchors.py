@@ -1,4 +1,4 @@
-"""Default boxes, bit for bit as the reference lays them."""
+"""Default boxes equal the reference's bit for bit."""
 
 import numpy as np
 import pytest

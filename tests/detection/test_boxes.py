@@ -1,4 +1,4 @@
-"""Box arithmetic against definitions written out, in NumPy and in JAX."""
+"""Box arithmetic against written-out definitions, in NumPy and in JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +43,10 @@ def test_numpy_in_numpy_out():
 @pytest.mark.parametrize('xp', [np, jnp])
 def test_encode_and_decode_are_inverse(xp):
   rng = np.random.default_rng(2)
-  truth = xp.asarray(random_boxes(rng, 200) * np.float32(0.9) + np.float32([0, 0, 0.05, 0.05]))
+  targets = xp.asarray(random_boxes(rng, 200) * np.float32(0.9) + np.float32([0, 0, 0.05, 0.05]))
   anchors = xp.asarray(random_boxes(rng, 200) * np.float32(0.9) + np.float32([0, 0, 0.05, 0.05]))
-  np.testing.assert_allclose(boxes.decode(boxes.encode(truth, anchors), anchors), truth, atol=2e-6)
+  decoded = boxes.decode(boxes.encode(targets, anchors), anchors)
+  np.testing.assert_allclose(decoded, targets, atol=2e-6)
   codes = xp.asarray(rng.normal(size=(200, 4)).astype(np.float32))
   np.testing.assert_allclose(boxes.encode(boxes.decode(codes, anchors), anchors), codes, atol=2e-3)
 

@@ -1,20 +1,25 @@
-"""Losses against the reference, against definitions in float64, and at the edges."""
+"""Losses against the reference, against definitions in float64, and in edge cases."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppn_jax.detection.class_logits import ClassColumns
-from ppn_jax.detection.losses import focal, focal_objective, mined_objective, smooth_l1
+from ppn_jax.detection.class_logits import ClassLogitsSpec
+from ppn_jax.detection.losses import (
+  focal_loss,
+  hard_negative_mining_loss,
+  sigmoid_focal,
+  smooth_l1,
+)
 from ppn_jax.detection.structures import Outputs, Targets
 from ppn_jax.errors import InputError
 
-FIVE = ClassColumns(5)
+FIVE = ClassLogitsSpec(5)
 
 
 def golden_problem(golden):
-  """The reference's problem of 90 classes and a background column."""
+  """Returns the reference's outputs and targets: 90 classes and a background."""
   positive = golden['ppn_match'] >= 0
   targets = Targets(golden['ppn_reg_targets'],
                     np.where(positive, golden['ppn_cls_targets_argmax'] - 1, 0), positive,
@@ -26,14 +31,14 @@ def test_equal_to_the_reference(shared):
   golden = np.load(shared / 'golden' / 'targets_loss_ppn.npz')
   outputs, targets = golden_problem(golden)
   settings = {'alpha': 0.75, 'gamma': 2.0, 'localization_weight': 1.5,
-              'columns': ClassColumns(90, background=True)}
-  loss = jax.jit(lambda o, t: focal_objective(o, t, **settings))(outputs, targets)
+              'class_spec': ClassLogitsSpec(90, background=True)}
+  loss = jax.jit(lambda o, t: focal_loss(o, t, **settings))(outputs, targets)
   np.testing.assert_allclose(loss.num_positive, golden['ppn_normalizer'], rtol=0)
   np.testing.assert_allclose(loss.localization, golden['ppn_loc_loss'], rtol=1e-5)
   np.testing.assert_allclose(loss.classification, golden['ppn_cls_loss'], rtol=1e-5)
 
   def total(o):
-    parts = focal_objective(o, targets, **settings)
+    parts = focal_loss(o, targets, **settings)
     return parts.classification + parts.localization
 
   gradient = jax.jit(jax.grad(total))(outputs)
@@ -49,7 +54,7 @@ def test_focal_is_its_formula(alpha, gamma):
   p = 1 / (1 + np.exp(-logits))
   p_t, alpha_t = np.where(targets, p, 1 - p), np.where(targets, alpha, 1 - alpha)
   expected = -alpha_t * (1 - p_t)**gamma * np.log(p_t)
-  np.testing.assert_allclose(focal(jnp.float32(logits), targets, alpha=alpha, gamma=gamma),
+  np.testing.assert_allclose(sigmoid_focal(jnp.float32(logits), targets, alpha=alpha, gamma=gamma),
                              expected, rtol=2e-5)
 
 
@@ -58,7 +63,7 @@ def test_focal_is_its_formula(alpha, gamma):
 @pytest.mark.parametrize('target', [True, False])
 def test_focal_and_its_gradient_are_finite(gamma, logit, target):
   value, gradient = jax.value_and_grad(
-      lambda x: focal(x, jnp.asarray(target), gamma=gamma))(jnp.float32(logit))
+      lambda x: sigmoid_focal(x, jnp.asarray(target), gamma=gamma))(jnp.float32(logit))
   assert np.isfinite(value) and np.isfinite(gradient) and value >= 0
   if abs(logit) >= 50 and (logit > 0) != target:  # A confident mistake has the slope of its weight.
     assert abs(gradient) == pytest.approx(0.25 if target else 0.75, rel=1e-4)
@@ -82,10 +87,10 @@ def small_problem(rng):
   return outputs, targets
 
 
-def test_ignored_anchors_have_no_gradient_and_masked_codes_no_say():
+def test_ignored_anchors_have_no_gradient_and_masked_codes_no_effect():
   outputs, targets = small_problem(np.random.default_rng(0))
   assert targets.ignored.any() and targets.positive.any()
-  total = lambda o: sum(focal_objective(o, targets, columns=FIVE)[:2])
+  total = lambda o: sum(focal_loss(o, targets, class_spec=FIVE)[:2])
   gradient = jax.grad(total)(outputs)
   assert not np.any(np.asarray(gradient.class_logits)[targets.ignored])
   assert np.all(np.asarray(gradient.class_logits)[~targets.ignored])
@@ -96,28 +101,29 @@ def test_ignored_anchors_have_no_gradient_and_masked_codes_no_say():
 def test_a_batch_without_positives_is_normalised_by_one():
   outputs, targets = small_problem(np.random.default_rng(1))
   nothing = targets._replace(positive=np.zeros_like(targets.positive))
-  loss = focal_objective(outputs, nothing, columns=FIVE)
+  loss = focal_loss(outputs, nothing, class_spec=FIVE)
   assert loss.num_positive == 0 and loss.localization == 0
-  expected = np.sum(np.where(targets.ignored[..., None], 0, focal(outputs.class_logits, False)))
+  negative = sigmoid_focal(outputs.class_logits, False)
+  expected = np.sum(np.where(targets.ignored[..., None], 0, negative))
   np.testing.assert_allclose(loss.classification, expected, rtol=1e-5)
 
 
 def mined_by_hand(outputs, targets, *, softmax, background, ratio):
-  """The SSD paper's objective, an image and an anchor at a time, in float64."""
+  """Computes the SSD paper's loss for one image and anchor at a time, in float64."""
   class_sum, box_sum = 0.0, 0.0
   for b in range(len(targets.labels)):
     costs = []
     for a, positive in enumerate(targets.positive[b]):
       z = np.float64(outputs.class_logits[b, a])
-      wanted = np.zeros(len(z))
+      target = np.zeros(len(z))
       if positive:
-        wanted[targets.labels[b, a] + background] = 1
+        target[targets.labels[b, a] + background] = 1
       elif background:
-        wanted[0] = 1
+        target[0] = 1
       if softmax:
-        costs.append(np.log(np.exp(z).sum()) - z @ wanted)
+        costs.append(np.log(np.exp(z).sum()) - z @ target)
       else:
-        costs.append(np.sum(np.log1p(np.exp(z)) - z * wanted))
+        costs.append(np.sum(np.log1p(np.exp(z)) - z * target))
     costs = np.array(costs)
     negatives = costs[~(targets.positive[b] | targets.ignored[b])]
     kept = np.sort(negatives)[::-1][:int(ratio * targets.positive[b].sum())]
@@ -133,10 +139,11 @@ def mined_by_hand(outputs, targets, *, softmax, background, ratio):
 def test_mining_keeps_the_hardest_negatives(softmax, background, seed):
   rng = np.random.default_rng(seed)
   outputs, targets = small_problem(rng)
-  columns = ClassColumns(5 - background, background, 'softmax' if softmax else 'sigmoid')
+  class_spec = ClassLogitsSpec(5 - background, background, 'softmax' if softmax else 'sigmoid')
   targets = targets._replace(labels=np.minimum(targets.labels, 4 - background))
-  loss = jax.jit(lambda o, t: mined_objective(
-      o, t, columns=columns, negatives_per_positive=1.0, localization_weight=2.0))(outputs, targets)
+  loss = jax.jit(lambda o, t: hard_negative_mining_loss(
+      o, t, class_spec=class_spec, negatives_per_positive=1.0, localization_weight=2.0))(
+          outputs, targets)
   by_class, by_box = mined_by_hand(outputs, targets, softmax=softmax, background=background,
                                    ratio=1.0)
   np.testing.assert_allclose(loss.classification, by_class, rtol=1e-5)
@@ -147,9 +154,9 @@ def test_mining_leaves_easy_negatives_and_images_without_objects_alone():
   rng = np.random.default_rng(3)
   outputs, targets = small_problem(rng)
   targets.positive[1] = False
-  columns = ClassColumns(4, background=True, activation='softmax')
+  class_spec = ClassLogitsSpec(4, background=True, activation='softmax')
   targets = targets._replace(labels=np.minimum(targets.labels, 3))
-  total = lambda o: sum(mined_objective(o, targets, columns=columns)[:2])
+  total = lambda o: sum(hard_negative_mining_loss(o, targets, class_spec=class_spec)[:2])
   gradient = np.asarray(jax.grad(total)(outputs).class_logits)
   touched = np.any(gradient != 0, axis=-1)
   assert not touched[1].any()
@@ -158,21 +165,21 @@ def test_mining_leaves_easy_negatives_and_images_without_objects_alone():
   assert touched[0][negatives].sum() == min(3 * targets.positive[0].sum(), negatives.sum())
 
 
-def test_a_background_column_is_trained_as_always_wrong():
+def test_a_background_logit_is_never_a_target():
   outputs, targets = small_problem(np.random.default_rng(5))
-  plain = focal_objective(outputs, targets, columns=FIVE)
+  plain = focal_loss(outputs, targets, class_spec=FIVE)
   wide = Outputs(outputs.box_codes, np.pad(outputs.class_logits, ((0, 0), (0, 0), (1, 0)),
                                            constant_values=0.5))
-  loss = focal_objective(wide, targets, columns=ClassColumns(5, background=True))
-  extra = focal(jnp.float32(0.5), False) * np.sum(~targets.ignored) / loss.num_positive
+  loss = focal_loss(wide, targets, class_spec=ClassLogitsSpec(5, background=True))
+  extra = sigmoid_focal(jnp.float32(0.5), False) * np.sum(~targets.ignored) / loss.num_positive
   np.testing.assert_allclose(loss.classification, plain.classification + extra, rtol=1e-5)
   np.testing.assert_allclose(loss.localization, plain.localization)
 
 
-@pytest.mark.parametrize('objective, options, words', [
-    (focal_objective, {'alpha': 1.5}, 'alpha=1.5'),
-    (focal_objective, {'columns': ClassColumns(4, True, 'softmax')}, 'hard_negative_mining'),
-    (mined_objective, {'negatives_per_positive': -1.0}, 'negatives_per_positive=-1.0')])
-def test_options_out_of_range(objective, options, words):
+@pytest.mark.parametrize('loss_function, options, words', [
+    (focal_loss, {'alpha': 1.5}, 'alpha=1.5'),
+    (focal_loss, {'class_spec': ClassLogitsSpec(4, True, 'softmax')}, 'hard_negative_mining'),
+    (hard_negative_mining_loss, {'negatives_per_positive': -1.0}, 'negatives_per_positive=-1.0')])
+def test_options_out_of_range(loss_function, options, words):
   with pytest.raises(InputError, match=words):
-    objective(*small_problem(np.random.default_rng(0)), **{'columns': FIVE, **options})
+    loss_function(*small_problem(np.random.default_rng(0)), **{'class_spec': FIVE, **options})

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ppn_jax.detection import boxes as box_ops
-from ppn_jax.detection.class_logits import ClassColumns
-from ppn_jax.detection.nms import postprocess as postprocess_columns
+from ppn_jax.detection.class_logits import ClassLogitsSpec
+from ppn_jax.detection.nms import postprocess as nms_postprocess
 from ppn_jax.detection.structures import Anchors, Detections, Outputs
 from ppn_jax.errors import InputError
 
@@ -24,9 +24,9 @@ def iou(a, b) -> float:
   return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
 
 
-def oracle(boxes, scores, *, score_threshold=1e-8, iou_threshold=0.6, max_per_class=100,
+def plain_nms(boxes, scores, *, score_threshold=1e-8, iou_threshold=0.6, max_per_class=100,
            max_detections=100):
-  """The plain algorithm on one image: rows (anchor, label, score, clipped box)."""
+  """Runs the plain algorithm on one image; returns rows (anchor, label, score, clipped box)."""
   survivors = []
   for label in range(scores.shape[1]):
     kept = []
@@ -46,15 +46,15 @@ def oracle(boxes, scores, *, score_threshold=1e-8, iou_threshold=0.6, max_per_cl
 
 
 def problem(boxes, logits):
-  """Outputs whose decoded boxes are `boxes` to rounding, and anchors that name themselves."""
+  """Returns outputs that decode to `boxes`, and anchors whose level is their index."""
   boxes, logits = np.asarray(boxes, np.float32), np.asarray(logits, np.float32)
   anchors = Anchors(boxes, np.arange(len(boxes), dtype=np.int32))
   return Outputs(np.zeros((1, *boxes.shape), np.float32), logits[None]), anchors
 
 
 def postprocess(outputs, anchors, *, background=False, **options):
-  columns = ClassColumns(outputs.class_logits.shape[-1] - background, background)
-  return postprocess_columns(outputs, anchors, columns=columns, **options)
+  class_spec = ClassLogitsSpec(outputs.class_logits.shape[-1] - background, background)
+  return nms_postprocess(outputs, anchors, class_spec=class_spec, **options)
 
 
 # One compilation serves all problems of the same shape and options.
@@ -67,13 +67,13 @@ def detect(outputs, anchors, **options) -> Detections:
   return jax.tree.map(np.asarray, compiled(outputs, anchors, **options))
 
 
-def assert_equals_oracle(detections, outputs, anchors, **options):
+def assert_equals_plain_nms(detections, outputs, anchors, **options):
   options.pop('candidates', None)
   for b in range(len(outputs.class_logits)):
-    # The decoder and the sigmoid have tests of their own; here they only feed the oracle.
+    # The decoder and the sigmoid have tests of their own; here they only supply input.
     boxes = np.asarray(jax.jit(box_ops.decode)(outputs.box_codes[b], anchors.boxes))
     scores = np.asarray(jax.jit(jax.nn.sigmoid)(outputs.class_logits[b]))
-    rows = oracle(boxes, scores, **options)
+    rows = plain_nms(boxes, scores, **options)
     one = jax.tree.map(lambda x, b=b: x[b], detections)
     n = len(rows)
     assert one.valid.sum() == n and one.valid[:n].all()
@@ -86,7 +86,7 @@ def assert_equals_oracle(detections, outputs, anchors, **options):
 
 
 def random_boxes(rng, n, clusters=None):
-  """Boxes that overlap much and stick out of the image; around few centres if asked."""
+  """Returns boxes that overlap much and reach beyond the image, optionally in clusters."""
   centres = rng.uniform(-0.1, 1.1, (clusters or n, 2))
   centre = centres[rng.integers(0, len(centres), n)] + rng.normal(0, 0.02, (n, 2))
   side = rng.uniform(0.05, 0.5, (len(centres), 2))[rng.integers(0, len(centres), n)]
@@ -131,22 +131,22 @@ def test_equals_the_plain_algorithm(case, candidates):
     logits = rng.integers(0, shape.distinct, logits.shape)
   outputs, anchors = problem(boxes, logits)
   detections = detect(outputs, anchors, **options)
-  assert_equals_oracle(detections, outputs, anchors, **options)
+  assert_equals_plain_nms(detections, outputs, anchors, **options)
 
 
 @pytest.mark.slow
-def test_images_of_a_batch_do_not_touch_each_other():
+def test_images_of_a_batch_are_independent():
   rng = np.random.default_rng(0)
   anchors = Anchors(random_boxes(rng, 100), np.arange(100, dtype=np.int32))
   codes = rng.normal(0, 1, (3, 100, 4)).astype(np.float32)
   logits = rng.normal(-2, 2, (3, 100, 5)).astype(np.float32)
-  # Image 0 is done at once, 1 collapses to one box and goes through many rounds, 2 is empty.
+  # Image 0 takes one round, image 1 has one repeated box and takes many, image 2 is empty.
   codes[1] = box_ops.encode(np.array([0.2, 0.2, 0.6, 0.7], np.float32), anchors.boxes)
   logits[2] = -100
   options = dict(candidates=16, max_detections=8)
   together = detect(Outputs(codes, logits), anchors, **options)
   assert together.valid.sum(axis=1).tolist() == [8, 5, 0]
-  assert_equals_oracle(together, Outputs(codes, logits), anchors, **options)
+  assert_equals_plain_nms(together, Outputs(codes, logits), anchors, **options)
   for b in range(3):
     alone = detect(Outputs(codes[b:b + 1], logits[b:b + 1]), anchors, **options)
     for one, all_ in zip(alone, together, strict=True):
@@ -164,7 +164,7 @@ def test_a_long_chain_of_overlaps_settles():
 
 
 def test_one_box_a_class_is_left_of_a_collapsed_network():
-  # Thousands of equal boxes: the naive preselection would report only the few top classes.
+  # Thousands of equal boxes: a naive preselection would report only the few top classes.
   rng = np.random.default_rng(0)
   boxes = np.tile(np.array([0.1, 0.2, 0.5, 0.8], np.float32), (700, 1))
   logits = rng.normal(0, 0.01, (700, 20)) + 0.1 * np.arange(20)
@@ -201,7 +201,7 @@ def test_thresholds_are_strict():
   assert detect(outputs, anchors, score_threshold=0.499, iou_threshold=0.5).valid.sum() == 3
 
 
-def test_values_that_are_not_finite_take_no_part():
+def test_values_that_are_not_finite_are_ignored():
   boxes = np.tile(np.array([0.2, 0.2, 0.6, 0.6], np.float32), (6, 1))
   outputs, anchors = problem(boxes, np.linspace(3, 1, 6)[:, None])
   outputs.box_codes[0, 0, 2] = 1e4  # exp overflows: an infinite box.

@@ -1,4 +1,4 @@
-"""The training set in device memory: what is held, what is drawn, and runs that train on it."""
+"""Training set in device memory: its data, its batches, and runs that train on it."""
 
 import json
 import os
@@ -38,21 +38,21 @@ def resident_config(**train):
   return config.lock()
 
 
-def plan_of(source, *, blocks=(), image_size=48, batch_size=8, seed=0):
+def spec_of(source, *, blocks=(), image_size=48, batch_size=8, seed=0):
   augmentation = build_augmentation(blocks, image_size=image_size, resize='area')
-  return dataset.Plan(len(source), batch_size, 8, image_size, augmentation, seed)
+  return dataset.ResidentSpec(len(source), batch_size, 8, image_size, augmentation, seed)
 
 
-def test_without_augmentation_each_epoch_shows_what_the_host_would():
+def test_without_augmentation_each_epoch_equals_the_host():
   source = build_source({'name': 'synthetic_shapes', 'num_images': 11, 'image_size': (40, 64)})
-  mesh, plan, counts = sharding.data_mesh(), plan_of(source), []
-  data = dataset.load(source, plan, mesh, on_images=counts.append)
+  mesh, spec, counts = sharding.data_mesh(), spec_of(source), []
+  data = dataset.load(source, spec, mesh, on_images=counts.append)
   assert counts[-1] == 11
-  draw = jax.jit(lambda data, step: dataset.draw_batch(plan, mesh, data, step))
+  draw = jax.jit(lambda data, step: dataset.draw_batch(spec, mesh, data, step))
   rows = []
   for step in range(0, 5):
-    images, truth = jax.device_get(draw(data, jnp.int32(step)))
-    rows += [(images[r], *(column[r] for column in truth)) for r in range(8)]
+    images, ground_truth = jax.device_get(draw(data, jnp.int32(step)))
+    rows += [(images[r], *(array[r] for array in ground_truth)) for r in range(8)]
   shown = [[], [], []]
   for position, (image, boxes, labels, crowd, valid) in enumerate(rows[:33]):
     host = [Resize(48)(source[i]) for i in range(11)]
@@ -76,17 +76,17 @@ if processes > 1:
 else:
   sharding.join_processes(local_devices=8)
 import jax, jax.numpy as jnp, numpy as np
-from test_dataset import plan_of
+from test_dataset import spec_of
 from ppn_jax.data.source import build_source
 from ppn_jax.device_data import dataset
 
 source = build_source({'name': 'synthetic_shapes', 'num_images': 21, 'image_size': (48, 64)})
-plan = plan_of(source, blocks=[{'name': 'ssd_random_crop'}, {'name': 'horizontal_flip'},
+spec = spec_of(source, blocks=[{'name': 'ssd_random_crop'}, {'name': 'horizontal_flip'},
                                {'name': 'photometric_distortion'}], seed=5)
 for count in (2,) if processes > 1 else (1, 8):
   mesh = sharding.data_mesh(jax.devices()[:count])
-  data = dataset.load(source, plan, mesh)
-  draw = jax.jit(lambda data, step: dataset.draw_batch(plan, mesh, data, step)).lower(
+  data = dataset.load(source, spec, mesh)
+  draw = jax.jit(lambda data, step: dataset.draw_batch(spec, mesh, data, step)).lower(
       data, jax.ShapeDtypeStruct((), jnp.int32)).compile()
   digests = {}
   for step in range(6):
@@ -131,7 +131,7 @@ def test_any_number_of_devices_and_processes_draws_the_same():
   assert one['digests'] == eight['digests']
   first, second = digests_of(2)
   assert first['digests'] | second['digests'] == one['digests']
-  # Devices hand each other rows of the batch, and none ever sees the others' data.
+  # Devices only exchange rows of the batch.
   assert eight['collectives'] == ['all-to-all']
   assert eight['bytes_in'] <= max(eight['held'], eight['batch'])
   assert eight['held'] < one['held'] / 6
@@ -139,12 +139,12 @@ def test_any_number_of_devices_and_processes_draws_the_same():
 
 def test_loading_keeps_one_copy():
   source = build_source({'name': 'synthetic_shapes', 'num_images': 4, 'image_size': 48})
-  data = dataset.load(source, plan_of(source, batch_size=4), sharding.data_mesh())
+  data = dataset.load(source, spec_of(source, batch_size=4), sharding.data_mesh())
   before = data.images.unsafe_buffer_pointer()
   images = np.zeros((2, 48, 48, 3), np.uint8)
-  truth = jax.tree.map(lambda a: a[:2], (data.boxes.reshape(-1, 8, 4), *data[3:]))
+  ground_truth = jax.tree.map(lambda a: a[:2], (data.boxes.reshape(-1, 8, 4), *data[3:]))
   after = dataset._insert(data, images, np.zeros((2, 2), np.int32),
-                           dataset.GroundTruth(*truth), 2)
+                           dataset.GroundTruth(*ground_truth), 2)
   assert data.images.is_deleted() and after.images.unsafe_buffer_pointer() == before
   assert np.asarray(after.images[:2]).any() and not np.asarray(after.images[2:]).any()
 
@@ -166,15 +166,15 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_that_broke_off_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
   report = train_loop.Steps._report
 
-  def break_off(self, step):
+  def interrupt(self, step):
     report(self, step)
     if step == 4:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(train_loop.Steps, '_report', break_off)
+  monkeypatch.setattr(train_loop.Steps, '_report', interrupt)
   with pytest.raises(KeyboardInterrupt):
     train_job.train(resident_config(), tmp_path)
   monkeypatch.undo()
@@ -190,7 +190,7 @@ def test_no_step_waits_for_data(undisturbed):
   assert all(np.isfinite(line['train/loss']) for line in lines)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_data_that_do_not_fit_are_rejected_before_anything_is_written(tmp_path, monkeypatch):
   monkeypatch.setattr(dataset, 'available_memory', lambda: 3_000_000)
   with pytest.raises(InputError) as error:
     train_job.train(resident_config(), tmp_path)
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, monke
   assert not list(tmp_path.iterdir())
 
 
-def test_device_memory_counts_where_there_is_some():
+def test_free_memory_of_a_device_with_its_own():
   class Device:
     def memory_stats(self):
       return {'bytes_limit': 16_000, 'bytes_in_use': 1_000}
@@ -210,9 +210,10 @@ def test_device_memory_counts_where_there_is_some():
 
 @pytest.mark.parametrize('change, message', [
     ({'data.resident.size': -1}, 'data.resident.size is -1'),
-    ({'data.transforms': ({'name': 'mosaic', 'size': 64},)}, "'mosaic' has no form on the device"),
+    ({'data.transforms': ({'name': 'mosaic', 'size': 64},)},
+     "'mosaic' is not available on the device"),
     ({'train.steps': 2**31}, 'more than 2\\*\\*32 images')])
-def test_what_cannot_be_done_is_said_at_once(change, message, tmp_path):
+def test_unsupported_options_are_rejected_at_once(change, message, tmp_path):
   config = resident_config().unlock()
   config.update_from_flattened_dict(change)
   with pytest.raises(InputError, match=message):
@@ -222,8 +223,8 @@ def test_what_cannot_be_done_is_said_at_once(change, message, tmp_path):
 
 @pytest.mark.parametrize('file', CONFIGS, ids=lambda f: f.stem)
 def test_every_config_has_the_flags(file):
-  config = load_config(str(file), ['--config.data.train.resident=True',
-                                   '--config.data.train.resident_size=320'])
+  config = load_config(str(file), ['--config.data.resident.enabled=True',
+                                   '--config.data.resident.size=320'])
   assert config.data.resident.enabled is True and config.data.resident.size == 320
   assert 'name' in config.data.train and 'resident' not in config.data.train
 

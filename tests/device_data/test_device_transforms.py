@@ -1,4 +1,4 @@
-"""The device's augmentation against the host's and the reference's: the same distributions."""
+"""Augmentation on the device has the distributions of the host's and the reference's."""
 
 import colorsys
 
@@ -20,7 +20,7 @@ BOXES = np.float32([[0.1, 0.1, 0.4, 0.5], [0.3, 0.5, 0.9, 0.95], [0.62, 0.05, 0.
                     [0.0, 0.6, 0.25, 1.0]])
 
 
-def truth_of(boxes, padded=8):
+def ground_truth_of(boxes, padded=8):
   n = len(boxes)
   boxes = np.concatenate([boxes, np.zeros((padded - n, 4), np.float32)])
   return GroundTruth(boxes, np.arange(padded, dtype=np.int32), np.zeros(padded, bool),
@@ -28,17 +28,18 @@ def truth_of(boxes, padded=8):
 
 
 def views(blocks, boxes=BOXES, size=SIZE, draws=DRAWS, image_size=32):
-  """The device's draws: windows (y, x, height, width) in pixels, flips, numbers of boxes."""
+  """Returns the device's draws: windows (y, x, height, width) in pixels, flips, box counts."""
   augmentation = build_augmentation(blocks, image_size=image_size, resize='area')
   view = jax.jit(jax.vmap(augmentation.view, in_axes=(None, None, 0)))(
-      jnp.int32(size), truth_of(boxes), jax.random.split(jax.random.key(1), draws))
+      jnp.int32(size), ground_truth_of(boxes), jax.random.split(jax.random.key(1), draws))
   frame = np.asarray(view.frame, np.float64) * [*size, *size]
   windows = np.concatenate([frame[:, :2], frame[:, 2:] - frame[:, :2]], axis=1)
-  return np.round(windows, 3), np.asarray(view.mirrored), np.asarray(view.truth.valid.sum(axis=1))
+  counts = np.asarray(view.ground_truth.valid.sum(axis=1))
+  return np.round(windows, 3), np.asarray(view.mirrored), counts
 
 
 def host_draws(blocks, boxes=BOXES, size=SIZE, draws=DRAWS):
-  """The same of the host, which reads windows off an image that holds its own coordinates."""
+  """Returns the host's draws, reading windows from an image whose pixels are their coordinates."""
   ops = build_transforms(blocks)
   rows, columns = np.indices(size)
   image = np.stack([rows, columns, 0 * rows + 255], axis=-1).astype(np.uint8)
@@ -60,7 +61,7 @@ def host_draws(blocks, boxes=BOXES, size=SIZE, draws=DRAWS):
 
 
 def assert_same_distribution(ours, theirs):
-  """Kolmogorov-Smirnov, at one false alarm in 10,000."""
+  """Tests by Kolmogorov-Smirnov, with one false alarm in 10,000."""
   result = stats.ks_2samp(ours, theirs)
   assert result.pvalue > 1e-4, result
 
@@ -102,7 +103,7 @@ def test_images_without_boxes_to_cover(boxes):
   assert_same_distribution(ours[2], theirs[2])
 
 
-def test_the_statistics_have_teeth():
+def test_the_statistics_detect_a_difference():
   ours, theirs = views([CROP]), host_draws([CROP | {'area': (0.15, 1.0)}])
   with pytest.raises(AssertionError):
     assert_same_windows(ours[0], theirs[0])
@@ -121,12 +122,12 @@ def test_windows_are_distributed_as_the_reference_s(shared, case):
 
 
 def test_large_scale_jitter_is_distributed_as_on_the_host():
-  """By what becomes of the boxes, since pixels are resized at once."""
+  """Compares boxes, since the host resizes pixels at once."""
   block = {'name': 'large_scale_jitter', 'size': 64, 'scale': (0.3, 2.0)}
   augmentation = build_augmentation([block], image_size=32, resize='area')
   view = jax.jit(jax.vmap(augmentation.view, in_axes=(None, None, 0)))(
-      jnp.int32(SIZE), truth_of(BOXES[1:2]), jax.random.split(jax.random.key(1), 1000))
-  ours = np.asarray(view.truth.boxes)[:, 0], np.asarray(view.truth.valid)[:, 0]
+      jnp.int32(SIZE), ground_truth_of(BOXES[1:2]), jax.random.split(jax.random.key(1), 1000))
+  ours = np.asarray(view.ground_truth.boxes)[:, 0], np.asarray(view.ground_truth.valid)[:, 0]
   op, = build_transforms([block])
   boxes = [op(Example(np.zeros((*SIZE, 3), np.uint8), BOXES[1:2], np.zeros(1, int),
                       np.zeros(1, bool), 0, SIZE), np.random.default_rng(draw)).boxes
@@ -144,31 +145,32 @@ def test_large_scale_jitter_is_distributed_as_on_the_host():
 def test_a_crop_keeps_and_cuts_the_boxes_that_the_host_does():
   rng = np.random.default_rng(0)
   example = Example(np.zeros((*SIZE, 3), np.uint8), BOXES, np.arange(4), np.zeros(4, bool), 0, SIZE)
-  view = View(jnp.float32(SIZE), jnp.float32([0, 0, 1, 1]), jnp.bool_(False), truth_of(BOXES))
+  view = View(jnp.float32(SIZE), jnp.float32([0, 0, 1, 1]), jnp.bool_(False),
+              ground_truth_of(BOXES))
   cropped = jax.jit(crop)
   for _ in range(200):
     y, x = rng.integers(0, SIZE[0] - 1), rng.integers(0, SIZE[1] - 1)
     height, width = rng.integers(1, SIZE[0] - y + 1), rng.integers(1, SIZE[1] - x + 1)
     coverage = rng.choice([0.0, 0.3, 0.9])
     theirs = crop_on_host(example, (y, x, height, width), coverage)
-    ours = cropped(view, np.float32([y, x, y + height, x + width]), coverage).truth
+    ours = cropped(view, np.float32([y, x, y + height, x + width]), coverage).ground_truth
     np.testing.assert_array_equal(np.flatnonzero(ours.valid), theirs.labels)
     np.testing.assert_allclose(np.asarray(ours.boxes)[np.asarray(ours.valid)], theirs.boxes,
                                atol=1e-5)
 
 
 def test_boxes_follow_pixels():
-  """A white rectangle on black stays within its box, whatever is done to the image."""
+  """Moves a white rectangle by all ops: it stays within its box."""
   blocks = [FLIP, {'name': 'expand', 'ratio': (1.0, 2.0), 'fill': (0, 0, 0)}, CROP, FLIP]
   augmentation = build_augmentation(blocks, image_size=64, resize='area')
   box = np.float32([[0.25, 0.375, 0.625, 0.875]])
   image = np.zeros((3, 64, 64), np.uint8)
   image[:, 16:40, 24:56] = 255
-  images, truth = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
-      image, jnp.int32([48, 96]), truth_of(box), jax.random.split(jax.random.key(0), 100))
+  images, ground_truth = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
+      image, jnp.int32([48, 96]), ground_truth_of(box), jax.random.split(jax.random.key(0), 100))
   checked = 0
-  for pixels, boxes, valid in zip(*map(np.asarray, (images, truth.boxes, truth.valid)),
-                                  strict=True):
+  drawn = images, ground_truth.boxes, ground_truth.valid
+  for pixels, boxes, valid in zip(*map(np.asarray, drawn), strict=True):
     lit = np.argwhere(pixels[..., 0] > 127)
     if valid[0] and len(lit):
       found = np.concatenate([lit.min(axis=0), lit.max(axis=0) + 1]) / 64
@@ -181,18 +183,18 @@ def test_boxes_follow_pixels():
 @pytest.mark.parametrize('last', [
     {'name': 'expand', 'probability': 1.0, 'fill': (0, 0, 0)},
     {'name': 'large_scale_jitter', 'size': 64, 'scale': (0.3, 0.6), 'fill': (0, 0, 0)}])
-def test_what_a_crop_cut_off_stays_away(last):
-  """Red and green squares, each seen only where its box is."""
+def test_pixels_outside_a_crop_do_not_reappear(last):
+  """Red and green squares are seen only if their boxes are."""
   image = np.zeros((3, 64, 64), np.uint8)
   boxes = np.float32([[3, 3, 16, 16], [40, 40, 60, 60]]) / 64
   image[0, 3:16, 3:16] = image[1, 40:60, 40:60] = 255
   blocks = [FLIP, CROP | {'coverages': (1.0,), 'keep_probability': 0.0, 'area': (0.1, 0.3),
                           'attempts': 20}, last]
   augmentation = build_augmentation(blocks, image_size=64, resize='area')
-  images, truth = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
-      image, jnp.int32([64, 64]), truth_of(boxes), jax.random.split(jax.random.key(0), 100))
+  images, ground_truth = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
+      image, jnp.int32([64, 64]), ground_truth_of(boxes), jax.random.split(jax.random.key(0), 100))
   seen = np.asarray((images > 127).sum(axis=(1, 2)))[:, :2]
-  labelled = np.asarray(truth.valid)[:, :2]
+  labelled = np.asarray(ground_truth.valid)[:, :2]
   assert not seen[~labelled].any()
   assert (seen[labelled] > 0).mean() > 0.99 and labelled.sum() > 80
 
@@ -215,23 +217,23 @@ def test_colours_are_distributed_as_on_the_host():
   block, op = {'name': 'photometric_distortion'}, PhotometricDistortion()
   augmentation = build_augmentation([block], image_size=2, resize='area')
   ours, _ = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
-      patch.transpose(2, 0, 1), jnp.int32([2, 2]), truth_of(BOXES),
+      patch.transpose(2, 0, 1), jnp.int32([2, 2]), ground_truth_of(BOXES),
       jax.random.split(jax.random.key(2), DRAWS))
   example = Example(patch, BOXES, None, None, 0, (2, 2))
   theirs = np.stack([op(example, np.random.default_rng(i)).image for i in range(DRAWS)])
   shares = np.linspace(0.05, 0.95, 10)
   a, b = (np.quantile(x.astype(float), shares, axis=0) for x in (np.asarray(ours), theirs))
-  # The host rounds to 8 bits in between, in HSV too, and quantiles of samples differ by some.
+  # The host rounds to 8 bits between steps, in HSV too, and sample quantiles vary.
   assert np.abs(a - b).max() < 12 and np.abs(a - b).mean() < 1.5
   untouched = [(x == patch).all(axis=(1, 2, 3)).mean() for x in (np.asarray(ours), theirs)]
   np.testing.assert_allclose(untouched, 1 / 16, atol=0.025)
 
 
 @pytest.mark.parametrize('block, message', [
-    ({'name': 'mosaic', 'size': 32}, "'mosaic' has no form on the device"),
+    ({'name': 'mosaic', 'size': 32}, "'mosaic' is not available on the device"),
     ({'name': 'ppn_jax.data.transforms.basic:Resize', 'size': 31}, 'below model.image_size=32'),
-    ({'name': f'{__name__}:Own'}, 'Own.* has no form on the device')])
-def test_what_has_no_form_on_the_device_is_named(block, message):
+    ({'name': f'{__name__}:Own'}, 'Own.* is not available on the device')])
+def test_ops_that_are_not_available_are_named(block, message):
   with pytest.raises(InputError, match=message) as error:
     build_augmentation([FLIP, block], image_size=32, resize='area')
   assert '\n' not in str(error.value)
@@ -242,20 +244,21 @@ class Own:
     return example
 
 
-def test_two_that_fill_are_refused():
+def test_two_ops_that_add_a_border_are_rejected():
   blocks = [{'name': 'expand'}, {'name': 'large_scale_jitter', 'size': 32}]
-  with pytest.raises(InputError, match="'expand' and 'large_scale_jitter' both show more"):
+  with pytest.raises(InputError, match="'expand' and 'large_scale_jitter' both add a border"):
     build_augmentation(blocks, image_size=32, resize='area')
 
 
 @pytest.mark.slow
-def test_colours_change_a_canvas_only_after_it():
+def test_colours_change_only_an_earlier_border():
   colours = {'name': 'photometric_distortion'}
   canvas = {'name': 'expand', 'probability': 1.0, 'ratio': (3.0, 3.0), 'fill': (9, 99, 199)}
   image = np.full((3, 16, 16), 128, np.uint8)
   for blocks, untouched in (([colours, canvas], 1.0), ([canvas, colours], 1 / 16)):
     augmentation = build_augmentation(blocks, image_size=24, resize='area')
     images, _ = jax.jit(jax.vmap(augmentation, in_axes=(None, None, None, 0)))(
-        image, jnp.int32([16, 16]), truth_of(BOXES), jax.random.split(jax.random.key(3), 200))
+        image, jnp.int32([16, 16]), ground_truth_of(BOXES),
+        jax.random.split(jax.random.key(3), 200))
     fill = np.asarray((images == jnp.uint8([9, 99, 199])).all(axis=-1)).any(axis=(1, 2))
     np.testing.assert_allclose(fill.mean(), untouched, atol=0.08 * (untouched < 1))

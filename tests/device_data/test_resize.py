@@ -1,4 +1,4 @@
-"""The device's crop and resize against the host's, on the same pixels."""
+"""Crop and resize on the device against the host's, on the same pixels."""
 
 import cv2
 import jax
@@ -14,7 +14,7 @@ NO_BOXES = np.zeros((0, 4), np.float32)
 
 
 def picture(side, seed=0):
-  """u8 [side, side, 3], blotches of every size down to single pixels."""
+  """Returns an image u8 [side, side, 3] of blotches of every size down to single pixels."""
   rng = np.random.default_rng(seed)
   layers = [cv2.resize(rng.uniform(0, 255, (n, n, 3)), (side, side), interpolation=cv2.INTER_CUBIC)
             for n in (3, 9, side // 2, side)]
@@ -59,7 +59,7 @@ def test_the_whole_image_at_its_own_size_is_untouched(kernel):
     np.testing.assert_array_equal(out, expected)
 
 
-def test_beyond_the_image_nothing_is_seen():
+def test_pixels_beyond_the_image_are_not_seen():
   image, frame = picture(40), np.float32([-20, -30, 60, 50]) / 40
   # A canvas of 80 with the image at (20, 30), which mirroring moves to (20, 10).
   for mirrored, at in ((False, 30), (True, 10)):
@@ -89,7 +89,7 @@ def test_weights_are_whole_and_add_up():
 
 
 def test_the_arithmetic_is_exact_at_its_worst():
-  """All white through weights that split everywhere: any rounding would show."""
+  """White stays white under fractional weights everywhere, so nothing is rounded."""
   white = np.full((3, 64, 64), 255, np.uint8)
   frame = jnp.float32([0.013, 0.017, 0.871, 0.933])
   for precision in ('bfloat16', 'float32'):

@@ -1,4 +1,4 @@
-"""The device's order: every epoch has every example once, whatever the number of examples."""
+"""Order on the device: every epoch has every example once, for any number of examples."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ppn_jax.device_data.shuffle import example_at, permute
 
 @pytest.fixture(scope='module')
 def permutations():
-  """(number of examples, round keys) -> the whole permutation; compiled once for all numbers."""
+  """Returns a function from (number of examples, seed) to the permutation, compiled once."""
   @jax.jit
   def permuted(at, n, side, seed):
     return permute(at, n, side, jax.random.bits(jax.random.key(seed), (8,)))
@@ -55,7 +55,7 @@ def test_every_epoch_has_every_example_once_in_another_order():
 
 @pytest.mark.parametrize('n', [5, 24])
 def test_orders_are_uniform(n):
-  """Where an example stands, and which follows it, over many epochs: chi-square at 1 in 10,000."""
+  """Tests an example's positions and successors by chi-square, one false alarm in 10,000."""
   stats = pytest.importorskip('scipy.stats')
   epochs = 4000
   _, index = jax.jit(lambda p: example_at(p, n, jax.random.key(3)))(

@@ -20,10 +20,11 @@ import numpy as np
 from tiny import tiny_config
 from ppn_jax.data.loader import train_batches
 from ppn_jax.data.source import build_source
+from ppn_jax.detector import jit_detect
 from ppn_jax.run import build_detector
 from ppn_jax.distributed import sharding
 from ppn_jax.training.optimizer import build_optimizer
-from ppn_jax.training.train_step import jit_detect, jit_init, jit_train_step
+from ppn_jax.training.train_step import jit_init, jit_train_step
 
 assert jax.device_count() == 8
 config = tiny_config()
@@ -46,7 +47,7 @@ def three_steps(devices):
   batches = train_batches(source, transforms=(), image_size=64, max_boxes=8, batch_size=8, seed=0,
                           rows=sharding.local_rows(8, mesh))
   for batch, _ in zip(batches, range(3)):
-    images, truth = sharding.to_global((batch.images, batch.truth), mesh, 8)
+    images, truth = sharding.to_global((batch.images, batch.ground_truth), mesh, 8)
     assert len(images.addressable_shards) == len(devices)
     state, metrics = step(state, images, truth)
     losses.append(float(metrics.loss))

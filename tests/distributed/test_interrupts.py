@@ -15,7 +15,7 @@ from ppn_jax.cli import main as cli
 from ppn_jax.distributed import interrupts
 from ppn_jax.distributed.interrupts import InterruptWatch
 from ppn_jax.distributed.preemption import Interrupted, PreemptionNotice
-from ppn_jax.errors import verdict
+from ppn_jax.errors import exit_status
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_training_notes_the_first_and_passes_on_the_second(monkeypatch, capfd):
   assert capfd.readouterr().err.startswith('interrupted: ending after this step')
   end = notice.end('step 3 is saved')
   assert isinstance(end, Interrupted)
-  assert verdict(end) == (130, 'ppn: interrupted: step 3 is saved')
+  assert exit_status(end) == (130, 'ppn: interrupted: step 3 is saved')
 
 
 NATIVE = """

@@ -131,15 +131,15 @@ def test_bits_by_built_in_operations():
 
 @pytest.mark.parametrize('size', [19, 10, 5, 3, 2])
 def test_pooling_and_convolutions_of_odd_sizes(size):
-  """SAME padding depends on whether the side is odd or even; pooling pads with -inf."""
-  from ppn_jax.models import layers
+  """SAME of an odd side pads at the end alone, of an even one not at all; pooling with -inf."""
+  from ppn_jax.models import convolution
   x, kernel, full = -np.abs(floats(1, size, size, 4)) - 1, floats(3, 3, 1, 4), floats(3, 3, 4, 6)
 
   def function(x):
-    return (layers.max_pool(x, form='native'),
-            layers.depthwise_conv(x, kernel, stride=2, form='native'),
-            layers.depthwise_conv(x, kernel, form='native'),
-            layers.conv(x, full, stride=2, form='native'))
+    return (convolution.max_pool(x, form='native'),
+            convolution.depthwise_conv(x, kernel, stride=2, form='native'),
+            convolution.depthwise_conv(x, kernel, form='native'),
+            convolution.conv(x, full, stride=2, form='native'))
   for run in (in_tensorflow, in_lite):
     expected = jax.jit(function)(x)
     found = {wanted.shape: [] for wanted in expected}
@@ -204,11 +204,11 @@ def test_suppression_in_several_rounds_is_exact(run):
   from ppn_jax.detection.nms import postprocess
 
   def detect(codes, logits):
-    return postprocess(Outputs(codes, logits), detector.anchors, columns=detector.columns,
+    return postprocess(Outputs(codes, logits), detector.anchors, class_spec=detector.class_spec,
                        candidates=64)
   expected = jax.device_get(jax.jit(detect)(*outputs))
   one_round = jax.jit(functools.partial(
-      postprocess, anchors=detector.anchors, columns=detector.columns, max_detections=64,
+      postprocess, anchors=detector.anchors, class_spec=detector.class_spec, max_detections=64,
       candidates=64))(outputs)
   assert expected.valid.sum() > 60 and one_round.valid.any()
   found = run(detect, *outputs)

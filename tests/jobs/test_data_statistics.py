@@ -47,7 +47,7 @@ def test_images_are_those_of_training(found):
   trained = batches_of_training(config, 2)
   expected = np.concatenate([b.images for b in trained])[:5]
   np.testing.assert_array_equal(np.concatenate([b.images for b in found.examples]), expected)
-  boxes = np.concatenate([b.truth.boxes[b.truth.valid] for b in trained])
+  boxes = np.concatenate([b.ground_truth.boxes[b.ground_truth.valid] for b in trained])
   np.testing.assert_allclose(found.boxes.height, (boxes[:, 2] - boxes[:, 0]) * 64)
   np.testing.assert_allclose(found.boxes.width, (boxes[:, 3] - boxes[:, 1]) * 64)
   assert found.num_images == 8 and found.total_images == 10 and found.image_size == 64
@@ -59,7 +59,7 @@ def test_anchors_of_each_box_one_by_one(found):
   at = 0
   for number, (truth, valid) in enumerate(
       (t, v) for batch in batches_of_training(tiny_config(), 2)
-      for t, v in zip(batch.truth.boxes, batch.truth.valid, strict=True)):
+      for t, v in zip(batch.ground_truth.boxes, batch.ground_truth.valid, strict=True)):
     overlap = box_ops.iou(truth[valid], anchors.boxes)
     owner = {a: int(overlap[:, a].argmax()) for a in range(len(anchors.boxes))
              if overlap[:, a].max() >= 0.5}
@@ -104,7 +104,7 @@ def test_the_matching_is_that_of_the_detector():
   detector = build_detector(resolve_classes(config, range(5)))
   numbers = data_statistics.summarize(data_statistics.collect_statistics(config, samples=4))
   batch = batches_of_training(config, 1)[0]
-  positive = np.asarray(detector.assign(detector.anchors, batch.truth).positive)
+  positive = np.asarray(detector.assign_targets(detector.anchors, batch.ground_truth).positive)
   assert numbers['all']['anchors_a_box'] * numbers['all']['boxes'] == pytest.approx(positive.sum())
 
 

@@ -304,10 +304,10 @@ def test_positives_are_those_of_the_batches_of_training():
   positives, boxes = np.zeros((2, 3), int)
   for number, batch in zip(range(3), batches, strict=False):
     rows = 4 if number < 2 else 2  # Ten images are an epoch.
-    targets = detector.assign(detector.anchors, batch.truth)
+    targets = detector.assign_targets(detector.anchors, batch.ground_truth)
     for level in range(3):
       positives[level] += int(targets.positive[:rows, detector.anchors.level == level].sum())
-    boxes_seen = int(batch.truth.valid[:rows].sum())
+    boxes_seen = int(batch.ground_truth.valid[:rows].sum())
     boxes[0] += boxes_seen
   found = calibration_report.count_training_positives(config, detector, 2000)
   assert found['images'] == 10

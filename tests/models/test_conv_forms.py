@@ -1,4 +1,4 @@
-"""The forms for CPUs and TPUs equal the plain ones in value and gradient."""
+"""Forms for CPUs and TPUs equal the native ones in value and gradient."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppn_jax.models import layers
+from ppn_jax.models import convolution, layers
 
 SIZES = ((7, 8), *(pytest.param(size, marks=pytest.mark.slow) for size in ((8, 8), (9, 6), (1, 2))))
 
@@ -17,7 +17,7 @@ def random(shape, seed=0, dtype=np.float64):
 
 
 def value_and_gradients(op, *operands):
-  """Value and gradients for a fixed random cotangent."""
+  """Returns the value, and gradients for a fixed random cotangent."""
   y, vjp = jax.vjp(op, *operands)
   return y, *vjp(random(y.shape, 9).astype(y.dtype))
 
@@ -38,7 +38,7 @@ def assert_forms_agree(op, *operands, tolerance):
 @pytest.mark.parametrize('size', SIZES)
 def test_depthwise_forms_agree(size, stride):
   x, kernel = random((2, *size, 5)), random((3, 3, 1, 5), 1)
-  op = functools.partial(layers.depthwise_conv, stride=stride)
+  op = functools.partial(convolution.depthwise_conv, stride=stride)
   assert_forms_agree(op, x, kernel, tolerance=1e-12)
   assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)
 
@@ -48,7 +48,7 @@ def test_depthwise_forms_agree(size, stride):
 @pytest.mark.parametrize('size', SIZES)
 def test_conv_forms_agree(size, side, stride):
   x, kernel = random((2, *size, 4)), random((side, side, 4, 6), 1)
-  op = functools.partial(layers.conv, stride=stride)
+  op = functools.partial(convolution.conv, stride=stride)
   assert_forms_agree(op, x, kernel, tolerance=1e-12)
   assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)
 
@@ -56,12 +56,12 @@ def test_conv_forms_agree(size, side, stride):
 @pytest.mark.parametrize('stride', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_shifted_bfloat16_sums_in_float32_and_rounds_once(stride):
   x = random((2, 19, 19, 8), dtype=np.float32).astype(jnp.bfloat16)
-  for op, shape in ((layers.depthwise_conv, (3, 3, 1, 8)), (layers.conv, (3, 3, 8, 8))):
+  for op, shape in ((convolution.depthwise_conv, (3, 3, 1, 8)), (convolution.conv, (3, 3, 8, 8))):
     kernel = random(shape, 1, np.float32).astype(jnp.bfloat16)
     op = functools.partial(op, stride=stride, form='shifted')
     ours = jax.jit(functools.partial(value_and_gradients, op))(x, kernel)
     y, vjp = jax.vjp(op, x.astype(jnp.float32), kernel.astype(jnp.float32))
-    # The cotangent is one of bfloat16's numbers in both.
+    # Both use a cotangent that bfloat16 represents.
     exact = (y, *vjp(random(y.shape, 9).astype(jnp.bfloat16).astype(jnp.float32)))
     for a, b in zip(ours, exact, strict=True):
       assert a.dtype == jnp.bfloat16
@@ -70,16 +70,16 @@ def test_shifted_bfloat16_sums_in_float32_and_rounds_once(stride):
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('size', SIZES)
-def test_max_pool_forms_agree_also_on_ties(size, dtype):
+def test_max_pool_forms_agree_even_on_ties(size, dtype):
   x = random((2, *size, 3), dtype=np.float32)
   ties = jnp.round(x).clip(-1, 0)  # Two values: nearly every window has several maxima.
   images = jnp.concatenate([x, ties, -jnp.ones_like(x)])
-  assert_forms_agree(layers.max_pool, images.astype(dtype), tolerance=0)
+  assert_forms_agree(convolution.max_pool, images.astype(dtype), tolerance=0)
 
 
 def test_max_pool_gives_a_tie_to_the_first_maximum():
   x = jnp.array([[1., 2.], [2., 2.]])[None, :, :, None]
-  gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
+  gradient = jax.grad(lambda x: convolution.max_pool(x).sum())(x)
   np.testing.assert_array_equal(gradient[0, :, :, 0], [[0, 1], [0, 0]])
 
 
@@ -87,23 +87,23 @@ def test_max_pool_gives_a_tie_to_the_first_maximum():
                          [(300, 2, (0, 1)), (75, 2, (1, 1)), (38, 2, (0, 1)), (19, 2, (1, 1)),
                           (19, 1, (1, 1)), (1, 2, (1, 1))])
 def test_same_padding_is_tensorflows(size, stride, expected):
-  assert layers.same_padding(size, stride) == expected
+  assert convolution.same_padding(size, stride) == expected
 
 
 def test_auto_follows_the_platform_of_the_lowering():
   x, kernel = jnp.zeros((1, 8, 8, 4)), jnp.zeros((3, 3, 1, 4))
-  traced = jax.jit(jax.grad(lambda x, k: layers.depthwise_conv(x, k).sum(), (0, 1))).trace(
+  traced = jax.jit(jax.grad(lambda x, k: convolution.depthwise_conv(x, k).sum(), (0, 1))).trace(
       x, kernel)
   assert 'stablehlo.convolution' in traced.lower(lowering_platforms=('tpu',)).as_text()
   assert 'stablehlo.convolution' not in traced.lower(lowering_platforms=('cpu',)).as_text()
-  both = jax.export.export(jax.jit(layers.depthwise_conv), platforms=('cpu', 'tpu'))(x, kernel)
+  both = jax.export.export(jax.jit(convolution.depthwise_conv), platforms=('cpu', 'tpu'))(x, kernel)
   assert both.call(x + 1, kernel + 1)[0, 4, 4, 0] == 9
 
 
 @pytest.mark.parametrize('channels, groups', [(64, 1), (65, 65)])
-def test_a_tpu_takes_few_channels_densely(channels, groups):
+def test_a_tpu_convolves_few_channels_densely(channels, groups):
   x, kernel = jnp.zeros((1, 8, 8, channels)), jnp.zeros((3, 3, 1, channels))
-  text = jax.jit(layers.depthwise_conv).trace(x, kernel).lower(
+  text = jax.jit(convolution.depthwise_conv).trace(x, kernel).lower(
       lowering_platforms=('tpu',)).as_text()
   assert f'feature_group_count = {groups} ' in text
 

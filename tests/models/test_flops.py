@@ -13,7 +13,7 @@ X = jnp.ones((1, 5, 7, 4))
 
 
 def total(function, *arguments):
-  """(multiply-adds, FLOPs, other operations)."""
+  """Returns (multiply-adds, FLOPs, other operations)."""
   ops = list(operations(jax.make_jaxpr(function)(*arguments).jaxpr))
   return tuple(sum(getattr(op, f) for op in ops) for f in ('multiply_adds', 'flops', 'other_ops'))
 
@@ -48,7 +48,7 @@ def test_one_operation(function, arguments, expected):
 
 
 @pytest.mark.parametrize('wrap', [jax.jit, jax.checkpoint])
-def test_calls_are_looked_into(wrap):
+def test_calls_are_counted(wrap):
   assert total(wrap(lambda x: x * x), X) == (0, 140, 0)
 
 
@@ -68,7 +68,7 @@ def test_custom_gradients_are_left_out():
   assert total(cube, X) == (0, 280, 0)
 
 
-def test_loops_of_known_length_count_each_turn():
+def test_loops_of_known_length_count_each_iteration():
   assert total(lambda x: lax.scan(lambda c, _: (c * x, None), x, None, length=6)[0], X) == (
       0, 6 * 140, 0)
   assert total(lambda x: lax.fori_loop(0, 3, lambda _, c: c + x, x), X) == (0, 3 * 140, 0)
@@ -80,14 +80,14 @@ def test_the_costliest_branch_counts():
   assert total(function, X, 1) == (0, 280, 0)
 
 
-def test_a_loop_of_unknown_length_is_refused():
+def test_a_loop_of_unknown_length_is_rejected():
   def function(x, n):
     return lax.fori_loop(0, n, lambda _, c: c + x, x)
   with pytest.raises(InputError, match='loop whose length is known at run time only'):
     total(function, X, 3)
 
 
-def test_what_no_output_needs_is_left_out():
+def test_equations_that_no_output_needs_are_left_out():
   def function(x, unused, y):
     _ = unused * 3
     return x + y

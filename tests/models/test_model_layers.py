@@ -1,4 +1,4 @@
-"""Batch norm, the policy, the blocks, one device and eight."""
+"""Batch norm, the policy and the blocks, on one device and on eight."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ def random(shape, seed=0, dtype=np.float64):
 
 
 def value_and_gradients(op, *operands):
-  """Value and gradients for a fixed random cotangent."""
+  """Returns the value, and gradients for a fixed random cotangent."""
   y, vjp = jax.vjp(op, *operands)
   return y, *vjp(random(y.shape, 9).astype(y.dtype))
 
@@ -29,7 +29,7 @@ def batch_norm(x, decay=0.9):
   return norm, variables, *norm.apply(variables, x, train=True, mutable=['batch_stats'])
 
 
-def test_batch_norm_normalises_biased_and_remembers_unbiased():
+def test_batch_norm_uses_the_biased_variance_and_averages_the_unbiased():
   x = random((3, 2, 2, 4), dtype=np.float32) * 3 + 2
   _, variables, y, updates = batch_norm(x)
   np.testing.assert_array_equal(variables['batch_stats']['mean'], np.zeros(4))
@@ -60,13 +60,13 @@ def test_batch_norm_keeps_float32_statistics_of_bfloat16():
 
 @pytest.mark.usefixtures('float64')
 def test_statistics_stay_float32_in_float64():
-  """A step must return the types that it takes."""
+  """Checks that a step returns the types that it takes."""
   _, _, _, updates = batch_norm(random((4, 3, 3, 2)))
   assert {leaf.dtype for leaf in jax.tree.leaves(updates['batch_stats'])} == {jnp.dtype('float32')}
 
 
 @pytest.mark.usefixtures('float64')
-def test_batch_norm_gradient_is_that_of_the_definition():
+def test_batch_norm_gradient_equals_the_definition():
   x = random((4, 3, 3, 2))
   norm, variables, _, _ = batch_norm(x)
 
@@ -94,7 +94,7 @@ def test_policy_rejects(options, words):
     layers.LayerPolicy(**options)
 
 
-def test_kernels_start_as_the_policy_says():
+def test_kernels_are_initialised_by_the_policy():
   x = jnp.zeros((1, 4, 4, 64))
   for stddev, expected in ((None, (2 / 64) ** 0.5), (0.01, 0.01)):
     module = layers.ConvNorm(256, policy=layers.LayerPolicy(kernel_stddev=stddev))
@@ -112,18 +112,18 @@ def test_separable_block_keeps_float32_parameters_and_halves_the_map():
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
 
 
-# Eight devices are made before JAX starts, hence a process of its own.
+# Runs in its own process, since eight devices must be set up before JAX starts.
 SHARDED = '''
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from ppn_jax.models import layers
+from ppn_jax.models import convolution, layers
 jax.config.update('jax_enable_x64', True)
 block = layers.DepthwiseSeparable(6, stride=2)
 x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 10, 10, 4)))
 variables = block.init(jax.random.key(0), x, train=False)
 def loss(variables, x):
   y, _ = block.apply(variables, x, train=True, mutable=['batch_stats'])
-  return jnp.mean(layers.max_pool(y) ** 2)
+  return jnp.mean(convolution.max_pool(y) ** 2)
 step = jax.jit(jax.value_and_grad(loss))
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ('data',))
 assert mesh.size == 8

@@ -1,4 +1,4 @@
-"""The whole network: sizes, counts, order of rows, what it refuses."""
+"""Tests of the whole network: sizes, counts, order of rows, and what it rejects."""
 
 import functools
 
@@ -50,7 +50,7 @@ def count(tree):
 
 
 def test_ppn_at_300_pixels_has_the_references_sizes_and_counts():
-  network = build(num_classes=91, anchors_per_cell=(6,) * 6)  # 90 and the background's column.
+  network = build(num_classes=91, anchors_per_cell=(6,) * 6)  # 90 and the background.
   images, variables = shapes(network, 300, batch=2)
   pyramid = jax.eval_shape(
       functools.partial(network.apply, train=False, method='pyramid'), variables, images)
@@ -176,7 +176,7 @@ def test_pixels_are_scaled_to_minus_one_to_one():
     (PoolingPyramid(num_levels=0), {16: 5}, [5, 3, 2, 1]),
     (PoolingPyramid(num_levels=0), {16: 1}, [1]),
     (FeaturePyramid(num_levels=0, depth=4), {16: 6, 32: 3}, [6, 3, 2, 1])])
-def test_no_number_of_levels_takes_all_there_are(neck, features, sides):
+def test_zero_levels_means_all_down_to_one_cell(neck, features, sides):
   maps = {stride: jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32)
           for stride, side in features.items()}
   levels, _ = jax.eval_shape(functools.partial(neck.init_with_output, train=False),
@@ -218,7 +218,7 @@ def test_fpn_at_300_pixels_has_ppns_grids_and_one_depth():
   assert [level.shape for level in pyramid] == [(1, n, n, 256) for n in (19, 10, 5, 3, 2, 1)]
 
 
-def test_conv_pyramid_is_the_maps_and_what_convolutions_make_of_the_last():
+def test_conv_pyramid_is_the_maps_and_convolutions_of_the_last():
   rng = np.random.default_rng(0)
   maps = {16: jnp.asarray(rng.normal(size=(1, 6, 6, 4)), jnp.float32),
           32: jnp.asarray(rng.normal(size=(1, 3, 3, 6)), jnp.float32)}
@@ -234,8 +234,8 @@ def test_conv_pyramid_is_the_maps_and_what_convolutions_make_of_the_last():
   np.testing.assert_allclose(levels[2][0, 0, 0], np.clip(first, 0, 6), atol=1e-5)
 
 
-def test_feature_pyramid_adds_the_enlarged_coarser_map():
-  """With smoothing kernels that copy, level 0 is lateral 0 plus lateral 1 at nearest cells."""
+def test_feature_pyramid_adds_the_upsampled_coarser_map():
+  """With identity kernels, level 0 is lateral 0 plus lateral 1 at the nearest cells."""
   rng = np.random.default_rng(0)
   maps = {16: jnp.asarray(rng.uniform(size=(1, 5, 5, 4)), jnp.float32),
           32: jnp.asarray(rng.uniform(size=(1, 3, 3, 4)), jnp.float32)}
@@ -287,12 +287,12 @@ def test_per_level_head_equals_plain_convolutions_of_each_level():
     ({'num_classes': 0}, 'num_classes 0'),
     ({'anchors_per_cell': (2, 0)}, 'anchors_per_cell'),
     ({'anchors_per_cell': (3, 6, 6)}, 'reduce_lowest_level=False'),
-    ({'neck': {'name': 'conv_pyramid', 'strides': (16, 64)}}, 'do not double'),
+    ({'neck': {'name': 'conv_pyramid', 'strides': (16, 64)}}, 'must double'),
     ({'neck': {'name': 'conv_pyramid', 'depths': (7,)}}, 'even numbers'),
     ({'neck': {'name': 'feature_pyramid', 'num_levels': 1}}, 'num_levels 1 is below'),
     ({'head': {'name': 'per_level_box_predictor', 'side': 2}}, 'side 2'),
 ])
-def test_build_refuses_with_one_line(blocks, words):
+def test_build_rejects_with_one_line(blocks, words):
   with pytest.raises(InputError, match=words) as caught:
     build(**blocks)
   assert '\n' not in str(caught.value)
@@ -312,7 +312,7 @@ def test_dotted_path_names_a_component():
     ({'name': 'feature_pyramid', 'strides': (8, 16), 'num_levels': 6},
      '8x8 map is 1x1 after 4 levels'),
 ])
-def test_neck_that_does_not_fit_is_refused_before_compiling(neck, words):
+def test_neck_that_does_not_fit_is_rejected_before_compiling(neck, words):
   with pytest.raises(InputError, match=words):
     shapes(build(neck=neck), 64)
 
@@ -320,6 +320,6 @@ def test_neck_that_does_not_fit_is_refused_before_compiling(neck, words):
 @pytest.mark.parametrize('images', [np.zeros((1, 64, 64, 3), np.float32),
                                     np.zeros((64, 64, 3), np.uint8),
                                     np.zeros((1, 64, 64, 4), np.uint8)])
-def test_images_that_are_not_uint8_rgb_are_refused(images):
+def test_images_that_are_not_uint8_rgb_are_rejected(images):
   with pytest.raises(InputError, match=r'uint8 \[B, S, S, 3\]'):
     small().init(jax.random.key(0), images, train=False)

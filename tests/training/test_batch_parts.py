@@ -24,10 +24,11 @@ import numpy as np
 from tiny import tiny_config
 from ppn_jax.data.loader import train_batches
 from ppn_jax.data.source import build_source
+from ppn_jax.detector import jit_detect
 from ppn_jax.run import build_detector
 from ppn_jax.distributed import sharding
 from ppn_jax.training.optimizer import build_optimizer
-from ppn_jax.training.train_step import jit_detect, jit_init, jit_train_step
+from ppn_jax.training.train_step import jit_init, jit_train_step
 
 B = 16
 source = build_source({'name': 'synthetic_shapes', 'num_images': 16, 'image_size': 64})
@@ -54,7 +55,7 @@ def steps(order, devices=4, *, groups=0, **optim):
   placed = jax.tree.map(lambda x: x.sharding, state)
   state = jax.tree.map(lambda x, s: jax.device_put(
       x.astype(jnp.float64) if x.dtype == jnp.float32 else x, s), state, placed)
-  images, truth = sharding.to_global(rows((batch.images, batch.truth), order), mesh, B)
+  images, truth = sharding.to_global(rows((batch.images, batch.ground_truth), order), mesh, B)
   step = jit_train_step(detector, optimizer, mesh).lower(state, images, truth).compile()
   losses = []
   for _ in range(2):

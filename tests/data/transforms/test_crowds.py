@@ -9,7 +9,7 @@ from ppn_jax.data.reading import read_example
 from ppn_jax.data.transforms.basic import Resize, build_transforms
 from ppn_jax.data.transforms.geometry import crop, drop_small
 from ppn_jax.detection.anchors import ssd_anchors
-from ppn_jax.detection.matching import assign
+from ppn_jax.detection.matching import assign_targets
 from ppn_jax.detection.structures import Example, GroundTruth
 from ppn_jax.device_data.transforms import build_augmentation
 
@@ -93,5 +93,5 @@ def test_a_window_that_is_all_crowd_has_no_background():
   out = crop(Crowded()[0], (100, 200, 50, 50), 0.5)
   truth = GroundTruth(*(a[None] for a in (out.boxes, out.labels, out.crowd, np.ones(1, bool))))
   anchors = ssd_anchors([(side, side) for side in (19, 10, 5, 3, 2, 1)])
-  targets = assign(anchors, truth)
+  targets = assign_targets(anchors, truth)
   assert np.asarray(targets.ignored).all() and not np.asarray(targets.positive).any()
