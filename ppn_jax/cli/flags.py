@@ -282,7 +282,7 @@ def join_processes(args: argparse.Namespace, *, hear_sigterm: bool = True) -> No
   """Joins the processes that the flags name; call it before anything touches a JAX backend.
 
   Args:
-    hear_sigterm: see `partition.join_processes`.
+    hear_sigterm: see `sharding.join_processes`.
   """
   from ppn_jax.distributed import failures, sharding
   sharding.join_processes(
@@ -291,7 +291,7 @@ def join_processes(args: argparse.Namespace, *, hear_sigterm: bool = True) -> No
       local_devices=args.local_devices, timeout=args.join_timeout,
       hear_sigterm=hear_sigterm)
   if args.distributed or args.coordinator:
-    failures.watch()
+    failures.watch_peers()
 
 
 def keep_programs() -> None:

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
+from ppn_jax.cli.libraries import quiet_libraries
 from ppn_jax.distributed import failures, interrupts
 from ppn_jax.errors import InputError, did_you_mean, verdict
 from ppn_jax.storage import expand_home
@@ -101,6 +102,7 @@ def _main(argv: list[str], *, as_program: bool) -> int:
       interrupts.end_at_once()
     watch.raise_in_main_thread()
 
+  quiet_libraries()
   watch = interrupts.InterruptWatch(on_interrupt)
   try:
     with watch, _notes_on_stderr():

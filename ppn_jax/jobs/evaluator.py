@@ -81,7 +81,7 @@ class Evaluator:
     scores = None
     if jax.process_index() == 0:
       scores = coco.score(self.source.ground_truth(), rows, scorer=self.scorer)
-    told = json.loads(coordination.hand_out(json.dumps(scores).encode()))
+    told = json.loads(coordination.broadcast(json.dumps(scores).encode()))
     return scores or coco.Scores(told[0], tuple(coco.ClassScore(*c) for c in told[1]), *told[2:])
 
 

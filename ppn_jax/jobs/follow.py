@@ -170,10 +170,10 @@ class _Following:
 
   def _look_up(self, step: int) -> None:
     """Takes over what is on record of a step; forgets it where it is of another checkpoint."""
-    found = retention.record(self._root, step)
+    found = retention.read_record(self._root, step)
     fits = found and found.fits(self._job.run.stamp(step), **self._job.about())
     if fits and step not in self._figures:
-      self._record(step, found.figures)
+      self._record(step, found.metrics)
     elif not fits and (found or step in self._figures):
       if self._figures.pop(step, None) or step not in self._seen:
         self._job.say(f'the scores on record of step {step:,} are of another checkpoint or other '
@@ -209,13 +209,13 @@ class _Following:
       _, variables = self._job.load(step)
     except Exception as e:  # Files may go at any moment, and every library has its own error.
       error = e
-    if sharding.all_say(error is None):
+    if sharding.all_true(error is None):
       return variables
     # A mistake, such as another model, is not cured by waiting; deletion and damage are none.
     # A store that cannot be reached says nothing of what is there.
     there = (error is not None and storage.is_outage(error)) or step in self._saved()
     mistake = isinstance(error, InputError) and not isinstance(error, DamagedCheckpoint)
-    if sharding.all_say(mistake and there):
+    if sharding.all_true(mistake and there):
       raise error
     if there:
       problems = self._problems.setdefault(step, [])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ppn_jax.errors import InputError
 from ppn_jax.run import Run, is_run, open_run
-from ppn_jax.telemetry.metrics import duration
+from ppn_jax.telemetry.progress import duration
 
 SAY_EVERY = 600.0  # Seconds between lines that say that nothing happens.
 

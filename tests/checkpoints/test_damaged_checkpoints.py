@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ppn_jax import storage
-from ppn_jax.checkpoints import integrity, manager, orbax
+from ppn_jax.checkpoints import integrity, manager
 from ppn_jax.checkpoints.manager import Checkpoints, DamagedCheckpoint, SaveFailed
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, StoreError
@@ -153,12 +153,12 @@ def test_the_trainer_moves_a_damaged_step_aside_and_saves_it_again(folder):
     checkpoints.save(2, make_state(2))
   step, state, said = restore_newest(folder)
   assert step == 2 and same(state, make_state(2)) and not said
-  assert (folder.parent / manager.ASIDE / '2' / 'state').is_dir()
+  assert (folder.parent / manager.DAMAGED_FOLDER / '2' / 'state').is_dir()
 
 
 def test_whatever_keeps_a_process_from_reading_is_told_to_the_others(folder, monkeypatch):
   told = []
-  monkeypatch.setattr(sharding, 'all_say', lambda yes: bool(told.append(yes)) or yes)
+  monkeypatch.setattr(sharding, 'all_true', lambda yes: bool(told.append(yes)) or yes)
   with Checkpoints(folder, read_only=True) as checkpoints:
     monkeypatch.setattr(checkpoints, '_read', lambda *_: (_ for _ in ()).throw(StoreError('gone')))
     with pytest.raises(StoreError, match='gone'):
@@ -170,7 +170,8 @@ def test_nothing_is_moved_when_none_is_whole(folder):
   for step in (1, 2):
     remove(folder / str(step) / 'state' / '_METADATA', None)
   for read_only in (True, False):
-    with pytest.raises(InputError, match=r'is whole: .*/2 is damaged.*/1 is damaged') as error:
+    with pytest.raises(InputError, match=r'every checkpoint in .* is damaged: .*/2 is damaged'
+                       r'.*/1 is damaged') as error:
       restore_newest(folder, read_only=read_only)
     assert '\n' not in str(error.value)
   assert sorted(p.name for p in folder.iterdir()) == ['1', '2']
@@ -181,7 +182,7 @@ def test_damaged_figures_cost_the_figures_only(folder):
   for read_only in (True, False):
     step, state, said = restore_newest(folder, read_only=read_only)
     assert step == 2 and same(state, make_state(2))
-    assert said == [f'the figures of {folder}/2 are damaged; it counts as not evaluated']
+    assert said == [f'the metrics of {folder}/2 are damaged; it counts as not evaluated']
 
 
 TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT]
@@ -189,8 +190,8 @@ TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOU
 # By which call of whom each part is read.
 READERS = [
     (pathlib.Path, 'read_bytes'),  # Orbax's description of the step.
-    (manager.ocp.StandardCheckpointHandler, 'metadata'),
-    (orbax.Manager, 'restore'),
+    (manager.ocp.PyTreeCheckpointHandler, 'metadata'),
+    (manager.ocp.PyTreeCheckpointHandler, 'restore'),
 ]
 
 
@@ -227,7 +228,7 @@ def test_a_store_in_trouble_condemns_nothing(folder, monkeypatch, owner, name, n
       in_trouble(patch, owner, name, error, times=99)
       with pytest.raises(StoreError, match=rf'/2 cannot be read now: {os.strerror(number)}; it is'):
         restore_newest(folder, read_only=False)
-  assert not folder.with_name(manager.ASIDE).exists()
+  assert not folder.with_name(manager.DAMAGED_FOLDER).exists()
 
 
 @pytest.mark.parametrize('number', TRANSIENT)
@@ -238,7 +239,7 @@ def test_figures_that_cannot_be_read_now_are_tried_again(folder, monkeypatch, nu
 
 
 def test_content_that_cannot_be_decoded_is_damage_at_once(folder, monkeypatch):
-  asked = in_trouble(monkeypatch, orbax.Manager, 'restore',
+  asked = in_trouble(monkeypatch, manager.ocp.PyTreeCheckpointHandler, 'restore',
                      ValueError('DATA_LOSS: Error decompressing'), times=1)
   step, _, said = restore_newest(folder)
   assert step == 1 and len(said) == 1 and len(asked) == 2

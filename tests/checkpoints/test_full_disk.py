@@ -13,7 +13,7 @@ from tiny import CONFIG_FILE
 
 from ppn_jax.checkpoints import integrity
 from ppn_jax.cli.main import main
-from ppn_jax.telemetry import append_only
+from ppn_jax.telemetry.metrics import AppendOnlyFile
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 # A smaller net than tiny's own, and room for five of its checkpoints.
@@ -105,8 +105,8 @@ def test_a_disk_that_is_full_for_a_while(disk, monkeypatch, capfd, caplog):
   at_save(monkeypatch, step_8=lambda: fill(disk), step_24=(disk / 'filling').unlink)
   assert train(disk) == 0
   failed = 'could not be saved: No space left on device; the newest checkpoint in'
-  check_said(capfd, caplog, 'No space left on device; going on, the figures are kept', *(
-      f'step {step} {failed} {disk}/run/checkpoints is step 4; going on'
+  check_said(capfd, caplog, 'No space left on device; training continues, the metrics are kept', *(
+      f'step {step} {failed} {disk}/run/checkpoints is step 4; training continues'
       for step in (8, 12, 16, 20)))
   assert saved(disk) == [36, 40]
   assert logged(disk) == [*range(1, 41)] and charted(disk / 'run') == {*range(1, 41)}
@@ -132,7 +132,7 @@ def test_a_store_that_becomes_read_only(disk, monkeypatch, capfd, caplog):
   at_save(monkeypatch, step_8=lambda: set_writable(disk, False),
           step_16=lambda: set_writable(disk, True))
   assert train(disk) == 0
-  check_said(capfd, caplog, 'Read-only file system; going on, the figures are kept', *(
+  check_said(capfd, caplog, 'Read-only file system; training continues, the metrics are kept', *(
       f'step {step} could not be saved: Read-only file system; the newest' for step in (8, 12)))
   assert saved(disk) == [36, 40]
   assert logged(disk) == [*range(1, 41)] and charted(disk / 'run') == {*range(1, 41)}
@@ -147,7 +147,7 @@ def test_a_read_only_store_from_the_start(disk, capfd, caplog):
 
 
 def test_a_file_that_grows_takes_what_was_refused_once_there_is_room(disk):
-  file, refused = append_only.GrowingFile(disk / 'lines'), 0
+  file, refused = AppendOnlyFile(disk / 'lines'), 0
   for step in range(12):
     if step == 4:
       fill(disk)

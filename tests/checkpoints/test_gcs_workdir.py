@@ -213,7 +213,7 @@ from ppn_jax import storage
 from ppn_jax.errors import InputError, Stopped
 from ppn_jax.distributed import ownership
 from ppn_jax.distributed.ownership import Ownership, Process
-ownership.BEAT_SECONDS = 0.1
+ownership.HEARTBEAT_SECONDS = 0.1
 folder = storage.folder_path('gs://bucket/owned')
 path = folder / '.training.lock'
 
@@ -224,7 +224,7 @@ with Ownership(folder, 'training', print) as first:
   begun = first._version
   while storage.read_versioned(path).version == begun:
     pass
-  ownership.BEAT_SECONDS = 1e6
+  ownership.HEARTBEAT_SECONDS = 1e6
   print('beats')
   try:
     Ownership(folder, 'training', print).__enter__()
@@ -234,7 +234,7 @@ with Ownership(folder, 'training', print) as first:
   while not storage.replace_version(path, elsewhere(theirs.text), theirs.version):
     theirs = storage.read_versioned(path)
   try:
-    first._beat()
+    first._send_heartbeat()
     first.check()
   except Stopped:
     print('lost')

@@ -150,5 +150,6 @@ def test_the_second_ends_a_training_that_is_inside_native_code():
                         check=False)
   assert done.returncode == 130, done.stderr
   assert done.stderr.splitlines() == [
-      'interrupted: ending after this step, which is saved first; again to end at once',
+      'interrupted: ending after this step, which is saved first; press Ctrl-C again to end at '
+      'once',
       'ppn: interrupted']

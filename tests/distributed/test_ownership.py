@@ -102,7 +102,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
   monkeypatch.setattr(ownership, '_lock', no_locks)
   said = []
   take(tmp_path, said)
-  assert said == [f'{tmp_path} is on a file system without locks; see to it that there is no '
+  assert said == [f'{tmp_path} is on a file system without locks; make sure that there is no '
                   'second training in it']
 
 
@@ -164,7 +164,7 @@ def bucket(monkeypatch):
                         getattr(there, name))
   monkeypatch.setattr(ownership.time, 'monotonic', lambda: clock.seconds)
   monkeypatch.setattr(ownership.time, 'sleep', clock.sleep)
-  monkeypatch.setattr(Ownership, '_beat_on', lambda self: None)
+  monkeypatch.setattr(Ownership, '_send_heartbeats', lambda self: None)
   return there, clock
 
 
@@ -251,7 +251,7 @@ def test_of_several_processes_the_first_asks_and_all_are_told(tmp_path, monkeypa
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
   monkeypatch.setattr(jax, 'process_index', lambda: index)
   told = []
-  monkeypatch.setattr(coordination, 'hand_out',
+  monkeypatch.setattr(coordination, 'broadcast',
                       lambda data: told.append(data) or (b'it is taken' if index else data))
   with Ownership(tmp_path, 'training', print):
     with pytest.raises(InputError, match='it is taken' if index else 'in use by another training'):

@@ -17,9 +17,8 @@ import pytest
 from tiny import CONFIG_FILE, tiny_config
 
 from ppn_jax.checkpoints.manager import Checkpoints, SaveFailed
-from ppn_jax.distributed import maintenance, preemption, sharding
-from ppn_jax.distributed.maintenance import MaintenanceWatch
-from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
+from ppn_jax.distributed import preemption, sharding
+from ppn_jax.distributed.preemption import MaintenanceWatch, Preempted, PreemptionNotice
 from ppn_jax.jobs import train as train_job
 from ppn_jax.jobs import train_loop
 from ppn_jax.jobs.evaluator import Evaluator
@@ -55,8 +54,8 @@ def whole(tmp_path_factory):
 
 
 def terminate_when(monkeypatch, name, step):
-  """SIGTERM, twice, at a step's report (name='_report') or evaluation ('evaluate')."""
-  original = getattr(train_loop.Steps, name)
+  """Sends SIGTERM twice at a step's report (name='_report') or evaluation ('evaluate')."""
+  original = getattr(train_loop.TrainLoop, name)
 
   def with_signal(self, at, *arguments):
     if at == step:
@@ -64,7 +63,7 @@ def terminate_when(monkeypatch, name, step):
         os.kill(os.getpid(), signal.SIGTERM)
     return original(self, at, *arguments)
 
-  monkeypatch.setattr(train_loop.Steps, name, with_signal)
+  monkeypatch.setattr(train_loop.TrainLoop, name, with_signal)
 
 
 @pytest.mark.parametrize('where, step, saved, scored', [
@@ -124,7 +123,8 @@ def test_a_save_that_fails_is_said_and_tried_again_at_the_next(tmp_path, monkeyp
   fail_saves(monkeypatch, [1, 2, 6])
   train_job.train(tiny_config(checkpoint_every=1), tmp_path)
   said = capsys.readouterr().err
-  assert 'step 1 could not be saved: No space left on device' in said and 'going on' in said
+  assert 'step 1 could not be saved: No space left on device' in said
+  assert 'training continues' in said
   assert steps_of(tmp_path) == [4, 5, 6]
 
 
@@ -195,7 +195,7 @@ def metadata(monkeypatch):
     ('preempted', 'TRUE')])
 def test_a_machine_that_will_be_taken_away_is_as_sigterm(
     whole, tmp_path, monkeypatch, metadata, key, value):
-  original = train_loop.Steps._report
+  original = train_loop.TrainLoop._report
 
   def with_notice(self, at, *arguments):
     if at == 4:
@@ -203,7 +203,7 @@ def test_a_machine_that_will_be_taken_away_is_as_sigterm(
       wait_until(self.notice.given)
     return original(self, at, *arguments)
 
-  monkeypatch.setattr(train_loop.Steps, '_report', with_notice)
+  monkeypatch.setattr(train_loop.TrainLoop, '_report', with_notice)
   with pytest.raises(Preempted, match='step 5 is saved'):
     train_job.train(tiny_config(evaluate_every=3), tmp_path)
   monkeypatch.undo()
@@ -220,7 +220,7 @@ def wait_until(condition):
 
 def noticed(said, monkeypatch, before, *changes):
   """Whether there is a notice at first and after each change in turn, looked at several times."""
-  monkeypatch.setattr(maintenance, '_POLL_SECONDS', 0.01)
+  monkeypatch.setattr(preemption, '_POLL_SECONDS', 0.01)
   notices, after = [], []
   said.update(before)
   with MaintenanceWatch(lambda: notices.append(True)):
@@ -247,14 +247,14 @@ def test_only_news_that_the_machine_goes_is_notice(metadata, monkeypatch):
     ({}, {'flavor': 'other'})])
 def test_where_there_is_no_metadata_server_nothing_is_asked(
     metadata, monkeypatch, environment, said):
-  monkeypatch.setattr(maintenance, '_POLL_SECONDS', 0.01)
+  monkeypatch.setattr(preemption, '_POLL_SECONDS', 0.01)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   metadata.update({**said, 'preempted': 'TRUE'})
   with PreemptionNotice() as notice:
     wait_until(lambda: 'ppn maintenance' not in {t.name for t in threading.enumerate()})
     assert not notice.given()
-  assert metadata['asked'] <= maintenance._ATTEMPTS
+  assert metadata['asked'] <= preemption._ATTEMPTS
 
 
 def train_in_two_processes(tmp_path, workdir, on_line=None, steps=400):

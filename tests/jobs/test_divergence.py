@@ -10,7 +10,7 @@ from tiny import tiny_config
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.distributed.preemption import Preempted
 from ppn_jax.jobs import train as train_job
-from ppn_jax.jobs.train_loop import DIVERGED_STEPS, Steps, TrainingDiverged
+from ppn_jax.jobs.train_loop import DIVERGED_STEPS, TrainingDiverged, TrainLoop
 from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter
 from ppn_jax.training.train_step import StepMetrics
 
@@ -21,7 +21,7 @@ class Saved:
   def __init__(self):
     self.steps = []
 
-  def save(self, step, state, figures=None):
+  def save(self, step, state, metrics=None):
     self.steps.append(step)
 
   def latest(self):
@@ -36,7 +36,7 @@ class Trace(contextlib.nullcontext):
     return contextlib.nullcontext()
 
 
-class Feed:
+class Pipeline:
   """Batches that are the numbers of steps."""
   bad = BadExamples('data.train', 1, 'raise', 0.0)
 
@@ -53,8 +53,8 @@ class Feed:
 
 def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_loss=None, said=None,
                 **train):
-  """Takes a step for each loss; returns which steps were saved, and what ended it."""
-  monkeypatch.setattr(Steps, '_compile', lambda self, train_step, state, feed: train_step)
+  """Runs a step for each loss; returns which steps were saved, and what ended the run."""
+  monkeypatch.setattr(TrainLoop, '_compile', lambda self, train_step, state, pipeline: train_step)
   at = iter(losses)
 
   def train_step(state):
@@ -69,10 +69,10 @@ def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_lo
                              advance=lambda *_: None, report=lambda *_: None)
   saved = Saved()
   with MetricsWriter(tmp_path, start) as writer:
-    made = Steps(SimpleNamespace(config=config, workdir=tmp_path), None, saved, progress, writer,
-                 None, notice, Trace(), first_loss=first_loss)
+    loop = TrainLoop(SimpleNamespace(config=config, workdir=tmp_path), None, saved, progress,
+                     writer, None, notice, Trace(), first_loss=first_loss)
     try:
-      made.take(None, start, train_step, Feed())
+      loop.run_steps(None, start, train_step, Pipeline())
     except (TrainingDiverged, Preempted) as e:
       return saved.steps, e
   return saved.steps, None

@@ -85,14 +85,14 @@ def test_another_seed_gives_another_run(undisturbed, tmp_path):
 
 def test_a_run_that_broke_off_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
   workdir, config, _ = undisturbed
-  report = train_loop.Steps._report
+  report = train_loop.TrainLoop._report
 
   def break_off(self, step):
     report(self, step)
     if step == 4:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(train_loop.Steps, '_report', break_off)
+  monkeypatch.setattr(train_loop.TrainLoop, '_report', break_off)
   with pytest.raises(KeyboardInterrupt):
     train_job.train(config, tmp_path)
   monkeypatch.undo()
@@ -143,7 +143,7 @@ def test_an_evaluation_that_fails_does_not_lose_the_step(tmp_path, monkeypatch):
   def fail(*_, **__):
     raise InputError('bad image')
 
-  monkeypatch.setattr(train_loop.Steps, 'evaluate', fail)
+  monkeypatch.setattr(train_loop.TrainLoop, 'evaluate', fail)
   with pytest.raises(InputError, match='bad image'):
     train_job.train(tiny_config(evaluate_every=6, checkpoint_every=6), tmp_path)
   with open_run(tmp_path).checkpoints(read_only=True) as checkpoints:

@@ -10,15 +10,8 @@ from rich.console import Console
 from tensorboardX.proto import event_pb2
 
 from ppn_jax.telemetry import metrics
-from ppn_jax.telemetry.metrics import (
-  FIRST_LOSS,
-  MetricsWriter,
-  Progress,
-  Stopwatch,
-  duration,
-  first_loss,
-  read,
-)
+from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter, first_loss, read
+from ppn_jax.telemetry.progress import Progress, Stopwatch, duration
 
 
 def lines(workdir):
@@ -147,11 +140,11 @@ def test_of_a_step_that_was_scored_again_the_last_line_counts(tmp_path):
 
 def test_stopwatch_shares(monkeypatch):
   now = iter([0.0, 1.0, 1.0, 4.0])
-  monkeypatch.setattr('ppn_jax.telemetry.metrics.time.perf_counter', lambda: next(now))
+  monkeypatch.setattr('ppn_jax.telemetry.progress.time.perf_counter', lambda: next(now))
   watch = Stopwatch()
-  with watch.waiting():
+  with watch.wait():
     pass
-  with watch.stepping():
+  with watch.compute():
     pass
   assert watch.rates(batch_size=8) == {'images_per_second': 2.0, 'data_wait': 0.25}
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from ppn_jax.training.prefetch import Prefetcher, Unchanging
+from ppn_jax.training.input_pipeline import Constant, Prefetcher
 
 
 def test_all_items_in_order_then_the_end():
@@ -57,10 +57,10 @@ def test_ready_tells_whether_an_item_waits():
 
 def test_what_does_not_change_is_made_once_and_let_go():
   made = []
-  unchanging = Unchanging(lambda: made.append(object()) or made[-1])
+  constant = Constant(lambda: made.append(object()) or made[-1])
   assert not made
-  with unchanging as items:
+  with constant as items:
     assert items.ready() and next(items) is next(items) is made[0]
   assert len(made) == 1
   with pytest.raises(AttributeError):
-    next(unchanging)
+    next(constant)
