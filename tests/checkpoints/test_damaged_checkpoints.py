@@ -1,4 +1,4 @@
-"""Damaged checkpoints are noticed, named, and passed over for the one before."""
+"""Damaged checkpoints are detected, reported, and skipped for the one before."""
 
 import errno
 import json
@@ -10,10 +10,12 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from ppn_jax import storage
 from ppn_jax.checkpoints import integrity, manager
 from ppn_jax.checkpoints.manager import Checkpoints, DamagedCheckpoint, SaveFailed
+from ppn_jax.cli.libraries import quiet_libraries
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, StoreError
 from ppn_jax.training.state import TrainState
@@ -34,6 +36,12 @@ def like():
 
 def same(a, b):
   return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quiet():
+  """Hides what Orbax writes about damaged files, as commands do."""
+  quiet_libraries()
 
 
 @pytest.fixture(scope='module')
@@ -117,15 +125,80 @@ def test_every_bit_of_the_arrays_counts(folder):
     assert same(state, make_state(step)), at
 
 
-def test_values_that_only_the_checksum_tells_apart(folder, monkeypatch):
-  assert integrity.checksums(make_state(1)) != integrity.checksums(make_state(2))
-  file = folder / '2' / '_CHECKPOINT_METADATA'
+def change_checksum(folder, name):
+  file = folder / '_CHECKPOINT_METADATA'
   description = json.loads(file.read_text())
-  description['custom_metadata']['checksums']['opt_state/0'][1] ^= 1
+  description['custom_metadata']['checksums'][name][1] ^= 1
   file.write_text(json.dumps(description))
+
+
+def test_a_wrong_checksum_is_damage(folder):
+  assert integrity.checksums(make_state(1)) != integrity.checksums(make_state(2))
+  change_checksum(folder / '2', 'opt_state/0')
   with Checkpoints(folder, read_only=True) as checkpoints:
     with pytest.raises(DamagedCheckpoint, match='opt_state/0 is not what was saved'):
       checkpoints.restore(like(), 2)
+
+
+def variables_only():
+  return like()._replace(opt_state=None)
+
+
+def bytes_read():
+  found = tensorstore.experimental_collect_matching_metrics('/tensorstore/kvstore/file/bytes_read')
+  return sum(value['value'] for metric in found for value in metric['values'])
+
+
+def test_the_optimizer_is_neither_read_nor_checked_for_the_variables_alone(tmp_path):
+  state = make_state(1, width=100_000)
+  abstract = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding),
+                          state, like())
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    change_checksum(tmp_path / 'checkpoints' / '1', 'opt_state/0')
+    read = []
+    for wanted in (abstract, abstract._replace(opt_state=None), None):
+      before = bytes_read()
+      try:
+        restored = checkpoints.restore(wanted, 1)
+        assert restored.opt_state is None and same(restored, state._replace(opt_state=None))
+      except DamagedCheckpoint:
+        assert wanted is abstract
+      read.append(bytes_read() - before)
+  assert max(read[1:]) < 0.7 * read[0]
+
+
+def test_damaged_variables_are_refused_without_the_optimizer_too(folder):
+  change_checksum(folder / '2', 'variables/params/half')
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    for wanted in (variables_only(), None):
+      with pytest.raises(DamagedCheckpoint, match='variables/params/half is not what was saved'):
+        checkpoints.restore(wanted, 2)
+
+
+@pytest.mark.parametrize('damage', [truncate, remove, flip])
+def test_damage_anywhere_never_gives_other_variables(folder, damage):
+  rng = np.random.default_rng(0)
+  refused = 0
+  for path in kinds(folder / '2'):
+    whole = path.read_bytes()
+    damage(path, rng)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+      try:
+        restored = checkpoints.restore(variables_only(), 2)
+        assert same(restored, make_state(2)._replace(opt_state=None)), path
+      except InputError:
+        refused += 1
+    path.write_bytes(whole)
+  assert refused >= 3
+
+
+def test_variables_of_another_model_are_refused(folder):
+  other = make_state(0, width=7)
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    with pytest.raises(InputError, match=r'another model: variables/params/\S+ is \(\S*300'):
+      checkpoints.restore(other._replace(opt_state=None), 2)
 
 
 def test_a_checkpoint_without_checksums_is_taken_as_it_is(folder):

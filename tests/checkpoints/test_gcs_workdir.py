@@ -197,7 +197,7 @@ def test_a_bucket_that_cannot_be_used_is_one_line(store):
 
 @pytest.mark.parametrize('workdir', ['s3://bucket/run', 'http://host/run', 'gs:///run'])
 def test_other_schemes_are_refused(workdir):
-  with pytest.raises(InputError, match='legal: a local folder, or gs://BUCKET/FOLDER'):
+  with pytest.raises(InputError, match='must be a local folder or gs://BUCKET/FOLDER'):
     storage.folder_path(workdir)
 
 
