@@ -1,4 +1,4 @@
-"""Where steps get their images from: the same run from decoded and from cached ones."""
+"""The input pipeline: cached images give the same run as decoded ones."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from ppn_jax.training.train_step import abstract_state
 
 
 def trained(workdir, **options):
-  """Parameters after a tiny run with these entries of data.train."""
+  """Returns the parameters after a tiny run with these entries of data.train."""
   config = tiny_config()
   with config.unlocked():
     config.data.train.update(options)

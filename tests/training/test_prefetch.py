@@ -1,4 +1,4 @@
-"""Running an iterator ahead."""
+"""Prefetching of the input, and constant input."""
 
 import threading
 
@@ -14,7 +14,7 @@ def test_all_items_in_order_then_the_end():
       next(items)
 
 
-def test_errors_surface_where_the_item_is_asked_for():
+def test_errors_are_raised_by_next():
   def broken():
     yield 1
     raise ValueError('bad image')
@@ -55,7 +55,7 @@ def test_ready_tells_whether_an_item_waits():
     assert next(items) == 1
 
 
-def test_what_does_not_change_is_made_once_and_let_go():
+def test_a_constant_is_made_once_and_released():
   made = []
   constant = Constant(lambda: made.append(object()) or made[-1])
   assert not made
