@@ -190,7 +190,7 @@ def test_other_images_cannot_be_held_out_later(undisturbed):
   workdir, config, _ = undisturbed
   config = config.copy_and_resolve_references().unlock()
   config.data.eval, config.data.eval_fraction = dict(name=''), 0.2
-  with pytest.raises(InputError, match=r'begun with data.eval_fraction=0.0 and seed=0; with'):
+  with pytest.raises(InputError, match=r'started with data.eval_fraction=0.0 and seed=0; with'):
     train_job.train(config, workdir)
 
 

@@ -142,7 +142,7 @@ def test_mistakes(earlier, tmp_path, options, said):
 def steps_not_taken(monkeypatch):
   """What a training would start its steps from."""
   states = []
-  monkeypatch.setattr(train_job.Steps, 'take', lambda self, state, *_: states.append(
+  monkeypatch.setattr(train_job.TrainLoop, 'run_steps', lambda self, state, *_: states.append(
       jax.device_get(state)))
   return states
 
