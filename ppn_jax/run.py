@@ -116,7 +116,7 @@ class Run:
 
   @property
   def readers(self) -> storage.Path:
-    """Folder in which readers name the checkpoints that they are using."""
+    """Returns the folder in which readers name the checkpoints that they are using."""
     return self.workdir / 'readers'
 
   def stamp(self, step: int) -> Stamp | None:

@@ -123,7 +123,7 @@ class Constant(Generic[T]):
 
 
 class InputPipeline(Protocol):
-  """What a step takes in addition to the state, and how to obtain it.
+  """Input of the training step: its arguments after the state, and the step that takes them.
 
   Attributes:
     bad: Examples that could not be read.

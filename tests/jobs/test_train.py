@@ -186,7 +186,7 @@ def test_more_steps_continue_the_run(undisturbed, tmp_path):
 
 
 def test_other_images_cannot_be_held_out_later(undisturbed):
-  """The run would be evaluated on images that it was trained on."""
+  """Refused, since the run would be evaluated on images that it was trained on."""
   workdir, config, _ = undisturbed
   config = config.copy_and_resolve_references().unlock()
   config.data.eval, config.data.eval_fraction = dict(name=''), 0.2
