@@ -36,7 +36,7 @@ from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.errors import InputError
 from ppn_jax.run import build_detector, optimizer_of, resolve_classes
 from ppn_jax.telemetry.host_memory import keep_freed_memory
-from ppn_jax.training.input_pipeline import build_feed
+from ppn_jax.training.input_pipeline import build_input_pipeline
 from ppn_jax.training.train_step import jit_init, jit_train_step
 
 CONFIG = pathlib.Path(__file__).resolve().parents[1] / 'configs' / 'quickstart.py'
@@ -102,9 +102,9 @@ def _source(config):
 
 
 def load_batches(config, steps: int) -> list:
-  """Returns the first batches of training, on the device."""
-  feed = build_feed(config, _source(config), data_mesh())
-  with feed.open(0, None) as batches:
+  """The first batches of training, on the device."""
+  pipeline = build_input_pipeline(config, _source(config), data_mesh())
+  with pipeline.open(0, None) as batches:
     return [next(batches) for _ in range(steps)]
 
 

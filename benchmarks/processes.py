@@ -185,7 +185,7 @@ def train(step, state, source, mesh, start: int, until: int):
     placed = sharding.to_global((batch.images, batch.ground_truth), mesh, BATCH)
     if compiled is None:
       compiled = step.lower(state, *placed).compile()
-      coordination.meet()
+      coordination.wait_for_all()
     state, metrics = compiled(state, *placed)
     losses.append(float(metrics.loss))
     own.append(batch.image_id)

@@ -1,15 +1,15 @@
-"""A run on disk: what it was asked to do, for which classes, and what came of it.
+"""A run on disk: its config, its classes and its results.
 
   WORKDIR/config.json       the config, with the number of classes filled in
   WORKDIR/categories.json   label k is its k-th category
   WORKDIR/checkpoints/      a folder for each saved step
   WORKDIR/metrics.jsonl     and tensorboard/: the curves
   WORKDIR/evaluation/       a folder for each evaluated step
-  WORKDIR/readers/          who is reading which step, so that it is not deleted meanwhile
-  WORKDIR/.training.lock    who is training; see `training.ownership`
+  WORKDIR/readers/          steps that are being read, so that they are not deleted
+  WORKDIR/.training.lock    the process that trains; see `distributed.ownership`
   WORKDIR/bad_examples.txt  images that could not be read, if some were skipped
 
-Evaluation, detection and export need the workdir and nothing else.
+Evaluation, detection and export need nothing but the workdir.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from ppn_jax import detector as detector_lib
 from ppn_jax import registry, storage
 from ppn_jax.checkpoints.manager import Checkpoints, read_stamp
-from ppn_jax.checkpoints.retention import Stamp, numbered, record
+from ppn_jax.checkpoints.retention import Stamp, read_record, steps_in
 from ppn_jax.config import GIVEN, complete, plain
 from ppn_jax.data.source import check_categories
 from ppn_jax.detection.batch_groups import check_group_size
@@ -44,10 +44,10 @@ class Run:
   """A workdir with a config in it.
 
   Attributes:
-    workdir: the folder, local or in a bucket.
-    config: locked, `config.model.num_classes` set.
-    categories: of the training data, in order of label.
-    unknown_keys: of config.json, which this version does not have and leaves aside.
+    workdir: The folder, local or in a bucket.
+    config: Its config, locked, with `config.model.num_classes` set.
+    categories: Categories of the training data, in order of label.
+    unknown_keys: Keys of config.json that this version does not have, and ignores.
   """
   workdir: storage.Path
   config: ConfigDict
@@ -55,21 +55,21 @@ class Run:
   unknown_keys: tuple[str, ...] = ()
 
   def save(self) -> None:
-    """Writes config and categories to the workdir, which is made if need be."""
+    """Writes config and categories to the workdir, which is created if it does not exist."""
     categories = [c._asdict() for c in self.categories]
     storage.write_text(self.workdir / 'categories.json', json.dumps(categories, indent=2) + '\n')
     storage.write_text(_config_path(self.workdir),
                      json.dumps(self.config.to_dict(), indent=2) + '\n')
 
   def note_bad_example(self, reason: str) -> None:
-    """Adds a line to bad_examples.txt, unless it is there."""
+    """Adds a line to bad_examples.txt, unless it is there already."""
     file = self.workdir / 'bad_examples.txt'
     known = storage.read_text(file).splitlines() if file.exists() else []
     if reason not in known:
       storage.write_text(file, '\n'.join([*known, reason]) + '\n')
 
   def metrics(self) -> list[dict[str, float | None]]:
-    """The curves of training, and of steps scored by a job of its own, in order of step."""
+    """Returns the metrics of training and of evaluation jobs, in order of step."""
     evaluation = self.workdir / 'evaluation'
     scored = [line for line in metrics.read(evaluation / 'metrics.jsonl')
               if self.is_current(evaluation, line['step'])]
@@ -77,38 +77,38 @@ class Run:
                   key=lambda line: line['step'])
 
   def is_current(self, evaluations: storage.Path, step: int) -> bool:
-    """Returns whether scores on record are of this run, not of an earlier attempt in its workdir.
+    """Returns whether recorded scores are of this run, not of an earlier attempt in its workdir.
 
-    Those of steps that training has deleted since are. Those of steps that it has yet to come to
-    are not, unless all checkpoints are gone.
+    Scores of steps that training has deleted since are current. Scores of steps after the newest
+    one are not, unless all checkpoints are gone.
     """
     saved = self.saved_steps()
     if step not in saved:
       return not saved or step < max(saved)
-    found = record(evaluations, step)
+    found = read_record(evaluations, step)
     return found is None or found.fits(self.stamp(step))
 
   def saved_steps(self) -> set[int]:
-    """Returns the steps that have a folder of a checkpoint."""
-    return {*numbered(self.workdir / 'checkpoints')}
+    """Returns the steps that have a checkpoint."""
+    return {*steps_in(self.workdir / 'checkpoints')}
 
   def detector(self) -> Detector:
-    """The detector that the config describes."""
+    """Builds the detector of the config."""
     return build_detector(self.config)
 
   def optimizer(self) -> Optimizer:
-    """The optimizer that the config describes."""
+    """Builds the optimizer of the config."""
     train = self.config.train
     return optimizer_of(self.config, steps=train.steps, batch_size=train.batch_size)
 
   def check_average(self, ema: bool | None, option: str) -> None:
-    """Raises InputError, naming `option`, if an average is asked for that the run does not keep."""
+    """Raises InputError, naming `option`, if `ema` is True and the run keeps no moving average."""
     if ema and not self.config.optim.ema_decay:
       raise InputError(f'workdir {self.workdir} keeps no moving average of the weights '
-                       f'(optim.ema_decay=0.0); leave out {option}')
+                       f'(optim.ema_decay=0.0); omit {option}')
 
   def checkpoints(self, *, read_only: bool) -> Checkpoints:
-    """The run's checkpoints; with `read_only` another process may be writing them."""
+    """Opens the run's checkpoints; with `read_only` another process may be writing them."""
     train = self.config.train
     return Checkpoints(self.workdir / 'checkpoints', keep_last=train.keep_last,
                        keep_best=train.keep_best, read_only=read_only,
@@ -116,29 +116,29 @@ class Run:
 
   @property
   def readers(self) -> storage.Path:
-    """The folder of those who are reading checkpoints, whatever they make of them."""
+    """Returns the folder in which readers name the checkpoints that they are using."""
     return self.workdir / 'readers'
 
   def stamp(self, step: int) -> Stamp | None:
-    """Returns what the checkpoint of a step is known by; None if there is none."""
+    """Returns what identifies the checkpoint of a step; None if there is none."""
     return read_stamp(self.workdir / 'checkpoints' / str(step))
 
 
 def optimizer_of(config: ConfigDict, *, steps: int, batch_size: int) -> Optimizer:
-  """The optimizer of a config for a run of so many steps and images a step.
+  """Builds the optimizer of a config for a run of so many steps and images per step.
 
   Raises:
-    InputError: see `optim.build_optimizer`.
+    InputError: See `build_optimizer`.
   """
   return registry.bind('optim', build_optimizer, config.optim.to_dict(),
                        given=['steps', 'batch_size'])(steps=steps, batch_size=batch_size)
 
 
 def build_detector(config: ConfigDict) -> Detector:
-  """The detector of a config whose `model.num_classes` is set.
+  """Builds the detector of a config whose `model.num_classes` is set.
 
   Raises:
-    InputError: see `detector.build`.
+    InputError: See `detector.build`.
   """
   given = {block: config[block].to_dict() for block in ('matching', 'loss', 'postprocess')}
   return registry.bind('model', detector_lib.build, config.model.to_dict(), given=given)(**given)
@@ -146,39 +146,42 @@ def build_detector(config: ConfigDict) -> Detector:
 
 def check_batch(config: ConfigDict, name: str, batch_size: int, micro_batches: int,
                 mesh: Mesh) -> None:
-  """Raises InputError unless a batch falls into equal parts on devices and equal groups.
+  """Checks that a batch can be split equally over the devices and into groups.
 
   Args:
-    config: whose groups they are.
-    name: of the batch, for the message.
-    batch_size: images, over all devices.
-    micro_batches: see `Optimizer`.
-    mesh: the devices.
+    config: Config that sets the size of groups.
+    name: Name of the batch size, for the message.
+    batch_size: Number of images, over all devices.
+    micro_batches: See `Optimizer`.
+    mesh: The devices.
+
+  Raises:
+    InputError: If it cannot.
   """
   sharding.check_batch_size(name, batch_size, mesh, micro_batches)
   for key, block in [('model.layers.norm_group_size', config.model.layers),
                      ('loss.group_size', config.loss)]:
-    # An objective of the user's own may have no groups.
+    # A user's own loss may have no groups.
     check_group_size(key, block.get(key.rpartition('.')[-1], 0), batch_size // micro_batches)
 
 
 def create_run(workdir: str | pathlib.Path, config: ConfigDict,
                categories: Sequence[Category]) -> Run:
-  """The run that `workdir` is to hold, or holds already; writes nothing (`Run.save` does).
+  """Returns a new run, or an earlier run with a new config. Writes nothing (`Run.save` does).
 
-  Nothing is built from an earlier run's config, so that its components need not be allowed. This
-  one may differ from an earlier one in how to go on (steps, rates, data folders), not in
-  the model or its classes, which the checkpoints belong to.
+  Nothing is built from an earlier run's config, so that its components need not be allowed. The
+  new config may differ from it in how to continue (steps, rates, data folders), but not in the
+  model and its classes, which the checkpoints depend on.
 
   Args:
-    workdir: new, or of an earlier run; local, or gs://BUCKET/FOLDER.
-    config: `model.num_classes` 0 means as many as there are categories, `model.neck.num_levels` 0
-      as many as the image size allows.
-    categories: of the training data.
+    workdir: A new folder, or that of an earlier run; local, or gs://BUCKET/FOLDER.
+    config: Its config. `model.num_classes=0` means as many as there are categories,
+      `model.neck.num_levels=0` as many as the image size allows.
+    categories: Categories of the training data.
 
   Raises:
-    InputError: the workdir is a file, cannot be used, or holds another model's run; the
-      difference is named.
+    InputError: If the workdir is a file, cannot be used, or holds a run of another model; the
+      message names the difference.
   """
   workdir = storage.folder_path(workdir)
   config = _with_num_levels(resolve_classes(config, categories))
@@ -193,22 +196,22 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
 
 
 def is_run(workdir: str | pathlib.Path) -> bool:
-  """Whether training has begun in `workdir`."""
+  """Returns whether `workdir` holds a run."""
   return _config_path(storage.folder_path(workdir)).is_file()
 
 
 def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
-  """The run in `workdir`.
+  """Opens the run in `workdir`.
 
-  Components of its config that are given by a dotted path are code of others: they cannot be
-  built, only looked at, unless `allow` names them.
+  Components of its config that are given by a dotted path may be anybody's code: they can be
+  inspected, but not built, unless `allow` names them.
 
   Args:
-    workdir: of `ppn train` or `ppn import-tf`.
-    allow: packages, modules or components that may be imported, see `registry.block_imports`.
+    workdir: Workdir of `ppn train` or `ppn import-tf`.
+    allow: Packages, modules or components that may be imported, see `registry.block_imports`.
 
   Raises:
-    InputError: there is none, or its files cannot be read.
+    InputError: If there is no run, or its files cannot be read.
   """
   workdir = storage.folder_path(workdir)
   if not _config_path(workdir).is_file():
@@ -224,7 +227,7 @@ def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
                tuple(unknown))
   except StoreError:
     raise
-  # Whatever a file of another shape leads to.
+  # Whatever a file with unexpected content leads to.
   except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
     raise InputError(f'workdir {workdir} cannot be read as a run: {e}') from e
 
@@ -234,22 +237,22 @@ def _listed(allow: Sequence[str]) -> Sequence[str]:
 
 
 def resolve_classes(config: ConfigDict, categories: Sequence[Category]) -> ConfigDict:
-  """A locked copy of `config` in which `model.num_classes` is the number of categories.
+  """Returns a locked copy of `config` with `model.num_classes` set to the number of categories.
 
   Raises:
-    InputError: the config asks for another number.
+    InputError: If the config asks for another number.
   """
   asked = config.model.num_classes
   if asked not in (0, len(categories)):
     raise InputError(f'model.num_classes={asked}, but the training data has {len(categories)} '
-                     'categories; set it to 0 to take theirs')
+                     'categories; set it to 0 to use their number')
   config = plain(config)
   config['model']['num_classes'] = len(categories)
   return complete(config)
 
 
 def _with_num_levels(config: ConfigDict) -> ConfigDict:
-  """`config` with the number of pyramid levels that `num_levels=0` leads to, for the record."""
+  """Returns `config` with the number of pyramid levels that `num_levels=0` stands for."""
   model = plain(config.model)
   if model['neck'].get('name') not in NECKS or model['neck'].get('num_levels') != 0:
     return config
@@ -261,11 +264,12 @@ def _with_num_levels(config: ConfigDict) -> ConfigDict:
 
 
 def _check_same_model(run: Run, config: ConfigDict, categories: Sequence[Category]) -> None:
+  """Raises InputError if a run is of another model or has other classes than `config`."""
   here_model, there_model = plain(config.model), plain(run.config.model)
   for block, known in [('backbone', BACKBONES), ('neck', NECKS), ('head', HEADS)]:
     here, there = here_model[block], there_model[block]
     if here.get('name') == there.get('name'):
-      # An option that one of them leaves out has its default there.
+      # An option that is missing in one of them has its default there.
       defaults = registry.options_of(registry.resolve(block, here['name'], known),
                                      given=GIVEN).defaults
       here_model[block], there_model[block] = defaults | here, defaults | there
@@ -276,7 +280,7 @@ def _check_same_model(run: Run, config: ConfigDict, categories: Sequence[Categor
 
 
 def _differences(there: Any, here: Any, key: str = '') -> Iterator[tuple[str, Any, Any]]:
-  """(dotted key, value there, value here) of every leaf in which two blocks differ."""
+  """Yields (dotted key, value there, value here) for every leaf in which two blocks differ."""
   if isinstance(there, dict) and isinstance(here, dict):
     for name in sorted(there.keys() | here.keys()):
       dotted = f'{key}.{name}' if key else name
@@ -296,15 +300,25 @@ def _to_stderr(text: str) -> None:
 def load_variables(run: Run, detector: Detector, mesh: Mesh, *, step: int | None = None,
                    ema: bool | None = None, say: Callable[[str], None] = _to_stderr
                    ) -> tuple[int, Variables]:
-  """Restores the variables of a saved step onto the mesh.
+  """Restores the variables of a saved step onto the mesh; the optimizer's state is not read.
 
-  Without `step` the newest that is whole; `say` is told of damaged ones after it.
+  Args:
+    run: The run.
+    detector: Its detector.
+    mesh: Devices that get the variables.
+    step: The step; None is the newest that is undamaged.
+    ema: True or None for the moving average of the variables if the run keeps one, False for the
+      variables themselves.
+    say: Called with a line for each damaged step that is skipped.
+
+  Returns:
+    (step, variables).
 
   Raises:
-    InputError: the run has no checkpoint, not this one, one of another model, or a damaged one.
+    InputError: If the run has no checkpoint, or not this one, or it is damaged or of another model.
   """
-  like = abstract_state(detector, run.optimizer(), mesh)
-  # Where one process cannot, the others must not go on to read together.
+  like = abstract_state(detector, run.optimizer(), mesh)._replace(opt_state=None)
+  # If it fails in one process, the others must not start to read.
   with sharding.all_or_none(lambda: run.checkpoints(read_only=True)) as checkpoints:
     if step is not None:
       state = checkpoints.restore(like, step)

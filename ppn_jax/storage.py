@@ -1,8 +1,7 @@
-"""Files of a run, in a local folder or in a bucket of Google Cloud Storage: the one place that
-knows the difference.
+"""Files in a local folder or a bucket of Google Cloud Storage, behind the same functions.
 
-A kill leaves the old file or the new one, never a piece. In a bucket that is the store's own
-promise, and its price is that nothing can be added to what is there (`Outbox`).
+A kill leaves the old file or the new one, never a part. A bucket guarantees that itself, but
+nothing can be appended to its objects, see `Outbox`.
 """
 
 import contextlib
@@ -27,50 +26,51 @@ Path = Union[pathlib.Path, 'epath.Path']  # The latter for gs://.
 
 SEND_EVERY = 30.0  # Seconds between copies of a growing file to a bucket.
 
-# Pauses before what a store could not do is tried again.
+# Pauses before an operation that failed is tried again.
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
 
 _CHECK_SECONDS = 20.0
 
-_CLASS_NAMES = ('names', 'classes')  # Options of data sets that hold no paths.
+_CLASS_NAMES = ('names', 'classes')  # Options of data sets that are not paths.
 
-# Ends the name of a file that is being written. Its writer holds an OS lock on it, so that nobody
-# takes it for what a kill has left behind.
+# Suffix of a file that is being written. Its writer holds an OS lock on it, to distinguish it from
+# one that a killed process has left.
 _PARTIAL = '.partial'
 _PARTIAL_NAME = re.compile(r'\.(?P<name>.+)\.[a-z0-9_]{8}(?P<locked>\.partial)?')
-_PARTIAL_SECONDS = 60.0  # So long it may lack its lock.
-_UNLOCKED_SECONDS = 86_400.0  # And so long on file systems without locks, and of earlier versions.
+_PARTIAL_SECONDS = 60.0  # Age below which it may not be locked yet.
+_UNLOCKED_SECONDS = 86_400.0  # The same on file systems without locks, and for earlier versions.
 
 T = TypeVar('T')
 
 
 def folder_path(text: str | os.PathLike, what: str = 'workdir') -> Path:
-  """The folder that a user names, local or gs://BUCKET/FOLDER; it need not be there.
+  """Returns the folder that a user names, local or gs://BUCKET/FOLDER; it need not exist.
 
   Raises:
-    InputError: another scheme, or a bucket that does not exist or cannot be used.
+    InputError: If the scheme is another one, or the bucket does not exist or cannot be used.
   """
   scheme, remote, rest = str(text).partition('://')
   if not remote:
     return local_path(text)
   bucket = rest.partition('/')[0]
   if scheme != 'gs' or not bucket:
-    raise InputError(f'{what} {text}: legal: a local folder, or gs://BUCKET/FOLDER')
+    raise InputError(f'{what} {text} must be a local folder or gs://BUCKET/FOLDER')
   _check_bucket(bucket)
-  from etils import epath  # Not above: what serves an exported file needs no bucket.
+  from etils import epath  # Imported here, since serving an exported file needs no bucket.
   return epath.Path(text)
 
 
 def local_path(text: str | os.PathLike) -> pathlib.Path:
-  """Returns the local file or folder that a user names, `~` standing for the home folder."""
+  """Returns the local path that a user names, with `~` expanded."""
   return pathlib.Path(expand_home(os.fspath(text)))
 
 
 def expand_home(value: Any) -> Any:
-  """Returns a string that begins with `~` with the home folder in its place, as a shell would.
+  """Expands `~` at the start of a string to the home folder, as a shell would.
 
-  Shells leave `--output=~/x` and the strings of config files as they are. Dicts, lists and tuples
-  are looked through; names of classes, other values and `~name` of an unknown user stay.
+  Shells do not expand `--output=~/x` and the strings of config files. Strings inside dicts, lists
+  and tuples are expanded too; class names, other values and `~name` of an unknown user are
+  returned unchanged.
 
   Raises:
     InputError: If the home folder is not known.
@@ -78,7 +78,7 @@ def expand_home(value: Any) -> Any:
   if isinstance(value, str) and value.startswith('~'):
     path = os.path.expanduser(value)
     if path == '~' or path.startswith('~/'):
-      raise InputError(f'{value}: your home folder is not known; set HOME, or give the whole path')
+      raise InputError(f'{value}: your home folder is not known; set HOME, or give the full path')
     return path
   if isinstance(value, Mapping):
     return {key: entry if key in _CLASS_NAMES else expand_home(entry)
@@ -89,22 +89,22 @@ def expand_home(value: Any) -> Any:
 
 
 def absolute(path: Path) -> Path:
-  """`path` from the root, links kept."""
+  """Returns the absolute path, without resolving links."""
   return path.absolute() if is_local(path) else path
 
 
 def read_text(path: Path) -> str:
-  """Returns what a file holds. A store that cannot be used is asked again for some seconds.
+  """Returns the text of a file, retrying for some seconds while the store cannot be used.
 
   Raises:
-    OSError: it is not there (FileNotFoundError) or cannot be read.
+    OSError: If the file does not exist (FileNotFoundError) or cannot be read.
   """
   with _as_store_error(path):
     return retried(lambda: path.read_text(encoding='utf-8'))
 
 
 def read_bytes(path: Path) -> bytes:
-  """Returns what a file holds, as `read_text` does."""
+  """Returns the bytes of a file; see `read_text`."""
   with _as_store_error(path):
     return retried(path.read_bytes)
 
@@ -113,7 +113,7 @@ def modified(path: Path) -> float:
   """Returns when a file was last written, in seconds since the epoch.
 
   Raises:
-    OSError: it is not there (FileNotFoundError) or cannot be asked for.
+    OSError: If the file does not exist (FileNotFoundError) or the store cannot be used.
   """
   with _as_store_error(path):
     found = retried(path.stat)
@@ -121,15 +121,15 @@ def modified(path: Path) -> float:
 
 
 def write_text(path: Path, text: str) -> None:
-  """Replaces `path` by `text` in one step; its folder is made if need be."""
+  """Writes `text` to `path` atomically; the folder is created if it does not exist."""
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-  """Replaces `path` by `data` in one step; its folder is made if need be.
+  """Writes `data` to `path` atomically; the folder is created if it does not exist.
 
   Raises:
-    OSError: it cannot be written; a StoreError or PermissionError in a bucket.
+    OSError: If it cannot be written; in a bucket, a StoreError or PermissionError.
   """
   if not is_local(path):
     with _as_store_error(path):
@@ -153,9 +153,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def partial_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Gives a new folder beside `path`, for what is to become it; what stays there is removed.
+  """Yields a new folder beside `path`, for files to be moved to `path`; removes it at the end.
 
-  So is what was left by others who were to make the same `path` and were killed.
+  Also removes what killed processes have left of earlier attempts to write the same `path`.
   """
   remove_partial(path.parent, path.name)
   with tempfile.TemporaryDirectory(dir=path.parent, prefix=f'.{path.name}.',
@@ -169,21 +169,21 @@ def partial_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def remove_partial(folder: Path, name: str | None = None) -> None:
-  """Removes what was being written in a local folder, not in those below it, when a kill came.
+  """Removes incomplete files of killed processes from a local folder, not from its sub-folders.
 
-  What a living process is writing stays: it holds a lock on it.
+  Files that a living process is writing stay: it holds a lock on them.
 
   Args:
-    folder: where to look.
-    name: of the file that it was to become; None for all.
+    folder: The folder.
+    name: Final name of the file; None for all files.
   """
   if not is_local(folder) or not folder.is_dir():
-    return  # A bucket has no such files.
+    return  # A bucket has no incomplete files.
   for path in folder.iterdir():
     match = _PARTIAL_NAME.fullmatch(path.name)
     if not match or name not in (None, match['name']):
       continue
-    with contextlib.suppress(OSError):  # Gone meanwhile, or another user's.
+    with contextlib.suppress(OSError):  # Removed meanwhile, or another user's.
       if _is_abandoned(path, bool(match['locked'])):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -202,7 +202,7 @@ def _is_abandoned(path: pathlib.Path, locked: bool) -> bool:
 
 
 def _try_lock(file: int) -> bool | None:
-  """Locks an open file until it is closed; None where the system or file system has no locks."""
+  """Locks an open file until it is closed; None if the system or file system has no locks."""
   try:
     import fcntl
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,22 +214,22 @@ def _try_lock(file: int) -> bool | None:
 
 
 class Versioned(NamedTuple):
-  """An object in a bucket, and which of its generations was read."""
+  """Text of an object in a bucket, and the generation that was read."""
   text: str
   version: int
 
 
 def read_versioned(path: Path) -> Versioned | None:
-  """Returns an object of a bucket with its generation, None if there is none.
+  """Returns an object of a bucket with its generation, None if it does not exist.
 
   Raises:
-    OSError: see `write_bytes`.
+    OSError: See `write_bytes`.
   """
   from google.api_core import exceptions
   with _as_store_error(path):
     bucket, name = _blob(path)
     while blob := bucket.get_blob(name):
-      # Else it was deleted or replaced meanwhile.
+      # On these exceptions it was deleted or replaced meanwhile.
       with contextlib.suppress(exceptions.NotFound, exceptions.PreconditionFailed):
         text = blob.download_as_bytes(if_generation_match=blob.generation).decode()
         return Versioned(text, blob.generation)
@@ -237,13 +237,13 @@ def read_versioned(path: Path) -> Versioned | None:
 
 
 def replace_version(path: Path, text: str, version: int) -> int | None:
-  """Writes an object of a bucket if it still is of the generation `version`; 0 is none at all.
+  """Writes an object of a bucket if its generation still is `version`; 0 if it must not exist.
 
   Returns:
-    The new generation; None, and nothing is written, if it is of another.
+    The new generation; None if the generation was another one, and nothing is written.
 
   Raises:
-    OSError: see `write_bytes`.
+    OSError: See `write_bytes`.
   """
   from google.api_core import exceptions
   with _as_store_error(path):
@@ -257,7 +257,7 @@ def replace_version(path: Path, text: str, version: int) -> int | None:
 
 
 def delete_version(path: Path, version: int) -> None:
-  """Deletes an object of a bucket if it still is of the generation `version`."""
+  """Deletes an object of a bucket if its generation still is `version`."""
   from google.api_core import exceptions
   with _as_store_error(path):
     bucket, name = _blob(path)
@@ -266,7 +266,7 @@ def delete_version(path: Path, version: int) -> None:
 
 
 def _blob(path: Path) -> tuple[Any, str]:
-  """(bucket, name of the object) for the client that knows generations."""
+  """Returns (bucket, object name) for the client library that supports generations."""
   bucket, _, name = str(path).removeprefix('gs://').partition('/')
   return _client().bucket(bucket), name
 
@@ -278,7 +278,7 @@ def _client() -> Any:
 
 
 def move_folder(path: Path, to: Path) -> None:
-  """Moves a folder to where nothing is yet; in a bucket object by object."""
+  """Moves a folder to a path that does not exist yet; in a bucket object by object."""
   if is_local(path):
     to.parent.mkdir(parents=True, exist_ok=True)
     path.rename(to)
@@ -289,12 +289,12 @@ def move_folder(path: Path, to: Path) -> None:
 
 
 def retried(act: Callable[[], T], is_outage: Callable[[BaseException], bool] = is_outage) -> T:
-  """Returns what `act` returns, called again after a pause while the store cannot be used.
+  """Returns `act()`, which is repeated after a pause while the store cannot be used.
 
-  A missing permission is not waited for: it does not come back by itself.
+  A missing permission is raised at once: it does not come back by itself.
 
   Raises:
-    Exception: Whatever `act` raises in the end.
+    Exception: Whatever the last call of `act` raises.
   """
   for pause in RETRY_SECONDS:
     try:
@@ -307,18 +307,17 @@ def retried(act: Callable[[], T], is_outage: Callable[[BaseException], bool] = i
 
 
 class Outbox:
-  """A local folder for files that grow, copied to a bucket as whole objects; in another folder
-  than a bucket's, the folder itself.
+  """Local folder for files that grow, which are copied to a bucket as whole objects.
 
-  Copies are made beside the caller's work, now and then, so that a kill costs the bucket what was
-  written since the last; `flush` where that must not be.
+  If the destination is local, it is the destination itself. Copies are made in a thread from time
+  to time, so that a kill loses what was written since the last copy; `flush` to avoid that.
 
   Args:
-    to: the folder that the files belong to.
-    every: seconds between copies, at least.
+    to: Destination of the files.
+    every: Minimum number of seconds between copies.
 
   Attributes:
-    folder: where to write.
+    folder: Local folder to write to.
   """
 
   def __init__(self, to: Path, every: float = SEND_EVERY):
@@ -334,17 +333,17 @@ class Outbox:
       self.folder = pathlib.Path(self._own.name)
 
   def offer(self) -> None:
-    """Begins a copy of what has grown, if it is time. One that fails is made up for later."""
+    """Starts to copy what has grown, if it is time. A later copy makes up for one that fails."""
     if self._own and time.monotonic() - self._last >= self._every and (
         self._sending is None or self._sending.done()):
       self._last = time.monotonic()
       self._sending = self._sender.submit(self._send)
 
   def flush(self) -> None:
-    """Copies what has grown, and returns when it is there.
+    """Copies what has grown, and waits until it is done.
 
     Raises:
-      OSError: see `write_bytes`.
+      OSError: See `write_bytes`.
     """
     if self._own:
       if self._sending:
@@ -352,7 +351,7 @@ class Outbox:
       self._send()
 
   def close(self) -> None:
-    """Flushes, after which nothing can be written."""
+    """Flushes; nothing can be written afterwards."""
     try:
       self.flush()
     finally:
@@ -370,7 +369,7 @@ class Outbox:
 
 @functools.cache
 def _check_bucket(bucket: str) -> None:
-  """Raises InputError unless the bucket can be used, and sees to it that it is seen as it is."""
+  """Raises InputError unless the bucket can be used; turns off caches that hide its changes."""
   try:
     import fsspec
     import gcsfs  # noqa: F401
@@ -378,25 +377,27 @@ def _check_bucket(bucket: str) -> None:
     from google.cloud import storage
   except ImportError as e:
     raise InputError(f"gs://{bucket}: gcsfs is not installed; {install_command('gcs')}") from e
-  # One client whatever else is installed, which sees what other machines write and delete.
+  # Global settings, but without them what other machines write and delete is not seen: the same
+  # client whatever else is installed, and no cache of listings. epath and Orbax share them.
   os.environ.setdefault('EPATH_USE_TF', 'false')
   fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False  # pyright: ignore
   try:
-    # Orbax asks the same of it, so that the permission is needed anyway.
+    # Orbax makes the same request, so the permission is needed anyway.
     storage.Client().get_bucket(bucket, timeout=_CHECK_SECONDS / 2,
                                 retry=storage.retry.DEFAULT_RETRY.with_timeout(_CHECK_SECONDS))  # pyright: ignore
   except exceptions.NotFound as e:
-    raise InputError(f'there is no bucket gs://{bucket}; make it first') from e
+    raise InputError(f'there is no bucket gs://{bucket}; create it first') from e
   except exceptions.ClientError as e:
-    raise InputError(f'gs://{bucket} may not be used: {_line(e.message)}; storage.buckets.get is '
-                     'needed, and to read, list, create and delete objects') from e
-  except Exception as e:  # No credentials, no network: every library has its own.
+    raise InputError(f'gs://{bucket} may not be used: {_line(e.message)}; the permission '
+                     'storage.buckets.get is needed, and those to read, list, create and delete '
+                     'objects') from e
+  except Exception as e:  # No credentials, no network: each library has its own exceptions.
     raise InputError(f'gs://{bucket} cannot be reached: {_line(e)}') from e
 
 
 @contextlib.contextmanager
 def _as_store_error(path: Path) -> Iterator[None]:
-  """Raises PermissionError or StoreError for whatever a client library or a failing disk raises."""
+  """Turns what a client library or a failing disk raises into PermissionError or StoreError."""
   try:
     yield
   except Exception as e:

@@ -1,4 +1,4 @@
-"""What a workdir says of its run."""
+"""Runs on disk: config, classes and what may change."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_schedule_may_change_but_not_model_or_classes(tmp_path):
     create_run(tmp_path, tiny_config(), (*CATEGORIES, Category(9, 'eel')))
 
 
-def test_checkpoints_without_a_config_are_not_guessed_at(tmp_path):
+def test_checkpoints_without_a_config_are_refused(tmp_path):
   (tmp_path / 'checkpoints').mkdir()
   create_run(tmp_path, tiny_config(), CATEGORIES)  # A start that broke off early.
   (tmp_path / 'checkpoints' / '100').mkdir()
@@ -63,13 +63,13 @@ def test_a_config_of_another_number_of_classes(tmp_path):
     create_run(tmp_path, config, CATEGORIES)
 
 
-def test_json_keeps_what_it_was_given(tmp_path):
+def test_categories_are_written_as_json(tmp_path):
   create_run(tmp_path, tiny_config(), CATEGORIES).save()
   assert json.loads((tmp_path / 'categories.json').read_text()) == [
       {'id': 3, 'name': 'cat'}, {'id': 7, 'name': 'dog'}]
 
 
-def test_a_run_of_before_a_key_existed_opens(tmp_path):
+def test_a_run_from_before_a_key_existed_opens(tmp_path):
   config = tiny_config()
   create_run(tmp_path, config, CATEGORIES).save()
   written = json.loads((tmp_path / 'config.json').read_text())
@@ -83,7 +83,7 @@ def test_a_run_of_before_a_key_existed_opens(tmp_path):
 
 
 def written_by(tmp_path, change):
-  """A run whose config.json was changed, as by an earlier version or by somebody else."""
+  """Returns a run whose config.json was changed, as if by an earlier version or somebody else."""
   create_run(tmp_path, tiny_config(), CATEGORIES).save()
   written = json.loads((tmp_path / 'config.json').read_text())
   change(written)
@@ -100,7 +100,7 @@ def test_a_run_with_an_absolute_warm_up_rate_opens(tmp_path):
   assert float(optim.schedule(0)) == np.float32(.1333)
 
 
-def test_keys_of_another_version_are_left_aside_and_named(tmp_path):
+def test_keys_of_another_version_are_ignored_and_listed(tmp_path):
   def change(written):
     written['train']['checkpont_every'] = 1
     written['optim_'] = {}
@@ -141,7 +141,7 @@ def test_opening_a_run_imports_nothing_that_its_files_name(tmp_path, place, monk
 
 
 @pytest.mark.parametrize('image_size, levels', [(64, 4), (40, 4), (8, 1)])
-def test_as_many_levels_as_there_are_are_recorded(tmp_path, image_size, levels):
+def test_the_number_of_levels_is_recorded(tmp_path, image_size, levels):
   config = tiny_config().copy_and_resolve_references().unlock()
   config.model.image_size, config.model.neck.num_levels = image_size, 0
   run = create_run(tmp_path, config, CATEGORIES)
@@ -150,7 +150,7 @@ def test_as_many_levels_as_there_are_are_recorded(tmp_path, image_size, levels):
   create_run(tmp_path, config, CATEGORIES)  # The same model.
 
 
-def test_leaving_out_a_default_is_the_same_model(tmp_path):
+def test_omitting_a_default_is_the_same_model(tmp_path):
   create_run(tmp_path, tiny_config(), CATEGORIES).save()
   config = tiny_config().copy_and_resolve_references().unlock()
   config.model.neck = dict(name='pooling_pyramid', stride=8, num_levels=3)

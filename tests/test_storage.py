@@ -21,7 +21,7 @@ from ppn_jax.weights.labels import read_label_map
 from ppn_jax.weights.read import read_weights
 
 
-def test_replaces_and_makes_folders(tmp_path):
+def test_writing_replaces_files_and_creates_folders(tmp_path):
   path = tmp_path / 'a' / 'b.json'
   storage.write_text(path, 'one')
   storage.write_text(path, 'two')
@@ -29,7 +29,7 @@ def test_replaces_and_makes_folders(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ['b.json']
 
 
-def test_a_failure_leaves_the_old_file_and_no_piece(tmp_path, monkeypatch):
+def test_a_failure_leaves_the_old_file_and_no_part(tmp_path, monkeypatch):
   path = tmp_path / 'b.json'
   storage.write_text(path, 'old')
 
@@ -78,7 +78,7 @@ def test_cache_takes_it(monkeypatch, tmp_path):
     ['evaluate', '--workdir=~/nothing'], ['detect', '~/nothing', '--workdir=w', '--output=~/o'],
     ['export', '--workdir=w', '--format=onnx', '--output=o', '--images=~/nothing'],
     ['detect', '.', '--model=~/nothing', '--output=~/o']])
-def test_commands_take_it(monkeypatch, tmp_path, capsys, argv):
+def test_commands_expand_the_tilde(monkeypatch, tmp_path, capsys, argv):
   monkeypatch.setenv('HOME', str(tmp_path))
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a.png').write_bytes(b'')
@@ -98,7 +98,7 @@ def aged(path, seconds):
   os.utime(path, (then, then))
 
 
-def test_what_a_killed_writer_leaves_is_removed_later(tmp_path):
+def test_incomplete_files_of_a_killed_writer_are_removed(tmp_path):
   subprocess.run([sys.executable, '-c', KILLED, str(tmp_path / 'scores.json')], check=False)
   left, = tmp_path.iterdir()
   storage.remove_partial(tmp_path)
@@ -108,7 +108,7 @@ def test_what_a_killed_writer_leaves_is_removed_later(tmp_path):
   assert not left.exists()
 
 
-def test_what_others_write_or_own_is_not_removed(tmp_path):
+def test_files_of_others_are_not_removed(tmp_path):
   kept = [tmp_path / name for name in (
       '.scores.json.abcdefgh.partial', '.scores.json.abcdefgh', '.hidden', 'a.partial', '.a.json')]
   for path in kept:
@@ -129,7 +129,7 @@ TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, 
 
 
 def failing(monkeypatch, number, times):
-  """Reading fails so often with an error of the system; returns how often it was tried."""
+  """Makes reading fail `times` times with an OSError; returns a list that grows with each try."""
   tried, original = [], pathlib.Path.read_text
 
   def read(self, **options):
@@ -144,7 +144,7 @@ def failing(monkeypatch, number, times):
 
 
 @pytest.mark.parametrize('number', TRANSIENT)
-def test_a_store_in_trouble_is_asked_again(tmp_path, monkeypatch, number):
+def test_reading_is_retried_during_an_outage(tmp_path, monkeypatch, number):
   path = tmp_path / 'config.json'
   path.write_text('{}')
   tried = failing(monkeypatch, number, 3)
@@ -159,14 +159,14 @@ def test_a_store_in_trouble_is_asked_again(tmp_path, monkeypatch, number):
 @pytest.mark.parametrize('number, kind', [
     (errno.ENOENT, FileNotFoundError), (errno.ENOTDIR, NotADirectoryError),
     (errno.EACCES, PermissionError)])
-def test_what_does_not_pass_is_told_at_once(tmp_path, monkeypatch, number, kind):
+def test_permanent_errors_are_raised_at_once(tmp_path, monkeypatch, number, kind):
   tried = failing(monkeypatch, number, 99)
   with pytest.raises(kind):
     storage.read_text(tmp_path / 'config.json')
   assert len(tried) == 1
 
 
-def test_outages_are_told_from_content():
+def test_outages_are_distinguished_from_bad_content():
   assert all(is_outage(OSError(number, '')) for number in TRANSIENT)
   assert is_outage(MemoryError()) and is_outage(PermissionError(errno.EACCES, ''))
   for error in (OSError('no JPEG'), FileNotFoundError(errno.ENOENT, ''), ValueError('Forbidden'),
@@ -182,7 +182,7 @@ def test_an_error_of_the_disk_is_one_line():
   assert (code, line) == (1, 'ppn: failed: /data/a.json: Input/output error')
 
 
-def test_a_folder_that_is_to_become_something(tmp_path):
+def test_partial_folder(tmp_path):
   output = tmp_path / 'model.onnx'
   dead = tmp_path / '.model.onnx.abcdefgh.partial'
   other = tmp_path / '.other.onnx.abcdefgh.partial'

@@ -1,4 +1,4 @@
-"""Checksums of a state, by which a checkpoint is known to give back what was saved."""
+"""Checksums of a state, which show that a checkpoint restores what was saved."""
 
 import hashlib
 import json
@@ -13,32 +13,36 @@ from ppn_jax.distributed import sharding
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """'variables/params/...' -> shape; the same for a state and for Orbax's description of one."""
+  """Returns the shape of each array of a state, or of Orbax's metadata of one.
+
+  Keys are paths such as 'variables/params/...'.
+  """
   return {name: tuple(leaf.shape) for name, leaf in _named(tree)}
 
 
 def checksums(tree: Any) -> dict[str, list]:
-  """'variables/params/...' -> [shape, CRC-32C of the values' bytes in C order], fit for JSON.
+  """Returns [shape, CRC-32C of the values' bytes in C order] of each array, ready for JSON.
 
-  Of global values, so that it holds on other numbers of devices and processes too. Arrays that
-  are split over processes are gathered, so all of them have to call it.
+  Keys are paths such as 'variables/params/...'. Checksums are of the global values, so they are
+  the same on any number of devices and processes. Arrays that are split over processes are
+  gathered, so all processes have to call this together.
   """
   return {name: [list(leaf.shape), _crc(leaf)] for name, leaf in _named(tree)}
 
 
-def difference(saved: Mapping[str, list], found: Mapping[str, list]) -> str | None:
-  """A name in which two `checksums` differ, None when they are the same."""
+def first_difference(saved: Mapping[str, list], found: Mapping[str, list]) -> str | None:
+  """Returns the first key in which two `checksums` differ, None if they are equal."""
   names = sorted(saved.keys() | found.keys())
   return next((n for n in names if saved.get(n) != found.get(n)), None)
 
 
 def digest(saved: Mapping[str, list]) -> str:
-  """Returns what stands for all of `checksums`, as 16 characters."""
+  """Returns a hash of `checksums` as 16 characters."""
   return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def described(saved: Mapping[str, list]) -> dict[str, tuple[int, ...]]:
-  """The shapes in `checksums`."""
+def shapes_of_checksums(saved: Mapping[str, list]) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes in `checksums`."""
   return {name: tuple(shape) for name, (shape, _) in saved.items()}
 
 
@@ -49,5 +53,5 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 def _crc(leaf: jax.Array) -> int:
   local = leaf.addressable_data(0) if leaf.is_fully_replicated else sharding.to_host(leaf)
-  # Bytes by way of uint8, since bfloat16 has no buffer of its own.
+  # Viewed as uint8, since bfloat16 does not support the buffer protocol.
   return google_crc32c.value(np.ascontiguousarray(local).reshape(-1).view(np.uint8))

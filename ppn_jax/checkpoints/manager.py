@@ -1,20 +1,23 @@
-"""The checkpoint service: saves beside the running step, keeps the last and the best, restores
-what is whole."""
+"""The checkpoint service: saves while training continues, keeps the last and the best steps, and
+restores the newest one that is undamaged."""
 
 import contextlib
+import itertools
 import json
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ppn_jax import storage
 from ppn_jax.checkpoints import integrity, orbax
-from ppn_jax.checkpoints.background import Background, copied
-from ppn_jax.checkpoints.retention import BestScored, Stamp
+from ppn_jax.checkpoints.retention import BestCheckpoints, Stamp
 from ppn_jax.distributed import coordination, sharding
 from ppn_jax.errors import InputError, Stopped, StoreError, is_outage
 from ppn_jax.training.state import TrainState
@@ -23,52 +26,52 @@ T = TypeVar('T')
 
 _policies = ocp.checkpoint_managers
 
-# What the best checkpoint is best in.
-BEST_FIGURE = 'AP'
+# The metric that the best checkpoint is highest in.
+BEST_METRIC = 'AP'
 
-# Where damaged checkpoints are moved to, beside the folder of the whole ones.
-ASIDE = 'damaged_checkpoints'
+# Folder that damaged checkpoints are moved to, beside that of the others.
+DAMAGED_FOLDER = 'damaged_checkpoints'
 
-# Orbax's description of a checkpoint, and what our checksums are called in it.
+# Orbax's metadata file of a checkpoint, and the key of our checksums in it.
 _DESCRIPTION, _CHECKSUMS = '_CHECKPOINT_METADATA', 'checksums'
 
-# Statuses of a store that cannot be reached, which says nothing of what is in it.
+# Statuses of a store that cannot be used now; they say nothing about its content.
 _UNREACHABLE = ('PERMISSION_DENIED', 'UNAUTHENTICATED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED',
                 'RESOURCE_EXHAUSTED')
 
 
 class DamagedCheckpoint(InputError):
-  """A checkpoint does not give back what was saved."""
+  """Raised if a checkpoint does not restore what was saved."""
 
 
 class SaveFailed(Stopped):
-  """A checkpoint could not be written; the ones before it are untouched."""
+  """Raised if a checkpoint could not be written. Earlier ones are untouched."""
 
 
 class Checkpoints:
-  """The steps saved under one folder, one sub-folder each.
+  """The checkpoints in a folder, a sub-folder for each step.
 
   Saving is asynchronous: `save` dispatches a copy of the state in device memory and returns; a
-  thread then transfers, checks and writes it. While it does, each device holds the state twice,
-  and whole if it is split over processes. Between processes that thread meets others only at
-  barriers of JAX's coordination service: a collective could interleave with those of the step in
-  another order on another host, and block both.
+  thread then transfers, checksums and writes it. Meanwhile each device holds the state twice, and
+  whole if it is split over processes. The threads of several processes synchronise only at
+  barriers of JAX's coordination service: a collective could run in another order than those of
+  the step on another host, and deadlock both.
 
-  A step appears under its final name only when all its files are written, so that whatever a
-  killed run leaves behind is either whole or not there. What is damaged later is known by
-  checksums of the arrays, which Orbax's description of the step holds. Close it, or use it as a
-  context manager, so that the last save is completed.
+  A step appears under its final name only when all its files are written, so that a killed run
+  leaves complete checkpoints only. Later damage is detected by checksums of the arrays, which are
+  kept in Orbax's metadata of the step. Close it, or use it as a context manager, so that the last
+  save is completed.
 
   Args:
-    folder: made if need be.
-    keep_last: how many of the newest steps to keep.
-    keep_best: how many of the steps with the highest AP to keep besides.
-    read_only: for those who look at a run that another process may be writing.
-    evaluations: where evaluation jobs leave their figures; see `retention`.
-    readers: where they say what they are reading.
+    folder: Created if it does not exist.
+    keep_last: Number of newest steps to keep.
+    keep_best: Number of steps with the highest AP to keep in addition.
+    read_only: Set it to look at a run that another process may be writing.
+    evaluations: Folder of the scores of evaluation jobs; see `retention`.
+    readers: Folder in which readers name the steps they are using; see `retention`.
 
   Attributes:
-    failures: how many saves have failed since one succeeded.
+    failures: Number of failed saves since the last successful one.
   """
 
   def __init__(self, folder: storage.Path, *, keep_last: int = 3, keep_best: int = 1,
@@ -78,114 +81,120 @@ class Checkpoints:
       raise InputError(f'train.keep_last={keep_last} must be at least 1 and '
                        f'train.keep_best={keep_best} at least 0')
     self.failures, self._saving = 0, None
-    self._background = Background()
+    self._pool = ThreadPoolExecutor(1, thread_name_prefix='ppn checkpoint')
+    self._write: Future | None = None
     self._folder, self._read_only = storage.absolute(folder), read_only
     self._keep = _policies.AnyPreservationPolicy([
         _policies.LatestN(keep_last),
-        BestScored(keep_best, _rank, evaluations, readers, self.stamp)])
-    if not read_only:  # Orbax does not, if it is told who takes part.
+        BestCheckpoints(keep_best, _rank, evaluations, readers, self.stamp)])
+    if not read_only:  # Orbax does not do this if the active processes are named.
       if jax.process_index() == 0:
         self._folder.mkdir(parents=True, exist_ok=True)
-      coordination.meet()
+      coordination.wait_for_all()
     self._manager = self._open()
 
   def _open(self) -> orbax.Manager:
     return orbax.Manager(
         self._folder, item_handlers={'state': ocp.StandardCheckpointHandler()},
         options=ocp.CheckpointManagerOptions(
-            # Orbax writes figures only if it is told what is best; what stays is the policy's say.
+            # Orbax writes metrics only if it has a best_fn; what is kept is decided by the policy.
             preservation_policy=self._keep, best_fn=_rank, best_mode='max',
             read_only=self._read_only, create=False,
-            multiprocessing_options=(orbax.reader() if self._read_only
-                                     else orbax.writers()),
+            multiprocessing_options=(orbax.reader_options() if self._read_only
+                                     else orbax.writer_options()),
             cleanup_tmp_directories=not self._read_only,
-            # Threads that wait for a folder which cannot be made would hold up the process's end
-            # for ten minutes.
+            # Otherwise threads that wait for a folder which cannot be created keep the process
+            # from ending for ten minutes.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, kind: Any, *_: Any) -> None:
-    # A save that fails must not hide what went wrong first.
+    # A failing save must not hide the error that came first.
     with contextlib.suppress(SaveFailed) if kind else contextlib.nullcontext():
       self.close()
 
   def steps(self) -> list[int]:
-    """The steps that are there, or will be once what is being saved is, ascending."""
+    """Returns the saved steps, including the one that is being saved, ascending."""
     saving = () if self._saving is None else (self._saving,)
     return sorted({*self._manager.all_steps(), *saving})
 
   def latest(self) -> int | None:
-    """The newest of `steps`, or None when there is none."""
+    """Returns the newest of `steps`, or None if there is none."""
     return max(self.steps(), default=None)
 
   def stamp(self, step: int) -> Stamp | None:
-    """Returns what a step is known by, see `read_stamp`."""
-    return read_stamp(self._where(step))
+    """Returns what identifies the checkpoint of a step, see `read_stamp`."""
+    return read_stamp(self._folder_of(step))
 
-  def save(self, step: int, state: TrainState, figures: dict[str, float] | None = None) -> None:
-    """Begins to save `state` under `step`, with the figures that it was evaluated to, if it was.
+  def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+    """Starts to save `state` under `step`, with its metrics if it was evaluated.
 
-    Blocks until the save before is complete. How this one ends is told by `wait`.
+    Blocks until the previous save is complete. `wait` raises what goes wrong in this one.
 
     Raises:
-      SaveFailed: the save before could not be written, or there is no memory for a copy; this one
-        is not begun.
+      SaveFailed: If the previous save failed, or there is no memory for a copy; this save is not
+        started then.
     """
     self.wait()
     try:
-      copy = copied(state)
-    except Exception as e:  # Such as no memory.
+      copy = _copy(state)
+    except Exception as e:  # Out of memory, for example.
       raise self._failed(f'step {step:,} could not be saved', e) from e
 
     def write() -> None:
       sums = integrity.checksums(copy)
       self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(copy)),
-                         metrics=figures, force=True, custom_metadata={_CHECKSUMS: sums})
+                         metrics=metrics, force=True, custom_metadata={_CHECKSUMS: sums})
       self._manager.wait_until_finished()
 
     self._saving = step
-    self._background.start(write)
+    self._write = self._pool.submit(write)
 
   def restore(self, like: TrainState | None, step: int) -> TrainState:
-    """The state of `step`, with the shapes, types and shardings of `like`.
+    """Restores the state of `step`, with the shapes, types and shardings of `like`.
 
     Args:
-      like: arrays or `jax.ShapeDtypeStruct`s with shardings; None for whatever was saved, whole
-        on every device, where the model that it belongs to is not known.
-      step: one of `steps()`.
+      like: Arrays or `jax.ShapeDtypeStruct`s with shardings. With `opt_state=None` the optimizer's
+        state is neither read nor checked. None is for callers that do not know the model: it
+        restores whatever was saved except the optimizer's state, replicated on every device.
+      step: One of `steps()`.
 
     Raises:
-      InputError: there is no such step, or it holds another model.
-      DamagedCheckpoint: it does not give back what was saved, here or in another process.
-      StoreError: it cannot be read now.
+      InputError: If there is no such step, or it is of another model.
+      DamagedCheckpoint: If it does not restore what was saved, here or in another process.
+      StoreError: If it cannot be read now.
     """
     self.wait()
     try:
-      if step not in self.steps():  # In some processes only, while another run deletes it.
+      if step not in self.steps():  # May differ between processes while another run deletes it.
         raise InputError(f'{self._manager.directory}: no checkpoint of step {step}; there are '
                          f'{", ".join(map(str, self.steps())) or "none"}')
       state, error = self._read(like, step), None
-    except Exception as e:  # Of any kind: the others wait to be told.
+    except Exception as e:  # Of any kind, since the other processes wait for the result.
       state, error = None, e
-    if not sharding.all_say(error is None):
-      raise error or DamagedCheckpoint(f'{self._where(step)} is damaged: another process cannot '
-                                       'read it')
+    if not sharding.all_true(error is None):
+      raise error or DamagedCheckpoint(f'{self._folder_of(step)} is damaged: another process '
+                                       'cannot read it')
     return state
 
   def restore_newest(self, like: TrainState | None, say: Callable[[str], None]
                      ) -> tuple[int, TrainState] | None:
-    """The newest step that is whole and its state; None when there is no step at all.
+    """Restores the newest undamaged step: (step, state); None if there are no steps at all.
 
-    Damaged steps after it are named and, unless this is read-only, moved to the folder
+    Damaged steps after it are reported and, unless this is read-only, moved to the folder
     `damaged_checkpoints` beside this one, so that these steps can be saved again.
 
+    Args:
+      like: See `restore`.
+      say: Called with a line for each damaged step.
+
     Raises:
-      InputError: all are damaged, or the newest whole one holds another model.
+      InputError: If all are damaged, or the newest undamaged one is of another model.
     """
-    for step in sorted(self._manager.without_figures):
-      say(f'the figures of {self._where(step)} are damaged; it counts as not evaluated')
+    for step in sorted(self._manager.steps_without_metrics):
+      say(f'the metrics of {self._folder_of(step)} are damaged; it counts as not evaluated')
     damaged = []
     for step in reversed(self.steps()):
       try:
@@ -200,42 +209,48 @@ class Checkpoints:
       return step, state
     if not damaged:
       return None
-    raise InputError(f'no checkpoint in {self._folder} is whole: ' + '; '.join(
-        text for _, text in damaged) + '. Bring back a copy of one, or use another workdir')
+    raise InputError(f'every checkpoint in {self._folder} is damaged: ' + '; '.join(
+        text for _, text in damaged) + '. Restore one from a backup, or use another workdir')
 
   def _read(self, like: TrainState | None, step: int) -> TrainState:
-    where = self._where(step)
+    where = self._folder_of(step)
+    folder = self._manager.directory / str(step) / 'state'
     with _as_damage(where):
-      tree = _retried(lambda: ocp.StandardCheckpointHandler().metadata(
-          self._manager.directory / str(step) / 'state')).tree
+      tree = _retried(lambda: ocp.PyTreeCheckpointHandler().metadata(folder)).tree
       saved = integrity.shapes(tree)
       description = _description(where)
       sums = description.get('custom_metadata', {}).get(_CHECKSUMS)
       if not saved or not description.get('commit_timestamp_nsecs'):
-        raise ValueError('its description is incomplete')
-      if sums is not None and integrity.described(sums) != saved:
-        raise ValueError('its description contradicts itself')
-      like = _whole(tree) if like is None else like
+        raise ValueError('its metadata is incomplete')
+      if sums is not None and integrity.shapes_of_checksums(sums) != saved:
+        raise ValueError('its metadata contradicts itself')
+      like = _abstract_state(tree) if like is None else like
+    if like.opt_state is None:
+      saved, sums = _without_optimizer(saved), sums and _without_optimizer(sums)
     _check_same_tree(saved, integrity.shapes(like), where)
     with _as_damage(where):
-      arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-      state = _retried(lambda: self._manager.restore(step, args=arguments)).state  # pyright: ignore
+      state = _retried(lambda: _restore_arrays(folder, like))
       # Checkpoints of earlier versions have no checksums.
-      wrong = sums and integrity.difference(sums, integrity.checksums(state))
+      wrong = sums and integrity.first_difference(sums, integrity.checksums(state))
       if wrong:
         raise ValueError(f'{wrong} is not what was saved')
     return state
 
-  def _where(self, step: int) -> storage.Path:
+  def _folder_of(self, step: int) -> storage.Path:
     return self._folder / str(step)
 
   def _set_aside(self, step: int) -> None:
-    _move(self._where(step), self._folder.with_name(ASIDE) / str(step))
-    sharding.all_say(True)
+    """Moves a damaged step out of the way, in the first process only."""
+    if jax.process_index() == 0:
+      to = self._folder.with_name(DAMAGED_FOLDER)
+      names = itertools.chain([str(step)], (f'{step}-{n}' for n in itertools.count(1)))
+      free = next(path for path in map(to.joinpath, names) if not path.exists())
+      storage.move_folder(self._folder_of(step), free)
+    sharding.all_true(True)  # The others wait.
     self._manager.reload()
 
   def _failed(self, what: str, error: Exception) -> SaveFailed:
-    """Says what failed, after a fresh start: Orbax's books do not survive failures."""
+    """Returns the error to raise, after reopening Orbax, whose state does not survive failures."""
     self.failures, self._saving = self.failures + 1, None
     with contextlib.suppress(Exception):
       self._manager.close()
@@ -247,42 +262,81 @@ class Checkpoints:
                       ('none' if newest is None else f'step {newest:,}'))
 
   def wait(self) -> None:
-    """Blocks until what was saved is on disk.
+    """Blocks until the last save is on disk.
 
     Raises:
-      SaveFailed: it could not be written.
+      SaveFailed: If it could not be written.
     """
     try:
-      self._background.wait()
+      if self._write is not None:
+        try:
+          self._write.result()
+        finally:
+          if self._write.done():  # An interrupt leaves it running.
+            self._write = None
     except Exception as e:
       raise self._failed(f'step {self._saving:,} could not be saved', e) from e
     if self._saving is not None:
       self.failures, self._saving = 0, None
 
   def close(self) -> None:
-    """Completes what is being saved. Raises SaveFailed if that fails."""
+    """Completes the last save. Raises SaveFailed if that fails."""
     try:
       self.wait()
     finally:
-      self._background.close()
+      self._pool.shutdown()
       self._manager.close()
 
 
-def _whole(described: dict[str, Any]) -> TrainState:
-  """Shapes and types of a state by Orbax's description of it, whole on every device."""
+def _copy(tree: Any) -> Any:
+  """Dispatches a copy of a tree of arrays, which a step that donates them cannot overwrite.
+
+  Arrays that are split over processes become replicated, so that a thread can read them without a
+  collective. All processes must call this at the same place in their program.
+  """
+  def readable(leaf: jax.Array) -> jax.sharding.Sharding:
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+      return leaf.sharding
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+
+  return jax.jit(_copy_leaves, out_shardings=jax.tree.map(readable, tree))(tree)
+
+
+def _copy_leaves(tree: Any) -> Any:  # Not nested, so that JAX finds its compiled program again.
+  return jax.tree.map(jnp.copy, tree)
+
+
+def _abstract_state(metadata: dict[str, Any]) -> TrainState:
+  """Returns shapes and types of a state from Orbax's metadata, replicated, without optimizer."""
   replicated = sharding.replicated(sharding.data_mesh())
   return TrainState(**jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), described))
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+      {**metadata, 'opt_state': None}))
+
+
+def _without_optimizer(by_name: dict[str, T]) -> dict[str, T]:
+  return {name: value for name, value in by_name.items() if name.split('/')[0] != 'opt_state'}
+
+
+def _restore_arrays(folder: Any, like: TrainState) -> TrainState:
+  """Reads the arrays of `like`, and no others."""
+  partial = like.opt_state is None
+  item = {name: value for name, value in like._asdict().items() if jax.tree.leaves(value)} if (
+      partial) else like
+  found = ocp.PyTreeCheckpointHandler().restore(folder, args=ocp.args.PyTreeRestore(
+      item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+      partial_restore=partial))
+  return like._replace(**found) if partial else found
 
 
 def read_stamp(checkpoint: storage.Path) -> Stamp | None:
-  """Returns what the checkpoint in a folder is known by, without reading its arrays.
+  """Returns what identifies the checkpoint in a folder, without reading its arrays.
 
-  Checkpoints of versions that kept no checksums are known by when they were saved. None where there
-  is no checkpoint, or one that is damaged.
+  Checkpoints of earlier versions, without checksums, are identified by when they were saved. None
+  if there is no checkpoint, or it is damaged.
 
   Raises:
-    OSError: It cannot be read now.
+    OSError: If it cannot be read now.
   """
   try:
     description = _description(checkpoint)
@@ -294,12 +348,12 @@ def read_stamp(checkpoint: storage.Path) -> Stamp | None:
 
 
 def _description(checkpoint: storage.Path) -> dict[str, Any]:
-  """Returns Orbax's description of a checkpoint; Orbax takes one that it cannot read for empty."""
+  """Returns Orbax's metadata of a checkpoint. Orbax's own reader hides that it is unreadable."""
   return json.loads(storage.read_bytes(checkpoint / _DESCRIPTION))
 
 
 def _is_outage(error: BaseException) -> bool:
-  """As `errors.is_outage`, also of TensorStore, whose errors have statuses and numbers as text."""
+  """Extends `errors.is_outage` to TensorStore, whose errors have statuses and numbers as text."""
   text = str(error)
   number = re.search(r"os_error_code='(\d+)'", text)
   return (is_outage(error) or any(status in text for status in _UNREACHABLE)
@@ -310,18 +364,18 @@ def _retried(act: Callable[[], T]) -> T:
   return storage.retried(act, _is_outage)
 
 
-def _rank(figures: dict[str, float | None]) -> float:
-  """Returns the metric that the best checkpoint is best in, -inf if there is none.
+def _rank(metrics: dict[str, float | None]) -> float:
+  """Returns the metric that decides which checkpoint is best, -inf if it does not exist.
 
-  None is a metric that does not exist, for which earlier versions wrote -1.
+  Earlier versions wrote -1 for a metric that does not exist.
   """
-  figure = figures.get(BEST_FIGURE)
-  return -math.inf if figure is None or math.isnan(figure) or figure < 0 else figure
+  value = metrics.get(BEST_METRIC)
+  return -math.inf if value is None or math.isnan(value) or value < 0 else value
 
 
 @contextlib.contextmanager
 def _as_damage(where: storage.Path):
-  """Whatever reading a broken file leads to -> DamagedCheckpoint, or StoreError."""
+  """Turns whatever reading a broken file raises into DamagedCheckpoint or StoreError."""
   try:
     yield
   except (PermissionError, jax.errors.JaxRuntimeError):
@@ -330,30 +384,20 @@ def _as_damage(where: storage.Path):
     reason = ' '.join(str(e).split())
     if _is_outage(e):
       reason = orbax.reason(e)[:300] or 'not enough memory'
-      raise StoreError(f'{where} cannot be read now: {reason}; it is left as it is. If that lasts, '
-                       'move it away by hand to go back to the checkpoint before it') from e
+      raise StoreError(f'{where} cannot be read now: {reason}; it is left as it is. If this '
+                       'persists, move it away by hand to use the checkpoint before it') from e
     if not where.exists():
       reason = 'it was deleted while it was read'
     raise DamagedCheckpoint(f'{where} is damaged: {reason[:200] or type(e).__name__}') from e
 
 
-def _move(path: storage.Path, to: storage.Path) -> None:
-  """Moves `path`, by the first process only, to `to` or the first free `to-N`."""
-  if jax.process_index() == 0:
-    free, count = to, 0
-    while free.exists():
-      count += 1
-      free = to.with_name(f'{to.name}-{count}')
-    storage.move_folder(path, free)
-
-
 def _check_same_tree(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, ...]],
                      where: storage.Path) -> None:
-  """InputError, naming one difference, unless both trees have the same names and shapes."""
+  """Raises InputError, naming one difference, unless both trees have the same names and shapes."""
   if any(n.startswith('average') for n in there) != any(n.startswith('average') for n in here):
-    raise InputError(f'{where} and this config differ in whether an average of the weights is '
-                     'kept; optim.ema_decay cannot be turned on or off in a run')
-  # Variables before what follows from them.
+    raise InputError(f'{where} and this config differ in whether a moving average of the '
+                     'weights is kept; optim.ema_decay cannot be turned on or off within a run')
+  # Variables first: the rest follows from them.
   for name in sorted(there.keys() | here.keys(), key=lambda n: (not n.startswith('variables'), n)):
     if there.get(name) != here.get(name):
       raise InputError(

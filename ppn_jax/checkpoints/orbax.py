@@ -1,4 +1,4 @@
-"""Orbax's manager as the checkpoint service needs it: without collectives."""
+"""Adapts Orbax to the checkpoint service: no device collectives, tolerance of damaged metrics."""
 
 import os
 import re
@@ -11,47 +11,49 @@ from ppn_jax import storage
 
 
 class Manager(ocp.CheckpointManager):
-  """One that opens its folder also when the figures of a step cannot be read, and that leaves
-  preemption to those who count the steps.
+  """Orbax manager that tolerates damaged metrics and leaves preemption to the training loop.
 
   Attributes:
-    without_figures: those steps.
+    steps_without_metrics: Steps whose metrics cannot be read.
   """
 
   def __init__(self, *args: Any, **options: Any):
-    self.without_figures: set[int] = set()
+    self.steps_without_metrics: set[int] = set()
     super().__init__(*args, **options)
 
   def metrics(self, step: int) -> Any:
     try:
       return storage.retried(lambda: super(Manager, self).metrics(step))
     except ValueError:
-      self.without_figures.add(step)
+      self.steps_without_metrics.add(step)
       return None
 
   def reached_preemption(self, step: int) -> bool:
-    # Orbax would ask JAX's service, for steps that are past by then; it must see them rise.
+    # Orbax would ask JAX's service, which requires that steps rise, about steps long past.
     return False
 
 
-def writers() -> ocp.options.MultiprocessingOptions:
-  """With barriers of the coordination service: those that are told who takes part are no
-  collectives."""
+def writer_options() -> ocp.options.MultiprocessingOptions:
+  """Returns Orbax options that synchronise through the coordination service.
+
+  Naming the active processes keeps Orbax from running device collectives, which would clash with
+  those of the training step.
+  """
   if jax.process_count() == 1:
     return ocp.options.MultiprocessingOptions()
   return ocp.options.MultiprocessingOptions(
       active_processes={*range(jax.process_count())}, barrier_sync_key_prefix='writers')
 
 
-def reader() -> ocp.options.MultiprocessingOptions:
-  """Without Orbax's barriers, so that no reader waits for one that failed or does not take part."""
+def reader_options() -> ocp.options.MultiprocessingOptions:
+  """Returns Orbax options without barriers, so that no reader waits for one that has failed."""
   process = jax.process_index()
   return ocp.options.MultiprocessingOptions(
       primary_host=process, active_processes={process}, barrier_sync_key_prefix=f'reader_{process}')
 
 
 def reason(error: Exception) -> str:
-  """Returns one line; the operating system's own where there is one behind what led to it."""
+  """Returns one line that explains an error: the operating system's message if there is one."""
   if isinstance(error.__cause__, OSError) and isinstance(error, OSError) and not error.strerror:
     error = error.__cause__
   if isinstance(error, OSError) and error.strerror:

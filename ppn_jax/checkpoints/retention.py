@@ -3,12 +3,11 @@
 The trainer and evaluation jobs on other machines share no lock. They meet in files that are
 written whole, one writer each:
 
-  evaluation/STEP/scores.json  by a job: what a step is worth; by the trainer where it saved a step
-                               before it could score it
-  readers/NAME.json            by a reader of its own name: the step that it is at, which must not
-                               be deleted now
+  evaluation/STEP/scores.json  the scores of a step, written by an evaluation job, or by the trainer
+                               if it saved the step before it could score it
+  readers/NAME.json            the step that a reader is using, which must not be deleted now
 
-The trainer reads both each time that it decides what to keep.
+The trainer reads both each time it decides what to keep.
 """
 
 import contextlib
@@ -25,16 +24,16 @@ from ppn_jax import storage
 from ppn_jax.distributed.ownership import Process
 from ppn_jax.errors import is_outage
 
-BEAT_SECONDS = 60.0  # Between signs of life of a reader.
-DEAD_SECONDS = 600.0  # Without one, after which a reader on another machine is taken for dead.
+HEARTBEAT_SECONDS = 60.0  # Between heartbeats of a reader.
+DEAD_SECONDS = 600.0  # Without a heartbeat, after which a reader on another machine counts as dead.
 
 
 class Stamp(NamedTuple):
-  """What a checkpoint is known by.
+  """Identifies a checkpoint.
 
   Fields:
-    checkpoint: of the values that it holds.
-    saved: when, in seconds since the epoch.
+    checkpoint: Hash of its values.
+    saved: When it was saved, in seconds since the epoch.
   """
   checkpoint: str
   saved: float
@@ -44,23 +43,23 @@ class Record(NamedTuple):
   """The scores of a step.
 
   Fields:
-    metrics: COCO's.
-    about: what was scored, by name; empty in records of earlier versions.
-    written: when, in seconds since the epoch.
+    metrics: COCO's metrics.
+    about: What was scored, by name; empty in records of earlier versions.
+    written: When, in seconds since the epoch.
   """
   metrics: dict[str, float | None]
   about: dict[str, Any]
   written: float
 
   def fits(self, stamp: Stamp | None, **about: Any) -> bool:
-    """Returns whether it is of the checkpoint that `stamp` is of.
+    """Returns whether the record is of the checkpoint that `stamp` identifies.
 
-    A record of an earlier version does not say what was scored. It counts if it was written after
+    Records of earlier versions do not say what was scored. They count if they were written after
     the checkpoint was.
 
     Args:
-      stamp: None where there is no checkpoint, or one that cannot be told from others.
-      about: what else must be as it is now; what the record does not mention is not compared.
+      stamp: Of the checkpoint; None if there is none, or it cannot be identified.
+      **about: What else must be the same; what the record does not mention is not compared.
     """
     if stamp is None or any(self.about.get(name, value) != value for name, value in about.items()):
       return False
@@ -69,16 +68,16 @@ class Record(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class BestScored:
-  """Orbax's preservation policy: the `n` best checkpoints, and those that are being evaluated.
+class BestCheckpoints:
+  """Orbax preservation policy that keeps the `n` best checkpoints, and those that are being read.
 
   Attributes:
-    n: how many.
-    rank: metrics -> what is best where it is highest, -inf if they do not have it.
-    evaluations: folder of the records; None to go by the figures saved with checkpoints alone.
-      Where a step has both, the record counts, unless it is of another checkpoint.
-    readers: folder of those who are reading; None if nobody is.
-    stamp: step -> what its checkpoint is known by.
+    n: Number of best checkpoints to keep.
+    rank: Maps metrics to the value that is highest for the best; -inf if they lack it.
+    evaluations: Folder of the records; None to use only the metrics saved with checkpoints. If a
+      step has both, the record counts, unless it is of another checkpoint.
+    readers: Folder of the readers; None if there are none.
+    stamp: Maps a step to what identifies its checkpoint.
   """
   n: int
   rank: Callable[[dict[str, float | None]], float]
@@ -87,10 +86,10 @@ class BestScored:
   stamp: Callable[[int], Stamp | None] = lambda step: None
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-    """Returns, for each checkpoint, whether to keep it; without metrics, or without a rank, it is
-    never kept as best.
+    """Returns, for each checkpoint, whether to keep it.
 
-    While the records cannot be read all are kept: the best one may be among them.
+    Checkpoints without metrics, or whose rank is -inf, are never kept as best. While the records
+    cannot be read all are kept, since the best one may be among them.
     """
     del context
     try:
@@ -104,25 +103,25 @@ class BestScored:
   def _kept(self, checkpoints: Sequence[Any]) -> set[int]:
     ranks = {}
     for checkpoint in checkpoints:
-      metrics = self._record(checkpoint.step) or checkpoint.metrics
+      metrics = self._recorded_metrics(checkpoint.step) or checkpoint.metrics
       if metrics is not None and (rank := self.rank(metrics)) > -math.inf:
         ranks[checkpoint.step] = rank
     by_rank = sorted(ranks, key=lambda step: (ranks[step], step))
-    being = set() if self.readers is None else being_read(self.readers)
-    return {*by_rank[len(by_rank) - min(self.n, len(by_rank)):], *being}
+    in_use = set() if self.readers is None else steps_being_read(self.readers)
+    return {*by_rank[len(by_rank) - min(self.n, len(by_rank)):], *in_use}
 
-  def _record(self, step: int) -> dict[str, float | None] | None:
-    found = None if self.evaluations is None else record(self.evaluations, step)
+  def _recorded_metrics(self, step: int) -> dict[str, float | None] | None:
+    found = None if self.evaluations is None else read_record(self.evaluations, step)
     return found.metrics if found and found.fits(self.stamp(step)) else None
 
 
-def record(evaluations: storage.Path, step: int) -> Record | None:
-  """Returns what is on record of a step, None if it has not been scored.
+def read_record(evaluations: storage.Path, step: int) -> Record | None:
+  """Returns the recorded scores of a step, None if it has not been scored.
 
-  Metrics that do not exist are None, also in files of versions that wrote -1.
+  Metrics that do not exist are None, also in files of earlier versions, which wrote -1.
 
   Raises:
-    OSError: It cannot be read now.
+    OSError: If the file cannot be read now.
   """
   path = evaluations / str(step) / 'scores.json'
   found = _read(path)
@@ -134,24 +133,24 @@ def record(evaluations: storage.Path, step: int) -> Record | None:
   return Record(metrics, about if isinstance(about, dict) else {}, storage.modified(path))
 
 
-def numbered(folder: storage.Path) -> list[int]:
-  """Returns the steps that have a folder of their own in `folder`, ascending."""
+def steps_in(folder: storage.Path) -> list[int]:
+  """Returns the steps that have a sub-folder in `folder`, ascending."""
   names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
   return sorted(int(name) for name in names if re.fullmatch(r'\d+', name, re.ASCII))
 
 
-def being_read(readers: storage.Path) -> set[int]:
-  """Returns the steps that living readers are at.
+def steps_being_read(readers: storage.Path) -> set[int]:
+  """Returns the steps that living readers are using.
 
   Raises:
-    OSError: It cannot be read now.
+    OSError: If the folder cannot be read now.
   """
   found = (_read(path) for path in _reader_files(readers))
   return {reader['step'] for reader in found if _is_alive(reader)}
 
 
 def remove_dead_readers(readers: storage.Path) -> None:
-  """Removes what readers that were killed have left; what cannot be removed stays."""
+  """Removes the files of readers that were killed, as far as possible."""
   with contextlib.suppress(OSError):
     for path in _reader_files(readers):
       if not _is_alive(_read(path)):
@@ -159,11 +158,11 @@ def remove_dead_readers(readers: storage.Path) -> None:
 
 
 class Reader:
-  """Asks for steps not to be deleted, one at a time, for as long as this process lives.
+  """Protects one step at a time from deletion, for as long as this process lives.
 
   Args:
-    readers: folder of all who do so.
-    say: told, once, if the folder does not take it; the steps can be read all the same.
+    readers: Folder of all readers.
+    say: Called once if the folder cannot be written; steps can be read nevertheless.
   """
 
   def __init__(self, readers: storage.Path, say: Callable[[str], None]):
@@ -171,23 +170,23 @@ class Reader:
     self._path = readers / '{host}-{pid}-{token}.json'.format(**self._process._asdict())
     self._step: int | None = None
     self._mutex, self._stop = threading.Lock(), threading.Event()
-    self._said = False
+    self._has_warned = False
     remove_dead_readers(readers)
-    threading.Thread(target=self._beat_on, name='ppn reader', daemon=True).start()
+    threading.Thread(target=self._send_heartbeats, name='ppn reader', daemon=True).start()
 
   def hold(self, step: int | None) -> None:
-    """Asks for a step; None asks for nothing."""
+    """Protects a step, and no other; None protects none."""
     with self._mutex:
       self._step = step
       self._write()
 
   def close(self) -> None:
-    """Asks for nothing any more."""
+    """Protects nothing any more."""
     self._stop.set()
     self.hold(None)
 
-  def _beat_on(self) -> None:
-    while not self._stop.wait(BEAT_SECONDS):
+  def _send_heartbeats(self) -> None:
+    while not self._stop.wait(HEARTBEAT_SECONDS):
       with self._mutex:
         if self._step is not None:
           self._write()
@@ -199,10 +198,10 @@ class Reader:
       else:
         storage.write_text(self._path, self._process.as_json(step=self._step, beat=time.time()))
     except OSError as e:
-      if not self._said:
+      if not self._has_warned:
         self._say(f'{self._path.parent} cannot be written ({e.strerror or e}), so a training may '
                   'delete checkpoints while they are evaluated')
-      self._said = True
+      self._has_warned = True
 
 
 def _reader_files(readers: storage.Path) -> list[storage.Path]:
@@ -220,7 +219,7 @@ def _is_alive(reader: Any) -> bool:
 
 
 def _read(path: storage.Path) -> Any:
-  """Returns what a JSON file holds, None if there is none or it is no JSON."""
+  """Returns the content of a JSON file, None if there is none or it is not JSON."""
   try:
     return json.loads(storage.read_text(path))
   except (FileNotFoundError, NotADirectoryError, ValueError):

@@ -151,4 +151,4 @@ def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str],
         'giving up')
   if outcome.unreadable:
     say(f'not scored, since they cannot be read: {", ".join(map(str, outcome.unreadable))}')
-  return 0 if sharding.first_says(outcome.complete and not outcome.unreadable) else 1
+  return 0 if sharding.value_of_first(outcome.complete and not outcome.unreadable) else 1

@@ -93,7 +93,7 @@ def join_processes(args: argparse.Namespace, *, hear_sigterm: bool = True) -> No
       local_devices=args.local_devices, timeout=args.join_timeout,
       hear_sigterm=hear_sigterm)
   if args.distributed or args.coordinator:
-    failures.watch()
+    failures.watch_peers()
 
 
 def keep_programs() -> None:

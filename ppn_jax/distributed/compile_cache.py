@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk between starts, bounded in size."""
+"""Cache of compiled programs on disk, bounded in size."""
 
 import contextlib
 import hashlib
@@ -12,24 +12,25 @@ import filelock
 import jax
 import platformdirs
 
-# Of one kind of processor; a training step is about a megabyte.
+# For each kind of processor; a training step is about a megabyte.
 MAX_BYTES = 1 << 30
-# Programs that compile sooner are not kept: reading takes about as long.
+# Programs that compile faster are not cached: reading them takes about as long.
 _MIN_SECONDS = 0.2
 _LOCK_SECONDS = 10
 
 
 def keep_compiled_programs(say: Callable[[str], None]) -> pathlib.Path | None:
-  """Lets JAX keep compiled programs in the user's cache folder; call it before the first one.
+  """Makes JAX keep compiled programs in the user's cache folder.
 
-  JAX's own settings win: JAX_COMPILATION_CACHE_DIR=DIR names another folder (and '' none),
+  Call it before the first compilation. JAX's own settings take precedence:
+  JAX_COMPILATION_CACHE_DIR=DIR names another folder ('' for none),
   JAX_ENABLE_COMPILATION_CACHE=false turns it off, JAX_COMPILATION_CACHE_MAX_SIZE bounds it.
 
   Args:
-    say: told in one line if the folder cannot be used; nothing is kept then.
+    say: Called with one line if the folder cannot be used; nothing is cached then.
 
   Returns:
-    The folder; None if nothing is kept, or if JAX has been told where.
+    The folder; None if nothing is cached, or if JAX's settings name a folder.
   """
   chosen = ('JAX_COMPILATION_CACHE_DIR' in os.environ
             or jax.config.jax_compilation_cache_dir)  # pyright: ignore
@@ -38,9 +39,9 @@ def keep_compiled_programs(say: Callable[[str], None]) -> pathlib.Path | None:
   folder = platformdirs.user_cache_path('ppn_jax') / 'compiled' / _processor()
   try:
     _prepare(folder)
-  except (OSError, NotImplementedError) as e:  # The latter: no locks on this file system.
+  except (OSError, NotImplementedError) as e:  # The latter if the file system has no locks.
     say(f'compiled programs are not kept in {folder}: {getattr(e, "strerror", None) or e}; '
-        'JAX_COMPILATION_CACHE_DIR=DIR names another folder')
+        'set JAX_COMPILATION_CACHE_DIR=DIR to use another folder')
     return None
   jax.config.update('jax_compilation_cache_dir', str(folder))
   for name, value in [('jax_compilation_cache_max_size', MAX_BYTES),
@@ -51,15 +52,15 @@ def keep_compiled_programs(say: Callable[[str], None]) -> pathlib.Path | None:
 
 
 def _prepare(folder: pathlib.Path) -> None:
-  """Makes the folder, and removes what a kill left half written; OSError if it is not usable."""
+  """Creates the folder and removes incomplete entries; OSError if the folder is not usable."""
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-  # Programs that another user may replace are programs that another user may choose.
+  # Whoever can replace these programs can run code as this user.
   if hasattr(os, 'getuid') and folder.stat().st_uid != os.getuid():
     raise PermissionError(1, 'it belongs to another user')
   with tempfile.TemporaryFile(dir=folder):
     pass
-  # JAX writes KEY-cache, then KEY-atime, under this lock. It would neither replace a program
-  # without its time nor, having met one, keep any further.
+  # JAX writes KEY-cache, then KEY-atime, under this lock. A kill between the two leaves a program
+  # without its time, which JAX never replaces and which stops it from caching more.
   with (contextlib.suppress(filelock.Timeout),
         filelock.FileLock(folder / '.lockfile', timeout=_LOCK_SECONDS)):
     for program in folder.glob('*-cache'):
@@ -68,7 +69,7 @@ def _prepare(folder: pathlib.Path) -> None:
 
 
 def _processor() -> str:
-  """A name for processors with the same instructions: homes are shared by unlike machines."""
+  """Returns a name for processors with the same instructions, since machines may share a home."""
   flags = platform.processor()
   with contextlib.suppress(OSError):
     lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()

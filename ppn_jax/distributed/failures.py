@@ -1,9 +1,9 @@
-"""When one process of a run fails the others end too: soon, with its reason and its exit code.
+"""Ends all processes of a run soon after one fails, with its reason and its exit code.
 
-Else they would wait for it in a collective until it is missed, and be aborted. The one that fails
-leaves its reason in the key-value store of the coordination service, where a thread of each of the
-others looks for it. One that is killed leaves none: there the devices' network may notice, and
-after `partition.HEARTBEAT_SECONDS` the coordination service does.
+Otherwise they would wait for it in a collective until its absence is noticed, and be aborted. The
+process that fails leaves its reason in the key-value store of the coordination service, where a
+thread of each other process looks for it. A process that is killed leaves none: then the devices'
+network may notice, and after `sharding.HEARTBEAT_SECONDS` the coordination service does.
 """
 
 import atexit
@@ -19,19 +19,19 @@ from typing import Any
 
 from ppn_jax.errors import InputError, exit_status
 
-_REASON, _HEARD = 'ppn_jax/stopped/reason', 'ppn_jax/stopped/heard'
+_REASON, _ACKNOWLEDGED = 'ppn_jax/stopped/reason', 'ppn_jax/stopped/heard'
 _POLL_SECONDS = 0.5
-_GRACE_SECONDS = 10  # For all to have heard.
+_GRACE_SECONDS = 10  # For all processes to acknowledge.
 _MAX_REASON = 2000
 
 _watch: '_Watch | None' = None
 
 
-def watch() -> None:
-  """Ends this process as soon as another of the run has failed, whatever it is doing.
+def watch_peers() -> None:
+  """Ends this process as soon as another process of the run fails, whatever it is doing.
 
-  Call it once the processes are joined. Nothing happens in one that works alone. Not for programs
-  that have other things to do than this run: nothing of what they clean up is cleaned up.
+  Call it once the processes are joined. Does nothing in a process that works alone. Not for
+  programs that do other work than this run, since their clean-up does not run.
   """
   global _watch
   import jax
@@ -42,28 +42,28 @@ def watch() -> None:
     _watch.start()
 
 
-@atexit.register  # Imported before JAX, as by `ppn`, this runs after JAX has waited for the others.
+@atexit.register  # If imported before JAX, as in `ppn`, runs after JAX has waited for the others.
 def _stop_watching() -> None:
   if _watch is not None:
     _watch.stop()
 
 
 def fail(error: BaseException) -> None:
-  """Says why this process has failed, tells the others and ends; nothing without `watch`."""
+  """Reports why this process failed, also to the others, and ends it. Needs `watch_peers`."""
   if _watch is not None:
     _watch.fail(error)
 
 
 @contextlib.contextmanager
-def failing_together(*, besides: type[BaseException] = GeneratorExit) -> Iterator[None]:
-  """Calls `fail` on what is raised within, at once: leaving what lies around may wait for others.
+def fail_together(*, except_for: type[BaseException] = GeneratorExit) -> Iterator[None]:
+  """Calls `fail` at once on what is raised within: leaving outer contexts may wait for others.
 
   Args:
-    besides: raised in all processes alike, and let through.
+    except_for: Raised in all processes alike, and therefore passed through.
   """
   try:
     yield
-  except (besides, SystemExit, GeneratorExit):
+  except (except_for, SystemExit, GeneratorExit):
     raise
   except BaseException as e:
     fail(e)
@@ -71,11 +71,11 @@ def failing_together(*, besides: type[BaseException] = GeneratorExit) -> Iterato
 
 
 class _Watch:
-  """What one process knows of the others' ends."""
+  """Watches in a thread for failures of other processes, and reports this one's."""
 
   def __init__(self, client: Any, process: int, count: int):
     self._client, self._process, self._count = client, process, count
-    self._ending = threading.Lock()  # Never released: who comes second waits for the end.
+    self._ending = threading.Lock()  # Never released: the second thread waits for the end.
     self._done = threading.Event()
     self._thread = threading.Thread(target=self._look, name='ppn peers', daemon=True)
 
@@ -83,59 +83,61 @@ class _Watch:
     self._thread.start()
 
   def stop(self) -> None:
-    """A thread that is inside JAX when the interpreter ends would abort the process."""
+    """Ends the thread, which would abort the process if it were inside JAX at interpreter exit."""
     self._done.set()
     self._thread.join(_GRACE_SECONDS)
 
   def _look(self) -> None:
-    while not (told := self._told()):
+    while not (failure := self._failure()):
       if self._done.wait(_POLL_SECONDS):
         return
     self._ending.acquire()
-    self._repeat(told)
+    self._repeat(failure)
 
   def fail(self, error: BaseException) -> None:
     self._ending.acquire()
     code, line = exit_status(error)
-    # A mistake is told by all who meet it. Other failures may be what another's end led to.
-    if (told := self._told()) and not isinstance(error, (InputError, KeyboardInterrupt)):
-      self._repeat(told)
+    # A user's mistake is reported by every process that finds it. Other errors may only follow from
+    # the failure of another process.
+    if (failure := self._failure()) and not isinstance(error, (InputError, KeyboardInterrupt)):
+      self._repeat(failure)
     if line:
-      _say(line)
+      _print(line)
     else:
       traceback.print_exception(error)
     reason = line.removeprefix('ppn: ').removeprefix('error: ') if line else (
         f'{type(error).__name__}: {error}')
-    told = {'process': self._process, 'code': code,
-            'reason': ' '.join(reason.split())[:_MAX_REASON]}
+    failure = {'process': self._process, 'code': code,
+               'reason': ' '.join(reason.split())[:_MAX_REASON]}
     with contextlib.suppress(Exception):  # Another was first, or the service is gone.
-      self._client.key_value_set(_REASON, json.dumps(told))
+      self._client.key_value_set(_REASON, json.dumps(failure))
     self._end(code)
 
-  def _told(self) -> dict[str, Any] | None:
+  def _failure(self) -> dict[str, Any] | None:
+    """Returns what the first process that failed has reported; None if none has."""
     try:
       return json.loads(self._client.key_value_try_get(_REASON))
-    except Exception:  # Nobody has failed; or the service has ended, which JAX answers by itself.
+    except Exception:  # None has failed; or the service has ended, which JAX handles itself.
       return None
 
-  def _repeat(self, told: dict[str, Any]) -> None:
-    _say(f'ppn: process {told["process"]} stopped: {told["reason"]}')
-    self._end(told['code'])
+  def _repeat(self, failure: dict[str, Any]) -> None:
+    _print(f'ppn: process {failure["process"]} stopped: {failure["reason"]}')
+    self._end(failure['code'])
 
   def _end(self, code: int) -> None:
-    """Without the ways of leaving a program: those of JAX wait for the others."""
+    """Ends the process without exit handlers: those of JAX wait for the other processes."""
     with contextlib.suppress(Exception):
       sys.stdout.flush()
-      self._client.key_value_set(f'{_HEARD}/{self._process}', '')
-      if self._process == 0:  # Its end is that of the service, by which the others are to hear.
+      self._client.key_value_set(f'{_ACKNOWLEDGED}/{self._process}', '')
+      if self._process == 0:  # It runs the service, which the others need to read the reason.
         deadline = time.monotonic() + _GRACE_SECONDS
-        while (len(self._client.key_value_dir_get(_HEARD)) < self._count
+        while (len(self._client.key_value_dir_get(_ACKNOWLEDGED)) < self._count
                and time.monotonic() < deadline):
           time.sleep(0.1)
         time.sleep(0.2)
     os._exit(code)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
   with contextlib.suppress(OSError, ValueError):
     print(line, file=sys.stderr, flush=True)

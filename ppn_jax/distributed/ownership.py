@@ -1,8 +1,9 @@
-"""Who may write a folder: one process at a time, until it ends in whatever way.
+"""Exclusive ownership of a folder: one process at a time may write it, until that process ends.
 
-In a local folder an OS lock says so, which ends with its process, however that ends. Over NFS the
-server gives it back some time after a client's machine has died. A bucket has no locks. There an
-object, written anew every few seconds, is a lease: it can be taken over when it stands still.
+A local folder has an OS lock, which is released when its process ends, however it ends. Over NFS
+the server releases it some time after a client's machine has died. A bucket has no locks. There
+the lease is an object that is rewritten every few seconds, and can be taken over when it no longer
+changes.
 """
 
 import contextlib
@@ -25,9 +26,9 @@ from ppn_jax import storage
 from ppn_jax.distributed import coordination
 from ppn_jax.errors import InputError, Stopped
 
-BEAT_SECONDS = 15.0  # Between signs of life in a bucket.
-LEASE_SECONDS = 60.0  # Without one, after which an owner in a bucket is taken for dead.
-_LONG_DEAD_SECONDS = 600.0  # By the clocks of two machines, which may differ.
+HEARTBEAT_SECONDS = 15.0  # Between heartbeats in a bucket.
+LEASE_SECONDS = 60.0  # Without a heartbeat, after which an owner in a bucket counts as dead.
+_CLOCK_DIFFERENCE_SECONDS = 600.0  # The most that the clocks of two machines may differ.
 _DYING_SECONDS = 2.0  # A killed process holds its lock until its memory is freed.
 
 
@@ -35,12 +36,12 @@ class Process(NamedTuple):
   """Identifies a process, also for other machines.
 
   Fields:
-    host: name of the machine.
-    pid: its number there.
-    since: when it began what it does, as local time.
-    started: when it was started, in ticks after the machine was; 0 where that is not known.
-    boot: which start of the machine, and which space of process numbers.
-    token: makes it unlike any other.
+    host: Name of the machine.
+    pid: Process number there.
+    since: When it started its task, as local time.
+    started: When the process started, in clock ticks after boot; 0 if unknown.
+    boot: Identifies the boot of the machine and the namespace of process numbers.
+    token: Random, unique for each object.
   """
   host: str
   pid: int
@@ -51,14 +52,14 @@ class Process(NamedTuple):
 
   @classmethod
   def this(cls) -> 'Process':
-    """Returns this process, at each call with another token."""
+    """Returns this process, with a new token at each call."""
     now = datetime.datetime.now().astimezone().isoformat(' ', 'seconds')
     return cls(socket.gethostname(), os.getpid(), now, _started(os.getpid()), _boot(),
                secrets.token_hex(4))
 
   @classmethod
   def parse(cls, text: str) -> 'Process | None':
-    """Returns the process that `as_json` has described; None where it is something else."""
+    """Parses the result of `as_json`; None if the text is something else."""
     try:
       found = json.loads(text)
       return cls(*(cls.__annotations__[name](found[name]) for name in cls._fields))
@@ -66,10 +67,11 @@ class Process(NamedTuple):
       return None
 
   def as_json(self, **more: Any) -> str:
+    """Returns the fields, and `more` of them, as a line of JSON."""
     return json.dumps({**self._asdict(), **more}) + '\n'
 
   def is_running(self) -> bool | None:
-    """Returns whether it still runs; None where this machine cannot tell."""
+    """Returns whether it still runs; None if this machine cannot tell."""
     if not self.boot or self.boot != _boot() or self.host != socket.gethostname():
       return None
     with contextlib.suppress(psutil.Error):
@@ -82,16 +84,16 @@ class Process(NamedTuple):
 
 
 class Ownership:
-  """The right to write a folder, as a context manager around the writing.
+  """Exclusive right to write a folder, held within this context manager.
 
-  It makes the folder if need be, and keeps a hidden file in it meanwhile. Of several processes that
-  work together one takes it.
+  Creates the folder if it does not exist, and keeps a hidden file in it meanwhile. Of several
+  processes that work together one takes it, see `owned_by_first`.
 
   Args:
-    folder: local or in a bucket.
-    task: what is done to it, such as 'training'. There is one owner for each task.
-    say: told, in a line, that a former owner is waited for.
-    wait: seconds to wait for an owner that is alive.
+    folder: Local or in a bucket.
+    task: What is done in it, such as 'training'. There is one owner for each task.
+    say: Called with a line if the end of another owner is waited for.
+    wait: Seconds to wait for an owner that is alive.
   """
 
   def __init__(self, folder: storage.Path, task: str, say: Callable[[str], None], *,
@@ -102,27 +104,27 @@ class Ownership:
     self._process = Process.this()
     self._lock: int | None = None  # The open file.
     self._made_folder = False
-    self._version = 0  # Of the object in a bucket.
-    self._beaten = 0.0
+    self._version = 0  # Generation of the object in a bucket.
+    self._last_heartbeat = 0.0
     self._lost = False
     self._mutex, self._stop = threading.Lock(), threading.Event()
 
   def __enter__(self) -> 'Ownership':
-    """Takes the right.
+    """Takes ownership.
 
     Raises:
-      InputError: Another process has it; the message names that one.
+      InputError: If another process has it; the message names that process.
     """
     if storage.is_local(self._path):
       self._take_lock()
     else:
       self._take_lease()
-      threading.Thread(target=self._beat_on, name='ppn lease', daemon=True).start()
+      threading.Thread(target=self._send_heartbeats, name='ppn lease', daemon=True).start()
     return self
 
   def __exit__(self, *_: Any) -> None:
     self._stop.set()
-    with contextlib.suppress(OSError):  # What cannot be given back runs out.
+    with contextlib.suppress(OSError):  # What cannot be released expires.
       if self._lock is not None:
         self._release_lock()
       elif self._version:
@@ -131,13 +133,13 @@ class Ownership:
             storage.delete_version(self._path, self._version)
 
   def check(self) -> None:
-    """Checks that the right is still this process's; call it before something is overwritten.
+    """Checks that this process still is the owner; call it before something is overwritten.
 
     Raises:
-      Stopped: Another process has taken over, since this one gave no sign of life for too long.
+      Stopped: If another process has taken over, since this one sent no heartbeat for too long.
     """
-    if self._version and time.monotonic() - self._beaten > LEASE_SECONDS / 2:
-      self._beat()  # Something has held up the thread.
+    if self._version and time.monotonic() - self._last_heartbeat > LEASE_SECONDS / 2:
+      self._send_heartbeat()  # Something has delayed the thread.
     if self._lost:
       raise Stopped(f'another process has taken over {self._folder}, since this one could not '
                     f'reach it for more than {LEASE_SECONDS:.0f} seconds')
@@ -150,10 +152,10 @@ class Ownership:
     except OSError as e:
       if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         raise
-      self._say(f'{self._folder} is on a file system without locks; see to it that there is no '
+      self._say(f'{self._folder} is on a file system without locks; make sure that there is no '
                 f'second {self._task} in it')
       return
-    with contextlib.suppress(OSError):  # A full disk; it only tells others who this is.
+    with contextlib.suppress(OSError):  # A full disk; the content only informs others.
       self._path.write_text(self._process.as_json())
 
   def _wait_for_lock(self) -> None:
@@ -176,12 +178,13 @@ class Ownership:
     return True
 
   def _try_lock(self) -> bool:
-    # A file that is open for writing would keep the disk from being made read-only. NFS wants one.
+    # Read-only if possible: a file open for writing prevents remounting a disk as read-only. NFS
+    # needs one that is open for writing.
     for mode in (os.O_RDONLY, os.O_RDWR):
       file = os.open(self._path, mode | os.O_CREAT, 0o644)
       try:
         _lock(file)
-        # Who owned the folder before may have removed the file meanwhile.
+        # The previous owner may have removed the file meanwhile.
         if os.stat(self._path).st_ino == os.fstat(file).st_ino:
           self._lock, file = file, None
           return True
@@ -197,9 +200,9 @@ class Ownership:
 
   def _release_lock(self) -> None:
     try:
-      self._path.unlink()  # Who has opened it meanwhile finds that it is gone; see `_try_lock`.
+      self._path.unlink()  # Others that have it open find that it is gone; see `_try_lock`.
       if self._made_folder and not any(self._folder.iterdir()):
-        self._folder.rmdir()  # Nothing has come of it.
+        self._folder.rmdir()  # Nothing was written.
     finally:
       os.close(self._lock)
 
@@ -211,31 +214,31 @@ class Ownership:
 
   def _take_lease(self) -> None:
     seen: storage.Versioned | None = None
-    begun = since = time.monotonic()
-    told = False
+    started = since = time.monotonic()
+    has_said = False
     while not self._version:
-      there = storage.read_versioned(self._path)
-      owner = there and Process.parse(there.text)
-      lives = bool(there and seen and there.version != seen.version) or bool(
+      lease = storage.read_versioned(self._path)
+      owner = lease and Process.parse(lease.text)
+      is_alive = bool(lease and seen and lease.version != seen.version) or bool(
           owner and owner.is_running())
-      if lives and time.monotonic() - begun >= self._wait:
+      if is_alive and time.monotonic() - started >= self._wait:
         raise self._refusal(owner)
-      if there is None or seen is None or lives:
-        seen, since = there, time.monotonic()
-      if (there is None or owner is None or owner.is_running() is False
-          or time.monotonic() - since >= LEASE_SECONDS or _beaten_long_ago(there.text)):
+      if lease is None or seen is None or is_alive:
+        seen, since = lease, time.monotonic()
+      if (lease is None or owner is None or owner.is_running() is False
+          or time.monotonic() - since >= LEASE_SECONDS or _is_long_dead(lease.text)):
         self._version = storage.replace_version(
-            self._path, self._text(), there.version if there else 0) or 0
-        self._beaten = time.monotonic()
+            self._path, self._text(), lease.version if lease else 0) or 0
+        self._last_heartbeat = time.monotonic()
         continue
-      if not told:
+      if not has_said:
         self._say_waiting(owner, max(self._wait, LEASE_SECONDS))
-        told = True
+        has_said = True
       time.sleep(1)
 
   def _say_waiting(self, owner: Process | None, seconds: float) -> None:
-    self._say(f'{self._folder} belongs to another {self._task}{f", {owner}" if owner else ""}; '
-              f'waiting up to {seconds:.0f} seconds for its end')
+    self._say(f'{self._folder} is in use by another {self._task}{f", {owner}" if owner else ""}; '
+              f'waiting up to {seconds:.0f} seconds for it to end')
 
   def _refusal(self, owner: Process | None) -> InputError:
     kill = f' or end it with `kill {owner.pid}` there,' if owner else ''
@@ -245,46 +248,46 @@ class Ownership:
   def _text(self) -> str:
     return self._process.as_json(beat=time.time())
 
-  def _beat_on(self) -> None:
-    while not self._stop.wait(BEAT_SECONDS) and not self._lost:
-      self._beat()
+  def _send_heartbeats(self) -> None:
+    while not self._stop.wait(HEARTBEAT_SECONDS) and not self._lost:
+      self._send_heartbeat()
 
-  def _beat(self) -> None:
-    with self._mutex, contextlib.suppress(OSError):  # An outage: tried again at the next beat.
+  def _send_heartbeat(self) -> None:
+    with self._mutex, contextlib.suppress(OSError):  # An outage: the next heartbeat tries again.
       if self._stop.is_set() or self._lost:
         return
       version = storage.replace_version(self._path, self._text(), self._version)
       if version is None:
-        # A write that was repeated by the client may have succeeded before.
-        there = storage.read_versioned(self._path)
-        owner = there and Process.parse(there.text)
+        # Perhaps this process's own write, which the client has repeated after it had succeeded.
+        lease = storage.read_versioned(self._path)
+        owner = lease and Process.parse(lease.text)
         self._lost = owner is None or owner.token != self._process.token
-        version = there.version if there else 0
-      self._version, self._beaten = version, time.monotonic()
+        version = lease.version if lease else 0
+      self._version, self._last_heartbeat = version, time.monotonic()
 
 
 @contextlib.contextmanager
 def owned_by_first(ownership: Ownership) -> Iterator[Ownership | None]:
-  """Has the first of the processes that work together take a right; None in the others.
+  """Takes ownership in the first of the processes that work together; None in the others.
 
   Raises:
-    InputError: Another process has it; in all of them.
+    InputError: In all processes, if another run has it.
   """
   with contextlib.ExitStack() as closing:
     error: Exception | None = None
     if jax.process_index() == 0:
       try:
         closing.enter_context(ownership)
-      except Exception as e:  # Of any kind: the others wait to be told.
+      except Exception as e:  # Of any kind, since the other processes wait for the result.
         error = e
-    told = coordination.hand_out(str(error or '').encode()).decode()
-    if error or told:
-      raise error or InputError(told)
+    message = coordination.broadcast(str(error or '').encode()).decode()
+    if error or message:
+      raise error or InputError(message)
     yield None if jax.process_index() else ownership
 
 
 def _lock(file: int) -> None:
-  """Locks an open file; BlockingIOError if another has, ENOSYS where there are no locks."""
+  """Locks an open file; BlockingIOError if another has it, ENOSYS if there are no locks."""
   try:
     import fcntl
   except ImportError as e:
@@ -292,14 +295,16 @@ def _lock(file: int) -> None:
   fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _beaten_long_ago(text: str) -> bool:
+def _is_long_dead(text: str) -> bool:
+  """Returns whether the last heartbeat of a lease is too old, whatever the clocks of machines."""
   with contextlib.suppress(ValueError, TypeError, KeyError):
-    return time.time() - float(json.loads(text)['beat']) > LEASE_SECONDS + _LONG_DEAD_SECONDS
+    age = time.time() - float(json.loads(text)['beat'])
+    return age > LEASE_SECONDS + _CLOCK_DIFFERENCE_SECONDS
   return False
 
 
 def _started(pid: int) -> int:
-  """Returns when a process was started, in ticks after the machine was; 0 where nobody tells.
+  """Returns when a process started, in clock ticks after boot; 0 if the system does not tell.
 
   Not by psutil, which counts from the epoch: setting the clock would change it.
   """
@@ -311,9 +316,9 @@ def _started(pid: int) -> int:
 
 
 def _boot() -> str:
-  """Returns what processes whose numbers can be compared have in common; '' where nobody tells."""
+  """Returns what identifies this boot and namespace of process numbers; '' if unknown."""
   try:
-    start = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
-    return f'{start}/{os.stat("/proc/self/ns/pid").st_ino}'
+    boot_id = pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+    return f'{boot_id}/{os.stat("/proc/self/ns/pid").st_ino}'
   except OSError:
     return ''

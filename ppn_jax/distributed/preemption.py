@@ -1,8 +1,11 @@
-"""Being told to end: by SIGTERM, by notice that the machine is taken away, or by Ctrl-C."""
+"""Early end of a run: by SIGTERM, by notice that the machine will be taken away, or by Ctrl-C."""
 
+import contextlib
+import http.client
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -10,44 +13,52 @@ import jax
 from jax.experimental import multihost_utils
 
 from ppn_jax.distributed.interrupts import InterruptWatch, say
-from ppn_jax.distributed.maintenance import MaintenanceWatch
 
-# What a launcher takes as 'start me again' (EX_TEMPFAIL of sysexits.h).
+# EX_TEMPFAIL of sysexits.h, which launchers take as "start again".
 EXIT_CODE = 75
+
+_ADDRESS = '169.254.169.254'  # On every VM of Google Cloud.
+_HEADERS = {'Metadata-Flavor': 'Google'}
+_POLL_SECONDS = 1.0  # A spot VM has 30 s left after the notice.
+_TIMEOUT = 2.0
+_ATTEMPTS = 3
+
+# Values that announce the end of the machine. Other maintenance migrates VMs while they run.
+_NOTICES = {'maintenance-event': 'TERMINATE_ON_HOST_MAINTENANCE', 'preempted': 'TRUE'}
 
 
 class Preempted(RuntimeError):
-  """The run was told to end and has saved what it could; the message says from where it goes on."""
+  """Raised when the run was told to end and has saved; the message says where it will resume."""
 
 
 class Interrupted(KeyboardInterrupt):
-  """Ctrl-C has ended the run, which has saved what it could; the message says what."""
+  """Raised when Ctrl-C has ended the run, after saving; the message says what was saved."""
 
 
 class PreemptionNotice:
-  """Whether this run has been told to end; a context manager around its steps.
+  """Records whether the run has been told to end; a context manager around its steps.
 
-  A process that works alone notes SIGTERM itself. Of several, JAX's preemption service hears
-  SIGTERM in whichever process it arrives, and makes all agree on a step that none of them has
-  reached. A second SIGTERM changes nothing, so that it cannot break the save that follows the
-  first. Notice that a VM of Google Cloud will be taken away counts as SIGTERM.
+  A process that works alone handles SIGTERM itself. With several processes, JAX's preemption
+  service receives SIGTERM in any of them and makes all agree on a step that none has reached yet.
+  A second SIGTERM changes nothing, so that it cannot break the save that follows the first. Notice
+  that a VM of Google Cloud will be taken away counts as SIGTERM.
 
-  The first Ctrl-C of a process that works alone is noted too: an exception would be swallowed, or
-  crash, in callbacks of native code. The second ends `ppn` at once, also while a step is compiled;
-  in other programs it raises KeyboardInterrupt.
+  The first Ctrl-C of a process that works alone is only recorded: an exception could be swallowed,
+  or crash the process, in callbacks of native code. The second ends `ppn` at once, even while a
+  step is compiled; in other programs it raises KeyboardInterrupt.
   """
 
   def __init__(self):
-    self._told = False  # No lock: a handler may interrupt itself.
+    self._terminated = False  # Without a lock: a handler may interrupt itself.
     self._interrupted = False
     self._before: Any = None
     self._interrupts = InterruptWatch(self._on_interrupt)
     self._maintenance = MaintenanceWatch(self._on_maintenance)
 
   def __enter__(self) -> 'PreemptionNotice':
-    # Python hands out signals in the main thread only; elsewhere they are the caller's matter.
+    # Python delivers signals in the main thread only; in other threads the caller handles them.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._note)
+      self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
       self._interrupts.__enter__()
     self._maintenance.__enter__()
     return self
@@ -58,36 +69,104 @@ class PreemptionNotice:
       self._interrupts.__exit__()
       signal.signal(signal.SIGTERM, self._before)
 
-  def _note(self, number: int, frame: FrameType | None) -> None:
-    self._told = True
+  def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+    self._terminated = True
 
   def _on_interrupt(self, count: int) -> None:
     self._interrupted = True
     if count == 1:
-      say('interrupted: ending after this step, which is saved first; again to end at once')
+      say('interrupted: ending after this step, which is saved first; press Ctrl-C again to end '
+          'at once')
     else:
       self._interrupts.pass_on(count)
 
   def _on_maintenance(self) -> None:
     if jax.process_count() == 1:
-      self._told = True
-    else:  # The only way to tell JAX's service of it, whose handler this process has.
+      self._terminated = True
+    else:  # The only way to notify JAX's service, which handles SIGTERM in this process.
       os.kill(os.getpid(), signal.SIGTERM)
 
   def given(self) -> bool:
-    """Whether a process that works alone has been told; always False in one of several."""
-    return self._told or self._interrupted
+    """Returns whether a process that works alone was told to end; False with several processes."""
+    return self._terminated or self._interrupted
 
   def end(self, what: str) -> Preempted | Interrupted:
-    """Returns what to raise once the run has ended as it was told; `what` says how it stands."""
+    """Returns the exception to raise when the run ends early; `what` says what was saved."""
     return Interrupted(what) if self._interrupted else Preempted(f'told to end; {what}')
 
   def reached(self, step: int) -> bool:
-    """Whether to end after `step`: the same answer in all processes, which all ask each step.
+    """Returns whether to end after `step`, the same in all processes.
+
+    All processes have to call it for each step. It takes about a microsecond.
 
     Args:
-      step: rises with each call. It costs about a microsecond.
+      step: Must rise with each call.
     """
     if jax.process_count() == 1:
       return self.given()
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+class MaintenanceWatch:
+  """Polls Google Cloud's metadata server for notice that this machine will be taken away.
+
+  A context manager; it polls each second in a thread, which ends by itself if there is no such
+  server. JAX's preemption service receives SIGTERM only, which comes when a VM is already being
+  shut down; maintenance of a TPU's host is announced before, and so is the end of a spot VM. See
+  https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice.
+
+  The environment variables are those of google-auth: GCE_METADATA_HOST names another server,
+  NO_GCE_CHECK=true turns it off.
+
+  Args:
+    on_notice: Called once, in that thread. Notices from before the start are ignored: a run that
+      has ended because of one, and is started again on the same machine, continues until SIGTERM.
+  """
+
+  def __init__(self, on_notice: Callable[[], None]):
+    self._on_notice, self._stop = on_notice, threading.Event()
+    self._host = os.environ.get('GCE_METADATA_HOST') or _ADDRESS
+
+  def __enter__(self) -> 'MaintenanceWatch':
+    if os.environ.get('NO_GCE_CHECK', '').lower() != 'true':
+      threading.Thread(target=self._watch, name='ppn maintenance', daemon=True).start()
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._stop.set()
+
+  def _watch(self) -> None:
+    before = self._first_notices()
+    if before is None:
+      return
+    while not self._stop.wait(_POLL_SECONDS):
+      now = self._notices()
+      if now is None:
+        continue
+      if now - before and not self._stop.is_set():
+        self._on_notice()
+        return
+      before = now
+
+  def _first_notices(self) -> set[str] | None:
+    for _ in range(_ATTEMPTS):
+      if (notices := self._notices()) is not None or self._stop.wait(_POLL_SECONDS):
+        return notices
+    return None
+
+  def _notices(self) -> set[str] | None:
+    """Returns the keys of current notices; None if no metadata server answers."""
+    try:
+      return {key for key, value in _NOTICES.items() if self._read(key) == value}
+    except (OSError, http.client.HTTPException):
+      return None
+
+  def _read(self, key: str) -> str:
+    connection = http.client.HTTPConnection(self._host, timeout=_TIMEOUT)
+    with contextlib.closing(connection):
+      connection.request('GET', f'/computeMetadata/v1/instance/{key}', headers=_HEADERS)
+      answer = connection.getresponse()
+      text = answer.read(1000).decode('ascii', 'replace').strip()
+    if answer.headers.get('Metadata-Flavor') != 'Google':
+      raise ConnectionError(f'{self._host} is not a metadata server of Google Cloud')
+    return text if answer.status == 200 else ''

@@ -1,5 +1,4 @@
-"""Which process and device holds what: joining the processes of a run, a one-dimensional mesh,
-global arrays, and the way back to the host."""
+"""Processes and devices: joins the processes of a run, and places arrays on a mesh and back."""
 
 import contextlib
 import os
@@ -22,12 +21,12 @@ AXIS = 'data'
 # How long processes wait for each other at the start: hosts of a pod come up minutes apart.
 JOIN_SECONDS = 300
 
-# After so long without a sign of life a process is taken for dead, and JAX aborts the others. Its
-# own threads give it, whatever Python does; JAX's default is 100.
+# After this long without a heartbeat a process counts as dead, and JAX aborts the others. Native
+# threads send heartbeats, whatever Python does; JAX's default is 100.
 HEARTBEAT_SECONDS = 30
 
-# How long a process that is done waits for the others, such as for the first, which may have much
-# to write. One that has died is missed by the heartbeat before.
+# How long a finished process waits for the others, such as the first, which may have much to write.
+# One that has died is noticed by its missing heartbeat before that.
 SHUTDOWN_SECONDS = 3600
 
 
@@ -40,21 +39,21 @@ def join_processes(*, distributed: str = '', coordinator: str | None = None,
   Call it before anything touches a JAX backend. Without arguments the process works alone.
 
   Args:
-    distributed: 'auto' asks the surroundings for the three below, as `jax.distributed` does: the
-      metadata of a Cloud TPU slice, GKE, Slurm. '' uses what is given.
-    coordinator: 'HOST:PORT' of process 0, a free port there.
-    num_processes: how many there are.
-    process_id: which of them this is, from 0.
-    local_devices: rehearse on so many virtual CPU devices in this process; 0 leaves the choice
-      of devices to JAX.
-    timeout: seconds to wait for the others. After it the process ends, with exit code 2 where
-      the coordinator was given, since it may be wrong, and 1 where it was found.
-    hear_sigterm: whether JAX's preemption service takes SIGTERM, for `PreemptionNotice`; else it
-      ends the process as it does one that works alone.
+    distributed: 'auto' finds the next three arguments as `jax.distributed` does, from the metadata
+      of a Cloud TPU slice, GKE or Slurm. '' uses the arguments.
+    coordinator: 'HOST:PORT' of process 0, with a port that is free there.
+    num_processes: Number of processes.
+    process_id: Index of this process, from 0.
+    local_devices: Number of virtual CPU devices to use in this process, to rehearse; 0 leaves the
+      choice of devices to JAX.
+    timeout: Seconds to wait for the others. After that the process ends, with exit code 2 if the
+      coordinator was given, since it may be wrong, and 1 if it was found.
+    hear_sigterm: Whether JAX's preemption service handles SIGTERM, for `PreemptionNotice`;
+      otherwise it ends the process, like one that works alone.
 
   Raises:
-    InputError: arguments that do not go together, nothing found by 'auto', a port in use.
-    Stopped: the processes that 'auto' has found cannot be joined.
+    InputError: If arguments do not fit together, 'auto' finds nothing, or the port is in use.
+    Stopped: If the processes that 'auto' has found cannot be joined.
   """
   given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
   explicit = _check_processes(distributed, given, local_devices, timeout)
@@ -69,9 +68,9 @@ def join_processes(*, distributed: str = '', coordinator: str | None = None,
                 'process_id': process_id} if explicit else {})
   where = f'at {coordinator}' if explicit else 'of this slice'
   try:
-    with _deadline(timeout, f'not all processes {where} have come together within {timeout} s',
+    with _deadline(timeout, f'not all processes {where} have joined within {timeout} s',
                    exit_code=2 if explicit else 1):
-      # JAX's own patience must not end before ours: it ends in an abort.
+      # JAX's own timeout must be longer than ours, since it aborts the process.
       jax.distributed.initialize(**arguments, initialization_timeout=2 * timeout,
                                  heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                  shutdown_timeout_seconds=SHUTDOWN_SECONDS)
@@ -83,16 +82,16 @@ def join_processes(*, distributed: str = '', coordinator: str | None = None,
     if explicit:
       raise
     raise InputError('--distributed=auto finds no TPU slice or cluster around this process '
-                     f'({e}); leave it out for one process, or give --coordinator, '
+                     f'({e}); omit it for one process, or give --coordinator, '
                      '--num_processes and --process_id') from e
 
 
 def _check_processes(distributed: str, given: dict[str, Any], local_devices: int,
                      timeout: int) -> bool:
-  """Whether the processes are given explicitly; InputError if they are given badly."""
+  """Returns whether the processes are given explicitly; InputError if arguments do not fit."""
   missing = [f'--{name}' for name, value in given.items() if value is None]
   if distributed not in ('', 'auto'):
-    raise InputError(f"--distributed={distributed!r} is unknown; legal: 'auto', or leave it out")
+    raise InputError(f"--distributed={distributed!r} is unknown; legal: 'auto', or omit it")
   if 0 < len(missing) < 3:
     raise InputError(f'{", ".join(missing)} missing; --coordinator=HOST:PORT, --num_processes '
                      'and --process_id go together')
@@ -108,7 +107,7 @@ def _check_processes(distributed: str, given: dict[str, Any], local_devices: int
     return False
   count, number = given['num_processes'], given['process_id']
   if not 0 <= number < count:
-    raise InputError(f'--process_id={number} must lie between 0 and --num_processes={count} less 1')
+    raise InputError(f'--process_id={number} must be at least 0 and below --num_processes={count}')
   host, _, port = given['coordinator'].rpartition(':')
   if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
     raise InputError(f'--coordinator={given["coordinator"]} is not HOST:PORT, such as '
@@ -118,7 +117,7 @@ def _check_processes(distributed: str, given: dict[str, Any], local_devices: int
 
 @contextlib.contextmanager
 def _deadline(seconds: float, message: str, exit_code: int) -> Iterator[None]:
-  """Ends the process with one line after `seconds`: what runs meanwhile cannot be interrupted."""
+  """Ends the process with one line after `seconds`, since the code within cannot be interrupted."""
   def end():
     print(f'ppn: error: {message}', file=sys.stderr, flush=True)
     os._exit(exit_code)
@@ -133,23 +132,26 @@ def _deadline(seconds: float, message: str, exit_code: int) -> Iterator[None]:
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """All devices in a row; batches are split along it, variables are whole on each."""
+  """Returns a one-dimensional mesh of all devices; batches are split along it."""
   devices = jax.devices() if devices is None else devices
   return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """Returns the sharding that has the whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-  """Equal parts of the leading axis on the devices of the mesh, in its order."""
+  """Returns the sharding that splits the leading axis over the devices of the mesh."""
   return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def by_largest_axis(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-  """Equal parts of the largest axis that the devices divide, the last of equals; else whole."""
+  """Returns the sharding that splits the largest axis that the devices divide, if there is one.
+
+  Of equally large axes the last is split. Without any the array is replicated.
+  """
   axes = [axis for axis, size in enumerate(shape) if size and size % mesh.size == 0]
   if not axes:
     return replicated(mesh)
@@ -158,7 +160,7 @@ def by_largest_axis(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh, micro_batches: int = 1) -> None:
-  """Raises InputError unless every device gets as many rows of each part, at least one."""
+  """Raises InputError unless all devices get equally many rows of each part, at least one."""
   share = mesh.size * micro_batches
   if batch_size < 1 or batch_size % share:
     near = max(round(batch_size / share), 1) * share
@@ -168,7 +170,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, micro_batches: int 
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-  """The rows of the global batch that this process has to supply, ascending.
+  """Returns the rows of the global batch that this process has to supply, ascending.
 
   Derived from the sharding: on TPUs the mesh permutes devices, so they need not be contiguous.
   """
@@ -177,11 +179,12 @@ def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
 
 
 def to_global(local: Any, mesh: Mesh, batch_size: int) -> Any:
-  """This process's rows of a tree of NumPy arrays -> global arrays split by rows.
+  """Turns this process's rows of a tree of NumPy arrays into global arrays split by rows.
 
   Args:
-    local: arrays whose leading axis is `local_rows(batch_size, mesh)`.
-    batch_size: rows of the global batch.
+    local: Arrays whose leading axis is `local_rows(batch_size, mesh)`.
+    mesh: Devices to place them on.
+    batch_size: Number of rows of the global batch.
   """
   sharding = by_rows(mesh)
   if jax.process_count() == 1:
@@ -197,40 +200,40 @@ def to_global(local: Any, mesh: Mesh, batch_size: int) -> Any:
   return jax.tree.map(place, local)
 
 
-def first_says(yes: bool) -> bool:
-  """What the first process says, in all of them."""
+def value_of_first(value: bool) -> bool:
+  """Returns the value that the first process passes, in all processes."""
   if jax.process_count() == 1:
-    return yes
-  return bool(multihost_utils.broadcast_one_to_all(np.array(yes)))
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
-def all_say(yes: bool) -> bool:
-  """Whether every process says so, in all of them."""
+def all_true(value: bool) -> bool:
+  """Returns whether every process passes True, in all processes."""
   if jax.process_count() == 1:
-    return yes
-  return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
+    return value
+  return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 def all_or_none(act: Callable[[], T]) -> T:
-  """What `act` gives; all processes call it together, and all raise where it raises in one."""
+  """Returns `act()`; all processes call this together, and all raise if `act` raises in one."""
   try:
     result, error = act(), None
   except Exception as e:
     result, error = None, e
-  if not all_say(error is None):
+  if not all_true(error is None):
     raise error or StoreError('another process has failed')
   return result
 
 
 def to_host(tree: Any) -> Any:
-  """Global arrays -> NumPy arrays, whole on every process."""
+  """Returns global arrays as NumPy arrays, whole in every process."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def own_rows(tree: Any) -> Any:
-  """Global arrays split by rows -> NumPy arrays of `local_rows`, those of this process."""
+  """Returns this process's rows, `local_rows`, of global arrays split by rows, as NumPy arrays."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
 

@@ -82,7 +82,7 @@ class Evaluator:
     if jax.process_index() == 0:
       scores = coco.score(self.source.ground_truth(), rows, scorer=self.scorer)
     metrics, per_class, *counts = json.loads(
-        coordination.hand_out(json.dumps(scores).encode()))
+        coordination.broadcast(json.dumps(scores).encode()))
     return scores or coco.Scores(
         metrics, tuple(coco.ClassScore(*c) for c in per_class), *counts)
 

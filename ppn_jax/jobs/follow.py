@@ -239,7 +239,7 @@ class _Follower:
 
   def _look_up(self, step: int) -> None:
     """Reuses recorded scores of a step, and forgets those of another checkpoint."""
-    found = retention.record(self._root, step)
+    found = retention.read_record(self._root, step)
     fits = found and found.fits(self._job.run.stamp(step), **self._job.conditions())
     if fits and step not in self._metrics:
       self._record(step, found.metrics)
@@ -281,13 +281,13 @@ class _Follower:
       _, variables = self._job.load(step)
     except Exception as e:  # Files may vanish at any moment, and every library has its own error.
       error = e
-    if sharding.all_say(error is None):
+    if sharding.all_true(error is None):
       return variables
     # Waiting cures deletion, damage and an outage, but no mistake such as another model. While
     # storage cannot be reached, it is unknown whether the step exists.
     exists = (error is not None and storage.is_outage(error)) or step in self._saved()
     mistake = isinstance(error, InputError) and not isinstance(error, DamagedCheckpoint)
-    if sharding.all_say(mistake and exists):
+    if sharding.all_true(mistake and exists):
       raise error
     if exists:
       problems = self._problems.setdefault(step, [])

@@ -1,4 +1,4 @@
-"""`train(config, workdir)`: from a config to a trained, evaluated run."""
+"""`train(config, workdir)`: trains and evaluates the detector of a config."""
 
 import contextlib
 import dataclasses
@@ -22,13 +22,14 @@ from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
 from ppn_jax.errors import InputError
 from ppn_jax.jobs.evaluator import build_evaluator
-from ppn_jax.jobs.train_loop import Steps
+from ppn_jax.jobs.train_loop import TrainLoop
 from ppn_jax.metrics.coco import Scores
 from ppn_jax.run import Run, check_batch, create_run, is_run, open_run
 from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.host_memory import keep_freed_memory
-from ppn_jax.telemetry.metrics import MetricsWriter, Progress, evaluated, first_loss
-from ppn_jax.training.input_pipeline import build_feed
+from ppn_jax.telemetry.metrics import MetricsWriter, first_loss, has_evaluation
+from ppn_jax.telemetry.progress import Progress
+from ppn_jax.training.input_pipeline import build_input_pipeline
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.initial import initial_weights, with_weights
@@ -37,31 +38,30 @@ from ppn_jax.weights.transfer import TransferredWeights
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, *,
           profile: str = '') -> Scores | None:
-  """Trains the detector that `config` describes, from where `workdir` stands.
+  """Trains the detector of a config, or resumes its training.
 
   The same config and seed give the same run, bit for bit on one machine, whether or not it was
   killed and started again in between.
 
   Args:
-    config: as those in configs/.
-    workdir: a new folder, or that of an earlier run of the same model, which is gone on with.
+    config: A config like those in configs/.
+    workdir: A new folder, or that of an earlier run of the same model, which is resumed.
     profile: 'START:STOP' traces these steps, both included, to the workdir's TensorBoard folder.
 
   Returns:
-    The figures of the last evaluation, or None if the config asks for none.
+    The scores of the last evaluation, or None if the config asks for none.
 
   Raises:
-    InputError: anything wrong with config, data or workdir, such as another process that trains
-      in it. It is found before the first
-      compile, and nothing is overwritten.
-    TrainingDiverged: a loss or gradient is not finite, or the loss stays a thousand times above
+    InputError: If config, data or workdir are wrong, for example if another process trains in the
+      workdir. Raised before the first compilation, and nothing is overwritten.
+    TrainingDiverged: If a loss or gradient is not finite, or the loss stays a thousand times above
       the first one.
-    Interrupted: Ctrl-C came, and the step is saved.
-    Preempted: SIGTERM came, or on a TPU notice of maintenance, and the step is saved.
-    SaveFailed: the last step could not be saved, or others and train.on_save_error='stop'.
+    Interrupted: On Ctrl-C, after the step is saved.
+    Preempted: On SIGTERM, or notice of maintenance of a TPU, after the step is saved.
+    SaveFailed: If the last step could not be saved, or any with train.on_save_error='stop'.
   """
   keep_freed_memory()
-  # 1. Everything that can be wrong with the user's input, before anything is written.
+  # 1. Check all of the user's input before anything is written.
   config = complete(config)
   check_data(config)
   _check_numbers(config)
@@ -81,24 +81,24 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   check_batch(config, 'train.batch_size', config.train.batch_size, optimizer.micro_batches, mesh)
   if eval_source is not None:
     evaluator = build_evaluator(run, detector, mesh, source=eval_source)
-  feed = build_feed(config, source, mesh)
+  pipeline = build_input_pipeline(config, source, mesh)
   abstract = abstract_state(detector, optimizer, mesh)
-  initialise = registry.bind('init', initial_weights, config.init.to_dict(),
+  initialize = registry.bind('init', initial_weights, config.init.to_dict(),
                              given=['like', 'categories'])
   with (Progress(config.train.steps, quiet=jax.process_index() != 0) as progress,
         owned_by_first(Ownership(run.workdir, 'training', progress.say)) as owner,
-        contextlib.nullcontext(_latest_or_initial(run, initialise, abstract)) as (latest, initial),
+        contextlib.nullcontext(_latest_or_initial(run, initialize, abstract)) as (latest, initial),
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
-        failures.failing_together(besides=Preempted), contextlib.ExitStack() as closing):
+        failures.fail_together(except_for=Preempted), contextlib.ExitStack() as closing):
     if latest is None:
       run = _with_init(run, config.init, report=initial.report.lines() if initial else ())
-    elif earlier:  # What its weights started from, whatever the config says now.
+    elif earlier:  # Its weights started from this, whatever the config says now.
       run = _with_init(run, earlier.config.init)
     if owner:
       _clean_up(run)
     start, state = checkpoints.restore_newest(abstract, progress.say) or (0, None)
-    owed = _owes_evaluation(run, start)
-    if start >= config.train.steps and not owed:
+    must_evaluate = _lacks_evaluation(run, start)
+    if start >= config.train.steps and not must_evaluate:
       progress.say(f'nothing to do: {run.workdir} is trained to step {start:,} already')
       return None
     progress.say(_describe(run, abstract, source, mesh))
@@ -107,12 +107,12 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     for line in dict.fromkeys([*found.lines, *(
         report(eval_source, 'data.eval').lines if eval_source else ())]):
       progress.say(line)
-    # 2. The state: the newest whole checkpoint, or a fresh one.
+    # 2. The state: of the newest undamaged checkpoint, or a new one.
     if state is not None:
       progress.say(f'resuming {run.workdir} from step {start:,}')
       for key in ('weights', 'backbone'):
         if config.init.get(key, '') not in ('', run.config.init.get(key, '')):
-          progress.say(f'init.{key}={config.init[key]} is not read: the run has its weights')
+          progress.say(f'init.{key}={config.init[key]} is ignored: the run has weights already')
     else:
       state = jit_init(detector, optimizer, mesh)(config.seed)
     if initial is not None:
@@ -124,71 +124,71 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       run.save()
       writer = closing.enter_context(MetricsWriter(run.workdir, start))
     if traced and traced[-1] <= start:
-      progress.say(f'--profile={profile}: these steps are behind, nothing is traced')
+      progress.say(f'--profile={profile}: these steps were taken before, nothing is traced')
     trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard',
                                 progress.say)
-    steps = Steps(run, mesh, checkpoints, progress, writer, evaluator, notice, trace,
-                  owner, _first_loss(run, start))
-    scores = steps.evaluate_owed(start, state) if owed else None
+    loop = TrainLoop(run, mesh, checkpoints, progress, writer, evaluator, notice, trace,
+                     owner, _first_loss(run, start))
+    scores = loop.evaluate_saved(start, state) if must_evaluate else None
     if start < config.train.steps:
-      scores = steps.take(state, start, feed.jit_step(detector, optimizer), feed)
+      scores = loop.run_steps(state, start, pipeline.jit_step(detector, optimizer), pipeline)
     return scores
 
 
 def _earlier_run(workdir: str | pathlib.Path) -> Run | None:
-  """The run that is to be gone on with, if there is one."""
+  """Returns the run to resume, if there is one."""
   return open_run(workdir) if is_run(workdir) else None
 
 
-def _latest_or_initial(run: Run, initialise: Callable, abstract: TrainState
+def _latest_or_initial(run: Run, initialize: Callable, abstract: TrainState
                        ) -> tuple[int | None, TransferredWeights | None]:
-  """Returns the newest step, or what a run without one starts from."""
+  """Returns the newest step, or else the weights that the run starts from."""
   with run.checkpoints(read_only=True) as checkpoints:
     latest = checkpoints.latest()
   if latest is not None:
     return latest, None
-  return None, initialise(like=abstract.variables, categories=run.categories)
+  return None, initialize(like=abstract.variables, categories=run.categories)
 
 
 def _clean_up(run: Run) -> None:
-  """Removes what processes that were killed have left behind."""
+  """Removes files that killed processes have left behind."""
   retention.remove_dead_readers(run.readers)
   for folder in (run.workdir, run.readers, run.workdir / 'evaluation'):
     storage.remove_partial(folder)
-  for step in retention.numbered(run.workdir / 'evaluation'):
+  for step in retention.steps_in(run.workdir / 'evaluation'):
     storage.remove_partial(run.workdir / 'evaluation' / str(step))
 
 
 def _first_loss(run: Run, start: int) -> float | None:
   """Returns the loss of the run's first step, the same in all processes; None at its start."""
   known = first_loss(run.workdir) if start and jax.process_index() == 0 else None
-  return json.loads(coordination.hand_out(json.dumps(known).encode()))
+  return json.loads(coordination.broadcast(json.dumps(known).encode()))
 
 
-def _owes_evaluation(run: Run, step: int) -> bool:
-  """Whether a run was told to end, or failed, when it should have evaluated `step`."""
+def _lacks_evaluation(run: Run, step: int) -> bool:
+  """Returns whether a run was ended, or failed, when it should have evaluated `step`."""
   train = run.config.train
   due = train.evaluate_every and (step % train.evaluate_every == 0 or step == train.steps)
   if not step or not due:
     return False
-  # The first process writes the file, and others may not have it.
-  return sharding.first_says(not evaluated(run.workdir, step))
+  # Only the first process writes the file, and others may not see it.
+  return sharding.value_of_first(not has_evaluation(run.workdir, step))
 
 
 def _with_init(run: Run, init: ConfigDict, **changes: Any) -> Run:
-  """Returns `run` with this block `init`, and changes of it, on record."""
+  """Returns `run` with this block `init` in its config, with changes."""
   config = run.config.copy_and_resolve_references().unlock()
   config.init = {**init.to_dict(), **changes}
   return dataclasses.replace(run, config=config.lock())
 
 
 def _check_fraction(earlier: Run, config: ConfigDict) -> None:
-  """Raises InputError if images that a run was trained on would be kept back from now on."""
+  """Raises InputError if images that the run was trained on would be held out from now on."""
   then, now = earlier.config, config
   if now.data.eval_fraction and (then.data.eval_fraction, then.seed) != (
       now.data.eval_fraction, now.seed):
     raise InputError(
-        f'workdir {earlier.workdir} was begun with data.eval_fraction={then.data.eval_fraction} '
+        f'workdir {earlier.workdir} was started with data.eval_fraction={then.data.eval_fraction} '
         f'and seed={then.seed}; with data.eval_fraction={now.data.eval_fraction} and '
         f'seed={now.seed} it would be evaluated on images that it was trained on; use another '
         'workdir, or --config.train.evaluate_every=0 --config.data.eval_fraction=0')

@@ -1,4 +1,4 @@
-"""The steps of a run, and what happens between them: reports, evaluations, saves, an early end."""
+"""The training loop: steps, and the reports, evaluations and checkpoints between them."""
 
 import contextlib
 import dataclasses
@@ -20,60 +20,83 @@ from ppn_jax.jobs.evaluator import Evaluator
 from ppn_jax.metrics.coco import Scores, format_headline, write_scores
 from ppn_jax.run import Run
 from ppn_jax.telemetry import profiling
-from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter, Progress, Stopwatch, duration
-from ppn_jax.training.input_pipeline import Feed
-from ppn_jax.training.prefetch import Prefetcher, Unchanging
+from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter
+from ppn_jax.telemetry.progress import Progress, Stopwatch, duration
+from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import StepMetrics
 
-# How many steps may be under way on the device: enough to keep it busy, few enough that their
-# batches do not fill its memory.
+# How many steps may be queued on the device: enough to keep it busy, few enough that their batches
+# do not fill its memory.
 STEPS_IN_FLIGHT = 2
 
-# After so many saves that failed in a row a run stops, whatever train.on_save_error says: what it
-# would compute from then on is more likely lost than not.
+# After this many failed saves in a row a run stops, whatever train.on_save_error says: later steps
+# would probably be lost too.
 MAX_FAILED_SAVES = 5
 
-
-# A run has plainly diverged when its loss stays above so many times its first one for so many steps
-# in a row. A first loss below 1, as of a run that starts from good weights, counts as 1.
+# A run has diverged if its loss stays above this factor of its first loss for this many steps in a
+# row. A first loss below 1, as in a run that starts from good weights, counts as 1.
 DIVERGED_FACTOR, DIVERGED_STEPS = 1000.0, 10
 
 
 class TrainingDiverged(Stopped):
-  """A loss or gradient is not finite or the loss has exploded; the message says how to go on."""
+  """Raised if a loss or gradient is not finite, or the loss explodes; the message has a remedy."""
 
 
 @dataclasses.dataclass
-class Steps:
-  """The loop over steps, and what happens between them."""
+class TrainLoop:
+  """The loop over steps, with the reports, evaluations and checkpoints between them.
+
+  Attributes:
+    run: The run.
+    mesh: Its devices.
+    checkpoints: Its checkpoint service.
+    progress: Where it reports.
+    writer: Writes its metrics; of the first process only.
+    evaluator: Scores a state; None if the config asks for no evaluation.
+    notice: Whether the run was told to end.
+    trace: Traces some of the steps.
+    owner: Ownership of the workdir; of the first process only.
+    first_loss: Loss of the run's first step; None before it.
+    num_exploded: How many of the last steps in a row had a loss far above the first one.
+    pending: Steps that have not been reported yet, and their metrics.
+    stopwatch: Times them.
+    warned: Whether the user knows that metrics cannot be written at the moment.
+  """
   run: Run
   mesh: Mesh
   checkpoints: Checkpoints
   progress: Progress
-  writer: MetricsWriter | None  # Of the first process only.
+  writer: MetricsWriter | None
   evaluator: Evaluator | None
   notice: PreemptionNotice
   trace: profiling.StepTrace
-  owner: Ownership | None = None  # Of the first process only.
-  first_loss: float | None = None  # Of the run; None before its first step.
-  exploded: int = 0  # How many of the last steps in a row had a loss far above it.
+  owner: Ownership | None = None
+  first_loss: float | None = None
+  num_exploded: int = 0
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
-  watch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
-  mute: bool = False  # It has been said that figures cannot be written.
+  stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
+  warned: bool = False
 
-  def take(self, state: TrainState, start: int, train_step: Callable, feed: Feed
-           ) -> Scores | None:
-    """Takes the steps after `start`; returns the last evaluation's figures."""
+  def run_steps(self, state: TrainState, start: int, train_step: Callable, pipeline: InputPipeline
+                ) -> Scores | None:
+    """Runs the steps after `start` and returns the scores of the last evaluation.
+
+    Args:
+      state: State after step `start`.
+      start: Number of steps taken before.
+      train_step: Jitted step: (state, *input) -> (state, StepMetrics).
+      pipeline: Input of the steps.
+    """
     train = self.run.config.train
-    train_step = self._compile(train_step, state, feed)
+    train_step = self._compile(train_step, state, pipeline)
     scores = None
     if self.notice.given():
-      raise self.notice.end(f'no step was taken, {self.run.workdir} is as it was')
-    with feed.open(start, self.progress) as batches, self.trace:
+      raise self.notice.end(f'no step was taken, and {self.run.workdir} is unchanged')
+    with pipeline.open(start, self.progress) as batches, self.trace:
       for step in range(start + 1, train.steps + 1):
         batch = self._next(batches)
-        with self.trace.step(step, self.pending), self.watch.stepping():
+        with self.trace.step(step, self.pending), self.stopwatch.compute():
           state, metrics = train_step(state, *batch)
           self.pending.append((step, metrics))
           if len(self.pending) > STEPS_IN_FLIGHT:
@@ -85,41 +108,41 @@ class Steps:
         ending = self.notice.reached(step) and (due or not last)
         saving = due or last or ending or step % train.checkpoint_every == 0
         if saving or step % train.log_every == 0:
-          self._report(step)  # Also what keeps a state that is not finite from being saved.
-          self._tell(feed.bad)
-        evaluating = due and not ending and not self.exploded
+          self._report(step)  # Raises, before anything is saved, if a state is not finite.
+          self._report_bad_examples(pipeline.bad)
+        evaluating = due and not ending and not self.num_exploded
         if evaluating:
           scores = self._evaluate_or_save(step, state)
-        if saving and self.exploded:
+        if saving and self.num_exploded:
           self.progress.say(f'step {step:,} is not saved: its loss is more than '
                             f'{DIVERGED_FACTOR:,.0f} times the first, {self.first_loss:.4g}')
         elif saving:
           self._save(step, state, scores.metrics if evaluating else None)
         if ending:
-          self._end_early(step, 'is not saved' if self.exploded else 'could not be saved')
+          self._end_early(step, 'is not saved' if self.num_exploded else 'could not be saved')
     self._complete_save(step, state, scores)
     return scores
 
-  def _save(self, step: int, state: TrainState, figures: dict[str, float | None] | None = None
+  def _save(self, step: int, state: TrainState, metrics: dict[str, float | None] | None = None
             ) -> None:
-    """Begins a save when the one before is complete; says what fails, or raises it."""
+    """Starts a save once the previous one is complete; reports what fails, or raises it."""
     if self.owner:
       self.owner.check()
-    if self.writer:  # A run that goes on from this step does not write its figures again.
-      with self._informing():
+    if self.writer:  # A run that resumes from this step does not write earlier metrics again.
+      with self._tolerate_write_errors():
         self.writer.flush()
-    for act in (self.checkpoints.wait, lambda: self.checkpoints.save(step, state, figures)):
+    for act in (self.checkpoints.wait, lambda: self.checkpoints.save(step, state, metrics)):
       try:
         act()
       except SaveFailed as e:
-        # Several processes would first have to agree that it failed; a new start does that.
+        # Several processes would first have to agree that it failed; restarting the run does that.
         if (self.run.config.train.on_save_error == 'stop' or jax.process_count() > 1
             or self.checkpoints.failures >= MAX_FAILED_SAVES):
           raise
-        self.progress.say(f'{e}; going on, and trying again at the next save')
+        self.progress.say(f'{e}; training continues, the next save is tried as usual')
 
   def _complete_save(self, step: int, state: TrainState, scores: Scores | None) -> None:
-    """Waits for the last step to be on disk. It has no next save, so it is tried twice."""
+    """Waits until the last step is on disk. No other save follows, so it is tried twice."""
     try:
       self.checkpoints.wait()
     except SaveFailed as e:
@@ -130,11 +153,12 @@ class Steps:
       self.checkpoints.save(step, state, scores.metrics if scores else None)
       self.checkpoints.wait()
 
-  def _end_early(self, step: int, unsaved: str = 'could not be saved') -> None:
+  def _end_early(self, step: int, unsaved: str = 'could not be saved') -> NoReturn:
+    """Waits for the save of `step`, and raises the exception that ends the run."""
     try:
       self.checkpoints.wait()
     except SaveFailed as e:
-      if jax.process_count() > 1:  # Where it fails in one only, the others have to be told.
+      if jax.process_count() > 1:  # It may fail in one only, and the others have to be told.
         raise
       raise self.notice.end(f'{e}; start again to resume from there') from e
     if (newest := self.checkpoints.latest()) != step:
@@ -143,39 +167,40 @@ class Steps:
     raise self.notice.end(f'step {step:,} is saved in {self.run.workdir}, start again to resume '
                           'from there')
 
-  def _next(self, batches: Prefetcher | Unchanging) -> tuple[Any, ...]:
-    """What the next step takes; waiting for it counts only while the devices have no work."""
+  def _next(self, batches: Prefetcher | Constant) -> tuple[Any, ...]:
+    """Returns the next input; waiting for it counts only while the devices have no work."""
     if not batches.ready():
-      with self.watch.stepping(steps=0):
+      with self.stopwatch.compute(steps=0):
         jax.block_until_ready(self.pending[-1:])
-    with self.watch.waiting():
+    with self.stopwatch.wait():
       return next(batches)
 
-  def _compile(self, train_step: Callable, state: TrainState, feed: Feed) -> Callable:
+  def _compile(self, train_step: Callable, state: TrainState, pipeline: InputPipeline
+               ) -> Callable:
     started = time.perf_counter()
-    self.progress.say('compiling the training step (once a start; a minute or so on a TPU)')
-    compiled = train_step.lower(state, *feed.arguments()).compile()
+    self.progress.say('compiling the training step (once per start; about a minute on a TPU)')
+    compiled = train_step.lower(state, *pipeline.arguments()).compile()
     self.progress.say(f'compiled in {duration(time.perf_counter() - started)}')
-    coordination.meet()
+    coordination.wait_for_all()
     self.progress.say(profiling.describe(compiled))
     return compiled
 
   def _report(self, step: int) -> None:
     """Checks and averages the metrics since the last report, then writes and shows them."""
-    with self.watch.stepping(steps=0):  # The last steps are still under way.
-      taken, metrics = zip(*jax.device_get(self.pending), strict=True)
+    with self.stopwatch.compute(steps=0):  # The last steps are still running.
+      steps, metrics = zip(*jax.device_get(self.pending), strict=True)
     self.pending.clear()
-    columns = StepMetrics(*(np.array(column) for column in zip(*metrics, strict=True)))
-    self._check_finite(taken, columns)
+    series = StepMetrics(*(np.array(values) for values in zip(*metrics, strict=True)))
+    self._check_finite(steps, series)
     first = self.first_loss is None
-    self._check_explosion(taken, columns.loss)
-    means = {name: float(np.mean(column)) for name, column in columns._asdict().items()}
-    means['learning_rate'] = float(columns.learning_rate[-1])
-    means |= self.watch.rates(self.run.config.train.batch_size) | profiling.peak_memory()
-    left = (self.run.config.train.steps - step) * self.watch.seconds / self.watch.steps
-    self.watch = Stopwatch()
+    self._check_explosion(steps, series.loss)
+    means = {name: float(np.mean(values)) for name, values in series._asdict().items()}
+    means['learning_rate'] = float(series.learning_rate[-1])
+    means |= self.stopwatch.rates(self.run.config.train.batch_size) | profiling.peak_memory()
+    left = (self.run.config.train.steps - step) * self.stopwatch.seconds / self.stopwatch.steps
+    self.stopwatch = Stopwatch()
     if self.writer:
-      with self._informing():
+      with self._tolerate_write_errors():
         self.writer.write(step, {f'train/{name}': value for name, value in means.items()} |
                           ({FIRST_LOSS: self.first_loss} if first else {}))
     self.progress.report(step, [f'left {duration(left)}', *(part.format(**means) for part in (
@@ -183,50 +208,50 @@ class Steps:
         'data {data_wait:.0%}', 'class {classification:.4g}', 'box {localization:.4g}',
         'decay {regularization:.3g}')), f'memory {profiling.format_peaks(means)}'])
 
-  def _tell(self, bad: BadExamples) -> None:
-    """Names what could not be read since the last time, in any process and in the workdir."""
+  def _report_bad_examples(self, bad: BadExamples) -> None:
+    """Reports what any process could not read since the last time, also in the workdir."""
     for reason in dict.fromkeys(coordination.gather_lines(bad.new_reasons())):
       self.progress.say(f'skipped: {reason}')
       if self.writer:
-        with self._informing():
+        with self._tolerate_write_errors():
           self.run.note_bad_example(reason)
 
   @contextlib.contextmanager
-  def _informing(self) -> Iterator[None]:
-    """What only informs does not end a run where it cannot be written; that is said once."""
+  def _tolerate_write_errors(self) -> Iterator[None]:
+    """Reports a write error once instead of raising it, for files that only inform."""
     try:
       yield
-      self.mute = False
+      self.warned = False
     except OSError as e:
-      if not self.mute:
+      if not self.warned:
         what = f'{e.filename}: {e.strerror}' if e.filename else f'{self.run.workdir}: {e}'
-        self.progress.say(f'{what}; going on, the figures are kept to be written later')
-      self.mute = True
+        self.progress.say(f'{what}; training continues, the metrics are kept to be written later')
+      self.warned = True
 
-  def _check_finite(self, steps: tuple[int, ...], columns: StepMetrics) -> None:
-    finite = np.isfinite(np.stack(columns))  # [quantities, steps]
+  def _check_finite(self, steps: tuple[int, ...], series: StepMetrics) -> None:
+    finite = np.isfinite(np.stack(series))  # [quantities, steps]
     if finite.all():
       return
     at = int(np.argmin(finite.all(axis=0)))
     quantity = StepMetrics._fields[int(np.argmin(finite[:, at]))]
-    self._diverge(f'{quantity} is {float(columns[StepMetrics._fields.index(quantity)][at])} at '
+    self._diverge(f'{quantity} is {float(series[StepMetrics._fields.index(quantity)][at])} at '
                   f'step {steps[at]:,}')
 
   def _check_explosion(self, steps: tuple[int, ...], losses: np.ndarray) -> None:
-    """Counts the last steps whose loss is beyond all measure, and ends the run at too many."""
+    """Counts the last steps in a row with an exploded loss, and ends the run at too many."""
     if self.first_loss is None:
       self.first_loss = float(losses[0])
     limit = DIVERGED_FACTOR * max(self.first_loss, 1.0)
     for step, loss in zip(steps, losses, strict=True):
-      self.exploded = self.exploded + 1 if loss > limit else 0
+      self.num_exploded = self.num_exploded + 1 if loss > limit else 0
       last = step == self.run.config.train.steps
-      if self.exploded >= DIVERGED_STEPS or (self.exploded and last):
-        since = step - self.exploded + 1
+      if self.num_exploded >= DIVERGED_STEPS or (self.num_exploded and last):
+        since = step - self.num_exploded + 1
         self._diverge(f'loss is {loss:.4g} at step {step:,}, more than {DIVERGED_FACTOR:,.0f} '
                       f'times the first, {self.first_loss:.4g}, since step {since:,}')
 
   def _diverge(self, what: str) -> NoReturn:
-    with contextlib.suppress(SaveFailed):  # What is being saved is good, and must get there.
+    with contextlib.suppress(SaveFailed):  # The save in progress is of a good state.
       self.checkpoints.wait()
     good = self.checkpoints.latest()
     raise TrainingDiverged(
@@ -235,21 +260,21 @@ class Steps:
         f' in {self.run.workdir}. A lower optim.learning_rate or optim.clip_norm=10 may help')
 
   def _evaluate_or_save(self, step: int, state: TrainState) -> Scores:
-    """A checkpoint waits for its figures, but must not be lost with them."""
+    """Evaluates a step before it is saved with its scores; saves it if the evaluation fails."""
     try:
       return self.evaluate(step, state)
     except BaseException as e:
-      if jax.process_count() == 1:  # Else one that fails alone would wait for the others.
+      if jax.process_count() == 1:  # Of several, one that fails alone would wait for the others.
         self._save(step, state)
         if isinstance(e, (Preempted, Interrupted)):
           self._end_early(step)
       raise
 
-  def evaluate_owed(self, step: int, state: TrainState) -> Scores:
-    """Scores a step that was saved without figures, and leaves them where retention looks."""
+  def evaluate_saved(self, step: int, state: TrainState) -> Scores:
+    """Evaluates a step that was saved without scores, and records them for `retention`."""
     scores = self.evaluate(step, state)
     if self.writer:
-      with self._informing():
+      with self._tolerate_write_errors():
         stamp = self.checkpoints.stamp(step)
         write_scores(self.run.workdir / 'evaluation' / str(step) / 'scores.json', scores, {
             'checkpoint': stamp and stamp.checkpoint,
@@ -257,21 +282,21 @@ class Steps:
     return scores
 
   def evaluate(self, step: int, state: TrainState) -> Scores:
-    """Scores the state, and writes and says the figures."""
+    """Evaluates the state, and writes and reports its scores."""
     started = time.perf_counter()
     total = len(self.evaluator.source)
 
     def on_images(count: int) -> None:
       if self.notice.given():
         raise self.notice.end(f'step {step:,} is saved in {self.run.workdir}, start again to '
-                              'evaluate it and go on')
+                              'evaluate it and continue')
       self.progress.advance(step, f'evaluating: {count:,}/{total:,} images')
 
     rows = self.evaluator.rows(state.best_variables(), on_images=on_images)
-    self._tell(self.evaluator.bad)
+    self._report_bad_examples(self.evaluator.bad)
     scores = self.evaluator.score(rows)
     if self.writer:
-      with self._informing():
+      with self._tolerate_write_errors():
         self.writer.write(step, {f'eval/{name}': value for name, value in scores.metrics.items()})
     self.progress.say(
         f'evaluated step {step:,}: {format_headline(scores.metrics)}  on {scores.num_images:,} '

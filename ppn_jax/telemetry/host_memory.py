@@ -1,4 +1,4 @@
-"""Memory of the host: how much is left, and how the C library hands it out."""
+"""Memory of the host: how much is available, and how the C library allocates it."""
 
 import contextlib
 import ctypes
@@ -8,7 +8,7 @@ import sys
 
 import psutil
 
-# Of <malloc.h>.
+# Constants of <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
 _NEVER = -1
 _PAD_BYTES = 256 << 20
@@ -16,33 +16,33 @@ _PAD_BYTES = 256 << 20
 
 @functools.cache
 def keep_freed_memory() -> bool:
-  """Tells glibc to reuse freed memory instead of giving it back to the kernel.
+  """Makes glibc reuse freed memory instead of returning it to the kernel.
 
   XLA's CPU backend allocates a step's temporary buffers, hundreds of megabytes, on every call.
   By default glibc maps and unmaps them each time, and the page faults cost as much as the
-  arithmetic. The price is a process whose memory stays at its peak. Call it before the first
-  JAX computation, since threads that already run keep their own pools.
+  arithmetic. The price is that the process keeps its peak memory. Call this before the first JAX
+  computation, since running threads keep their own pools.
 
   Returns:
-    Whether it took effect; False on systems without glibc, where nothing is changed.
+    True if it took effect; False on systems without glibc, where nothing is changed.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (OSError, AttributeError, TypeError):
     return False
-  # One pool: those of other threads cannot hold buffers of this size.
+  # A single arena: those of other threads cannot hold buffers of this size.
   return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_ARENA_MAX, 1),
               mallopt(_M_TRIM_THRESHOLD, _NEVER), mallopt(_M_TOP_PAD, _PAD_BYTES)])
 
 
 def available_memory() -> int:
-  """Bytes that this machine can still hand out without swapping."""
+  """Returns how many bytes this machine can still allocate without swapping."""
   return psutil.virtual_memory().available
 
 
 def peak_memory() -> int:
-  """The most bytes that this process has held at a time; 0 if the system does not tell."""
-  # Not by getrusage alone: on Linux a child starts with the peak of its parent.
+  """Returns the peak memory of this process in bytes; 0 if the system does not report it."""
+  # Not getrusage on Linux, where a child starts with the peak of its parent.
   with contextlib.suppress(OSError, StopIteration):
     lines = pathlib.Path('/proc/self/status').read_text().splitlines()
     return 1024 * int(next(s for s in lines if s.startswith('VmHWM:')).split()[1])

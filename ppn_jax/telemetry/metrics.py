@@ -1,34 +1,38 @@
-"""What a run tells while it runs: a progress line, JSON lines and TensorBoard files."""
+"""Metrics of a run on disk: `metrics.jsonl` and TensorBoard event files."""
 
 import contextlib
+import errno
 import json
 import math
+import os
+import pathlib
+import socket
+import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from ppn_jax import storage
-from ppn_jax.telemetry.append_only import EventFile, GrowingFile
 
-FIRST_LOSS = 'train/first_loss'  # In the first line: of the first step alone.
+FIRST_LOSS = 'train/first_loss'  # Loss of the first step alone; only in the first line.
 
 
 class MetricsWriter:
-  """Scalars to `metrics.jsonl` and to TensorBoard event files, the same in both.
+  """Writes the same scalars to `metrics.jsonl` and to TensorBoard event files.
 
-  A line is `{"step": 120, "train/loss": 1.5, ...}`; a figure that does not exist, None, or is not
-  a number is null. TensorBoard has no word for the former and does not get it.
+  A line is `{"step": 120, "train/loss": 1.5, ...}`. A metric that does not exist (None) or is not
+  finite is null. TensorBoard cannot represent the former, so it is left out there.
 
   Args:
-    workdir: of the run.
-    step: the step that the run starts from. What a killed run wrote beyond it is taken out,
-      since it will be written again. None if steps come in any order; all is kept then.
-    tensorboard: folder of the event files, by default in the workdir.
-    keep: of which other steps to keep the lines.
+    workdir: Folder of the run.
+    step: Step that the run starts from. Lines of later steps, left by a killed run, are removed,
+      since they will be written again. None keeps all lines, for steps that come in any order.
+    tensorboard: Folder of the event files, by default in the workdir.
+    keep: Returns whether to keep the lines of a step.
   """
 
   def __init__(self, workdir: storage.Path, step: int | None,
@@ -40,23 +44,23 @@ class MetricsWriter:
     self._outboxes = storage.Outbox(workdir), storage.Outbox(tensorboard or workdir / 'tensorboard')
     to_lines, to_events = (outbox.folder for outbox in self._outboxes)
     storage.write_text(to_lines / path.name, ''.join(lines))
-    self.steps = {json.loads(line)['step'] for line in lines}  # With a line before this start.
-    self._lines = GrowingFile(to_lines / path.name)
+    self.steps = {json.loads(line)['step'] for line in lines}  # Of lines that were kept.
+    self._lines = AppendOnlyFile(to_lines / path.name)
     self._events = EventFile(to_events, None if step is None else step + 1)
 
   def __enter__(self) -> 'MetricsWriter':
     return self
 
   def __exit__(self, kind: Any, *_: Any) -> None:
-    # What went wrong first counts.
+    # An error in closing must not hide the one that ended the run.
     with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
       self.close()
 
   def write(self, step: int, scalars: Mapping[str, float | None]) -> None:
-    """Records the scalars of one step.
+    """Writes the scalars of one step.
 
     Raises:
-      OSError: the disk does not take them. They are kept, and written with what comes next.
+      OSError: If they cannot be written. They are kept in memory and written by the next call.
     """
     known = {name: None if value is None or not math.isfinite(value) else float(value)
              for name, value in scalars.items()}
@@ -68,17 +72,21 @@ class MetricsWriter:
       outbox.offer()
 
   def flush(self) -> None:
-    """Returns when all that was written would survive a kill of this process.
+    """Blocks until everything written would survive a kill of this process.
 
     Raises:
-      OSError: the disk or bucket does not take it. It can be tried again.
+      OSError: If the disk or bucket cannot be written. The call can be repeated.
     """
     self._write_out()
     for outbox in self._outboxes:
       outbox.flush()
 
   def close(self) -> None:
-    """Raises OSError if the disk or bucket does not take what is left."""
+    """Writes what is left.
+
+    Raises:
+      OSError: If the disk or bucket cannot be written.
+    """
     with contextlib.ExitStack() as stack:
       for outbox in self._outboxes:
         stack.callback(outbox.close)
@@ -91,8 +99,74 @@ class MetricsWriter:
       self._events.flush()
 
 
-def evaluated(workdir: storage.Path, step: int) -> bool:
-  """Whether metrics.jsonl has the figures of an evaluation of `step`."""
+class AppendOnlyFile:
+  """A file that only grows. Data that could not be written is kept in memory and written first.
+
+  Args:
+    path: The file; created if it does not exist, else its content is kept.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    self._path, self._size, self._unwritten = path, path.stat().st_size, b''
+
+  def add(self, data: bytes) -> None:
+    """Adds data for the next `flush` to write."""
+    self._unwritten += data
+
+  def flush(self) -> None:
+    """Writes what was added.
+
+    Raises:
+      OSError: If not all could be written. The call can be repeated.
+    """
+    if not self._unwritten:
+      return
+    # Not held open: the disk may have been mounted again after a failure.
+    with self._path.open('r+b', buffering=0) as file:
+      file.truncate(self._size)  # An earlier attempt may have written a part.
+      file.seek(self._size)
+      if file.write(self._unwritten) < len(self._unwritten):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+    self._size += len(self._unwritten)
+    self._unwritten = b''
+
+
+class EventFile(AppendOnlyFile):
+  """A new TensorBoard event file.
+
+  tensorboardX's SummaryWriter is not used, since its thread ends at the first error, after which
+  its queue fills up and blocks the caller for ever.
+
+  Args:
+    folder: Where TensorBoard looks for event files.
+    purge_step: Makes TensorBoard discard what earlier files have of this step and later ones.
+  """
+
+  def __init__(self, folder: pathlib.Path, purge_step: int | None = None):
+    now = time.time()
+    super().__init__(folder / f'events.out.tfevents.{now:.0f}.{socket.gethostname()}.{os.getpid()}')
+    self._add_event(Event(wall_time=now, file_version='brain.Event:2'))
+    if purge_step is not None:
+      self._add_event(Event(wall_time=now, step=purge_step,
+                            session_log=SessionLog(status=SessionLog.START)))
+
+  def add_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Adds the scalars of one step."""
+    values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+    self._add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+  def _add_event(self, event: Event) -> None:
+    """Adds a TFRecord: length, its checksum, content, its checksum."""
+    content = event.SerializeToString()
+    length = struct.pack('<Q', len(content))
+    self.add(length + struct.pack('<I', masked_crc32c(length)) +
+             content + struct.pack('<I', masked_crc32c(content)))
+
+
+def has_evaluation(workdir: storage.Path, step: int) -> bool:
+  """Returns whether metrics.jsonl has the metrics of an evaluation of `step`."""
   path = workdir / 'metrics.jsonl'
   lines = [json.loads(line) for line in _lines_up_to(path, step)] if path.exists() else []
   return any(line['step'] == step and any(name.startswith('eval/') for name in line)
@@ -100,10 +174,11 @@ def evaluated(workdir: storage.Path, step: int) -> bool:
 
 
 def read(path: storage.Path) -> list[dict[str, float | None]]:
-  """Returns the whole lines of a `metrics.jsonl`, in order of step; none if there is no such file.
+  """Returns the complete lines of a `metrics.jsonl`, in order of step; [] if there is no file.
 
-  Of lines with the same metrics of the same step the last counts: it was scored again. Metrics of
-  an evaluation that do not exist are None, also in files of versions that wrote -1.
+  Of lines with the same metrics of the same step only the last is returned: the step was scored
+  again. Metrics of an evaluation that do not exist are None, also in files of earlier versions,
+  which wrote -1.
   """
   lines = [json.loads(line) for line in _lines_up_to(path, None)] if path.is_file() else []
   for line in lines:
@@ -114,9 +189,9 @@ def read(path: storage.Path) -> list[dict[str, float | None]]:
 
 
 def first_loss(workdir: storage.Path) -> float | None:
-  """Returns the loss of a run's first step; None if it has reported none yet.
+  """Returns the loss of a run's first step; None if none has been reported yet.
 
-  Runs of earlier versions did not write it down. Of those it is the mean up to the first report.
+  Earlier versions did not record it. For their runs it is the mean loss up to the first report.
   """
   for line in read(workdir / 'metrics.jsonl'):
     if (loss := line.get(FIRST_LOSS, line.get('train/loss'))) is not None:
@@ -126,111 +201,8 @@ def first_loss(workdir: storage.Path) -> float | None:
 
 def _lines_up_to(path: storage.Path, step: int | None) -> Iterator[str]:
   for line in storage.read_text(path).splitlines():
-    # A killed run may leave half a line behind, or all but its end.
+    # A killed run may leave an incomplete last line.
     with contextlib.suppress(ValueError):
       at = json.loads(line)['step']
       if step is None or at <= step:
         yield f'{line}\n'
-
-
-class Progress:
-  """A line for each report and, on a terminal, a live one below them that tells of each step.
-
-  On stderr, so that results can be piped. On a terminal each takes one row: what does not fit is
-  left out, the last first.
-
-  Args:
-    steps: of the whole run.
-    console: where to write.
-    quiet: says nothing; of several processes one speaks.
-  """
-
-  def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False):
-    self._steps = steps
-    self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
-    # Its last state is that of the last report.
-    self._live = Live(Text(''), console=self._console, auto_refresh=False, transient=True)
-    self._status: Sequence[str] = ()
-
-  def __enter__(self) -> 'Progress':
-    if self._console.is_terminal:
-      self._live.start()
-    return self
-
-  def __exit__(self, *_) -> None:
-    if self._console.is_terminal:
-      self._live.stop()
-
-  def say(self, text: str) -> None:
-    """A line that stays."""
-    self._console.print(Text(text))
-
-  def report(self, step: int, status: Sequence[str]) -> None:
-    """Writes the state of the run after `step`.
-
-    Args:
-      step: which.
-      status: its parts, from what matters most to what matters least.
-    """
-    self._status = status
-    self.say(self._line(step, status))
-    self.advance(step)
-
-  def advance(self, step: int, doing: str = '') -> None:
-    """Moves the live line on, for the moment with what the run is `doing`; nothing elsewhere."""
-    if self._console.is_terminal:
-      line = Text(self._line(step, [doing] if doing else self._status), no_wrap=True,
-                  overflow='ellipsis')
-      self._live.update(line, refresh=True)
-
-  def _line(self, step: int, status: Sequence[str]) -> str:
-    line = f'step {step:,}/{self._steps:,}'
-    for part in status:
-      longer = f'{line}  {part}'
-      if self._console.is_terminal and len(longer) > self._console.width:
-        break
-      line = longer
-    return line
-
-
-class Stopwatch:
-  """Where the time of training goes: waiting for data, or stepping.
-
-  Time outside `waiting` and `stepping`, such as evaluation and compiling, does not count.
-  """
-
-  def __init__(self):
-    self.waited = self.stepped = 0.0
-    self.steps = 0
-
-  @contextlib.contextmanager
-  def waiting(self) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    self.waited += time.perf_counter() - start
-
-  @contextlib.contextmanager
-  def stepping(self, steps: int = 1) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    self.stepped += time.perf_counter() - start
-    self.steps += steps
-
-  @property
-  def seconds(self) -> float:
-    return self.waited + self.stepped
-
-  def rates(self, batch_size: int) -> dict[str, float]:
-    """`images_per_second`, and `data_wait`, the share of the time spent waiting, 0 to 1."""
-    seconds = max(self.seconds, 1e-9)
-    return {'images_per_second': self.steps * batch_size / seconds,
-            'data_wait': self.waited / seconds}
-
-
-def duration(seconds: float) -> str:
-  """4000 -> '1h06m', 70 -> '1m10s', 5 -> '5s'."""
-  seconds = round(seconds)
-  minutes, hours = seconds // 60, seconds // 3600
-  if hours:
-    return f'{hours}h{minutes % 60:02}m'
-  return f'{minutes}m{seconds % 60:02}s' if minutes else f'{seconds}s'

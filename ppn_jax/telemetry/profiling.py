@@ -1,4 +1,4 @@
-"""Where a step's time and memory go: a trace of some steps, the compiler's figures, the peaks."""
+"""Time and memory of a step: traces, the compiler's estimates, and peak memory."""
 
 import contextlib
 import pathlib
@@ -14,36 +14,36 @@ from ppn_jax.telemetry import host_memory
 
 
 def parse_steps(text: str, last: int) -> range:
-  """'START:STOP' -> the steps from START to STOP, both included; '' -> none.
+  """Parses 'START:STOP' into the range of these steps, both included; '' into an empty one.
 
   Args:
-    text: of the flag `--profile`.
-    last: step of the run. The first is 1.
+    text: Value of the flag `--profile`.
+    last: Last step of the run. The first is 1.
 
   Raises:
-    InputError: not two whole numbers, or not 1 <= START <= STOP <= last.
+    InputError: If `text` is not two integers with 1 <= START <= STOP <= last.
   """
   if not text:
     return range(0)
   start, _, stop = text.partition(':')
   if not (start.isascii() and start.isdigit() and stop.isascii() and stop.isdigit()):
-    raise InputError(f'--profile={text} must be START:STOP, two steps such as 10:20')
+    raise InputError(f'--profile={text} must be START:STOP, two step numbers such as 10:20')
   if not 1 <= int(start) <= int(stop) <= last:
     raise InputError(f'--profile={text} must lie within the steps of the run, 1:{last}, '
-                     'START not after STOP')
+                     'and START must not be after STOP')
   return range(int(start), int(stop) + 1)
 
 
 class StepTrace:
   """Traces some steps of a run for TensorBoard's profile plugin and XProf.
 
-  A context manager around the loop, so that a trace also ends when the run does. The trace is in
-  FOLDER/plugins/profile/DATE, which TensorBoard finds with --logdir=FOLDER.
+  A context manager around the loop, so that a trace also ends if the run does. The trace is
+  written to FOLDER/plugins/profile/DATE, which TensorBoard finds with --logdir=FOLDER.
 
   Args:
-    steps: to trace, without gaps; may be empty.
-    folder: to write to, local or in a bucket.
-    say: told what goes on, a line at a time.
+    steps: Consecutive steps to trace; may be empty.
+    folder: Where to write, local or in a bucket.
+    say: Called with lines for the user.
   """
 
   def __init__(self, steps: range, folder: storage.Path, say: Callable[[str], None]):
@@ -52,12 +52,12 @@ class StepTrace:
 
   @contextlib.contextmanager
   def step(self, number: int, pending: list[Any]) -> Iterator[None]:
-    """Around what is done for a step; the results of the last steps are in `pending`."""
+    """Wraps the work of one step; `pending` has the results of the steps before it."""
     if number not in self._steps:
       yield
       return
     if not self._running:
-      jax.block_until_ready(pending)  # They are no part of it.
+      jax.block_until_ready(pending)  # These steps are not to be traced.
       self._running = tempfile.TemporaryDirectory()
       jax.profiler.start_trace(self._running.name)
     with jax.profiler.StepTraceAnnotation('train', step_num=number):
@@ -73,8 +73,8 @@ class StepTrace:
       try:
         for path in filter(pathlib.Path.is_file, pathlib.Path(folder).rglob('*')):
           storage.write_bytes(self._folder / path.relative_to(folder), path.read_bytes())
-      except OSError as e:  # No reason to end a run.
-        self._say(f'no trace in {self._folder}: {e}')
+      except OSError as e:  # Not worth ending the run.
+        self._say(f'no trace written to {self._folder}: {e}')
         return
     self._say(f'wrote a trace of steps {self._steps[0]:,} to {self._steps[-1]:,} to '
               f'{self._folder}/plugins/profile')
@@ -88,30 +88,35 @@ class StepTrace:
 
 
 def describe(compiled: jax.stages.Compiled) -> str:
-  """Memory and arithmetic of a compiled step on each device, as XLA counts them, in a line."""
+  """Returns a line with XLA's estimates of a compiled step's memory and FLOPs on each device."""
   needed, costs = program_bytes(compiled), compiled.cost_analysis() or {}
-  said = [f'{format_bytes(needed)} of memory'] if needed else []
-  if costs.get('flops', 0) > 0:  # Of a program whose FLOPs are unknown, -1.
-    said.append(f'{costs["flops"] / 1e9:,.4g} GFLOP')
-  return "a step needs, on each device by XLA's count, " + (' and '.join(said) or 'it cannot tell')
+  parts = [f'{format_bytes(needed)} of memory'] if needed else []
+  if costs.get('flops', 0) > 0:  # -1 if unknown.
+    parts.append(f'{costs["flops"] / 1e9:,.4g} GFLOP')
+  return "a step needs, on each device by XLA's count, " + (
+      ' and '.join(parts) or 'an unknown amount of memory')
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
-  """The most bytes that a compiled program holds on a device, arguments included, as XLA counts
-  them; 0 if it cannot tell."""
+  """Returns XLA's estimate of a compiled program's peak memory on a device, arguments included.
+
+  In bytes; 0 if the backend has no estimate.
+  """
   memory = compiled.memory_analysis()
   if memory is None:
     return 0
   whole = (memory.argument_size_in_bytes + memory.output_size_in_bytes
            - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
-  # On a CPU the peak leaves out what is temporary.
+  # On CPUs `peak_memory_in_bytes` leaves out temporary buffers.
   peak = memory.peak_memory_in_bytes
   return peak if peak > memory.temp_size_in_bytes else whole
 
 
 def peak_memory() -> dict[str, int]:
-  """The most bytes held at a time so far: `host_peak_bytes` of this process, where the system
-  tells, and `device_peak_bytes` of its fullest device, where the backend tells."""
+  """Returns `host_peak_bytes` of this process and `device_peak_bytes` of its fullest device.
+
+  What the system or the backend does not report is left out.
+  """
   peaks = {'host_peak_bytes': host_memory.peak_memory()}
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks['device_peak_bytes'] = max(s.get('peak_bytes_in_use', 0) for s in stats)
@@ -119,13 +124,13 @@ def peak_memory() -> dict[str, int]:
 
 
 def format_peaks(peaks: Mapping[str, float]) -> str:
-  """What `peak_memory` gives as 'host 1.2 GB, device 3.4 GB'."""
+  """Formats the result of `peak_memory`, such as 'host 1.2 GB, device 3.4 GB'."""
   known = [(where, peaks.get(f'{where}_peak_bytes')) for where in ('host', 'device')]
   return ', '.join(f'{where} {format_bytes(peak)}' for where, peak in known if peak) or 'unknown'
 
 
 def format_bytes(count: float) -> str:
-  """1234567 -> '1.2 MB'."""
+  """Formats a number of bytes: 1234567 -> '1.23 MB'."""
   for size, unit in ((1e9, 'GB'), (1e6, 'MB'), (1e3, 'KB')):
     if count >= size:
       return f'{count / size:,.3g} {unit}'

@@ -1,9 +1,11 @@
-"""Where the steps of a run get their images from: the host, or the devices' own memory."""
+"""The input of training: batches from the host, or drawn from the devices' own memory."""
 
 import dataclasses
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,39 +21,134 @@ from ppn_jax.detector import Detector
 from ppn_jax.device_data import dataset
 from ppn_jax.device_data.transforms import build_augmentation
 from ppn_jax.distributed import sharding
-from ppn_jax.telemetry.metrics import Progress, duration
+from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.optimizer import Optimizer
-from ppn_jax.training.prefetch import Prefetcher, Unchanging
 from ppn_jax.training.train_step import abstract_batch, jit_resident_step, jit_train_step
 
+T = TypeVar('T')
 
-class Feed(Protocol):
-  """What a step takes besides the state, and how to come by it.
+# How often a thread that waits for space in its queue checks whether it is still needed, in
+# seconds.
+_POLL_SECONDS = 0.1
+
+
+class Prefetcher(Generic[T]):
+  """Runs an iterator ahead in a thread. Close it, or use it as a context manager.
+
+  Args:
+    items: The iterator; nothing else may use it any more.
+    depth: Number of items to hold.
+  """
+
+  def __init__(self, items: Iterator[T], depth: int = 2):
+    self._queue = queue.Queue(maxsize=depth)
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._fetch, args=(items,), daemon=True)
+    self._thread.start()
+
+  def __enter__(self) -> 'Prefetcher[T]':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.close()
+
+  def __iter__(self) -> 'Prefetcher[T]':
+    return self
+
+  def __next__(self) -> T:
+    """Returns the next item, or raises what the iterator raised."""
+    item, error = self._queue.get()
+    if error is not None:
+      self._queue.put((None, error))  # For the next call.
+      raise error
+    return item
+
+  def ready(self) -> bool:
+    """Returns whether the next item can be had without waiting."""
+    return not self._queue.empty()
+
+  def close(self) -> None:
+    """Stops fetching and waits for the thread to end."""
+    self._closed.set()
+    self._thread.join()
+
+  def _fetch(self, items: Iterator[T]) -> None:
+    try:
+      for item in items:
+        self._put((item, None))
+        if self._closed.is_set():
+          break
+      else:
+        self._put((None, StopIteration()))
+    except BaseException as e:
+      self._put((None, e))
+    finally:
+      if hasattr(items, 'close'):
+        items.close()
+
+  def _put(self, entry) -> None:
+    while not self._closed.is_set():
+      try:
+        return self._queue.put(entry, timeout=_POLL_SECONDS)
+      except queue.Full:
+        continue
+
+
+class Constant(Generic[T]):
+  """Takes the place of a `Prefetcher` where every step takes the same item.
+
+  Args:
+    make: Makes the item when the context is entered. The item is released on exit.
+  """
+
+  def __init__(self, make: Callable[[], T]):
+    self._make = make
+
+  def __enter__(self) -> 'Constant[T]':
+    self._item = self._make()
+    return self
+
+  def __exit__(self, *_) -> None:
+    del self._item
+
+  def __iter__(self) -> 'Constant[T]':
+    return self
+
+  def __next__(self) -> T:
+    return self._item
+
+  def ready(self) -> bool:
+    """Returns True: the item is always there."""
+    return True
+
+
+class InputPipeline(Protocol):
+  """Input of the training step: its arguments after the state, and the step that takes them.
 
   Attributes:
-    bad: which examples could not be read.
+    bad: Examples that could not be read.
   """
   bad: BadExamples
 
   def jit_step(self, detector: Detector, optimizer: Optimizer) -> Callable:
-    """The jitted step: state, *what a feed yields -> state, StepMetrics."""
+    """Returns the jitted step: (state, *what `open` yields) -> (state, StepMetrics)."""
 
   def arguments(self) -> tuple[Any, ...]:
-    """Shapes, types and shardings of what `open` yields."""
+    """Returns shapes, types and shardings of what `open` yields."""
 
-  def open(self, start: int, progress: Progress) -> Prefetcher | Unchanging:
-    """The steps' arguments, from step `start` on; a context manager."""
+  def open(self, start: int, progress: Progress) -> Prefetcher | Constant:
+    """Returns the arguments of the steps after `start`: an iterator and context manager."""
 
 
 @dataclasses.dataclass(frozen=True)
-class HostFeed:
-  """Batches that the host decodes and augments while the step before runs.
+class HostPipeline:
+  """Batches that the host decodes and augments while the previous step runs.
 
   Attributes:
-    source: of the images.
-    mesh: where batches go.
-    bad: which examples could not be read.
-    options: the other arguments of `train_batches`.
+    source: Where the images come from.
+    mesh: Devices that the batches are placed on.
+    bad: Examples that could not be read.
+    options: The other arguments of `train_batches`.
   """
   source: Source
   mesh: Mesh
@@ -77,15 +174,15 @@ class HostFeed:
 
 
 @dataclasses.dataclass(frozen=True)
-class ResidentFeed:
-  """The whole training set in device memory, loaded once a start; steps draw from it.
+class ResidentPipeline:
+  """The whole training set in device memory, loaded once per start; steps draw from it.
 
   Attributes:
-    source: of the images.
-    mesh: whose devices hold them.
-    plan: of what steps draw.
-    threads: that load them.
-    bad: which examples could not be read.
+    source: Where the images come from.
+    mesh: Devices that hold them.
+    bad: Examples that could not be read.
+    plan: What steps draw.
+    threads: Number of threads that load the images.
   """
   source: Source
   mesh: Mesh
@@ -99,26 +196,27 @@ class ResidentFeed:
   def arguments(self) -> tuple[dataset.ResidentData]:
     return (dataset.abstract_data(self.plan, self.mesh),)
 
-  def open(self, start: int, progress: Progress) -> Unchanging:
-    return Unchanging(lambda: (self._load(start, progress),))
+  def open(self, start: int, progress: Progress) -> Constant:
+    return Constant(lambda: (self._load(start, progress),))
 
   def _load(self, start: int, progress: Progress) -> dataset.ResidentData:
-    count, begun = self.plan.num_images, time.perf_counter()
-    share = f'{dataset.data_bytes(self.plan, self.mesh) / 1e9:,.3g} GB'
+    count, started = self.plan.num_images, time.perf_counter()
+    size = f'{dataset.data_bytes(self.plan, self.mesh) / 1e9:,.3g} GB'
     progress.say(f'loading {count:,} images of {self.plan.stored_size} px onto the devices, '
-                 f'{share} on each')
+                 f'{size} on each')
     data = dataset.load(
         WithSubstitutes(self.source, self.bad), self.plan, self.mesh, threads=self.threads,
         on_images=lambda done: progress.advance(start, f'loading: {done:,}/{count:,} images'))
-    progress.say(f'loaded in {duration(time.perf_counter() - begun)}')
+    progress.say(f'loaded in {duration(time.perf_counter() - started)}')
     return data
 
 
-def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | ResidentFeed:
-  """Builds the feed that `data.resident` asks for.
+def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh
+                         ) -> HostPipeline | ResidentPipeline:
+  """Builds the input pipeline that `data.resident` selects.
 
   Raises:
-    InputError: an option of the input is bad, or the data do not fit into device memory.
+    InputError: If an option is out of range, or the data do not fit into device memory.
   """
   data, size = config.data, config.model.image_size
   Resize(size, data.resize, data.reduced_decoding)
@@ -131,7 +229,7 @@ def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | Res
   bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
   bad.record_known(source)
   if not data.resident.enabled:
-    return HostFeed(source, mesh, bad, {
+    return HostPipeline(source, mesh, bad, {
         'transforms': transforms, 'resize': data.resize,
         'reduced_decoding': data.reduced_decoding,
         'image_size': size, 'batch_size': batch_size, 'seed': seed, 'threads': data.threads,
@@ -141,4 +239,4 @@ def build_feed(config: ConfigDict, source: Source, mesh: Mesh) -> HostFeed | Res
                        stored_size=data.resident.size or size, augmentation=augmentation,
                        seed=seed)
   dataset.check_memory(plan, mesh, config.train.steps)
-  return ResidentFeed(source, mesh, bad, plan, data.threads)
+  return ResidentPipeline(source, mesh, bad, plan, data.threads)

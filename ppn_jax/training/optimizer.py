@@ -13,16 +13,16 @@ from ppn_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """How parameters follow gradients.
+  """Turns gradients into new parameters.
 
   Attributes:
-    transform: gradients -> parameter updates.
-    schedule: step -> learning rate.
-    weight_decay: rate of `weight_penalty`, which the step adds to the loss.
-    ema_decay: decay of the moving average of the variables; 0 keeps none.
-    micro_batches: parts of a batch whose gradients are computed one after another.
-    shard_state: whether each device holds and updates a part of `transform`'s state and of the
-      moving average, instead of all of them.
+    transform: Maps gradients to parameter updates.
+    schedule: Maps a step to its learning rate.
+    weight_decay: Factor of `weight_penalty`, which the step adds to the loss.
+    ema_decay: Decay of the moving average of the variables; 0 keeps none.
+    micro_batches: Number of parts of a batch whose gradients are computed one after another.
+    shard_state: Whether each device holds and updates only a part of `transform`'s state and of
+      the moving average.
   """
   transform: optax.GradientTransformation
   schedule: optax.Schedule
@@ -38,31 +38,32 @@ def build_optimizer(*, steps: int, batch_size: int, learning_rate: float = 0.7,
                     weight_decay: float = 4e-5, clip_norm: float = 0.0,
                     ema_decay: float = 0.0, micro_batches: int = 1, shard_state: bool = False
                     ) -> Optimizer:
-  """Momentum SGD after a linear warm-up and a cosine decay, the reference's recipe.
+  """Builds momentum SGD with a linear warm-up and a cosine decay, the reference's recipe.
 
-  a <- momentum a + g and w <- w - rate a, where g includes the weight penalty's gradient.
+  a <- momentum a + g and w <- w - rate a, where g includes the gradient of the weight penalty.
 
   Args:
-    steps, batch_size: of the run.
-    learning_rate: the highest rate.
-    rate_batch_size: the batch size that `learning_rate` is meant for; the rates scale with
+    steps: Number of steps of the run.
+    batch_size: Images in a batch.
+    learning_rate: Highest learning rate.
+    rate_batch_size: Batch size that `learning_rate` is meant for; rates are scaled by
       batch_size / rate_batch_size. 0 takes them as they are.
-    warmup_fraction: share of the steps that warms up, 0 to below 1.
-    warmup_factor: the rate at step 0 as a share of `learning_rate`, which it follows. A config
-      may have `warmup_learning_rate`, the rate itself, instead.
-    momentum: 0 to below 1, without Nesterov's correction.
-    weight_decay: see `weight_penalty`.
-    clip_norm: gradients longer than this (Euclidean norm over all parameters) are shortened to
-      it. 0 does not clip.
-    ema_decay: 0 to below 1, see `update_average`. 0 keeps no average.
-    micro_batches: gradient accumulation: a step's gradient is the mean of those of so many
-      equal parts of its batch, so that a batch may be larger than memory. Batch statistics and
-      the loss's normaliser are then those of a part. 1 takes the batch whole.
-    shard_state: weight-update sharding (Xu et al., arXiv 2004.13336): momentum and moving
+    warmup_fraction: Fraction of the steps that warms up, 0 to below 1.
+    warmup_factor: Learning rate at step 0 as a fraction of `learning_rate`. A config may have
+      `warmup_learning_rate`, the rate itself, instead.
+    momentum: Momentum, 0 to below 1, without Nesterov's correction.
+    weight_decay: See `weight_penalty`.
+    clip_norm: Longest gradient (Euclidean norm over all parameters); longer ones are scaled down
+      to it. 0 does not clip.
+    ema_decay: Decay of the moving average, 0 to below 1, see `update_average`. 0 keeps none.
+    micro_batches: Gradient accumulation: the gradient of a step is the mean of the gradients of
+      this many equal parts of its batch, so that a batch may be larger than memory. Batch
+      statistics and the loss's normaliser are then those of a part. 1 takes the batch whole.
+    shard_state: Weight-update sharding (Xu et al., arXiv 2004.13336): momentum and moving
       average are split over the devices. Less memory and arithmetic on each, the same values.
 
   Raises:
-    InputError: a value outside its range.
+    InputError: If a value is outside its range.
   """
   for name, value, below in [
       ('learning_rate', learning_rate, None), ('rate_batch_size', rate_batch_size, None),
@@ -72,9 +73,9 @@ def build_optimizer(*, steps: int, batch_size: int, learning_rate: float = 0.7,
     if not (0 <= value and (below is None or value < below)):
       limit = '' if below is None else f' and below {below}'
       raise InputError(f'optim.{name}={value} must be at least 0{limit}')
-  whole = isinstance(micro_batches, int) and micro_batches >= 1
-  if not whole or batch_size % micro_batches:
-    raise InputError(f'optim.micro_batches={micro_batches} must be a whole number, at least 1, '
+  is_count = isinstance(micro_batches, int) and micro_batches >= 1
+  if not is_count or batch_size % micro_batches:
+    raise InputError(f'optim.micro_batches={micro_batches} must be a positive integer '
                      f'that divides train.batch_size={batch_size}')
   scale = batch_size / rate_batch_size if rate_batch_size else 1.0
   schedule = warmup_cosine(scale * learning_rate, steps=steps,
@@ -87,11 +88,12 @@ def build_optimizer(*, steps: int, batch_size: int, learning_rate: float = 0.7,
 
 def warmup_cosine(base_rate: float, *, steps: int, warmup_steps: int,
                   warmup_rate: float) -> optax.Schedule:
-  """Linear from `warmup_rate` to `base_rate`, then half a cosine to 0 at `steps`; 0 afterwards.
+  """Returns a linear warm-up to `base_rate`, then half a cosine to 0 at `steps`; 0 afterwards.
 
-  As the reference's `cosine_decay_learning_rate`: step 0 has `warmup_rate`, step `warmup_steps`
-  has `base_rate`.
+  Same as the reference's `cosine_decay_learning_rate`: step 0 has `warmup_rate`, step
+  `warmup_steps` has `base_rate`.
   """
+  # optax.warmup_cosine_decay_schedule differs in the last bits and needs warmup_steps < steps.
   def rate(step: Array) -> Array:
     step = jnp.asarray(step, jnp.float32)
     warmup = warmup_rate + (base_rate - warmup_rate) * step / max(warmup_steps, 1)
@@ -103,10 +105,10 @@ def warmup_cosine(base_rate: float, *, steps: int, warmup_steps: int,
 
 
 def weight_penalty(params: Any, weight_decay: float) -> Array:
-  """weight_decay / 2 times the sum of squares of every kernel, f32.
+  """Computes weight_decay / 2 times the sum of squares of every kernel, f32 [].
 
-  Kernels of convolutions, depthwise ones too, are decayed; biases and batch norm's scales and
-  biases are not. A part of the loss, so it passes through momentum (coupled decay).
+  Kernels of convolutions, also depthwise ones, are decayed; biases and batch norm's scales are
+  not. The penalty is a part of the loss, so it passes through momentum (coupled decay).
   """
   kernels = [p for path, p in jax.tree_util.tree_leaves_with_path(params)
              if path[-1].key.endswith('kernel')]
@@ -114,10 +116,10 @@ def weight_penalty(params: Any, weight_decay: float) -> Array:
 
 
 def update_average(average: Any, current: Any, *, decay: float, step: Array) -> Any:
-  """One step of the exponential moving average of a tree.
+  """Returns the exponential moving average of a tree after one more step.
 
   The decay starts at 1/10 and rises with the steps, (1 + step) / (10 + step), up to `decay`, so
-  that the average does not remember the random start (as TensorFlow's `num_updates` does).
+  that the average forgets the random start (as with TensorFlow's `num_updates`).
   """
   step = jnp.asarray(step, jnp.float32)
   rate = jnp.minimum(decay, (1 + step) / (10 + step))

@@ -1,4 +1,4 @@
-"""What a run has learned so far: arrays and nothing else."""
+"""The state of a training run: arrays and nothing else."""
 
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ class TrainState(NamedTuple):
   """Everything that a step changes and a checkpoint holds.
 
   Fields:
-    step: i32 [], how many steps have been taken.
-    variables: of the detector, `{'params', 'batch_stats'}`.
-    opt_state: of the optimizer.
-    average: moving average of `variables`, or `{}` when none is kept.
+    step: i32 [], number of steps taken.
+    variables: Variables of the detector, `{'params', 'batch_stats'}`.
+    opt_state: State of the optimizer; None if it was left out when a checkpoint was restored.
+    average: Moving average of `variables`, or `{}` if none is kept.
   """
   step: Array
   variables: Variables
@@ -25,17 +25,17 @@ class TrainState(NamedTuple):
   average: Variables
 
   def best_variables(self) -> Variables:
-    """What to evaluate and ship: the moving average where one is kept."""
+    """Returns the variables to evaluate and ship: the moving average if one is kept."""
     return self.average or self.variables
 
 
 def init_state(detector: Detector, optimizer: Optimizer, seed: int) -> TrainState:
-  """The state before the first step, a function of `seed`."""
+  """Returns the state before the first step, a function of `seed`."""
   return first_state(detector.init(jax.random.key(seed)), optimizer)
 
 
 def first_state(variables: Variables, optimizer: Optimizer) -> TrainState:
-  """The state before the first step from these variables."""
+  """Returns the state before the first step, starting from these variables."""
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       variables=variables,

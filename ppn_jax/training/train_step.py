@@ -1,4 +1,4 @@
-"""The compiled step."""
+"""The training step, and its compilation over a mesh of devices."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,36 +19,41 @@ from ppn_jax.training.state import TrainState, init_state
 
 class StepMetrics(NamedTuple):
   """Scalars of one step, f32, over the whole batch."""
-  loss: Array  # What was differentiated: the three parts below together.
+  loss: Array  # Sum of the three parts below, of which the gradient is taken.
   classification: Array
   localization: Array
   regularization: Array
   num_positive: Array  # Positive anchors.
   gradient_norm: Array  # Euclidean, over all parameters, before clipping.
-  parameter_norm: Array  # Euclidean, of the kernels and biases that the step leaves.
+  parameter_norm: Array  # Euclidean, over all parameters, after the step.
   learning_rate: Array
 
 
 class _Part(NamedTuple):
-  """What one pass over a batch, or a part of it, gives."""
+  """Results of one pass over a batch or a part of it."""
   gradient: Variables
   batch_stats: Variables
   loss: DetectionLoss
 
 
 def train_step(detector: Detector, optimizer: Optimizer, state: TrainState, images: Array,
-               truth: GroundTruth) -> tuple[TrainState, StepMetrics]:
-  """One step of gradient descent; pure, to be jitted.
+               ground_truth: GroundTruth) -> tuple[TrainState, StepMetrics]:
+  """Takes one step of gradient descent. Pure, to be jitted.
 
   Args:
-    state: before the step.
+    detector: What is trained.
+    optimizer: How.
+    state: State before the step.
     images: u8 [B, S, S, 3].
-    truth: of those images.
+    ground_truth: Boxes of these images.
+
+  Returns:
+    The state after the step, and its metrics.
   """
   params = state.variables['params']
   penalty, decay = jax.value_and_grad(weight_penalty)(params, optimizer.weight_decay)
-  part = _mean_over_parts(lambda *batch: _pass(detector, state.variables, *batch),
-                          (images, truth), optimizer.micro_batches)
+  part = _mean_over_parts(lambda *batch: _forward_backward(detector, state.variables, *batch),
+                          (images, ground_truth), optimizer.micro_batches)
   gradient = jax.tree.map(jnp.add, part.gradient, decay)
   updates, opt_state = optimizer.transform.update(gradient, state.opt_state, params)
   variables = {'params': optax.apply_updates(params, updates), 'batch_stats': part.batch_stats}
@@ -66,11 +71,12 @@ def train_step(detector: Detector, optimizer: Optimizer, state: TrainState, imag
   return TrainState(state.step + 1, variables, opt_state, average), metrics
 
 
-def _pass(detector: Detector, variables: Variables, images: Array, truth: GroundTruth) -> _Part:
-  """Forward and backward, without the weight penalty."""
+def _forward_backward(detector: Detector, variables: Variables, images: Array,
+                      ground_truth: GroundTruth) -> _Part:
+  """Computes loss and gradient of a batch, without the weight penalty."""
   def objective(params):
     outputs, batch_stats = detector.forward_train({**variables, 'params': params}, images)
-    loss = detector.loss(outputs, truth)
+    loss = detector.loss(outputs, ground_truth)
     return loss.classification + loss.localization, (loss, batch_stats)
 
   (_, (loss, batch_stats)), gradient = jax.value_and_grad(
@@ -79,7 +85,7 @@ def _pass(detector: Detector, variables: Variables, images: Array, truth: Ground
 
 
 def _mean_over_parts(function: Callable[..., _Part], batch: Any, count: int) -> _Part:
-  """The mean of what `function` gives for each of `count` equal parts of the rows of `batch`.
+  """Returns the mean of `function` over `count` equal parts of the rows of `batch`.
 
   Part m has rows m, m + count, ...: every device then has its share of each part.
   """
@@ -94,9 +100,9 @@ def _mean_over_parts(function: Callable[..., _Part], batch: Any, count: int) -> 
 
 
 def jit_init(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> Callable[[int], TrainState]:
-  """seed -> the first state, made in place on the devices of the mesh."""
-  # It runs once. At its usual level LLVM takes three times as long over the random numbers, for
-  # the same bits.
+  """Returns a function from a seed to the first state, created on the devices of the mesh."""
+  # It runs once. At its usual optimization level LLVM takes three times as long to compile the
+  # random numbers, for the same bits.
   on_cpu = mesh.devices.flat[0].platform == 'cpu'
   return jax.jit(lambda seed: init_state(detector, optimizer, seed),
                  out_shardings=_shardings(abstract_state(detector, optimizer, mesh)),
@@ -104,10 +110,10 @@ def jit_init(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> Callable[[
 
 
 def abstract_state(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-  """Shapes, types and shardings of the state; allocates nothing.
+  """Returns shapes, types and shardings of the state; allocates nothing.
 
-  Weights are whole on every device, since every one computes with them. What only the update
-  reads is split where `optimizer.shard_state` is set.
+  Variables are replicated, since every device computes with them. What only the update reads is
+  split over the devices if `optimizer.shard_state` is set.
   """
   shapes = jax.eval_shape(lambda: init_state(detector, optimizer, 0))
 
@@ -133,7 +139,7 @@ def _shardings(tree: Any) -> Any:
 
 def abstract_batch(batch_size: int, image_size: int, max_boxes: int, mesh: Mesh
                    ) -> tuple[Array, GroundTruth]:
-  """Shapes, types and shardings of a step's (images, truth), to compile with."""
+  """Returns shapes, types and shardings of a step's (images, ground truth), to compile with."""
   split = sharding.by_rows(mesh)
 
   def array(shape, dtype):
@@ -147,7 +153,10 @@ def abstract_batch(batch_size: int, image_size: int, max_boxes: int, mesh: Mesh
 
 def jit_train_step(detector: Detector, optimizer: Optimizer, mesh: Mesh
                    ) -> Callable[[TrainState, Array, GroundTruth], tuple[TrainState, StepMetrics]]:
-  """`train_step` over the mesh: state placed as `abstract_state` and donated, the batch by rows."""
+  """Jits `train_step` over the mesh.
+
+  The state has the shardings of `abstract_state` and is donated; the batch is split by rows.
+  """
   split = sharding.by_rows(mesh)
   return _jit_step(lambda *arguments: train_step(detector, optimizer, *arguments),
                    detector, optimizer, mesh, (split, split))
@@ -155,7 +164,7 @@ def jit_train_step(detector: Detector, optimizer: Optimizer, mesh: Mesh
 
 def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, plan: ResidentSpec
                       ) -> Callable[[TrainState, ResidentData], tuple[TrainState, StepMetrics]]:
-  """As `jit_train_step`, of a step that draws its batch from the data on the devices."""
+  """Jits a step that draws its batch from the data on the devices; see `jit_train_step`."""
   def step(state: TrainState, data: ResidentData) -> tuple[TrainState, StepMetrics]:
     batch = draw_batch(plan, mesh, data, state.step)
     return train_step(detector, optimizer, state, *batch)

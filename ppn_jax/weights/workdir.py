@@ -8,7 +8,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from ppn_jax import storage
-from ppn_jax.checkpoints.manager import BEST_FIGURE, Checkpoints
+from ppn_jax.checkpoints.manager import BEST_METRIC, Checkpoints
 from ppn_jax.detection.structures import Category
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
@@ -97,7 +97,7 @@ def _best_of(workdir: storage.Path, steps: list[int]) -> int:
   scores = {}
   for folder in (workdir, workdir / 'evaluation'):
     for line in metrics.read(folder / 'metrics.jsonl'):
-      score = line.get(BEST_FIGURE)
+      score = line.get(BEST_METRIC)
       if line['step'] in steps and isinstance(score, float) and math.isfinite(score):
         scores[int(line['step'])] = score
   if not scores:

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are noticed, named, and passed over for the one before."""
+"""Damaged checkpoints are detected, reported, and skipped for the one before."""
 
 import errno
 import json
@@ -10,10 +10,12 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+import tensorstore
 
 from ppn_jax import storage
-from ppn_jax.checkpoints import integrity, manager, orbax
+from ppn_jax.checkpoints import integrity, manager
 from ppn_jax.checkpoints.manager import Checkpoints, DamagedCheckpoint, SaveFailed
+from ppn_jax.cli.libraries import quiet_libraries
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, StoreError
 from ppn_jax.training.state import TrainState
@@ -36,6 +38,12 @@ def same(a, b):
   return all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def quiet():
+  """Hides what Orbax writes about damaged files, as commands do."""
+  quiet_libraries()
+
+
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
   folder = tmp_path_factory.mktemp('saved') / 'checkpoints'
@@ -52,14 +60,14 @@ def folder(saved, tmp_path):
 
 
 def restore_newest(folder, *, read_only=True):
-  said = []
+  messages = []
   with Checkpoints(folder, read_only=read_only) as checkpoints:
-    step, state = checkpoints.restore_newest(like(), said.append)
-  return step, state, said
+    step, state = checkpoints.restore_newest(like(), messages.append)
+  return step, state, messages
 
 
 def kinds(folder):
-  """One file of each kind; data files have random names."""
+  """Returns one file of each kind; data files have random names."""
   found = {}
   for path in sorted(folder.rglob('*')):
     if path.is_file():
@@ -91,58 +99,123 @@ def test_a_damaged_file_never_gives_other_values(folder, damage, request):
   rng = np.random.default_rng(len(request.node.name))
   passed_over = 0
   for path in kinds(folder / '2'):
-    whole = path.read_bytes()
-    if not whole and damage is flip:
+    original = path.read_bytes()
+    if not original and damage is flip:
       continue
     damage(path, rng)
-    step, state, said = restore_newest(folder)
+    step, state, messages = restore_newest(folder)
     assert same(state, make_state(step)), path
-    assert all('\n' not in line for line in said)
+    assert all('\n' not in line for line in messages)
     if step == 1:
       passed_over += 1
-      assert f'{folder}/2 is damaged: ' in said[0] and 'going back to step 1' in said[0]
-    path.write_bytes(whole)
-  # The arrays, the manifest, what describes them, and the description of the whole.
+      assert f'{folder}/2 is damaged: ' in messages[0] and 'going back to step 1' in messages[0]
+    path.write_bytes(original)
+  # The arrays, the manifest, their metadata, and the metadata of the step.
   assert passed_over >= 4
 
 
 def test_every_bit_of_the_arrays_counts(folder):
   path = max((folder / '2' / 'state' / 'd').iterdir(), key=lambda p: p.stat().st_size)
-  whole = path.read_bytes()
-  for at in np.random.default_rng(0).choice(len(whole), 12, replace=False):
-    content = bytearray(whole)
+  original = path.read_bytes()
+  for at in np.random.default_rng(0).choice(len(original), 12, replace=False):
+    content = bytearray(original)
     content[at] ^= 0x10
     path.write_bytes(content)
     step, state, _ = restore_newest(folder)
     assert same(state, make_state(step)), at
 
 
-def test_values_that_only_the_checksum_tells_apart(folder, monkeypatch):
-  assert integrity.checksums(make_state(1)) != integrity.checksums(make_state(2))
-  file = folder / '2' / '_CHECKPOINT_METADATA'
+def change_checksum(folder, name):
+  file = folder / '_CHECKPOINT_METADATA'
   description = json.loads(file.read_text())
-  description['custom_metadata']['checksums']['opt_state/0'][1] ^= 1
+  description['custom_metadata']['checksums'][name][1] ^= 1
   file.write_text(json.dumps(description))
+
+
+def test_a_wrong_checksum_is_damage(folder):
+  assert integrity.checksums(make_state(1)) != integrity.checksums(make_state(2))
+  change_checksum(folder / '2', 'opt_state/0')
   with Checkpoints(folder, read_only=True) as checkpoints:
     with pytest.raises(DamagedCheckpoint, match='opt_state/0 is not what was saved'):
       checkpoints.restore(like(), 2)
 
 
-def test_a_checkpoint_without_checksums_is_taken_as_it_is(folder):
+def variables_only():
+  return like()._replace(opt_state=None)
+
+
+def bytes_read():
+  found = tensorstore.experimental_collect_matching_metrics('/tensorstore/kvstore/file/bytes_read')
+  return sum(value['value'] for metric in found for value in metric['values'])
+
+
+def test_restoring_variables_neither_reads_nor_checks_the_optimizer(tmp_path):
+  state = make_state(1, width=100_000)
+  abstract = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding),
+                          state, like())
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    change_checksum(tmp_path / 'checkpoints' / '1', 'opt_state/0')
+    read = []
+    for wanted in (abstract, abstract._replace(opt_state=None), None):
+      before = bytes_read()
+      try:
+        restored = checkpoints.restore(wanted, 1)
+        assert restored.opt_state is None and same(restored, state._replace(opt_state=None))
+      except DamagedCheckpoint:
+        assert wanted is abstract
+      read.append(bytes_read() - before)
+  assert max(read[1:]) < 0.7 * read[0]
+
+
+def test_damaged_variables_are_refused_without_the_optimizer_too(folder):
+  change_checksum(folder / '2', 'variables/params/half')
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    for wanted in (variables_only(), None):
+      with pytest.raises(DamagedCheckpoint, match='variables/params/half is not what was saved'):
+        checkpoints.restore(wanted, 2)
+
+
+@pytest.mark.parametrize('damage', [truncate, remove, flip])
+def test_damage_anywhere_never_gives_other_variables(folder, damage):
+  rng = np.random.default_rng(0)
+  refused = 0
+  for path in kinds(folder / '2'):
+    original = path.read_bytes()
+    damage(path, rng)
+    with Checkpoints(folder, read_only=True) as checkpoints:
+      try:
+        restored = checkpoints.restore(variables_only(), 2)
+        assert same(restored, make_state(2)._replace(opt_state=None)), path
+      except InputError:
+        refused += 1
+    path.write_bytes(original)
+  assert refused >= 3
+
+
+def test_variables_of_another_model_are_refused(folder):
+  other = make_state(0, width=7)
+  with Checkpoints(folder, read_only=True) as checkpoints:
+    with pytest.raises(InputError, match=r'another model: variables/params/\S+ is \(\S*300'):
+      checkpoints.restore(other._replace(opt_state=None), 2)
+
+
+def test_a_checkpoint_without_checksums_is_restored(folder):
   file = folder / '2' / '_CHECKPOINT_METADATA'
   description = json.loads(file.read_text())
   description['custom_metadata'] = {}
   file.write_text(json.dumps(description))
-  step, state, said = restore_newest(folder)
-  assert step == 2 and same(state, make_state(2)) and not said
+  step, state, messages = restore_newest(folder)
+  assert step == 2 and same(state, make_state(2)) and not messages
 
 
 @pytest.mark.parametrize('part', ['state', 'state/d', '.'])
-def test_half_deleted(folder, part):
+def test_a_partly_deleted_checkpoint_is_skipped(folder, part):
   shutil.rmtree(folder / '2' / part)
   (folder / '2').mkdir(exist_ok=True)
-  step, state, said = restore_newest(folder)
-  assert step == 1 and same(state, make_state(1)) and len(said) == 1
+  step, state, messages = restore_newest(folder)
+  assert step == 1 and same(state, make_state(1)) and len(messages) == 1
 
 
 def test_the_trainer_moves_a_damaged_step_aside_and_saves_it_again(folder):
@@ -151,37 +224,38 @@ def test_the_trainer_moves_a_damaged_step_aside_and_saves_it_again(folder):
     step, _ = checkpoints.restore_newest(like(), lambda text: None)
     assert step == 1 and checkpoints.steps() == [1]
     checkpoints.save(2, make_state(2))
-  step, state, said = restore_newest(folder)
-  assert step == 2 and same(state, make_state(2)) and not said
-  assert (folder.parent / manager.ASIDE / '2' / 'state').is_dir()
+  step, state, messages = restore_newest(folder)
+  assert step == 2 and same(state, make_state(2)) and not messages
+  assert (folder.parent / manager.DAMAGED_FOLDER / '2' / 'state').is_dir()
 
 
-def test_whatever_keeps_a_process_from_reading_is_told_to_the_others(folder, monkeypatch):
-  told = []
-  monkeypatch.setattr(sharding, 'all_say', lambda yes: bool(told.append(yes)) or yes)
+def test_a_read_error_is_shared_with_other_processes(folder, monkeypatch):
+  agreed = []
+  monkeypatch.setattr(sharding, 'all_true', lambda yes: bool(agreed.append(yes)) or yes)
   with Checkpoints(folder, read_only=True) as checkpoints:
     monkeypatch.setattr(checkpoints, '_read', lambda *_: (_ for _ in ()).throw(StoreError('gone')))
     with pytest.raises(StoreError, match='gone'):
       checkpoints.restore(like(), 1)
-  assert told == [False]
+  assert agreed == [False]
 
 
-def test_nothing_is_moved_when_none_is_whole(folder):
+def test_nothing_is_moved_if_all_are_damaged(folder):
   for step in (1, 2):
     remove(folder / str(step) / 'state' / '_METADATA', None)
   for read_only in (True, False):
-    with pytest.raises(InputError, match=r'is whole: .*/2 is damaged.*/1 is damaged') as error:
+    with pytest.raises(InputError, match=r'every checkpoint in .* is damaged: .*/2 is damaged'
+                       r'.*/1 is damaged') as error:
       restore_newest(folder, read_only=read_only)
     assert '\n' not in str(error.value)
   assert sorted(p.name for p in folder.iterdir()) == ['1', '2']
 
 
-def test_damaged_figures_cost_the_figures_only(folder):
+def test_damaged_metrics_do_not_affect_the_state(folder):
   (folder / '2' / 'metrics' / 'metrics').write_text('{"AP": ')
   for read_only in (True, False):
-    step, state, said = restore_newest(folder, read_only=read_only)
+    step, state, messages = restore_newest(folder, read_only=read_only)
     assert step == 2 and same(state, make_state(2))
-    assert said == [f'the figures of {folder}/2 are damaged; it counts as not evaluated']
+    assert messages == [f'the metrics of {folder}/2 are damaged; it counts as not evaluated']
 
 
 TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT]
@@ -189,13 +263,13 @@ TRANSIENT = [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOU
 # By which call of whom each part is read.
 READERS = [
     (pathlib.Path, 'read_bytes'),  # Orbax's description of the step.
-    (manager.ocp.StandardCheckpointHandler, 'metadata'),
-    (orbax.Manager, 'restore'),
+    (manager.ocp.PyTreeCheckpointHandler, 'metadata'),
+    (manager.ocp.PyTreeCheckpointHandler, 'restore'),
 ]
 
 
 def in_trouble(monkeypatch, owner, name, error, times):
-  """A method fails so often, whatever it is asked for; returns how often it was."""
+  """Makes a method fail `times` times; returns a list that grows with each call."""
   asked, original = [], getattr(owner, name)
 
   def method(*args, **options):
@@ -210,7 +284,7 @@ def in_trouble(monkeypatch, owner, name, error, times):
 
 
 def errors_of(number):
-  """As Python and as TensorStore tell of it."""
+  """Returns the error as Python and as TensorStore raise it."""
   text = os.strerror(number)
   return [OSError(number, text, 'file'),
           ValueError(f"UNKNOWN: Error reading file [os_error_code='{number}' {text}]")]
@@ -218,7 +292,7 @@ def errors_of(number):
 
 @pytest.mark.parametrize('number', TRANSIENT)
 @pytest.mark.parametrize('owner, name', READERS)
-def test_a_store_in_trouble_condemns_nothing(folder, monkeypatch, owner, name, number):
+def test_an_outage_is_not_damage(folder, monkeypatch, owner, name, number):
   for error in errors_of(number)[:1 if owner is pathlib.Path else 2]:
     with monkeypatch.context() as patch:
       in_trouble(patch, owner, name, error, times=2)
@@ -227,24 +301,24 @@ def test_a_store_in_trouble_condemns_nothing(folder, monkeypatch, owner, name, n
       in_trouble(patch, owner, name, error, times=99)
       with pytest.raises(StoreError, match=rf'/2 cannot be read now: {os.strerror(number)}; it is'):
         restore_newest(folder, read_only=False)
-  assert not folder.with_name(manager.ASIDE).exists()
+  assert not folder.with_name(manager.DAMAGED_FOLDER).exists()
 
 
 @pytest.mark.parametrize('number', TRANSIENT)
-def test_figures_that_cannot_be_read_now_are_tried_again(folder, monkeypatch, number):
+def test_reading_metrics_is_retried(folder, monkeypatch, number):
   asked = in_trouble(monkeypatch, manager.ocp.CheckpointManager, 'metrics',
                      OSError(number, os.strerror(number)), times=2)
   assert restore_newest(folder)[2] == [] and len(asked) >= 3
 
 
-def test_content_that_cannot_be_decoded_is_damage_at_once(folder, monkeypatch):
-  asked = in_trouble(monkeypatch, orbax.Manager, 'restore',
+def test_undecodable_content_is_damage_without_retries(folder, monkeypatch):
+  asked = in_trouble(monkeypatch, manager.ocp.PyTreeCheckpointHandler, 'restore',
                      ValueError('DATA_LOSS: Error decompressing'), times=1)
-  step, _, said = restore_newest(folder)
-  assert step == 1 and len(said) == 1 and len(asked) == 2
+  step, _, messages = restore_newest(folder)
+  assert step == 1 and len(messages) == 1 and len(asked) == 2
 
 
-def test_a_checkpoint_is_known_without_its_arrays(folder, monkeypatch):
+def test_a_checkpoint_is_identified_without_its_arrays(folder, monkeypatch):
   for path in (folder / '2' / 'state').rglob('*'):
     if path.is_file():
       path.unlink()
@@ -272,7 +346,7 @@ def small_disk(tmp_path):
   subprocess.run(['umount', '-l', str(disk)], check=True)
 
 
-def test_a_full_disk_keeps_what_is_there_and_a_later_save_succeeds(small_disk):
+def test_a_full_disk_keeps_earlier_checkpoints_and_a_later_save_succeeds(small_disk):
   folder = small_disk / 'checkpoints'
   with Checkpoints(folder) as checkpoints:
     checkpoints.save(1, make_state(1))

@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: said in a line, nothing lost, a run goes on once it can."""
+"""A full or read-only disk is reported in a line, nothing is lost, and the run continues."""
 
 import gc
 import json
@@ -13,7 +13,7 @@ from tiny import CONFIG_FILE
 
 from ppn_jax.checkpoints import integrity
 from ppn_jax.cli.main import main
-from ppn_jax.telemetry import append_only
+from ppn_jax.telemetry.metrics import AppendOnlyFile
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 # A smaller net than tiny's own, and room for five of its checkpoints.
@@ -44,7 +44,7 @@ def fill(disk):
 
 def set_writable(disk, writable):
   command = ['mount', '-o', f'remount,{"rw" if writable else "ro"}', str(disk)]
-  # Refused while a file is open for writing, as the run's figures are for moments.
+  # Refused while a file is open for writing, as metrics.jsonl is for moments.
   while subprocess.run(command, capture_output=True, check=False).returncode:
     time.sleep(0.01)
 
@@ -58,7 +58,7 @@ def train(disk, *overrides):
 
 
 def at_save(monkeypatch, **actions):
-  """Calls what is given for a step, as `step_3`, in the thread that is about to write it."""
+  """Calls the action for a step, such as `step_3`, in the thread that is about to write it."""
   original = integrity.checksums
 
   def checksums(state):
@@ -78,8 +78,8 @@ def logged(disk):
   return [json.loads(line)['step'] for line in lines]
 
 
-def charted(workdir):
-  """The steps in the event files."""
+def steps_in_event_files(workdir):
+  """Returns the steps in the event files."""
   steps = set()
   for path in (workdir / 'tensorboard').iterdir():
     data = path.read_bytes()
@@ -92,62 +92,63 @@ def charted(workdir):
   return steps
 
 
-def check_said(capfd, caplog, *lines):
-  gc.collect()  # asyncio speaks of lost exceptions then.
-  said = capfd.readouterr().err
-  assert 'Traceback' not in said and not caplog.records
+def check_output(capfd, caplog, *lines):
+  gc.collect()  # asyncio reports lost exceptions then.
+  output = capfd.readouterr().err
+  assert 'Traceback' not in output and not caplog.records
   for line in lines:
-    assert sum(line in told for told in said.splitlines()) == 1, (line, said)
+    assert sum(line in written for written in output.splitlines()) == 1, (line, output)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_a_while(disk, monkeypatch, capfd, caplog):
+def test_a_temporarily_full_disk(disk, monkeypatch, capfd, caplog):
   at_save(monkeypatch, step_8=lambda: fill(disk), step_24=(disk / 'filling').unlink)
   assert train(disk) == 0
   failed = 'could not be saved: No space left on device; the newest checkpoint in'
-  check_said(capfd, caplog, 'No space left on device; going on, the figures are kept', *(
-      f'step {step} {failed} {disk}/run/checkpoints is step 4; going on'
+  kept = 'No space left on device; training continues, the metrics are kept'
+  check_output(capfd, caplog, kept, *(
+      f'step {step} {failed} {disk}/run/checkpoints is step 4; training continues'
       for step in (8, 12, 16, 20)))
   assert saved(disk) == [36, 40]
-  assert logged(disk) == [*range(1, 41)] and charted(disk / 'run') == {*range(1, 41)}
+  assert logged(disk) == [*range(1, 41)] and steps_in_event_files(disk / 'run') == {*range(1, 41)}
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_run_if_asked_and_a_start_with_room_goes_on(
+def test_a_full_disk_stops_the_run_on_request_and_it_resumes_with_space(
     disk, monkeypatch, capfd, caplog):
   at_save(monkeypatch, step_8=lambda: fill(disk))
   assert train(disk, '--config.train.on_save_error=stop') == 1
-  check_said(capfd, caplog, 'ppn: training stopped: step 8 could not be saved: No space left on')
+  check_output(capfd, caplog, 'ppn: training stopped: step 8 could not be saved: No space left on')
   assert saved(disk)[0] == 4
   assert train(disk) == 1
-  check_said(capfd, caplog, 'ppn: error: ')
+  check_output(capfd, caplog, 'ppn: error: ')
   (disk / 'filling').unlink()
   assert train(disk) == 0
-  check_said(capfd, caplog, f'resuming {disk}/run from step 4')
+  check_output(capfd, caplog, f'resuming {disk}/run from step 4')
   assert saved(disk) == [36, 40] and logged(disk) == [*range(1, 41)]
 
 
 @pytest.mark.slow
-def test_a_store_that_becomes_read_only(disk, monkeypatch, capfd, caplog):
+def test_a_disk_that_becomes_read_only(disk, monkeypatch, capfd, caplog):
   at_save(monkeypatch, step_8=lambda: set_writable(disk, False),
           step_16=lambda: set_writable(disk, True))
   assert train(disk) == 0
-  check_said(capfd, caplog, 'Read-only file system; going on, the figures are kept', *(
+  check_output(capfd, caplog, 'Read-only file system; training continues, the metrics are kept', *(
       f'step {step} could not be saved: Read-only file system; the newest' for step in (8, 12)))
   assert saved(disk) == [36, 40]
-  assert logged(disk) == [*range(1, 41)] and charted(disk / 'run') == {*range(1, 41)}
+  assert logged(disk) == [*range(1, 41)] and steps_in_event_files(disk / 'run') == {*range(1, 41)}
 
 
-def test_a_read_only_store_from_the_start(disk, capfd, caplog):
+def test_a_disk_that_is_read_only_from_the_start(disk, capfd, caplog):
   set_writable(disk, False)
   assert train(disk) == 2
-  check_said(capfd, caplog, f'ppn: error: {disk}/run: Read-only file system')
+  check_output(capfd, caplog, f'ppn: error: {disk}/run: Read-only file system')
   set_writable(disk, True)
   assert not list(disk.iterdir())
 
 
-def test_a_file_that_grows_takes_what_was_refused_once_there_is_room(disk):
-  file, refused = append_only.GrowingFile(disk / 'lines'), 0
+def test_an_append_only_file_writes_what_failed_once_there_is_space(disk):
+  file, refused = AppendOnlyFile(disk / 'lines'), 0
   for step in range(12):
     if step == 4:
       fill(disk)

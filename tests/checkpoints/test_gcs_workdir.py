@@ -1,4 +1,4 @@
-"""Workdirs on gs://, held by a stand-in server: killed, gone on with, damaged and evaluated."""
+"""Workdirs on gs://, on a stand-in server: killed, resumed, damaged and evaluated."""
 
 import json
 import os
@@ -28,7 +28,7 @@ STEPS, EVERY = 20, 5
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
-  """(folder of the buckets, environment of processes that find them in gs://)."""
+  """Returns (folder of the buckets, environment in which gs:// refers to them)."""
   root = tmp_path_factory.mktemp('buckets')
   (root / 'bucket').mkdir()
   (root / 'forbidden').mkdir()
@@ -89,13 +89,13 @@ def losses(workdir):
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_the_local_one_to_the_bit(runs):
+def test_a_killed_run_equals_the_local_one_bit_for_bit(runs):
   states = [jax.tree.leaves(final_state(workdir)) for workdir in runs]
   assert all(map(np.array_equal, *states))
 
 
 @pytest.mark.slow
-def test_no_line_is_lost_or_doubled(runs):
+def test_no_line_is_lost_or_repeated(runs):
   bucket, local = runs
   assert [step for step, _ in losses(bucket)] == list(range(1, STEPS + 1))
   assert losses(bucket) == losses(local)
@@ -150,9 +150,9 @@ for _ in range(2):
   data = max((in_bucket / '4/state/d').iterdir(), key=lambda p: p.stat().st_size)
   data.write_bytes(data.read_bytes()[:100])
   with Checkpoints(folder, keep_last=2) as checkpoints:
-    said = []
-    step, state = checkpoints.restore_newest(damaged.like(), said.append)
-    print(step, damaged.same(state, damaged.make_state(3)), checkpoints.steps(), said[0])
+    messages = []
+    step, state = checkpoints.restore_newest(damaged.like(), messages.append)
+    print(step, damaged.same(state, damaged.make_state(3)), checkpoints.steps(), messages[0])
     checkpoints.save(4, damaged.make_state(4))
 print(damaged.restore_newest(folder)[0], sorted(p.name for p in (
     root / 'bucket/damage/damaged_checkpoints').iterdir()))
@@ -160,7 +160,7 @@ print(damaged.restore_newest(folder)[0], sorted(p.name for p in (
 
 
 @pytest.mark.slow
-def test_damage_is_set_aside_and_an_outage_is_none(store):
+def test_damage_is_set_aside_and_an_outage_is_not_damage(store):
   root, environment = store
   path = f'{environment["PYTHONPATH"]}:{pathlib.Path(__file__).parent}'
   done = python({**environment, 'PYTHONPATH': path}, DAMAGE, str(root))
@@ -186,7 +186,7 @@ for bucket in ('missing', 'forbidden', 'bucket', 'unreachable'):
 """
 
 
-def test_a_bucket_that_cannot_be_used_is_one_line(store):
+def test_an_unusable_bucket_is_reported_in_one_line(store):
   done = python(store[1], REFUSED)
   assert done.stdout.split() == ['2'] * 4, done.stderr
   for line, reply in zip(done.stderr.splitlines(), [
@@ -197,7 +197,7 @@ def test_a_bucket_that_cannot_be_used_is_one_line(store):
 
 @pytest.mark.parametrize('workdir', ['s3://bucket/run', 'http://host/run', 'gs:///run'])
 def test_other_schemes_are_refused(workdir):
-  with pytest.raises(InputError, match='legal: a local folder, or gs://BUCKET/FOLDER'):
+  with pytest.raises(InputError, match='must be a local folder or gs://BUCKET/FOLDER'):
     storage.folder_path(workdir)
 
 
@@ -213,7 +213,7 @@ from ppn_jax import storage
 from ppn_jax.errors import InputError, Stopped
 from ppn_jax.distributed import ownership
 from ppn_jax.distributed.ownership import Ownership, Process
-ownership.BEAT_SECONDS = 0.1
+ownership.HEARTBEAT_SECONDS = 0.1
 folder = storage.folder_path('gs://bucket/owned')
 path = folder / '.training.lock'
 
@@ -224,7 +224,7 @@ with Ownership(folder, 'training', print) as first:
   begun = first._version
   while storage.read_versioned(path).version == begun:
     pass
-  ownership.BEAT_SECONDS = 1e6
+  ownership.HEARTBEAT_SECONDS = 1e6
   print('beats')
   try:
     Ownership(folder, 'training', print).__enter__()
@@ -234,7 +234,7 @@ with Ownership(folder, 'training', print) as first:
   while not storage.replace_version(path, elsewhere(theirs.text), theirs.version):
     theirs = storage.read_versioned(path)
   try:
-    first._beat()
+    first._send_heartbeat()
     first.check()
   except Stopped:
     print('lost')

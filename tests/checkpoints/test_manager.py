@@ -1,4 +1,4 @@
-"""The checkpoint service: what it keeps, restores and refuses."""
+"""The checkpoint service keeps, restores and refuses checkpoints."""
 
 import errno
 import socket
@@ -39,27 +39,27 @@ def test_restores_every_bit_and_the_structure(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, state, restored)
 
 
-def test_keeps_the_last_and_the_best_also_after_a_restart(tmp_path):
+def test_the_last_and_the_best_are_kept_also_after_a_restart(tmp_path):
   nan = float('nan')
-  figures = {1: {}, 2: {'AP': 0.5}, 3: {'AP': 0.3}, 4: {'AP': None}, 5: {}, 6: {'AP': nan}, 7: {}}
+  metrics = {1: {}, 2: {'AP': 0.5}, 3: {'AP': 0.3}, 4: {'AP': None}, 5: {}, 6: {'AP': nan}, 7: {}}
   for steps in ((1, 2, 3, 4), (5, 6, 7)):
     with Checkpoints(tmp_path / 'c', keep_last=2, keep_best=1) as checkpoints:
       for step in steps:
-        checkpoints.save(step, make_state(step), figures[step] or None)
+        checkpoints.save(step, make_state(step), metrics[step] or None)
   with Checkpoints(tmp_path / 'c', read_only=True) as checkpoints:
     assert checkpoints.steps() == [2, 6, 7]
 
 
 @pytest.mark.parametrize('missing', [None, float('nan'), -1.0])  # The last as of earlier versions.
-def test_a_metric_that_does_not_exist_keeps_nothing(tmp_path, missing):
+def test_a_missing_metric_is_never_best(tmp_path, missing):
   with Checkpoints(tmp_path / 'c', keep_last=1, keep_best=1) as checkpoints:
-    for step, figures in enumerate([{'AP': missing, 'AP50': 0.5}, None], start=1):
-      checkpoints.save(step, make_state(step), figures)
+    for step, metrics in enumerate([{'AP': missing, 'AP50': 0.5}, None], start=1):
+      checkpoints.save(step, make_state(step), metrics)
   with Checkpoints(tmp_path / 'c', read_only=True) as checkpoints:
     assert checkpoints.steps() == [2]
 
 
-def test_what_a_kill_leaves_half_written_is_not_a_checkpoint(tmp_path):
+def test_an_incomplete_folder_is_not_a_checkpoint(tmp_path):
   with Checkpoints(tmp_path / 'c') as checkpoints:
     checkpoints.save(1, make_state())
   (tmp_path / 'c' / '2.orbax-checkpoint-tmp' / 'state').mkdir(parents=True)
@@ -81,7 +81,7 @@ def test_saving_copies_before_the_step_reuses_the_memory(tmp_path):
   assert np.all(restored.variables['params']['head']['kernel'] == 3.0)
 
 
-def test_training_goes_on_while_a_thread_writes(tmp_path, monkeypatch):
+def test_training_continues_while_a_thread_writes(tmp_path, monkeypatch):
   go_on, checksums = threading.Event(), integrity.checksums
 
   def held_up(state):
@@ -97,7 +97,7 @@ def test_training_goes_on_while_a_thread_writes(tmp_path, monkeypatch):
     assert (tmp_path / 'c' / '1').exists() and checkpoints.steps() == [1]
 
 
-def test_what_fails_in_the_thread_is_told_by_wait_and_the_next_save_succeeds(tmp_path, monkeypatch):
+def test_wait_raises_errors_of_the_thread_and_the_next_save_succeeds(tmp_path, monkeypatch):
   def fail(state):
     raise OSError(errno.EIO, 'Input/output error', 'file')
 
@@ -123,7 +123,7 @@ def test_another_model_is_refused_with_both_shapes(tmp_path):
   assert '\n' not in str(error.value)
 
 
-def test_a_step_that_is_not_there(tmp_path):
+def test_a_missing_step(tmp_path):
   with Checkpoints(tmp_path / 'c') as checkpoints:
     assert checkpoints.latest() is None
     checkpoints.save(1, make_state())
@@ -138,7 +138,7 @@ def test_options_out_of_range(tmp_path, options):
     Checkpoints(tmp_path / 'c', **options)
 
 
-def test_the_moving_average_cannot_come_or_go_in_a_run(tmp_path):
+def test_the_moving_average_cannot_be_turned_on_or_off_within_a_run(tmp_path):
   without = make_state()
   average = without._replace(average=without.variables)
   with Checkpoints(tmp_path / 'c') as checkpoints:
@@ -188,7 +188,7 @@ for found, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state(3))):
 """
 
 
-def test_processes_that_save_together_use_no_collective(tmp_path):
+def test_saving_in_several_processes_uses_no_collective(tmp_path):
   with socket.socket() as probe:
     probe.bind(('', 0))
     port = probe.getsockname()[1]

@@ -207,7 +207,7 @@ def test_training_from_a_backbone(foreign, config, tmp_path, capsys):
   argv[3] = '--config.init.weights=/elsewhere'
   assert main(argv) == 0
   printed = capsys.readouterr().err
-  assert 'resuming' in printed and 'init.weights=/elsewhere is not read' in printed
+  assert 'resuming' in printed and 'init.weights=/elsewhere is ignored' in printed
   assert_same(variables_of(workdir, 2), found)
   assert json.loads((workdir / 'config.json').read_text())['init'] == record
 

@@ -167,14 +167,14 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
-  report = train_loop.Steps._report
+  report = train_loop.TrainLoop._report
 
   def interrupt(self, step):
     report(self, step)
     if step == 4:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(train_loop.Steps, '_report', interrupt)
+  monkeypatch.setattr(train_loop.TrainLoop, '_report', interrupt)
   with pytest.raises(KeyboardInterrupt):
     train_job.train(resident_config(), tmp_path)
   monkeypatch.undo()
@@ -233,5 +233,5 @@ def test_configs_without_the_options_train_from_the_host():
   config = tiny_config().unlock()
   config.data.train = {'name': 'synthetic_shapes', 'num_images': 4, 'image_size': 64}
   source = build_source(config.data.train.to_dict())
-  feed = input_pipeline.build_feed(config, source, sharding.data_mesh())
-  assert isinstance(feed, input_pipeline.HostFeed)
+  pipeline = input_pipeline.build_input_pipeline(config, source, sharding.data_mesh())
+  assert isinstance(pipeline, input_pipeline.HostPipeline)

@@ -1,4 +1,4 @@
-"""Compiled programs on disk: found again with the same bits, whatever becomes of the folder."""
+"""The cache of compiled programs gives the same bits, whatever happens to its folder."""
 
 import json
 import os
@@ -13,15 +13,15 @@ import jax, jax.numpy as jnp
 from ppn_jax.distributed import compile_cache
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.rpartition('/')[2]))
-said = []
+messages = []
 compile_cache.MAX_BYTES = int(sys.argv[1])
-folder = compile_cache.keep_compiled_programs(said.append)
+folder = compile_cache.keep_compiled_programs(messages.append)
 sums = []
 with warnings.catch_warnings(record=True) as warned:
   for size in map(int, sys.argv[2:]):
     x = jnp.linspace(0, 1, size * size).reshape(size, size)
     sums.append(float(jax.jit(lambda x: jnp.sin(x @ x).sum())(x)))
-print(json.dumps({'folder': folder and str(folder), 'said': said, 'sums': sums,
+print(json.dumps({'folder': folder and str(folder), 'messages': messages, 'sums': sums,
                   'hits': hits.count('cache_hits'), 'misses': hits.count('cache_misses'),
                   'warned': [str(w.message) for w in warned]}))
 """
@@ -46,9 +46,9 @@ def programs(folder):
   return {path for path in folder.rglob('*-cache')}
 
 
-def test_the_second_start_finds_the_same_bits(tmp_path):
+def test_second_start_reuses_programs_with_the_same_bits(tmp_path):
   first = result(start(tmp_path, 20))
-  assert first['hits'] == 0 < first['misses'] and not first['said'] + first['warned']
+  assert first['hits'] == 0 < first['misses'] and not first['messages'] + first['warned']
   assert first['folder'].startswith(str(tmp_path / 'ppn_jax' / 'compiled'))
   second = result(start(tmp_path, 20))
   assert second['misses'] == 0 and second['hits'] == first['misses']
@@ -63,12 +63,12 @@ def test_the_second_start_finds_the_same_bits(tmp_path):
   assert not third['warned'] and min(p.stat().st_size for p in programs(tmp_path)) > 50
 
 
-def test_processes_share_it_and_it_stays_within_bounds(tmp_path):
+def test_processes_share_the_cache_within_its_bounds(tmp_path):
   limit = 30_000
   sizes = range(20, 26)
   found = [result(p) for p in [start(tmp_path, *sizes, limit=limit) for _ in range(2)]]
   assert found[0]['sums'] == found[1]['sums']
-  assert not any(f['said'] + f['warned'] for f in found)
+  assert not any(f['messages'] + f['warned'] for f in found)
   size = sum(path.stat().st_size for path in programs(tmp_path))
   assert limit / 3 < size <= limit
   assert sum(f['misses'] for f in found) > len(programs(tmp_path))
@@ -77,17 +77,17 @@ def test_processes_share_it_and_it_stays_within_bounds(tmp_path):
 @pytest.mark.parametrize('environment, kept', [
     ({'JAX_COMPILATION_CACHE_DIR': '{tmp}/mine'}, True), ({'JAX_COMPILATION_CACHE_DIR': ''}, False),
     ({'JAX_ENABLE_COMPILATION_CACHE': 'false'}, False)])
-def test_jax_settings_win(tmp_path, environment, kept):
+def test_jax_settings_take_precedence(tmp_path, environment, kept):
   environment = {k: v.format(tmp=tmp_path) for k, v in environment.items()}
   found = result(start(tmp_path / 'home', 20, **environment))
-  assert found['folder'] is None and not found['said'] and not (tmp_path / 'home').exists()
+  assert found['folder'] is None and not found['messages'] and not (tmp_path / 'home').exists()
   assert bool(programs(tmp_path)) == kept
 
 
-def test_a_folder_that_cannot_be_used_is_said_in_a_line(tmp_path):
+def test_an_unusable_folder_is_reported_in_one_line(tmp_path):
   (tmp_path / 'file').write_text('')
   found = result(start(tmp_path / 'file', 20))
   assert found['folder'] is None and len(found['sums']) == 1
-  said, = found['said']
-  assert str(tmp_path / 'file') in said and 'JAX_COMPILATION_CACHE_DIR' in said
-  assert '\n' not in said
+  messages, = found['messages']
+  assert str(tmp_path / 'file') in messages and 'JAX_COMPILATION_CACHE_DIR' in messages
+  assert '\n' not in messages

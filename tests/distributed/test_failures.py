@@ -1,4 +1,4 @@
-"""One process of a run fails: the others end soon, with its reason and its exit code."""
+"""If one process of a run fails, the others end soon, with its reason and its exit code."""
 
 import os
 import pathlib
@@ -20,8 +20,8 @@ import numpy as np
 from ppn_jax.cli import flags, main, train
 from ppn_jax.errors import InputError
 from ppn_jax.distributed import sharding
-culprit, deed, wait = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-sharding.HEARTBEAT_SECONDS = 6 if deed == 'kill' else 60
+culprit, failure, wait = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+sharding.HEARTBEAT_SECONDS = 6 if failure == 'kill' else 60
 
 def run(args):
   flags.join_processes(args)
@@ -31,10 +31,10 @@ def run(args):
   multihost_utils.process_allgather(np.arange(3))
   if jax.process_index() == culprit:
     print('up', flush=True)
-    if deed == 'kill':
+    if failure == 'kill':
       os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1)
-    raise {'mistake': InputError('image 7 is damaged'), 'bug': KeyError('seven')}[deed]
+    raise {'mistake': InputError('image 7 is damaged'), 'bug': KeyError('seven')}[failure]
   if wait == 'collective':
     multihost_utils.process_allgather(np.arange(3))
   coordination.client().wait_at_barrier('never', 300_000)
@@ -60,41 +60,41 @@ def start(command, count=2, devices=1, **environment):
 
 
 def ends(processes):
-  """Exit codes and stderr of each."""
-  said = [p.communicate(timeout=150)[1] for p in processes]
-  return [p.returncode for p in processes], said
+  """Returns exit code and stderr of each process."""
+  outputs = [p.communicate(timeout=150)[1] for p in processes]
+  return [p.returncode for p in processes], outputs
 
 
-def misbehave(culprit, deed, wait):
-  """How both end, and seconds from the deed on."""
-  processes = start([sys.executable, '-c', PROCESS, str(culprit), deed, wait])
+def misbehave(culprit, failure, wait):
+  """Returns how both end, and the seconds since the failure."""
+  processes = start([sys.executable, '-c', PROCESS, str(culprit), failure, wait])
   if not any(line == 'up\n' for line in processes[culprit].stdout):  # Gloo writes there, too.
     pytest.fail(str(ends(processes)))
   at = time.monotonic()
   return *ends(processes), time.monotonic() - at
 
 
-@pytest.mark.parametrize('culprit, deed, wait, code, line', [
+@pytest.mark.parametrize('culprit, failure, wait, code, line', [
     (1, 'mistake', 'barrier', 2, 'image 7 is damaged'),
     (0, 'mistake', 'collective', 2, 'image 7 is damaged'),
     (1, 'bug', 'collective', 1, "KeyError: 'seven'"),
 ])
-def test_all_end_with_the_reason_and_the_code_of_one(culprit, deed, wait, code, line):
-  codes, said, seconds = misbehave(culprit, deed, wait)
-  assert codes == [code, code], said
-  assert f'ppn: process {culprit} stopped: {line}' in said[1 - culprit].splitlines()
-  assert 'Traceback' not in said[1 - culprit]
-  if deed == 'mistake':
-    assert said[culprit].splitlines()[-1] == f'ppn: error: {line}'
+def test_all_end_with_the_reason_and_exit_code_of_the_first(culprit, failure, wait, code, line):
+  codes, outputs, seconds = misbehave(culprit, failure, wait)
+  assert codes == [code, code], outputs
+  assert f'ppn: process {culprit} stopped: {line}' in outputs[1 - culprit].splitlines()
+  assert 'Traceback' not in outputs[1 - culprit]
+  if failure == 'mistake':
+    assert outputs[culprit].splitlines()[-1] == f'ppn: error: {line}'
   else:
-    assert 'Traceback' in said[culprit] and said[culprit].rstrip().endswith(line)
+    assert 'Traceback' in outputs[culprit] and outputs[culprit].rstrip().endswith(line)
   assert seconds < 15
 
 
-def test_a_process_that_is_killed_is_missed():
-  codes, said, seconds = misbehave(1, 'kill', 'barrier')
-  assert codes == [-signal.SIGABRT, -signal.SIGKILL], said
-  assert 'stopped sending heartbeats' in said[0]
+def test_a_killed_process_ends_the_others():
+  codes, outputs, seconds = misbehave(1, 'kill', 'barrier')
+  assert codes == [-signal.SIGABRT, -signal.SIGKILL], outputs
+  assert 'stopped sending heartbeats' in outputs[0]
   assert seconds < 60
 
 
@@ -129,21 +129,21 @@ def train_on_damaged_shapes(tmp_path, block, *arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize('block', ['train', 'eval'])
 def test_a_damaged_image_on_one_host_ends_training_on_all(tmp_path, block):
-  codes, said = train_on_damaged_shapes(tmp_path, block, '--config.train.steps=30')
-  assert codes == [2, 2], said
-  assert 'ppn: process 1 stopped: ' in said[0] and 'image 3 is damaged' in said[0]
-  assert 'Traceback' not in ''.join(said)
-  assert 'ppn: error: ' in said[1] and 'image 3 is damaged' in said[1]
+  codes, outputs = train_on_damaged_shapes(tmp_path, block, '--config.train.steps=30')
+  assert codes == [2, 2], outputs
+  assert 'ppn: process 1 stopped: ' in outputs[0] and 'image 3 is damaged' in outputs[0]
+  assert 'Traceback' not in ''.join(outputs)
+  assert 'ppn: error: ' in outputs[1] and 'image 3 is damaged' in outputs[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('block', ['train', 'eval'])
-def test_a_damaged_image_that_one_host_skips_is_named_by_the_first(tmp_path, block):
-  codes, said = train_on_damaged_shapes(
+def test_a_damaged_image_that_one_host_skips_is_reported_by_the_first(tmp_path, block):
+  codes, outputs = train_on_damaged_shapes(
       tmp_path, block, '--config.data.on_bad_example=skip', '--config.data.max_bad_share=0.5',
       '--config.train.steps=12')
-  assert codes == [0, 0], said
-  assert said[0].count('skipped: ') == 1 and 'image 3 is damaged' in said[0]
+  assert codes == [0, 0], outputs
+  assert outputs[0].count('skipped: ') == 1 and 'image 3 is damaged' in outputs[0]
   assert 'image 3 is damaged' in (tmp_path / 'run' / 'bad_examples.txt').read_text()
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: heard in a thread, raised where it does no harm."""
+"""Ctrl-C is received in a thread and raised where it does no harm."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from ppn_jax.errors import exit_status
 
 @pytest.fixture(autouse=True)
 def heard():
-  """As in a terminal, also where the tests run in the background."""
+  """Sets the handler of a terminal, also if the tests run in the background."""
   before = signal.signal(signal.SIGINT, signal.default_int_handler)
   yield
   signal.signal(signal.SIGINT, before)
@@ -35,7 +35,7 @@ def raising():
   return watch
 
 
-def test_it_wakes_who_waits_and_the_handlers_come_back():
+def test_an_interrupt_wakes_a_waiting_thread_and_handlers_are_restored():
   before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
   threading.Timer(0.1, interrupt).start()
   with pytest.raises(KeyboardInterrupt), raising():
@@ -43,8 +43,8 @@ def test_it_wakes_who_waits_and_the_handlers_come_back():
   assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
 
 
-def test_no_callback_swallows_it():
-  """An exception in a weak reference's callback goes nowhere, so it is raised after it."""
+def test_no_callback_swallows_an_interrupt():
+  """Exceptions in callbacks of weak references are lost, so it is raised after the callback."""
   came = []
 
   def callback(_):
@@ -63,7 +63,7 @@ def test_no_callback_swallows_it():
   assert came == ['through'] and reference() is None
 
 
-def test_no_frame_of_jax_is_left_by_it():
+def test_an_interrupt_is_not_raised_inside_jax():
   code = compile('def work():\n  time.sleep(0.3)\n  done.append(1)', 'work.py', 'exec')
   space = {'__name__': 'jax._src.somewhere', 'time': time, 'done': []}
   exec(code, space)
@@ -74,7 +74,7 @@ def test_no_frame_of_jax_is_left_by_it():
   assert space['done'] == [1]
 
 
-def test_in_other_threads_nothing_is_changed():
+def test_other_threads_are_unaffected():
   before = signal.getsignal(signal.SIGINT)
   seen = []
 
@@ -88,7 +88,7 @@ def test_in_other_threads_nothing_is_changed():
   assert seen == [before]
 
 
-def test_where_it_is_ignored_it_stays_ignored():
+def test_an_ignored_signal_stays_ignored():
   before = signal.signal(signal.SIGINT, signal.SIG_IGN)
   try:
     with raising():
@@ -104,7 +104,7 @@ def test_a_command_ends_with_130(monkeypatch, capsys):
   assert capsys.readouterr().err == 'ppn: interrupted\n'
 
 
-def test_training_notes_the_first_and_passes_on_the_second(monkeypatch, capfd):
+def test_training_records_the_first_and_passes_on_the_second(monkeypatch, capfd):
   monkeypatch.setattr(interrupts, 'end_at_once', lambda *_: pytest.fail('too early'))
   with pytest.raises(KeyboardInterrupt), PreemptionNotice() as notice:
     assert not notice.given()
@@ -145,10 +145,11 @@ sys.exit(cli.main())
 """
 
 
-def test_the_second_ends_a_training_that_is_inside_native_code():
+def test_the_second_interrupt_ends_training_inside_native_code():
   done = subprocess.run([sys.executable, '-c', NATIVE], capture_output=True, text=True, timeout=60,
                         check=False)
   assert done.returncode == 130, done.stderr
   assert done.stderr.splitlines() == [
-      'interrupted: ending after this step, which is saved first; again to end at once',
+      'interrupted: ending after this step, which is saved first; press Ctrl-C again to end at '
+      'once',
       'ppn: interrupted']

@@ -1,4 +1,4 @@
-"""One process writes a folder: locks that end with their process, leases that run out."""
+"""Ownership of folders: locks that end with their process, leases that expire."""
 
 import dataclasses
 import errno
@@ -27,12 +27,12 @@ with Ownership(pathlib.Path(sys.argv[1]), 'training', print):
 """
 
 
-def take(folder, said=None, **options):
-  with Ownership(folder, 'training', (said if said is not None else []).append, **options):
+def take(folder, messages=None, **options):
+  with Ownership(folder, 'training', (messages if messages is not None else []).append, **options):
     pass
 
 
-def test_the_second_is_refused_until_the_first_is_killed(tmp_path, monkeypatch):
+def test_a_second_owner_is_refused_until_the_first_is_killed(tmp_path, monkeypatch):
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.1)
   folder = tmp_path / 'run'
   with subprocess.Popen([sys.executable, '-c', HOLD, str(folder)], stdout=subprocess.PIPE,
@@ -51,7 +51,7 @@ def test_the_second_is_refused_until_the_first_is_killed(tmp_path, monkeypatch):
   take(folder)  # At once: the lock has ended with the process.
 
 
-def test_who_comes_second_in_one_process_is_refused_too(tmp_path, monkeypatch):
+def test_a_second_owner_in_the_same_process_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.1)
   with Ownership(tmp_path, 'training', print):
     with pytest.raises(InputError, match='in use by another training'):
@@ -61,7 +61,7 @@ def test_who_comes_second_in_one_process_is_refused_too(tmp_path, monkeypatch):
   take(tmp_path)
 
 
-def test_of_a_folder_in_which_nothing_was_written_nothing_stays(tmp_path):
+def test_a_folder_without_content_is_removed(tmp_path):
   take(tmp_path / 'new')
   assert not (tmp_path / 'new').exists()
   with Ownership(tmp_path / 'new', 'training', print):
@@ -69,7 +69,7 @@ def test_of_a_folder_in_which_nothing_was_written_nothing_stays(tmp_path):
   assert (tmp_path / 'new' / 'config.json').exists()
 
 
-def test_who_has_opened_a_file_that_is_gone_by_now_does_not_own_the_folder(tmp_path, monkeypatch):
+def test_a_lock_on_a_removed_file_is_not_ownership(tmp_path, monkeypatch):
   original, tried = ownership._lock, []
 
   def lock(file):
@@ -83,26 +83,26 @@ def test_who_has_opened_a_file_that_is_gone_by_now_does_not_own_the_folder(tmp_p
   assert len(tried) == 2 and not [*tmp_path.iterdir()]
 
 
-def test_the_owner_on_another_machine_is_waited_for_with_a_limit(tmp_path, monkeypatch):
+def test_an_owner_on_another_machine_is_waited_for_up_to_a_limit(tmp_path, monkeypatch):
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
   monkeypatch.setattr(ownership, 'LEASE_SECONDS', 0.2)
-  said = []
+  messages = []
   with Ownership(tmp_path, 'training', print) as first:
     elsewhere = first._process._replace(host='another')
     (tmp_path / '.training.lock').write_text(elsewhere.as_json())
     with pytest.raises(InputError, match=r'process \d+ on another'):
-      take(tmp_path, said)
-  assert len(said) == 1 and 'waiting up to 0 seconds' in said[0]
+      take(tmp_path, messages)
+  assert len(messages) == 1 and 'waiting up to 0 seconds' in messages[0]
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
   def no_locks(file):
     raise OSError(errno.ENOLCK, 'No locks available')
 
   monkeypatch.setattr(ownership, '_lock', no_locks)
-  said = []
-  take(tmp_path, said)
-  assert said == [f'{tmp_path} is on a file system without locks; see to it that there is no '
+  messages = []
+  take(tmp_path, messages)
+  assert messages == [f'{tmp_path} is on a file system without locks; make sure that there is no '
                   'second training in it']
 
 
@@ -121,7 +121,7 @@ def test_on_nfs_the_file_is_opened_for_writing(tmp_path, monkeypatch):
 
 
 class Object:
-  """An object of a bucket, with generations."""
+  """Stands in for an object of a bucket, with generations."""
 
   def __init__(self):
     self.text, self.version, self.outage = None, 0, False
@@ -155,7 +155,7 @@ class Clock:
 
 @pytest.fixture
 def bucket(monkeypatch):
-  """(the object, the clock); no heartbeats but those of a test."""
+  """Returns (object, clock); heartbeats are sent by tests only."""
   there, clock = Object(), Clock()
   monkeypatch.setattr(storage, 'is_local', lambda path: False)
   monkeypatch.setattr(storage, 'absolute', lambda path: path)
@@ -164,7 +164,7 @@ def bucket(monkeypatch):
                         getattr(there, name))
   monkeypatch.setattr(ownership.time, 'monotonic', lambda: clock.seconds)
   monkeypatch.setattr(ownership.time, 'sleep', clock.sleep)
-  monkeypatch.setattr(Ownership, '_beat_on', lambda self: None)
+  monkeypatch.setattr(Ownership, '_send_heartbeats', lambda self: None)
   return there, clock
 
 
@@ -172,29 +172,29 @@ def process(**changes):
   return Process.this()._replace(**changes)
 
 
-def test_a_lease_is_given_back(bucket, tmp_path):
+def test_a_lease_is_released(bucket, tmp_path):
   there, _ = bucket
   with Ownership(tmp_path, 'training', print):
     assert Process.parse(there.text).pid == os.getpid()
   assert there.text is None
 
 
-def test_a_lease_that_gives_signs_of_life_refuses_the_second(bucket, tmp_path):
+def test_a_lease_with_heartbeats_refuses_a_second_owner(bucket, tmp_path):
   there, clock = bucket
   there.replace(None, process(host='pod-1').as_json(beat=time.time()), 0)
   clock.events.append(lambda now: there.replace(None, there.text, there.version))
-  said, begun = [], clock.seconds
+  messages, started = [], clock.seconds
   with pytest.raises(InputError, match=r'process \d+ on pod-1'):
-    take(tmp_path, said)
-  assert clock.seconds - begun < 5 and 'waiting up to 60 seconds' in said[0]
+    take(tmp_path, messages)
+  assert clock.seconds - started < 5 and 'waiting up to 60 seconds' in messages[0]
 
 
-def test_a_lease_that_stands_still_is_taken_over_after_its_time(bucket, tmp_path):
+def test_a_lease_without_heartbeats_is_taken_over_after_a_while(bucket, tmp_path):
   there, clock = bucket
   there.replace(None, process(host='pod-1').as_json(beat=time.time()), 0)
-  begun = clock.seconds
+  started = clock.seconds
   take(tmp_path)
-  assert 60 <= clock.seconds - begun < 63
+  assert 60 <= clock.seconds - started < 63
 
 
 @pytest.mark.parametrize('dead', [
@@ -202,15 +202,15 @@ def test_a_lease_that_stands_still_is_taken_over_after_its_time(bucket, tmp_path
   process(started=1).as_json(beat=time.time()),  # The number is another process's now.
   process(host='pod-1').as_json(beat=time.time() - 3600), 'no JSON'],
                          ids=['no such process', 'another process', 'an hour ago', 'no JSON'])
-def test_a_lease_of_one_that_is_known_to_be_dead_is_taken_at_once(bucket, tmp_path, dead):
+def test_the_lease_of_a_dead_process_is_taken_over_at_once(bucket, tmp_path, dead):
   there, clock = bucket
   there.replace(None, dead, 0)
-  begun = clock.seconds
+  started = clock.seconds
   take(tmp_path)
-  assert clock.seconds == begun
+  assert clock.seconds == started
 
 
-def test_a_lease_of_a_living_process_of_this_machine_refuses_at_once(bucket, tmp_path):
+def test_the_lease_of_a_living_process_on_this_machine_refuses_at_once(bucket, tmp_path):
   there, clock = bucket
   there.replace(None, process().as_json(beat=time.time()), 0)
   with pytest.raises(InputError, match=f'process {os.getpid()} on'):
@@ -218,7 +218,7 @@ def test_a_lease_of_a_living_process_of_this_machine_refuses_at_once(bucket, tmp
   assert clock.seconds == 1000
 
 
-def test_who_was_taken_for_dead_stops_before_it_writes(bucket, tmp_path):
+def test_a_process_that_has_lost_its_lease_stops_before_it_writes(bucket, tmp_path):
   there, clock = bucket
   with Ownership(tmp_path, 'training', print) as first:
     first.check()
@@ -232,10 +232,10 @@ def test_who_was_taken_for_dead_stops_before_it_writes(bucket, tmp_path):
     clock.seconds += 100
     with pytest.raises(Stopped, match='has taken over'):
       first.check()
-  assert Process.parse(there.text).host == 'pod-2', 'what is another one\'s is not given back'
+  assert Process.parse(there.text).host == 'pod-2', 'the lease of another process is not released'
 
 
-def test_a_beat_whose_answer_was_lost_is_ones_own(bucket, tmp_path):
+def test_a_heartbeat_whose_answer_was_lost_keeps_the_lease(bucket, tmp_path):
   there, clock = bucket
   with Ownership(tmp_path, 'training', print) as first:
     there.replace(None, there.text, there.version)  # Written, but the answer did not arrive.
@@ -247,20 +247,20 @@ def test_a_beat_whose_answer_was_lost_is_ones_own(bucket, tmp_path):
 
 
 @pytest.mark.parametrize('index', [0, 1])
-def test_of_several_processes_the_first_asks_and_all_are_told(tmp_path, monkeypatch, index):
+def test_the_first_of_several_processes_takes_ownership(tmp_path, monkeypatch, index):
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
   monkeypatch.setattr(jax, 'process_index', lambda: index)
-  told = []
-  monkeypatch.setattr(coordination, 'hand_out',
-                      lambda data: told.append(data) or (b'it is taken' if index else data))
+  broadcast = []
+  monkeypatch.setattr(coordination, 'broadcast',
+                      lambda data: broadcast.append(data) or (b'it is taken' if index else data))
   with Ownership(tmp_path, 'training', print):
     with pytest.raises(InputError, match='it is taken' if index else 'in use by another training'):
       with owned_by_first(Ownership(tmp_path, 'training', print)):
         pass
-  assert len(told) == 1
+  assert len(broadcast) == 1
 
 
-def test_a_process_is_told_from_others():
+def test_processes_are_distinguished():
   assert process().is_running() is True
   assert process(pid=2**22 + 1).is_running() is False
   assert process(host='another').is_running() is None

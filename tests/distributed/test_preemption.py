@@ -17,9 +17,8 @@ import pytest
 from tiny import CONFIG_FILE, tiny_config
 
 from ppn_jax.checkpoints.manager import Checkpoints, SaveFailed
-from ppn_jax.distributed import maintenance, preemption, sharding
-from ppn_jax.distributed.maintenance import MaintenanceWatch
-from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
+from ppn_jax.distributed import preemption, sharding
+from ppn_jax.distributed.preemption import MaintenanceWatch, Preempted, PreemptionNotice
 from ppn_jax.jobs import train as train_job
 from ppn_jax.jobs import train_loop
 from ppn_jax.jobs.evaluator import Evaluator
@@ -48,15 +47,15 @@ def evaluated_steps(workdir):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('whole')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('uninterrupted')
   train_job.train(tiny_config(evaluate_every=3), workdir)
   return final_state(workdir)
 
 
 def terminate_when(monkeypatch, name, step):
-  """SIGTERM, twice, at a step's report (name='_report') or evaluation ('evaluate')."""
-  original = getattr(train_loop.Steps, name)
+  """Sends SIGTERM twice at a step's report (name='_report') or evaluation ('evaluate')."""
+  original = getattr(train_loop.TrainLoop, name)
 
   def with_signal(self, at, *arguments):
     if at == step:
@@ -64,14 +63,14 @@ def terminate_when(monkeypatch, name, step):
         os.kill(os.getpid(), signal.SIGTERM)
     return original(self, at, *arguments)
 
-  monkeypatch.setattr(train_loop.Steps, name, with_signal)
+  monkeypatch.setattr(train_loop.TrainLoop, name, with_signal)
 
 
 @pytest.mark.parametrize('where, step, saved, scored', [
     pytest.param('_report', 2, [3], [], marks=pytest.mark.slow), ('_report', 4, [3, 5], [3]),
     ('evaluate', 3, [3], []), pytest.param('evaluate', 6, [3, 6], [3], marks=pytest.mark.slow)])
-def test_a_run_that_is_told_to_end_goes_on_with_the_same_bits(
-    whole, tmp_path, monkeypatch, where, step, saved, scored):
+def test_a_preempted_run_resumes_with_the_same_bits(
+    uninterrupted, tmp_path, monkeypatch, where, step, saved, scored):
   terminate_when(monkeypatch, where, step)
   before = signal.getsignal(signal.SIGTERM)
   with pytest.raises(Preempted, match=f'step {saved[-1]} is saved'):
@@ -80,12 +79,12 @@ def test_a_run_that_is_told_to_end_goes_on_with_the_same_bits(
   assert signal.getsignal(signal.SIGTERM) == before
   assert steps_of(tmp_path) == saved and evaluated_steps(tmp_path) == scored
   train_job.train(tiny_config(evaluate_every=3), tmp_path)
-  jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), whole)
+  jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), uninterrupted)
   assert evaluated_steps(tmp_path) == [3, 6]
 
 
 @pytest.mark.slow
-def test_a_step_that_is_scored_after_a_restart_is_kept_if_it_is_the_best(tmp_path, monkeypatch):
+def test_a_step_evaluated_after_a_restart_is_kept_if_it_is_the_best(tmp_path, monkeypatch):
   config = tiny_config(steps=9, evaluate_every=3, keep_last=1, keep_best=1)
   terminate_when(monkeypatch, 'evaluate', 3)
   with pytest.raises(Preempted):
@@ -102,7 +101,7 @@ def test_a_step_that_is_scored_after_a_restart_is_kept_if_it_is_the_best(tmp_pat
   assert evaluated_steps(tmp_path) == [3, 6, 9] and steps_of(tmp_path) == [3, 9]
 
 
-def test_a_run_without_evaluation_that_is_at_its_end_is_done(tmp_path, monkeypatch):
+def test_a_preempted_last_step_without_evaluation_completes_the_run(tmp_path, monkeypatch):
   terminate_when(monkeypatch, '_report', 6)
   assert train_job.train(tiny_config(), tmp_path) is None
   assert steps_of(tmp_path) == [3, 6]
@@ -120,18 +119,19 @@ def fail_saves(monkeypatch, steps):
   monkeypatch.setattr(Checkpoints, 'save', save)
 
 
-def test_a_save_that_fails_is_said_and_tried_again_at_the_next(tmp_path, monkeypatch, capsys):
+def test_a_failed_save_is_reported_and_training_continues(tmp_path, monkeypatch, capsys):
   fail_saves(monkeypatch, [1, 2, 6])
   train_job.train(tiny_config(checkpoint_every=1), tmp_path)
-  said = capsys.readouterr().err
-  assert 'step 1 could not be saved: No space left on device' in said and 'going on' in said
+  output = capsys.readouterr().err
+  assert 'step 1 could not be saved: No space left on device' in output
+  assert 'training continues' in output
   assert steps_of(tmp_path) == [4, 5, 6]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('options, failing, kept', [
     ({'on_save_error': 'stop'}, [2], [1]), ({}, [2, 3, 4, 5, 6], [1])])
-def test_saves_that_fail_end_the_run(tmp_path, monkeypatch, options, failing, kept):
+def test_too_many_failed_saves_end_the_run(tmp_path, monkeypatch, options, failing, kept):
   fail_saves(monkeypatch, failing)
   with pytest.raises(SaveFailed, match=r'the newest checkpoint in .* is step 1'):
     train_job.train(tiny_config(checkpoint_every=1, **options), tmp_path)
@@ -140,7 +140,7 @@ def test_saves_that_fail_end_the_run(tmp_path, monkeypatch, options, failing, ke
 
 @pytest.mark.slow
 @pytest.mark.parametrize('where, step', [('_report', 2), ('evaluate', 3)])
-def test_a_run_that_is_told_to_end_and_cannot_save_says_so(tmp_path, monkeypatch, where, step):
+def test_a_preempted_run_that_cannot_save_says_so(tmp_path, monkeypatch, where, step):
   fail_saves(monkeypatch, [3])
   terminate_when(monkeypatch, where, step)
   with pytest.raises(Preempted, match=r'step 3 could not be saved; .* resume from step 0'):
@@ -163,18 +163,18 @@ def test_outside_the_main_thread_signals_are_left_to_the_caller():
 
 @pytest.fixture
 def metadata(monkeypatch):
-  """A stand-in for the metadata server: what it says of this machine, for a test to change."""
-  said = {'maintenance-event': 'NONE', 'preempted': 'FALSE', 'flavor': 'Google', 'asked': 0}
+  """Runs a stand-in for the metadata server; tests change the values that it returns."""
+  values = {'maintenance-event': 'NONE', 'preempted': 'FALSE', 'flavor': 'Google', 'asked': 0}
 
   class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
       key = self.path.removeprefix('/computeMetadata/v1/instance/')
-      there = key in said and self.headers['Metadata-Flavor'] == 'Google'
-      text = said.get(key, 'no such key')
-      said['asked'] += 1
+      there = key in values and self.headers['Metadata-Flavor'] == 'Google'
+      text = values.get(key, 'no such key')
+      values['asked'] += 1
       self.send_response(200 if there else 404)
-      self.send_header('Metadata-Flavor', said['flavor'])
+      self.send_header('Metadata-Flavor', values['flavor'])
       self.end_headers()
       self.wfile.write(f'{text}\n'.encode())
 
@@ -185,7 +185,7 @@ def metadata(monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('GCE_METADATA_HOST', f'127.0.0.1:{server.server_port}')
     monkeypatch.setenv('NO_GCE_CHECK', 'false')
-    yield said
+    yield values
     server.shutdown()
 
 
@@ -193,9 +193,9 @@ def metadata(monkeypatch):
 @pytest.mark.parametrize('key, value', [
     pytest.param('maintenance-event', 'TERMINATE_ON_HOST_MAINTENANCE', marks=pytest.mark.slow),
     ('preempted', 'TRUE')])
-def test_a_machine_that_will_be_taken_away_is_as_sigterm(
-    whole, tmp_path, monkeypatch, metadata, key, value):
-  original = train_loop.Steps._report
+def test_notice_of_maintenance_acts_like_sigterm(
+    uninterrupted, tmp_path, monkeypatch, metadata, key, value):
+  original = train_loop.TrainLoop._report
 
   def with_notice(self, at, *arguments):
     if at == 4:
@@ -203,12 +203,12 @@ def test_a_machine_that_will_be_taken_away_is_as_sigterm(
       wait_until(self.notice.given)
     return original(self, at, *arguments)
 
-  monkeypatch.setattr(train_loop.Steps, '_report', with_notice)
+  monkeypatch.setattr(train_loop.TrainLoop, '_report', with_notice)
   with pytest.raises(Preempted, match='step 5 is saved'):
     train_job.train(tiny_config(evaluate_every=3), tmp_path)
   monkeypatch.undo()
   train_job.train(tiny_config(evaluate_every=3), tmp_path)
-  jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), whole)
+  jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), uninterrupted)
 
 
 def wait_until(condition):
@@ -218,21 +218,21 @@ def wait_until(condition):
     time.sleep(0.01)
 
 
-def noticed(said, monkeypatch, before, *changes):
-  """Whether there is a notice at first and after each change in turn, looked at several times."""
-  monkeypatch.setattr(maintenance, '_POLL_SECONDS', 0.01)
+def noticed(values, monkeypatch, before, *changes):
+  """Returns whether there is a notice at first and after each change, after several polls."""
+  monkeypatch.setattr(preemption, '_POLL_SECONDS', 0.01)
   notices, after = [], []
-  said.update(before)
+  values.update(before)
   with MaintenanceWatch(lambda: notices.append(True)):
     for change in ({}, *changes):
-      said.update(change)
-      seen = said['asked']
-      wait_until(lambda seen=seen: said['asked'] > seen + 8 or notices)
+      values.update(change)
+      seen = values['asked']
+      wait_until(lambda seen=seen: values['asked'] > seen + 8 or notices)
       after.append(bool(notices))
   return after
 
 
-def test_only_news_that_the_machine_goes_is_notice(metadata, monkeypatch):
+def test_only_new_notices_of_termination_count(metadata, monkeypatch):
   standing = {'maintenance-event': 'TERMINATE_ON_HOST_MAINTENANCE'}
   # As a run finds it that has ended for it and is started again on the same machine.
   assert noticed(metadata, monkeypatch, standing, {'maintenance-event': 'NONE'}, standing) == [
@@ -242,23 +242,23 @@ def test_only_news_that_the_machine_goes_is_notice(metadata, monkeypatch):
                  {'preempted': 'TRUE'}) == [False, False, True]
 
 
-@pytest.mark.parametrize('environment, said', [
+@pytest.mark.parametrize('environment, output', [
     ({'NO_GCE_CHECK': 'true'}, {}), ({'GCE_METADATA_HOST': '127.0.0.1:9'}, {}),
     ({}, {'flavor': 'other'})])
-def test_where_there_is_no_metadata_server_nothing_is_asked(
-    metadata, monkeypatch, environment, said):
-  monkeypatch.setattr(maintenance, '_POLL_SECONDS', 0.01)
+def test_without_a_metadata_server_polling_ends(
+    metadata, monkeypatch, environment, output):
+  monkeypatch.setattr(preemption, '_POLL_SECONDS', 0.01)
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
-  metadata.update({**said, 'preempted': 'TRUE'})
+  metadata.update({**output, 'preempted': 'TRUE'})
   with PreemptionNotice() as notice:
     wait_until(lambda: 'ppn maintenance' not in {t.name for t in threading.enumerate()})
     assert not notice.given()
-  assert metadata['asked'] <= maintenance._ATTEMPTS
+  assert metadata['asked'] <= preemption._ATTEMPTS
 
 
 def train_in_two_processes(tmp_path, workdir, on_line=None, steps=400):
-  """Runs until both have ended; `on_line` gets each line of process 0 and the processes."""
+  """Runs two processes until both end; `on_line` gets each line of process 0 and the processes."""
   (tmp_path / 'config.py').write_text(CONFIG_FILE.format(folder=str(TESTS)))
   port = partition_port()
   processes = [subprocess.Popen(
@@ -290,31 +290,31 @@ def partition_port():
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_is_told_and_both_save_the_same_step(tmp_path):
+def test_sigterm_in_one_of_two_processes_saves_the_same_step_in_both(tmp_path):
   def on_line(line, processes):
     if line.startswith('step 20/'):
       processes[1].send_signal(signal.SIGTERM)
 
-  codes, said = train_in_two_processes(tmp_path, tmp_path / 'run', on_line)
-  assert codes == [preemption.EXIT_CODE] * 2, said
-  assert 'ppn: preempted: told to end; step ' in said
+  codes, output = train_in_two_processes(tmp_path, tmp_path / 'run', on_line)
+  assert codes == [preemption.EXIT_CODE] * 2, output
+  assert 'ppn: preempted: told to end; step ' in output
   at = steps_of(tmp_path / 'run')[-1]
-  assert 20 <= at < 400 and f'step {at} is saved' in said
-  codes, said = train_in_two_processes(tmp_path, tmp_path / 'run')
-  assert codes == [0, 0] and f'from step {at}' in said, said
-  codes, said = train_in_two_processes(tmp_path, tmp_path / 'whole')
-  assert codes == [0, 0], said
+  assert 20 <= at < 400 and f'step {at} is saved' in output
+  codes, output = train_in_two_processes(tmp_path, tmp_path / 'run')
+  assert codes == [0, 0] and f'from step {at}' in output, output
+  codes, output = train_in_two_processes(tmp_path, tmp_path / 'uninterrupted')
+  assert codes == [0, 0], output
   jax.tree.map(np.testing.assert_array_equal, *map(final_state, (tmp_path / 'run',
-                                                                 tmp_path / 'whole')))
+                                                                 tmp_path / 'uninterrupted')))
 
 
 @pytest.mark.slow
-def test_of_two_machines_one_will_be_taken_away_and_both_save_the_same_step(tmp_path, metadata):
+def test_notice_on_one_of_two_machines_saves_the_same_step_on_both(tmp_path, metadata):
   def on_line(line, processes):
     if line.startswith('step 20/'):
       metadata['preempted'] = 'TRUE'
 
-  codes, said = train_in_two_processes(tmp_path, tmp_path / 'run', on_line, steps=4000)
-  assert codes == [preemption.EXIT_CODE] * 2, said
+  codes, output = train_in_two_processes(tmp_path, tmp_path / 'run', on_line, steps=4000)
+  assert codes == [preemption.EXIT_CODE] * 2, output
   at = steps_of(tmp_path / 'run')[-1]
-  assert 20 <= at < 4000 and f'ppn: preempted: told to end; step {at:,} is saved' in said
+  assert 20 <= at < 4000 and f'ppn: preempted: told to end; step {at:,} is saved' in output

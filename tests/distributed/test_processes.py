@@ -1,4 +1,4 @@
-"""Processes that are joined compute what one does, and write once what one writes."""
+"""Several processes compute the same as one, and write every file once."""
 
 import json
 import os
@@ -26,8 +26,8 @@ FAST_COMPILE = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 
 
 @pytest.mark.slow
-def test_two_processes_and_then_four_take_the_steps_of_one(tmp_path):
-  """In float64: in float32 sums in another order change single gradients by up to a percent."""
+def test_two_and_four_processes_compute_the_steps_of_one(tmp_path):
+  """Uses float64: in float32 another order of sums changes single gradients by up to a percent."""
   one = processes.run(tmp_path, 1, 6, until=6)
   two = processes.run(tmp_path, 2, 6, until=3, workdir='broken')
   four = processes.run(tmp_path, 4, 6, until=6, workdir='broken')
@@ -50,7 +50,7 @@ def _free_port():
 
 @pytest.fixture(scope='module')
 def pod(tmp_path_factory):
-  """A run of two processes with two devices each, through launch/local_pod.sh."""
+  """Runs two processes with two devices each, through launch/local_pod.sh."""
   folder = tmp_path_factory.mktemp('pod')
   (folder / 'config.py').write_text(CONFIG_FILE.format(folder=str(TESTS)))
   (folder / 'bin').mkdir()
@@ -83,7 +83,7 @@ def test_a_run_is_written_once(pod):
 
 
 @pytest.mark.slow
-def test_evaluation_gives_the_figures_of_one_process(pod):
+def test_evaluation_gives_the_scores_of_one_process(pod):
   workdir, _, launch = pod
   last = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
   one = evaluate(open_run(workdir), output=workdir / 'alone', say=lambda _: None).scores.metrics
@@ -96,7 +96,7 @@ def test_evaluation_gives_the_figures_of_one_process(pod):
   assert two == pytest.approx(one, abs=1e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize('arguments, said', [
+@pytest.mark.parametrize('arguments, message', [
     (dict(coordinator='localhost:1'), '--num_processes, --process_id missing'),
     (dict(num_processes=2, process_id=0), '--coordinator missing'),
     (dict(coordinator='localhost:1', num_processes=2, process_id=2), '--process_id=2'),
@@ -108,13 +108,13 @@ def test_evaluation_gives_the_figures_of_one_process(pod):
     (dict(local_devices=-1), '--local_devices=-1'),
     (dict(timeout=0), '--join_timeout=0'),
 ])
-def test_flags_that_do_not_go_together(arguments, said):
-  with pytest.raises(InputError, match=said):
+def test_flags_that_do_not_fit_together(arguments, message):
+  with pytest.raises(InputError, match=message):
     sharding.join_processes(**arguments)
 
 
 @pytest.mark.parametrize('process, code', [(0, 2), (1, 2)])
-def test_others_that_never_come_end_in_one_line(process, code):
+def test_missing_processes_end_in_one_line(process, code):
   result = subprocess.run(
       [sys.executable, '-c', 'from ppn_jax.distributed import sharding\nsharding.join_processes('
        f'coordinator="localhost:{_free_port()}", num_processes=2, process_id={process}, '
@@ -124,7 +124,7 @@ def test_others_that_never_come_end_in_one_line(process, code):
   assert result.stderr.splitlines()[-1].startswith('ppn: error: not all processes at localhost:')
 
 
-def test_auto_on_a_machine_of_no_slice():
+def test_auto_on_a_machine_outside_a_slice():
   result = subprocess.run(
       [sys.executable, '-c', 'from ppn_jax.distributed import sharding\n'
        'sharding.join_processes(distributed="auto")'], text=True, capture_output=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Rows of processes and batch sizes, without more than one process."""
+"""Rows of processes and batch sizes, in a single process."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ def test_one_process_owns_every_row():
                                 np.arange(8 * mesh.size))
 
 
-def test_there_and_back():
+def test_round_trip_to_devices():
   mesh = sharding.data_mesh()
   batch = {'image': np.arange(24, dtype=np.uint8).reshape(8, 3), 'valid': np.ones(8, bool)}
   placed = sharding.to_global(batch, mesh, 8)

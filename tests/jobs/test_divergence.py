@@ -10,18 +10,18 @@ from tiny import tiny_config
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.distributed.preemption import Preempted
 from ppn_jax.jobs import train as train_job
-from ppn_jax.jobs.train_loop import DIVERGED_STEPS, Steps, TrainingDiverged
+from ppn_jax.jobs.train_loop import DIVERGED_STEPS, TrainingDiverged, TrainLoop
 from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter
 from ppn_jax.training.train_step import StepMetrics
 
 
 class Saved:
-  """Checkpoints that note which steps were saved."""
+  """Stands in for checkpoints; records which steps were saved."""
 
   def __init__(self):
     self.steps = []
 
-  def save(self, step, state, figures=None):
+  def save(self, step, state, metrics=None):
     self.steps.append(step)
 
   def latest(self):
@@ -36,8 +36,8 @@ class Trace(contextlib.nullcontext):
     return contextlib.nullcontext()
 
 
-class Feed:
-  """Batches that are the numbers of steps."""
+class Pipeline:
+  """Stands in for an input pipeline, without input."""
   bad = BadExamples('data.train', 1, 'raise', 0.0)
 
   @contextlib.contextmanager
@@ -51,10 +51,10 @@ class Feed:
     return ()
 
 
-def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_loss=None, said=None,
-                **train):
-  """Takes a step for each loss; returns which steps were saved, and what ended it."""
-  monkeypatch.setattr(Steps, '_compile', lambda self, train_step, state, feed: train_step)
+def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_loss=None,
+                messages=None, **train):
+  """Runs a step for each loss; returns which steps were saved, and what ended the run."""
+  monkeypatch.setattr(TrainLoop, '_compile', lambda self, train_step, state, pipeline: train_step)
   at = iter(losses)
 
   def train_step(state):
@@ -65,28 +65,28 @@ def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_lo
   config = tiny_config(**dict(steps=steps, log_every=5, checkpoint_every=10) | train)
   notice = SimpleNamespace(given=lambda: False, reached=lambda step: step == end_at,
                            end=lambda what: Preempted(what))
-  progress = SimpleNamespace(say=(said if said is not None else []).append,
+  progress = SimpleNamespace(say=(messages if messages is not None else []).append,
                              advance=lambda *_: None, report=lambda *_: None)
   saved = Saved()
   with MetricsWriter(tmp_path, start) as writer:
-    made = Steps(SimpleNamespace(config=config, workdir=tmp_path), None, saved, progress, writer,
-                 None, notice, Trace(), first_loss=first_loss)
+    loop = TrainLoop(SimpleNamespace(config=config, workdir=tmp_path), None, saved, progress,
+                     writer, None, notice, Trace(), first_loss=first_loss)
     try:
-      made.take(None, start, train_step, Feed())
+      loop.run_steps(None, start, train_step, Pipeline())
     except (TrainingDiverged, Preempted) as e:
       return saved.steps, e
   return saved.steps, None
 
 
 def test_an_exploded_loss_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):
-  said = []
-  saved, error = run_through(tmp_path, monkeypatch, [3.0] * 17 + [4e3] * 83, said=said)
+  messages = []
+  saved, error = run_through(tmp_path, monkeypatch, [3.0] * 17 + [4e3] * 83, messages=messages)
   assert saved == [10] and isinstance(error, TrainingDiverged)
   assert str(error) == (
       f'loss is 4000 at step 27, more than 1,000 times the first, 3, since step 18; the last good '
       f'checkpoint is step 10 in {tmp_path}. A lower optim.learning_rate or optim.clip_norm=10 may '
       'help')
-  assert said == ['step 20 is not saved: its loss is more than 1,000 times the first, 3']
+  assert messages == ['step 20 is not saved: its loss is more than 1,000 times the first, 3']
 
 
 @pytest.mark.parametrize('losses', [
@@ -95,23 +95,23 @@ def test_an_exploded_loss_stops_the_run_before_it_is_saved(tmp_path, monkeypatch
     [1e-6] * 15 + [0.9] * 25,  # From perfect weights.
     [1e-6] * 15 + [900.0] * 25,
     [5e5] * 40])
-def test_a_run_that_has_not_plainly_diverged_goes_on(tmp_path, monkeypatch, losses):
+def test_a_run_that_has_not_diverged_continues(tmp_path, monkeypatch, losses):
   saved, error = run_through(tmp_path, monkeypatch, losses)
   assert error is None and saved[-1] == 40
 
 
-def test_within_the_first_report(tmp_path, monkeypatch):
+def test_divergence_before_the_first_report(tmp_path, monkeypatch):
   saved, error = run_through(tmp_path, monkeypatch, [3.0, 40.0] + [1e5] * 38, log_every=40,
                              checkpoint_every=40)
   assert saved == [] and 'there is no checkpoint before it' in str(error)
 
 
-def test_the_last_step_is_not_saved_as_the_run_s_result(tmp_path, monkeypatch):
+def test_an_exploded_last_step_is_not_saved(tmp_path, monkeypatch):
   saved, error = run_through(tmp_path, monkeypatch, [3.0] * 38 + [1e5] * 2)
   assert saved == [10, 20, 30] and 'at step 40' in str(error)
 
 
-def test_who_is_told_to_end_meanwhile_does_not_save_it_either(tmp_path, monkeypatch):
+def test_preemption_does_not_save_an_exploded_step(tmp_path, monkeypatch):
   saved, error = run_through(tmp_path, monkeypatch, [3.0] * 13 + [1e5] * 20, end_at=15)
   assert saved == [10] and isinstance(error, Preempted)
   assert 'step 15 is not saved; start again to resume from step 10' in str(error)

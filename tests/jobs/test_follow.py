@@ -146,7 +146,7 @@ def test_follows_a_training_that_is_running(followed):
   assert [line['step'] for line in lines(workdir / 'evaluation' / 'metrics.jsonl')] == [*STEPS]
   assert event_steps(workdir / 'tensorboard' / 'evaluation', 'eval/AP') == [*STEPS]
   assert not any('eval/AP' in line for line in lines(workdir / 'metrics.jsonl'))
-  assert not retention.being_read(job.run.readers) and not [*job.run.readers.iterdir()]
+  assert not retention.steps_being_read(job.run.readers) and not [*job.run.readers.iterdir()]
   assert job.evaluator.detect._cache_size() == 1
 
 
@@ -314,7 +314,7 @@ def test_which_checkpoints_are_best(tmp_path, metrics, records, keep, kept):
   for step, ap in records.items():
     write_record(tmp_path, step, ap, checkpoint=f'values {step}')
   checkpoints, readers = checkpoints_of(**metrics), tmp_path / 'readers'
-  policy = retention.BestScored(keep, rank, tmp_path, readers,
+  policy = retention.BestCheckpoints(keep, rank, tmp_path, readers,
                                 lambda step: Stamp(f'values {step}', 0.0))
   assert chosen(policy, checkpoints) == kept
   one, other = (Reader(readers, pytest.fail) for _ in range(2))
@@ -344,9 +344,9 @@ def write_record(folder, step, ap, **scored):
 def test_scores_of_another_checkpoint_keep_nothing(tmp_path, scored, written, kept):
   path = write_record(tmp_path, 1, 0.9, **scored)
   os.utime(path, (written, written))
-  policy = retention.BestScored(1, rank, tmp_path, stamp=lambda step: Stamp('new', 1000.0))
+  policy = retention.BestCheckpoints(1, rank, tmp_path, stamp=lambda step: Stamp('new', 1000.0))
   assert chosen(policy, checkpoints_of(s1=0.1, s2=0.2)) == kept
-  unknown = retention.BestScored(1, rank, tmp_path)
+  unknown = retention.BestCheckpoints(1, rank, tmp_path)
   assert chosen(unknown, checkpoints_of(s1=0.1, s2=0.2)) == [2]
 
 
@@ -358,7 +358,7 @@ def test_nothing_is_deleted_while_records_cannot_be_read(tmp_path, monkeypatch):
     raise OSError(errno.EIO, 'Input/output error')
 
   monkeypatch.setattr(pathlib.Path, 'read_text', fail)
-  policy = retention.BestScored(1, rank, tmp_path)
+  policy = retention.BestCheckpoints(1, rank, tmp_path)
   assert chosen(policy, checkpoints_of(s1=0.1, s2=0.2, s3=0.3)) == [1, 2, 3]
 
 
@@ -371,13 +371,13 @@ def test_dead_readers_protect_nothing(tmp_path):
   for step, (name, (process, beat)) in enumerate(readers.items()):
     storage.write_text(tmp_path / f'{name}.json', process.as_json(step=step, beat=beat))
   (tmp_path / 'rubbish.json').write_text('[')
-  assert retention.being_read(tmp_path) == {0, 2}
+  assert retention.steps_being_read(tmp_path) == {0, 2}
   retention.remove_dead_readers(tmp_path)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['elsewhere.json', 'here.json']
 
 
 def test_a_reader_updates_its_heartbeat(tmp_path, monkeypatch):
-  monkeypatch.setattr(retention, 'BEAT_SECONDS', 0.01)
+  monkeypatch.setattr(retention, 'HEARTBEAT_SECONDS', 0.01)
   reader = Reader(tmp_path, pytest.fail)
   reader.hold(3)
   path, = tmp_path.iterdir()
@@ -400,13 +400,13 @@ def test_a_read_only_workdir_can_be_evaluated(tmp_path):
 
 def test_wherever_a_follower_writes_its_step_is_protected(job, tmp_path):
   seen = []
-  job.notes.disturb = lambda step: seen.append(retention.being_read(job.run.readers))
+  job.notes.disturb = lambda step: seen.append(retention.steps_being_read(job.run.readers))
   raw = job_for(job, job.run.workdir, options=EvaluationOptions(ema=False))
   raw.notes.disturb = job.notes.disturb
   follow.score_steps(raw, selected=follow.parse_steps('4:4'))
   follow.score_steps(job, tmp_path / 'out', selected=follow.parse_steps('4:4'))
   job.score(4, tmp_path / 'one')
-  assert seen == [{4}] * 3 and not retention.being_read(job.run.readers)
+  assert seen == [{4}] * 3 and not retention.steps_being_read(job.run.readers)
 
 
 def test_two_followers_of_one_folder(job, monkeypatch):
@@ -493,7 +493,7 @@ def test_invalid_records_are_ignored(tmp_path, rubbish):
   (tmp_path / '2').mkdir()
   (tmp_path / '2' / 'scores.json').write_text(rubbish)
   (tmp_path / 'reader.json').write_text(rubbish)
-  policy = retention.BestScored(1, rank, tmp_path, tmp_path, lambda step: Stamp('same', 0.0))
+  policy = retention.BestCheckpoints(1, rank, tmp_path, tmp_path, lambda step: Stamp('same', 0.0))
   assert chosen(policy, checkpoints_of(s1=0.5, s2=None)) == [1]
 
 

@@ -1,4 +1,4 @@
-"""`train`: what a run leaves behind, and that kills and restarts change no bit of it."""
+"""Files that `train` leaves behind; kills and restarts change no bit of them."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_run_leaves_everything_that_others_need(undisturbed):
   assert all(np.isfinite(line['train/loss']) for line in lines if 'train/loss' in line)
   assert lines[-1]['eval/AP'] == scores.metrics['AP']
   assert int(final_state(workdir).step) == 6
-  # The same figures from the workdir alone.
+  # The same scores from the workdir alone.
   assert evaluate(run, say=lambda _: None).scores == scores
   assert json.loads((workdir / 'evaluation' / '6' / 'scores.json').read_text())['figures'] == (
       scores.metrics)
@@ -83,16 +83,16 @@ def test_another_seed_gives_another_run(undisturbed, tmp_path):
   assert not np.array_equal(*kernels)
 
 
-def test_a_run_that_broke_off_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
   workdir, config, _ = undisturbed
-  report = train_loop.Steps._report
+  report = train_loop.TrainLoop._report
 
   def break_off(self, step):
     report(self, step)
     if step == 4:
       raise KeyboardInterrupt
 
-  monkeypatch.setattr(train_loop.Steps, '_report', break_off)
+  monkeypatch.setattr(train_loop.TrainLoop, '_report', break_off)
   with pytest.raises(KeyboardInterrupt):
     train_job.train(config, tmp_path)
   monkeypatch.undo()
@@ -111,7 +111,7 @@ def test_sigkill_and_restart_end_with_the_same_bits(tmp_path):
   command = [sys.executable, '-m', 'ppn_jax.cli.main', 'train', f'--config={config}',
              '--config.train.steps=30', '--config.train.checkpoint_every=5']
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
-  killed, whole = tmp_path / 'killed', tmp_path / 'whole'
+  killed, undisturbed_run = tmp_path / 'killed', tmp_path / 'undisturbed_run'
   process = subprocess.Popen([*command, f'--workdir={killed}'], env=environment,
                              stderr=subprocess.DEVNULL)
   deadline = time.monotonic() + 120
@@ -120,11 +120,11 @@ def test_sigkill_and_restart_end_with_the_same_bits(tmp_path):
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
   process.wait()
-  for workdir in (killed, whole):
+  for workdir in (killed, undisturbed_run):
     subprocess.run([*command, f'--workdir={workdir}'], env=environment, check=True, timeout=120,
                    stderr=subprocess.DEVNULL)
   assert int(final_state(killed).step) == 30
-  assert_same_bits(final_state(killed), final_state(whole))
+  assert_same_bits(final_state(killed), final_state(undisturbed_run))
 
 
 def test_a_finished_run_is_left_alone(undisturbed, capsys):
@@ -143,7 +143,7 @@ def test_an_evaluation_that_fails_does_not_lose_the_step(tmp_path, monkeypatch):
   def fail(*_, **__):
     raise InputError('bad image')
 
-  monkeypatch.setattr(train_loop.Steps, 'evaluate', fail)
+  monkeypatch.setattr(train_loop.TrainLoop, 'evaluate', fail)
   with pytest.raises(InputError, match='bad image'):
     train_job.train(tiny_config(evaluate_every=6, checkpoint_every=6), tmp_path)
   with open_run(tmp_path).checkpoints(read_only=True) as checkpoints:
@@ -179,18 +179,18 @@ def test_another_model_in_the_workdir_is_refused(undisturbed):
 
 
 @pytest.mark.slow
-def test_more_steps_go_on_with_the_run(undisturbed, tmp_path):
+def test_more_steps_continue_the_run(undisturbed, tmp_path):
   train_job.train(tiny_config(), tmp_path)
   train_job.train(tiny_config(steps=8), tmp_path)
   assert int(final_state(tmp_path).step) == 8
 
 
-def test_other_images_cannot_be_kept_back_later(undisturbed):
-  """They would be evaluated on although they were trained on."""
+def test_other_images_cannot_be_held_out_later(undisturbed):
+  """Refused, since the run would be evaluated on images that it was trained on."""
   workdir, config, _ = undisturbed
   config = config.copy_and_resolve_references().unlock()
   config.data.eval, config.data.eval_fraction = dict(name=''), 0.2
-  with pytest.raises(InputError, match=r'begun with data.eval_fraction=0.0 and seed=0; with'):
+  with pytest.raises(InputError, match=r'started with data.eval_fraction=0.0 and seed=0; with'):
     train_job.train(config, workdir)
 
 
@@ -225,7 +225,7 @@ def test_a_second_training_in_the_workdir_is_refused(undisturbed, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
 
 
-def test_what_killed_processes_have_left_is_removed(undisturbed):
+def test_files_of_killed_processes_are_removed(undisturbed):
   workdir, config, _ = undisturbed
   storage.write_text(workdir / 'readers/gone-1-a.json', 'no reader')
   left = [workdir / '.metrics.jsonl.abcdefgh.partial', workdir / 'evaluation/6/.a.abcdefgh.partial']

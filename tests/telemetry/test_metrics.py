@@ -1,4 +1,4 @@
-"""What a run writes and shows."""
+"""Metrics files and the progress line."""
 
 import io
 import json
@@ -10,15 +10,8 @@ from rich.console import Console
 from tensorboardX.proto import event_pb2
 
 from ppn_jax.telemetry import metrics
-from ppn_jax.telemetry.metrics import (
-  FIRST_LOSS,
-  MetricsWriter,
-  Progress,
-  Stopwatch,
-  duration,
-  first_loss,
-  read,
-)
+from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter, first_loss, read
+from ppn_jax.telemetry.progress import Progress, Stopwatch, duration
 
 
 def lines(workdir):
@@ -26,7 +19,7 @@ def lines(workdir):
 
 
 def event_scalars(workdir):
-  """(tag, step, value) of every scalar in the event files, read without TensorFlow."""
+  """Returns (tag, step, value) of every scalar in the event files, read without TensorFlow."""
   found = []
   for path in sorted((workdir / 'tensorboard').iterdir()):
     data = path.read_bytes()
@@ -49,7 +42,7 @@ def test_the_same_scalars_in_both_files(tmp_path):
   assert ('train/loss', 10, 1.5) in scalars and ('train/loss', 20, 1.25) in scalars
 
 
-def test_a_restart_takes_back_what_will_be_written_again(tmp_path):
+def test_a_restart_removes_lines_that_will_be_written_again(tmp_path):
   writer = MetricsWriter(tmp_path, 0)
   for step in (10, 20, 30):
     writer.write(step, {'train/loss': step})
@@ -71,14 +64,14 @@ def test_a_metric_that_does_not_exist_is_null_and_not_in_tensorboard(tmp_path):
   assert b'eval/AP50' in events.read_bytes() and events.read_bytes().count(b'eval/AP') == 1
 
 
-def test_files_of_versions_that_wrote_minus_one(tmp_path):
+def test_files_of_earlier_versions_with_minus_one(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text(
       '{"step": 1, "train/gradient": -1, "eval/AP": -1.0, "eval/AP50": 0.5}\n')
   assert metrics.read(tmp_path / 'metrics.jsonl') == [
       {'step': 1, 'train/gradient': -1, 'eval/AP': None, 'eval/AP50': 0.5}]
 
 
-def test_plain_lines_when_not_on_a_terminal():
+def test_plain_lines_without_a_terminal():
   out = io.StringIO()
   with Progress(1000, Console(file=out, force_terminal=False, soft_wrap=True)) as progress:
     progress.say('compiling')
@@ -89,7 +82,7 @@ def test_plain_lines_when_not_on_a_terminal():
 
 
 def rows(text):
-  """What a terminal has received, a row each, without what moves its cursor."""
+  """Returns the rows that a terminal has received, without control sequences."""
   return [row for row in re.sub(r'\x1b\[[0-9;?]*[a-zA-Z]|\r', '\n', text).split('\n') if row]
 
 
@@ -114,7 +107,7 @@ def test_a_terminal_keeps_each_report_and_shows_the_last_step_below(width, last)
   assert out.getvalue().count(f'step 50/1,000  {end}\n') == 1
 
 
-def test_what_is_being_done_takes_the_place_of_the_status():
+def test_an_activity_replaces_the_status():
   out = io.StringIO()
   with Progress(1000, Console(file=out, force_terminal=True, width=80)) as progress:
     progress.report(50, STATUS)
@@ -122,7 +115,7 @@ def test_what_is_being_done_takes_the_place_of_the_status():
   assert rows(out.getvalue())[-1] == 'step 50/1,000  evaluating: 3/10 images'
 
 
-def test_the_first_loss_is_known_again(tmp_path):
+def test_the_first_loss_is_read_back(tmp_path):
   assert first_loss(tmp_path) is None
   writer = MetricsWriter(tmp_path, 0)
   writer.write(10, {'train/loss': 1.5, FIRST_LOSS: 4.0})
@@ -133,7 +126,7 @@ def test_the_first_loss_is_known_again(tmp_path):
   assert first_loss(tmp_path) == 1.5, 'of runs of earlier versions'
 
 
-def test_of_a_step_that_was_scored_again_the_last_line_counts(tmp_path):
+def test_the_last_line_of_a_step_counts(tmp_path):
   writer = MetricsWriter(tmp_path, None)
   for step, ap in ((10, 0.1), (20, 0.2), (10, 0.3)):
     writer.write(step, {'eval/AP': ap})
@@ -147,11 +140,11 @@ def test_of_a_step_that_was_scored_again_the_last_line_counts(tmp_path):
 
 def test_stopwatch_shares(monkeypatch):
   now = iter([0.0, 1.0, 1.0, 4.0])
-  monkeypatch.setattr('ppn_jax.telemetry.metrics.time.perf_counter', lambda: next(now))
+  monkeypatch.setattr('ppn_jax.telemetry.progress.time.perf_counter', lambda: next(now))
   watch = Stopwatch()
-  with watch.waiting():
+  with watch.wait():
     pass
-  with watch.stepping():
+  with watch.compute():
     pass
   assert watch.rates(batch_size=8) == {'images_per_second': 2.0, 'data_wait': 0.25}
 

@@ -1,4 +1,4 @@
-"""Traces, as XProf's own reader sees them, and figures of memory and arithmetic."""
+"""Traces, as read by XProf, and estimates of memory and FLOPs."""
 
 import itertools
 import json
@@ -16,7 +16,7 @@ from ppn_jax.telemetry import host_memory, profiling
 
 
 def traced_steps(folder):
-  """Step numbers of the annotations in the one trace below `folder`."""
+  """Returns the step numbers of the annotations in the only trace below `folder`."""
   path, = (folder / 'plugins' / 'profile').glob('*/*.xplane.pb')
   events = [event for plane in jax.profiler.ProfileData.from_file(str(path)).planes
             for line in plane.lines for event in line.events if event.name == 'train']
@@ -35,11 +35,11 @@ def run_steps(trace, count, fail_at=None):
         raise KeyboardInterrupt
 
 
-def test_just_these_steps_are_traced(tmp_path):
-  said = []
-  run_steps(profiling.StepTrace(profiling.parse_steps('3:5', 9), tmp_path, said.append), 9)
+def test_only_the_given_steps_are_traced(tmp_path):
+  messages = []
+  run_steps(profiling.StepTrace(profiling.parse_steps('3:5', 9), tmp_path, messages.append), 9)
   assert traced_steps(tmp_path) == [3, 4, 5]
-  assert len(said) == 1 and str(tmp_path) in said[0]
+  assert len(messages) == 1 and str(tmp_path) in messages[0]
 
 
 def test_a_trace_ends_with_the_run(tmp_path):
@@ -50,16 +50,16 @@ def test_a_trace_ends_with_the_run(tmp_path):
   assert traced_steps(tmp_path / 'more') == [5, 6]
 
 
-def test_no_steps_no_trace(tmp_path):
+def test_no_steps_give_no_trace(tmp_path):
   run_steps(profiling.StepTrace(profiling.parse_steps('', 9), tmp_path, print), 3)
   assert not list(tmp_path.iterdir())
 
 
-def test_a_trace_that_cannot_be_written_ends_nothing(tmp_path):
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path):
   (tmp_path / 'file').write_text('')
-  said = []
-  run_steps(profiling.StepTrace(range(1, 2), tmp_path / 'file', said.append), 2)
-  assert len(said) == 1 and 'no trace' in said[0]
+  messages = []
+  run_steps(profiling.StepTrace(range(1, 2), tmp_path / 'file', messages.append), 2)
+  assert len(messages) == 1 and 'no trace' in messages[0]
 
 
 @pytest.mark.parametrize('text', ['3', '3:', ':3', '3:2', '0:3', '1:10', 'a:b', '1:2:3', '-1:2',
@@ -79,8 +79,8 @@ def test_a_bad_range_touches_nothing(tmp_path, capsys):
 
 def test_training_traces_and_reports(tmp_path, capsys):
   train(tiny_config(), tmp_path, profile='2:3')
-  said = capsys.readouterr().err
-  assert 'a step needs' in said and 'GFLOP' in said and 'memory host' in said
+  messages = capsys.readouterr().err
+  assert 'a step needs' in messages and 'GFLOP' in messages and 'memory host' in messages
   assert traced_steps(tmp_path / 'tensorboard') == [2, 3]
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   peaks = [line['train/host_peak_bytes'] for line in lines]
@@ -89,13 +89,13 @@ def test_training_traces_and_reports(tmp_path, capsys):
   assert all(before < 1.01 * after for before, after in itertools.pairwise(peaks))
 
 
-def test_what_a_program_needs_is_what_it_needs():
+def test_estimates_of_a_known_program():
   arguments = [jax.ShapeDtypeStruct((1000, 1000), jnp.float32)] * 2
-  said = profiling.describe(jax.jit(jnp.matmul).lower(*arguments).compile())
-  assert '12 MB of memory' in said and '2 GFLOP' in said
+  messages = profiling.describe(jax.jit(jnp.matmul).lower(*arguments).compile())
+  assert '12 MB of memory' in messages and '2 GFLOP' in messages
 
 
-def test_the_peak_is_a_peak():
+def test_peak_memory_includes_freed_memory():
   before = host_memory.peak_memory()
   np.ones(before // 8 + 4_000_000)  # 8 bytes each; freed at once.
   assert host_memory.peak_memory() > before

@@ -1,4 +1,4 @@
-"""Groups of images, micro-batches and split optimizer states, against the step that has none.
+"""Groups of images, micro-batches and sharded optimizer states, compared with a plain step.
 
 In float64, where only the order of sums differs.
 """
@@ -76,16 +76,16 @@ def distance(a, b):
 straight = np.arange(B)
 # Part m of four has rows m, m + 4, ...; as groups they lie one after another.
 interleaved = straight.reshape(-1, 4).T.reshape(-1)
-whole, grouped = steps(straight), steps(interleaved, groups=4)
+plain, grouped = steps(straight), steps(interleaved, groups=4)
 accumulated, sharded = steps(straight, micro_batches=4), steps(straight, shard_state=True)
 print(json.dumps({
-    'groups_change_it': distance(whole, grouped),
+    'groups_change_it': distance(plain, grouped),
     'groups_over_devices': distance(steps(straight, groups=8),
                                     steps(straight, devices=1, groups=8)),
     'accumulated_is_grouped': distance(grouped, accumulated),
-    'sharded_is_whole': distance(whole, sharded),
-    'held': [whole[2], sharded[2]],
-    'all_reduces': [whole[3], grouped[3]]}))
+    'sharded_is_plain': distance(plain, sharded),
+    'held': [plain[2], sharded[2]],
+    'all_reduces': [plain[3], grouped[3]]}))
 """
 
 
@@ -100,24 +100,24 @@ def found():
 
 
 @pytest.mark.slow
-def test_groups_mean_the_same_on_any_number_of_devices(found):
+def test_groups_give_the_same_on_any_number_of_devices(found):
   assert found['groups_change_it'] > 1e-3
   assert found['groups_over_devices'] < 1e-8
 
 
 @pytest.mark.slow
 def test_groups_within_devices_exchange_no_statistics(found):
-  whole, grouped = found['all_reduces']
-  assert grouped < whole
+  plain, grouped = found['all_reduces']
+  assert grouped < plain
 
 
 @pytest.mark.slow
-def test_a_step_of_micro_batches_is_one_of_groups(found):
+def test_micro_batches_equal_groups(found):
   assert found['accumulated_is_grouped'] < 1e-8
 
 
 @pytest.mark.slow
-def test_a_split_state_is_the_whole_one_in_parts(found):
-  assert found['sharded_is_whole'] < 1e-8
-  whole, sharded = found['held']
-  assert sharded < 0.3 * whole
+def test_a_sharded_state_equals_a_replicated_one(found):
+  assert found['sharded_is_plain'] < 1e-8
+  plain, sharded = found['held']
+  assert sharded < 0.3 * plain

@@ -1,4 +1,4 @@
-"""Where steps get their images from: the same run from decoded and from cached ones."""
+"""The input pipeline: cached images give the same run as decoded ones."""
 
 import jax
 import numpy as np

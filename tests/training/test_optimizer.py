@@ -1,4 +1,4 @@
-"""Schedule, optimizer, weight decay and moving average, as REFERENCE and docstrings say."""
+"""Schedule, optimizer, weight decay and moving average, as docs/reference.md specifies them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,10 +1,10 @@
-"""Running an iterator ahead."""
+"""Prefetching of the input, and constant input."""
 
 import threading
 
 import pytest
 
-from ppn_jax.training.prefetch import Prefetcher, Unchanging
+from ppn_jax.training.input_pipeline import Constant, Prefetcher
 
 
 def test_all_items_in_order_then_the_end():
@@ -14,7 +14,7 @@ def test_all_items_in_order_then_the_end():
       next(items)
 
 
-def test_errors_surface_where_the_item_is_asked_for():
+def test_errors_are_raised_by_next():
   def broken():
     yield 1
     raise ValueError('bad image')
@@ -55,12 +55,12 @@ def test_ready_tells_whether_an_item_waits():
     assert next(items) == 1
 
 
-def test_what_does_not_change_is_made_once_and_let_go():
+def test_a_constant_is_made_once_and_released():
   made = []
-  unchanging = Unchanging(lambda: made.append(object()) or made[-1])
+  constant = Constant(lambda: made.append(object()) or made[-1])
   assert not made
-  with unchanging as items:
+  with constant as items:
     assert items.ready() and next(items) is next(items) is made[0]
   assert len(made) == 1
   with pytest.raises(AttributeError):
-    next(unchanging)
+    next(constant)

@@ -142,7 +142,7 @@ def test_mistakes(earlier, tmp_path, options, message):
 def steps_not_taken(monkeypatch):
   """Collects the states from which training would start its steps."""
   states = []
-  monkeypatch.setattr(train_job.Steps, 'take', lambda self, state, *_: states.append(
+  monkeypatch.setattr(train_job.TrainLoop, 'run_steps', lambda self, state, *_: states.append(
       jax.device_get(state)))
   return states
 

@@ -237,7 +237,7 @@ def test_nothing_is_printed():
   """Runs as a command does, in its own process: Pillow warns of all of these."""
   script = '''
 import io, numpy as np, PIL.Image
-from ppn_jax.cli.main import quiet_libraries
+from ppn_jax.cli.libraries import quiet_libraries
 from ppn_jax.data.images.decoding import decode
 from ppn_jax.errors import InputError
 def save(image, kind, **options):
