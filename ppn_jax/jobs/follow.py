@@ -25,7 +25,8 @@ from ppn_jax.errors import InputError
 from ppn_jax.jobs.evaluate import EvaluationJob
 from ppn_jax.metrics import coco
 from ppn_jax.run import Run, is_run, open_run
-from ppn_jax.telemetry.metrics import MetricsWriter, duration
+from ppn_jax.telemetry.metrics import MetricsWriter
+from ppn_jax.telemetry.progress import duration
 
 ATTEMPTS = 3  # To read a step that exists but cannot be read, one poll apart.
 REMIND_SECONDS = 600.0  # Between messages that it is still waiting.
