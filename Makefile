@@ -36,7 +36,7 @@ test-all: $(VENV)/dev
 test-lowest: $(LOWEST)/dev
 	$(LOWEST)/bin/python -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/dev
+lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/shellcheck launch/*.sh launch/notebooks/*.sh .ci/*
@@ -62,6 +62,10 @@ $(VENV)/base: requirements.txt pyproject.toml setup.py
 
 $(VENV)/dev: $(VENV)/base
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/lint: $(VENV)/dev
+	@$(PIP) -e '.[dev,lint]'
 	@touch $@
 
 $(LOWEST)/dev: requirements.txt pyproject.toml setup.py

@@ -28,7 +28,7 @@ from ppn_jax.training import input_pipeline
 from ppn_jax.training.train_step import abstract_state
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
-CONFIGS = sorted((TESTS.parent / 'configs').glob('*.py'))
+CONFIGS = sorted((TESTS.parent / 'configs').glob('[!_]*.py'))
 
 
 def resident_config(**train):
