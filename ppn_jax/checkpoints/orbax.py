@@ -1,13 +1,31 @@
 """Adapts Orbax to the checkpoint service: no device collectives, tolerance of damaged metrics."""
 
+import contextlib
+import logging
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from ppn_jax import storage
+
+
+@contextlib.contextmanager
+def _without_routine_warnings() -> Iterator[None]:
+  """Drops what Orbax logs as warnings when a folder is only read, while it is opened."""
+  logger = logging.getLogger('absl')
+
+  def drop(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.WARNING
+
+  logger.addFilter(drop)
+  try:
+    yield
+  finally:
+    logger.removeFilter(drop)
 
 
 class Manager(ocp.CheckpointManager):
@@ -19,7 +37,8 @@ class Manager(ocp.CheckpointManager):
 
   def __init__(self, *args: Any, **options: Any):
     self.steps_without_metrics: set[int] = set()
-    super().__init__(*args, **options)
+    with _without_routine_warnings():
+      super().__init__(*args, **options)
 
   def metrics(self, step: int) -> Any:
     try:
