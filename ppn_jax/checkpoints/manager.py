@@ -94,18 +94,19 @@ class Checkpoints:
     self._manager = self._open()
 
   def _open(self) -> orbax.Manager:
-    return orbax.Manager(
-        self._folder, item_handlers={'state': ocp.StandardCheckpointHandler()},
-        options=ocp.CheckpointManagerOptions(
-            # Orbax writes metrics only if it has a best_fn; what is kept is decided by the policy.
-            preservation_policy=self._keep, best_fn=_rank, best_mode='max',
-            read_only=self._read_only, create=False,
-            multiprocessing_options=(orbax.reader_options() if self._read_only
-                                     else orbax.writer_options()),
-            cleanup_tmp_directories=not self._read_only,
-            # Otherwise threads that wait for a folder which cannot be created keep the process
-            # from ending for ten minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
+    with orbax.without_routine_warnings():
+      return orbax.Manager(
+          self._folder, item_handlers={'state': ocp.StandardCheckpointHandler()},
+          options=ocp.CheckpointManagerOptions(
+              # Orbax writes metrics only if it has a best_fn; what is kept is decided by the policy.
+              preservation_policy=self._keep, best_fn=_rank, best_mode='max',
+              read_only=self._read_only, create=False,
+              multiprocessing_options=(orbax.reader_options() if self._read_only
+                                       else orbax.writer_options()),
+              cleanup_tmp_directories=not self._read_only,
+              # Otherwise threads that wait for a folder which cannot be created keep the process
+              # from ending for ten minutes.
+              async_options=ocp.AsyncOptions(create_directories_asynchronously=False)))
 
   def __enter__(self) -> 'Checkpoints':
     return self

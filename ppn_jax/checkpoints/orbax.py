@@ -14,7 +14,7 @@ from ppn_jax import storage
 
 
 @contextlib.contextmanager
-def _without_routine_warnings() -> Iterator[None]:
+def without_routine_warnings() -> Iterator[None]:
   """Drops what Orbax logs as warnings when a folder is only read, while it is opened."""
   logger = logging.getLogger('absl')
 
@@ -37,8 +37,7 @@ class Manager(ocp.CheckpointManager):
 
   def __init__(self, *args: Any, **options: Any):
     self.steps_without_metrics: set[int] = set()
-    with _without_routine_warnings():
-      super().__init__(*args, **options)
+    super().__init__(*args, **options)
 
   def metrics(self, step: int) -> Any:
     try:
