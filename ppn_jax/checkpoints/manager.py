@@ -98,7 +98,7 @@ class Checkpoints:
       return orbax.Manager(
           self._folder, item_handlers={'state': ocp.StandardCheckpointHandler()},
           options=ocp.CheckpointManagerOptions(
-              # Orbax writes metrics only if it has a best_fn; what is kept is decided by the policy.
+              # Orbax writes metrics only if it has a best_fn; the policy decides what is kept.
               preservation_policy=self._keep, best_fn=_rank, best_mode='max',
               read_only=self._read_only, create=False,
               multiprocessing_options=(orbax.reader_options() if self._read_only
