@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
     from voc300 import report, runs
 
     from ppn_jax.distributed.compile_cache import keep_compiled_programs
-    keep_compiled_programs(print)
+    keep_compiled_programs()
 
     def config(key: RunKey):
       return recipes.make_config(

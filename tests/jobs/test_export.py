@@ -77,7 +77,7 @@ def test_pictures_of_a_folder(tmp_path, pictures):
 def test_a_run_without_evaluation_data_uses_training_images():
   config = tiny_config().copy_and_resolve_references().unlock()
   config.data.eval = {'name': 'coco_json'}
-  images = export_job._Images(SimpleNamespace(config=config), 64, None, print)
+  images = export_job._Images(SimpleNamespace(config=config), 64, None)
   assert images.load('eval', 3).shape == (3, 64, 64, 3)
 
 
