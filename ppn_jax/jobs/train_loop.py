@@ -54,7 +54,7 @@ class TrainLoop:
     run: The run.
     mesh: Its devices.
     checkpoints: Its checkpoint service.
-    progress: Where it reports.
+    progress: Logs its steps.
     writer: Writes its metrics; of the first process only.
     evaluator: Scores a state; None if the config asks for no evaluation.
     notice: Whether the run was told to end.
