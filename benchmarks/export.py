@@ -86,7 +86,7 @@ def measure(run: Run, path: pathlib.Path, kind: tuple[str, str], args: argparse.
             ) -> dict[str, Any]:
   """Exports and evaluates a run in one format; returns a row of the table."""
   options = ExportOptions(kind[0], 1, kind[1])
-  made = export(run, path, options, say=lambda text: None)
+  made = export(run, path, options)
   exported = open_export(path, threads=args.threads)
   detector = run.detector()
   _, variables = load_variables(run, detector, sharding.data_mesh(jax.local_devices()[:1]),

@@ -165,7 +165,7 @@ def first_state(detector, optimizer, mesh, checkpoints):
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, wide(x), sharding=x.sharding),
                       abstract_state(detector, optimizer, mesh))
   if checkpoints.latest() is not None:
-    return checkpoints.restore_newest(like, print)
+    return checkpoints.restore_newest(like)
   widen = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(wide(x)), tree),
                   out_shardings=jax.tree.map(lambda x: x.sharding, like))
   return 0, widen(jit_init(detector, optimizer, mesh)(0))

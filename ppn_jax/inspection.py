@@ -9,6 +9,7 @@ Pictures are PIL images, which notebooks show and `save(path)` writes.
 import dataclasses
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ from ppn_jax.visualization import anchors, calibration_plot, curves, pyramid
 from ppn_jax.visualization.drawing import contact_sheet, draw_boxes
 from ppn_jax.visualization.gallery import CaptionedImage, Gallery, check_index, draw_caption
 from ppn_jax.visualization.plotting import draw_message
+
+logger = logging.getLogger(__name__)
 
 # A path, a PIL image, RGB u8 [H, W, 3], or the index of an image of the evaluation data.
 Picture = str | os.PathLike[str] | Array | Image.Image | int
@@ -206,14 +209,14 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
     config = plain(run.config)
     config['data']['eval'] |= data
     run = dataclasses.replace(run, config=complete(config))
-  job = prepare_evaluation(run, EvaluationOptions(), lambda line: print(line, file=sys.stderr))
+  job = prepare_evaluation(run, EvaluationOptions())
   step, variables = job.load(step)
   rows = None if data else _written(job.root / str(step) / 'results.json')
   if rows is not None:
     ids = file_ids(job.evaluator.source)
     rows = coco.renumber(rows, {in_file: own for own, in_file in ids.items()})
   else:
-    job.say(f'detecting on {len(job.evaluator.source):,} images')
+    logger.info(f'detecting on {len(job.evaluator.source):,} images')
     rows = job.evaluator.rows(variables)
   return Inspection(job, step, variables, rows, threshold)
 

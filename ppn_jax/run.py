@@ -15,8 +15,7 @@ Evaluation, detection and export need nothing but the workdir.
 import dataclasses
 import json
 import pathlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -293,13 +292,8 @@ def _config_path(workdir: storage.Path) -> storage.Path:
   return workdir / 'config.json'
 
 
-def _to_stderr(text: str) -> None:
-  print(text, file=sys.stderr)
-
-
 def load_variables(run: Run, detector: Detector, mesh: Mesh, *, step: int | None = None,
-                   ema: bool | None = None, say: Callable[[str], None] = _to_stderr
-                   ) -> tuple[int, Variables]:
+                   ema: bool | None = None) -> tuple[int, Variables]:
   """Restores the variables of a saved step onto the mesh; the optimizer's state is not read.
 
   Args:
@@ -309,7 +303,6 @@ def load_variables(run: Run, detector: Detector, mesh: Mesh, *, step: int | None
     step: The step; None is the newest that is undamaged.
     ema: True or None for the moving average of the variables if the run keeps one, False for the
       variables themselves.
-    say: Called with a line for each damaged step that is skipped.
 
   Returns:
     (step, variables).
@@ -322,7 +315,7 @@ def load_variables(run: Run, detector: Detector, mesh: Mesh, *, step: int | None
   with sharding.all_or_none(lambda: run.checkpoints(read_only=True)) as checkpoints:
     if step is not None:
       state = checkpoints.restore(like, step)
-    elif newest := checkpoints.restore_newest(like, say):
+    elif newest := checkpoints.restore_newest(like):
       step, state = newest
     else:
       raise InputError(f'workdir {run.workdir} has no checkpoint yet')

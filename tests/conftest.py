@@ -90,6 +90,14 @@ def float64():
   jax.config.update('jax_enable_x64', False)
 
 
+@pytest.fixture
+def log_lines():
+  """Returns the lines that the package has logged in this test so far."""
+  from log_lines import logged
+  with logged() as lines:
+    yield lines
+
+
 @pytest.fixture(scope='session')
 def shared() -> pathlib.Path:
   """Returns the folder of real images and reference arrays.

@@ -34,6 +34,7 @@ models; --recipe=NAME then trains the best one. With --json the last line is JSO
 import argparse
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -107,8 +108,10 @@ def _run(args: argparse.Namespace) -> int:
     # Imported late, so that mistakes in the flags are reported before heavy libraries are loaded.
     from voc300 import report, runs
 
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('ppn_jax').setLevel(logging.INFO)
     from ppn_jax.distributed.compile_cache import keep_compiled_programs
-    keep_compiled_programs(print)
+    keep_compiled_programs()
 
     def config(key: RunKey):
       return recipes.make_config(

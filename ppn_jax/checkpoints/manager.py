@@ -4,6 +4,7 @@ restores the newest one that is undamaged."""
 import contextlib
 import itertools
 import json
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from ppn_jax.checkpoints.retention import BestCheckpoints, Stamp
 from ppn_jax.distributed import coordination, sharding
 from ppn_jax.errors import InputError, Stopped, StoreError, is_outage
 from ppn_jax.training.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
@@ -180,22 +183,41 @@ class Checkpoints:
                                        'cannot read it')
     return state
 
-  def restore_newest(self, like: TrainState | None, say: Callable[[str], None]
-                     ) -> tuple[int, TrainState] | None:
+  def restore_newest(self, like: TrainState | None) -> tuple[int, TrainState] | None:
     """Restores the newest undamaged step: (step, state); None if there are no steps at all.
 
-    Damaged steps after it are reported and, unless this is read-only, moved to the folder
+    Warns of damaged steps after it and, unless this is read-only, moves them to the folder
     `damaged_checkpoints` beside this one, so that these steps can be saved again.
 
     Args:
       like: See `restore`.
-      say: Called with a line for each damaged step.
 
     Raises:
       InputError: If all are damaged, or the newest undamaged one is of another model.
     """
-    for step in sorted(self._manager.steps_without_metrics):
-      say(f'the metrics of {self._folder_of(step)} are damaged; it counts as not evaluated')
+    for line in self.lost_metrics():
+      logger.warning(line)
+    found = self.newest_undamaged(like)
+    if found is None:
+      return None
+    step, state, damaged = found
+    for bad_step, line in damaged.items():
+      logger.warning(line)
+      if not self._read_only:
+        self._set_aside(bad_step)
+    return step, state
+
+  def lost_metrics(self) -> list[str]:
+    """Returns a line for each step whose metrics cannot be read."""
+    return [f'the metrics of {self._folder_of(step)} are damaged; it counts as not evaluated'
+            for step in sorted(self._manager.steps_without_metrics)]
+
+  def newest_undamaged(self, like: TrainState | None
+                       ) -> tuple[int, TrainState, dict[int, str]] | None:
+    """Returns (step, state, a line for each damaged step after it); None if there are no steps.
+
+    See `restore_newest`, which also logs these lines.
+    """
     damaged = []
     for step in reversed(self.steps()):
       try:
@@ -203,11 +225,8 @@ class Checkpoints:
       except DamagedCheckpoint as e:
         damaged.append((step, str(e)))
         continue
-      for bad_step, text in damaged:
-        say(f'{text}; going back to step {step:,}')
-        if not self._read_only:
-          self._set_aside(bad_step)
-      return step, state
+      return step, state, {bad_step: f'{text}; going back to step {step:,}'
+                           for bad_step, text in damaged}
     if not damaged:
       return None
     raise InputError(f'every checkpoint in {self._folder} is damaged: ' + '; '.join(

@@ -13,6 +13,7 @@ The trainer reads both each time it decides what to keep.
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import re
 import threading
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 from ppn_jax import storage
 from ppn_jax.distributed.ownership import Process
 from ppn_jax.errors import is_outage
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 60.0  # Between heartbeats of a reader.
 DEAD_SECONDS = 600.0  # Without a heartbeat, after which a reader on another machine counts as dead.
@@ -160,13 +163,14 @@ def remove_dead_readers(readers: storage.Path) -> None:
 class Reader:
   """Protects one step at a time from deletion, for as long as this process lives.
 
+  Warns once if the folder cannot be written; steps can be read nevertheless.
+
   Args:
     readers: Folder of all readers.
-    say: Called once if the folder cannot be written; steps can be read nevertheless.
   """
 
-  def __init__(self, readers: storage.Path, say: Callable[[str], None]):
-    self._process, self._say = Process.this(), say
+  def __init__(self, readers: storage.Path):
+    self._process = Process.this()
     self._path = readers / '{host}-{pid}-{token}.json'.format(**self._process._asdict())
     self._step: int | None = None
     self._mutex, self._stop = threading.Lock(), threading.Event()
@@ -199,8 +203,8 @@ class Reader:
         storage.write_text(self._path, self._process.as_json(step=self._step, beat=time.time()))
     except OSError as e:
       if not self._has_warned:
-        self._say(f'{self._path.parent} cannot be written ({e.strerror or e}), so a training may '
-                  'delete checkpoints while they are evaluated')
+        logger.warning(f'{self._path.parent} cannot be written ({e.strerror or e}), so a training '
+                       'may delete checkpoints while they are evaluated')
       self._has_warned = True
 
 

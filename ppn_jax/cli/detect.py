@@ -2,10 +2,10 @@
 
 import argparse
 import glob
+import logging
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ppn_jax.cli.flags import add_allow_flag, allowed, keep_programs
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
   import numpy as np
 
   from ppn_jax.image_detector import ImageDetections, ImageDetector
+
+logger = logging.getLogger(__name__)
 
 HELP = """Find objects in pictures and videos.
 
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   from ppn_jax.storage import folder_path, write_text
   output = folder_path(args.output, '--output')
-  files = _find(args.images, _say)
+  files = _find(args.images)
   drawings = _drawing_paths(files, output)
   if not 0 <= args.threshold <= 1:
     raise InputError(f'--threshold={args.threshold} must be between 0 and 1')
@@ -92,10 +94,6 @@ def _load(args: argparse.Namespace) -> 'ImageDetector':
   return load(args.model, batch_size=args.batch_size)
 
 
-def _say(line: str) -> None:
-  print(f'ppn: {line}', file=sys.stderr)
-
-
 def _count(entries: Sequence[dict]) -> str:
   videos = sum('frames' in entry for entry in entries)
   pictures = len(entries) - videos
@@ -122,7 +120,7 @@ def _detect_all(detector: 'ImageDetector', files: Sequence[pathlib.Path],
   def skip(file: pathlib.Path, error: InputError) -> None:
     broken[file] = error
     if len(files) > 1:
-      _say(f'skipped: {error}')
+      logger.warning(f'skipped: {error}')
 
   drawing_of = dict(zip(files, drawings, strict=True))
   opened = _open_pictures([f for f in files if not _is_video(f)], skip)
@@ -189,7 +187,7 @@ def _draw_video(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.
         frames.append({'frame': number, 'seconds': round(number / rate, 3),
                        'detections': _entries(detector, found, threshold)})
     if reader.cut_short:
-      _say(f'{file} ends after {reader.count} of {reader.stated} frames')
+      logger.warning(f'{file} ends after {reader.count} of {reader.stated} frames')
     height, width = reader.size
   return {'file': str(file), 'video': str(drawing), 'width': width, 'height': height,
           'frames_per_second': rate, 'frames': frames}
@@ -218,12 +216,11 @@ def _entries(detector: 'ImageDetector', found: 'ImageDetections', threshold: flo
               strict=True)]
 
 
-def _find(paths: Sequence[str], say: Callable[[str], None]) -> list[pathlib.Path]:
+def _find(paths: Sequence[str]) -> list[pathlib.Path]:
   """Returns picture and video files, each once; those of folders and patterns sorted by name.
 
   Args:
     paths: Files, folders and patterns.
-    say: Called with a line about other files in a folder or that match a pattern.
 
   Raises:
     InputError: If a path does not exist, or a folder or pattern has no pictures or videos.
@@ -250,7 +247,7 @@ def _find(paths: Sequence[str], say: Callable[[str], None]) -> list[pathlib.Path
       raise InputError(f'{missing} ({others or "nothing is there"}; legal: '
                        f'{", ".join(sorted(suffixes))})')
     if others:
-      say(f'{path}: {others}')
+      logger.warning(f'{path}: {others}')
     files += map(pathlib.Path, kept)
   return list(dict.fromkeys(files))
 

@@ -1,7 +1,7 @@
 """`ppn evaluate`."""
 
 import argparse
-from collections.abc import Callable
+import sys
 from typing import TYPE_CHECKING
 
 from ppn_jax.cli.flags import (
@@ -80,8 +80,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  import sys
-
   import jax
 
   from ppn_jax.jobs import calibration_report, follow
@@ -103,20 +101,15 @@ def run(args: argparse.Namespace) -> int:
     opened = open_workdir(args)  # Mistakes are reported before waiting for other processes.
   join_processes(args, hear_sigterm=False)  # Nothing here asks whether it came.
   keep_programs()
-
-  def say(line: str) -> None:
-    if jax.process_index() == 0:
-      print(line, file=sys.stderr, flush=True)
-
   if args.follow:
-    follow.wait_for_run(args.workdir, polling, say)
+    follow.wait_for_run(args.workdir, polling)
     opened = open_workdir(args)
-  job = prepare_evaluation(opened, options, say)
+  job = prepare_evaluation(opened, options)
   output = folder_path(args.output, '--output') if args.output else None
   if args.follow or args.steps is not None:
     outcome = follow.score_steps(job, output, selected=selected,
                                  polling=polling if args.follow else None)
-    return _conclude(args, outcome, say)
+    return _conclude(args, outcome)
   evaluation = job.score(args.step, output)
   if jax.process_index() == 0:
     _print(evaluation, args.report)
@@ -135,7 +128,7 @@ def _print(evaluation: 'Evaluation', report: bool) -> None:
     print(f'report: {evaluation.folder / "report.html"}')
 
 
-def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str], None]) -> int:
+def _conclude(args: argparse.Namespace, outcome: 'Outcome') -> int:
   """Prints the scores of many steps; returns 1 if some that were asked for are missing."""
   import jax
 
@@ -146,9 +139,10 @@ def _conclude(args: argparse.Namespace, outcome: 'Outcome', say: Callable[[str],
     print(format_steps(outcome.metrics))
   if first and not outcome.metrics and args.steps is not None:
     raise InputError(f'no checkpoint in {args.workdir} is among --steps={args.steps}')
-  if not outcome.complete:
-    say(f'no new checkpoint for --timeout={args.timeout:g} seconds, and training has not ended; '
-        'giving up')
-  if outcome.unreadable:
-    say(f'not scored, since they cannot be read: {", ".join(map(str, outcome.unreadable))}')
+  if first and not outcome.complete:
+    print(f'no new checkpoint for --timeout={args.timeout:g} seconds, and training has not ended; '
+          'giving up', file=sys.stderr)
+  if first and outcome.unreadable:
+    print(f'not scored, since they cannot be read: {", ".join(map(str, outcome.unreadable))}',
+          file=sys.stderr)
   return 0 if sharding.value_of_first(outcome.complete and not outcome.unreadable) else 1

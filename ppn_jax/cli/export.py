@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-import sys
 
 from ppn_jax.cli.flags import add_allow_flag, open_workdir
 from ppn_jax.errors import InputError
@@ -53,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
   check_new(args.output, options)
   output = pathlib.Path(args.output)
   made = export(open_workdir(args), output, options, step=args.step, ema=args.ema,
-                folder=folder, say=lambda text: print(text, file=sys.stderr))
+                folder=folder)
   difference = made.difference
   print(f'{output}: {made.size / 1e6:.1f} MB, step {made.step:,}')
   if options.format == 'stablehlo':

@@ -1,6 +1,7 @@
 """Flags that several commands have: config entries, workdirs, and processes that work together."""
 
 import argparse
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,8 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
 def join_processes(args: argparse.Namespace, *, hear_sigterm: bool = True) -> None:
   """Joins the processes that the flags name; call it before anything touches a JAX backend.
 
+  From then on the first process logs what concerns all of them.
+
   Args:
     args: The values of the flags that `add_process_flags` adds.
     hear_sigterm: See `sharding.join_processes`.
@@ -94,19 +97,18 @@ def join_processes(args: argparse.Namespace, *, hear_sigterm: bool = True) -> No
       hear_sigterm=hear_sigterm)
   if args.distributed or args.coordinator:
     failures.watch_peers()
+    for handler in logging.getLogger('ppn_jax').handlers:
+      handler.addFilter(_is_for_this_process)
+
+
+def _is_for_this_process(record: logging.LogRecord) -> bool:
+  """Returns whether to print a record: all of the first process, and of others on their images."""
+  import jax
+  return record.name.startswith(('ppn_jax.data.', 'ppn_jax.visualization.')) or (
+      jax.process_index() == 0)
 
 
 def keep_programs() -> None:
-  """Keeps compiled programs between starts; call it after `join_processes`.
-
-  Of several processes, the first one prints what fails.
-  """
-  import jax
-
+  """Keeps compiled programs between starts; call it after `join_processes`."""
   from ppn_jax.distributed.compile_cache import keep_compiled_programs
-
-  def say(line: str) -> None:
-    if jax.process_index() == 0:
-      print(f'ppn: {line}', file=sys.stderr, flush=True)
-
-  keep_compiled_programs(say)
+  keep_compiled_programs()

@@ -42,5 +42,6 @@ def run(args: argparse.Namespace) -> int:
   except SaveFailed as e:
     print(f'ppn: not imported: {e}', file=sys.stderr)
     return 1
-  print(f'a run at step 0 in {imported.workdir}')
+  print(imported.report)
+  print(f'a run at step 0 in {imported.run.workdir}')
   return 0

@@ -21,12 +21,17 @@ from ppn_jax.cli.libraries import quiet_libraries
 from ppn_jax.distributed import failures, interrupts
 from ppn_jax.errors import InputError, did_you_mean, exit_status
 from ppn_jax.storage import expand_home
+from ppn_jax.telemetry.progress import LiveHandler
 
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (whether it takes --config.key=value),
 # `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that
 # help and error messages appear at once.
 COMMANDS = ('train', 'evaluate', 'detect', 'data', 'summary', 'import-tf', 'prepare', 'plan',
             'export')
+
+# Loggers of notes, such as on a truncated file, that any command may print between its lines.
+_NOTES = ('ppn_jax.cli.', 'ppn_jax.data.', 'ppn_jax.distributed.compile_cache',
+          'ppn_jax.visualization.')
 
 DESCRIPTION = """\
 Train, evaluate and use single-stage object detectors.
@@ -113,7 +118,7 @@ def _main(argv: list[str], *, as_program: bool) -> int:
 
   watch = interrupts.InterruptWatch(on_interrupt)
   try:
-    with watch, _notes_on_stderr():
+    with watch, _log_on_stderr():
       return _run(argv)
   except (Exception, KeyboardInterrupt) as e:
     failures.fail(e)  # Processes that work together all end here.
@@ -127,24 +132,29 @@ def _main(argv: list[str], *, as_program: bool) -> int:
     return code
 
 
-class _Notes(logging.Handler):
-  """Prints what the package logs, such as a truncated file, as lines of the command."""
+class _Formatter(logging.Formatter):
+  """Formats what the package logs; lines that are no part of a job's report begin with 'ppn: '."""
 
-  def emit(self, record: logging.LogRecord) -> None:
-    print(f'ppn: {record.getMessage()}', file=sys.stderr)
+  def format(self, record: logging.LogRecord) -> str:
+    return f'{"ppn: " * record.name.startswith(_NOTES)}{record.getMessage()}'
 
 
 @contextlib.contextmanager
-def _notes_on_stderr() -> Iterator[None]:
+def _log_on_stderr() -> Iterator[None]:
   """Sends the package's log to stderr, and not also to handlers that libraries install."""
-  logger, handler = logging.getLogger('ppn_jax'), _Notes()
-  before, logger.propagate = logger.propagate, False
+  logger, handler = logging.getLogger('ppn_jax'), LiveHandler()
+  before = logger.propagate, logger.level
+  handler.setFormatter(_Formatter())
   logger.addHandler(handler)
+  logger.propagate = False
+  logger.setLevel(logging.DEBUG if sys.stderr.isatty() else logging.INFO)  # For the live line.
   try:
     yield
   finally:
     logger.removeHandler(handler)
-    logger.propagate = before
+    handler.close()
+    logger.propagate, level = before
+    logger.setLevel(level)
 
 
 def _run(argv: list[str]) -> int:

@@ -1,11 +1,13 @@
 """`ppn prepare`."""
 
 import argparse
+import logging
 import os
-import sys
 
 from ppn_jax.cli.flags import CONFIG_HELP
 from ppn_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 HELP = f"""Store a data set in sharded ArrayRecord files, in TFDS's format.
 
@@ -74,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
   sources = {name: opened[name] for name in names}
   for line in dict.fromkeys(line for name, source in sources.items()
                             for line in report(source, f'data.{name}').warnings):
-    _say(line)
+    logger.warning(line)
   with _progress_bar() as progress:
-    folder = prepare(sources, args.output, options, say=_say, progress=progress)
+    folder = prepare(sources, args.output, options, progress=progress)
   splits, counts = load_tfds().builder_from_directory(os.fspath(folder)).info.splits, []
   for name, source in sources.items():
     stored = splits[name].num_examples
@@ -84,10 +86,6 @@ def run(args: argparse.Namespace) -> int:
     counts.append(f'{stored:,} images in {name!r}{without}')
   print(f'{", ".join(counts)}: {folder}')
   return 0
-
-
-def _say(line: str) -> None:
-  print(f'ppn: {line}', file=sys.stderr)
 
 
 class _progress_bar:

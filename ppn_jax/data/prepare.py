@@ -20,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import os
 import pathlib
 import re
@@ -44,6 +45,8 @@ from ppn_jax.data.source import (
 )
 from ppn_jax.data.sources import tfds_records
 from ppn_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _SHARD_BYTES = 128 << 20
 _SAMPLE = 20  # Images from which the size of all is estimated.
@@ -104,14 +107,13 @@ class _Shard(NamedTuple):
 
 
 def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: Options, *,
-            say: Callable[[str], None], progress: Callable[[int, int], None]) -> pathlib.Path:
+            progress: Callable[[int, int], None]) -> pathlib.Path:
   """Writes a data set in TFDS's format, or checks an existing one.
 
   Args:
     sources: The data of each split; all with the same classes.
     output: A local folder of data sets, TFDS's data_dir.
     options: See `Options`.
-    say: Called with a line for the user.
     progress: Called with the number of images done and of all images.
 
   Returns:
@@ -132,15 +134,15 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
     closing.callback(pool.shutdown, cancel_futures=True)
     for left in target.parent.glob(f'incomplete.*_{target.name}') if locked else ():
       shutil.rmtree(left)
-      say(f'removed {left}, left by a call that was stopped')
+      logger.info(f'removed {left}, left by a call that was stopped')
     if target.exists():
-      _check_finished(target, sources, truths, options, pool, say)
+      _check_finished(target, sources, truths, options, pool)
       return target
     plan = _make_plan(sources, truths, options, {})
     shards = _make_shards(plan)
     _build(target, plan, sources, truths, shards, options, pool, progress)
   for image, reason in [entry for shard in shards for entry in shard.skipped][:SHOWN]:
-    say(f'left out image {image}: {reason}')
+    logger.warning(f'left out image {image}: {reason}')
   return target
 
 
@@ -420,7 +422,7 @@ def _without(truth: dict[str, Any], skipped: set[int]) -> dict[str, Any]:
 
 def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
                     truths: Mapping[str, dict], options: Options,
-                    pool: concurrent.futures.Executor, say: Callable[[str], None]) -> None:
+                    pool: concurrent.futures.Executor) -> None:
   """Raises InputError unless finished data is complete and what this call would make."""
   try:
     prepared = json.loads((folder / 'prepared.json').read_text('utf-8'))
@@ -453,13 +455,15 @@ def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
       raise InputError(f'{folder} was made from other images than the present ones: of split '
                        f'{shard.split!r}, some from image {first} to image {last} have changed; '
                        f'remove {folder} and prepare again, or give another version')
-  say(f'{folder} exists already, and every file has its checksum')
+  logger.info(f'{folder} exists already, and every file has its checksum')
   left_out = {split: set(ids) for split, ids in prepared.get('left_out', {}).items() if ids}
   if left_out:
-    say(f'{sum(map(len, left_out.values()))} images were left out because they could not be read')
+    logger.info(f'{sum(map(len, left_out.values()))} images were left out because they could not '
+                'be read')
   if readable := sum(_is_readable(sources[split], i) for split, ids in left_out.items()
                      for i, image in enumerate(truths[split]['images']) if image['id'] in ids):
-    say(f'{readable} of them can be read now; remove {folder} and prepare again to add them')
+    logger.info(f'{readable} of them can be read now; remove {folder} and prepare again to add '
+                'them')
 
 
 def _digest(source: Source, index: int) -> bytes:

@@ -2,15 +2,17 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import pathlib
 import platform
 import tempfile
-from collections.abc import Callable
 
 import filelock
 import jax
 import platformdirs
+
+logger = logging.getLogger(__name__)
 
 # For each kind of processor; a training step is about a megabyte.
 MAX_BYTES = 1 << 30
@@ -19,15 +21,13 @@ _MIN_SECONDS = 0.2
 _LOCK_SECONDS = 10
 
 
-def keep_compiled_programs(say: Callable[[str], None]) -> pathlib.Path | None:
+def keep_compiled_programs() -> pathlib.Path | None:
   """Makes JAX keep compiled programs in the user's cache folder.
 
-  Call it before the first compilation. JAX's own settings take precedence:
+  Call it before the first compilation. If the folder cannot be used, it warns and nothing is
+  cached. JAX's own settings take precedence:
   JAX_COMPILATION_CACHE_DIR=DIR names another folder ('' for none),
   JAX_ENABLE_COMPILATION_CACHE=false turns it off, JAX_COMPILATION_CACHE_MAX_SIZE bounds it.
-
-  Args:
-    say: Called with one line if the folder cannot be used; nothing is cached then.
 
   Returns:
     The folder; None if nothing is cached, or if JAX's settings name a folder.
@@ -40,8 +40,9 @@ def keep_compiled_programs(say: Callable[[str], None]) -> pathlib.Path | None:
   try:
     _prepare(folder)
   except (OSError, NotImplementedError) as e:  # The latter if the file system has no locks.
-    say(f'compiled programs are not kept in {folder}: {getattr(e, "strerror", None) or e}; '
-        'set JAX_COMPILATION_CACHE_DIR=DIR to use another folder')
+    reason = getattr(e, 'strerror', None) or e
+    logger.warning(f'compiled programs are not kept in {folder}: {reason}; '
+                   'set JAX_COMPILATION_CACHE_DIR=DIR to use another folder')
     return None
   jax.config.update('jax_compilation_cache_dir', str(folder))
   for name, value in [('jax_compilation_cache_max_size', MAX_BYTES),

@@ -105,13 +105,13 @@ class InterruptWatch:
 
 def end_at_once(line: str = 'ppn: interrupted') -> None:
   """Ends the process without unwinding; safe because files are never left half written."""
-  say(line)
+  write_line(line)
   with contextlib.suppress(Exception):
     sys.stdout.flush()
   os._exit(EXIT_CODE)
 
 
-def say(line: str) -> None:
+def write_line(line: str) -> None:
   """Writes a line to stderr; safe from any thread, whatever others write."""
   with contextlib.suppress(OSError):
     os.write(2, f'\r{line}\n'.encode() if os.isatty(2) else f'{line}\n'.encode())

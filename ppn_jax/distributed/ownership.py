@@ -10,13 +10,14 @@ import contextlib
 import datetime
 import errno
 import json
+import logging
 import os
 import pathlib
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ import psutil
 from ppn_jax import storage
 from ppn_jax.distributed import coordination
 from ppn_jax.errors import InputError, Stopped
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 15.0  # Between heartbeats in a bucket.
 LEASE_SECONDS = 60.0  # Without a heartbeat, after which an owner in a bucket counts as dead.
@@ -92,14 +95,12 @@ class Ownership:
   Args:
     folder: Local or in a bucket.
     task: What is done in it, such as 'training'. There is one owner for each task.
-    say: Called with a line if the end of another owner is waited for.
     wait: Seconds to wait for an owner that is alive.
   """
 
-  def __init__(self, folder: storage.Path, task: str, say: Callable[[str], None], *,
-               wait: float = 0.0):
+  def __init__(self, folder: storage.Path, task: str, *, wait: float = 0.0):
     self._wait = wait
-    self._folder, self._task, self._say = storage.absolute(folder), task, say
+    self._folder, self._task = storage.absolute(folder), task
     self._path = self._folder / f'.{task}.lock'
     self._process = Process.this()
     self._lock: int | None = None  # The open file.
@@ -152,8 +153,8 @@ class Ownership:
     except OSError as e:
       if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         raise
-      self._say(f'{self._folder} is on a file system without locks; make sure that there is no '
-                f'second {self._task} in it')
+      logger.warning(f'{self._folder} is on a file system without locks; make sure that there is '
+                     f'no second {self._task} in it')
       return
     with contextlib.suppress(OSError):  # A full disk; the content only informs others.
       self._path.write_text(self._process.as_json())
@@ -165,7 +166,7 @@ class Ownership:
     if owner and owner.host != self._process.host:
       wait = max(wait, LEASE_SECONDS)
     if wait:
-      self._say_waiting(owner, wait)
+      self._log_waiting(owner, wait)
     if not wait or not self._lock_within(wait):
       raise self._refusal(self._owner())
 
@@ -215,7 +216,7 @@ class Ownership:
   def _take_lease(self) -> None:
     seen: storage.Versioned | None = None
     started = since = time.monotonic()
-    has_said = False
+    has_logged = False
     while not self._version:
       lease = storage.read_versioned(self._path)
       owner = lease and Process.parse(lease.text)
@@ -231,14 +232,14 @@ class Ownership:
             self._path, self._text(), lease.version if lease else 0) or 0
         self._last_heartbeat = time.monotonic()
         continue
-      if not has_said:
-        self._say_waiting(owner, max(self._wait, LEASE_SECONDS))
-        has_said = True
+      if not has_logged:
+        self._log_waiting(owner, max(self._wait, LEASE_SECONDS))
+        has_logged = True
       time.sleep(1)
 
-  def _say_waiting(self, owner: Process | None, seconds: float) -> None:
-    self._say(f'{self._folder} is in use by another {self._task}{f", {owner}" if owner else ""}; '
-              f'waiting up to {seconds:.0f} seconds for it to end')
+  def _log_waiting(self, owner: Process | None, seconds: float) -> None:
+    logger.info(f'{self._folder} is in use by another {self._task}{f", {owner}" if owner else ""}; '
+                f'waiting up to {seconds:.0f} seconds for it to end')
 
   def _refusal(self, owner: Process | None) -> InputError:
     kill = f' or end it with `kill {owner.pid}` there,' if owner else ''

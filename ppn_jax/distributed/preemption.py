@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from ppn_jax.distributed.interrupts import InterruptWatch, say
+from ppn_jax.distributed.interrupts import InterruptWatch, write_line
 
 # EX_TEMPFAIL of sysexits.h, which launchers take as "start again".
 EXIT_CODE = 75
@@ -75,8 +75,8 @@ class PreemptionNotice:
   def _on_interrupt(self, count: int) -> None:
     self._interrupted = True
     if count == 1:
-      say('interrupted: ending after this step, which is saved first; press Ctrl-C again to end '
-          'at once')
+      write_line('interrupted: ending after this step, which is saved first; press Ctrl-C again '
+                 'to end at once')
     else:
       self._interrupts.pass_on(count)
 

@@ -1,6 +1,7 @@
 """Evaluates a step of a run and writes its results."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,8 @@ from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.visualization.drawing import contact_sheet, draw_boxes, save_png
 from ppn_jax.visualization.gallery import Gallery
 from ppn_jax.visualization.report import evaluation_page
+
+logger = logging.getLogger(__name__)
 
 # Smaller images are enlarged to this on a contact sheet, so that names can be read.
 PICTURE_SIDE = 400
@@ -86,13 +89,11 @@ class EvaluationJob:
     detector: of the run.
     evaluator: of its evaluation data.
     options: of the evaluation of a step.
-    say: receives progress, a line at a time.
   """
   run: Run
   detector: Detector
   evaluator: Evaluator
   options: EvaluationOptions
-  say: Callable[[str], None]
 
   @property
   def root(self) -> storage.Path:
@@ -107,7 +108,7 @@ class EvaluationJob:
   def load(self, step: int | None = None) -> tuple[int, Variables]:
     """Restores the variables of a step, by default the newest; see `load_variables`."""
     return load_variables(self.run, self.detector, self.evaluator.mesh, step=step,
-                          ema=self.options.ema, say=self.say)
+                          ema=self.options.ema)
 
   def score(self, step: int | None, output: storage.Path | None = None) -> Evaluation:
     """Loads and evaluates a step.
@@ -119,7 +120,7 @@ class EvaluationJob:
     Raises:
       InputError: If there is no such checkpoint, or it cannot be used.
     """
-    reader = retention.Reader(self.run.readers, self.say) if jax.process_index() == 0 else None
+    reader = retention.Reader(self.run.readers) if jax.process_index() == 0 else None
     try:
       if reader and step is not None:
         reader.hold(step)
@@ -145,13 +146,13 @@ class EvaluationJob:
     evaluator, options, calibration = self.evaluator, self.options, None
     stamp = self.run.stamp(step) if jax.process_index() == 0 else None
     total = len(evaluator.source)
-    self.say(f'evaluating step {step:,} on {total:,} images')
-    rows = evaluator.rows(variables, on_images=_report_tenths(total, self.say))
+    logger.info(f'evaluating step {step:,} on {total:,} images')
+    rows = evaluator.rows(variables, on_images=_report_tenths(total))
     for reason in dict.fromkeys(coordination.gather_lines(evaluator.bad.new_reasons())):
-      self.say(f'skipped: {reason}')
+      logger.warning(f'skipped: {reason}')
     scores = evaluator.score(rows)
     if jax.process_index() == 0:
-      with Ownership(folder, 'evaluation', self.say, wait=WAIT_SECONDS):
+      with Ownership(folder, 'evaluation', wait=WAIT_SECONDS):
         storage.remove_partial(folder)
         coco.write_results(folder / 'results.json',
                            coco.renumber(rows, file_ids(evaluator.source)))
@@ -168,7 +169,7 @@ class EvaluationJob:
 
   def _write_calibration(self, step: int, rows: list[dict[str, Any]], folder: storage.Path
                          ) -> dict[str, Any]:
-    self.say('reporting on calibration')
+    logger.info('reporting on calibration')
     report = calibration_report.build_report(
         self.run.config, self.detector, self.run.categories, self.evaluator.source.ground_truth(),
         rows, self.options.calibration, scorer=self.options.scorer)
@@ -178,7 +179,7 @@ class EvaluationJob:
 
   def _write_report(self, step: int, rows: list[dict[str, Any]], scores: coco.Scores,
                     folder: storage.Path) -> None:
-    self.say('drawing the report')
+    logger.info('drawing the report')
     source = self.evaluator.source
     gallery = Gallery(source, source.ground_truth(), rows, self.run.categories)
     page = evaluation_page(
@@ -188,14 +189,12 @@ class EvaluationJob:
     storage.write_text(folder / 'report.html', page)
 
 
-def prepare_evaluation(run: Run, options: EvaluationOptions,
-                       say: Callable[[str], None] = print) -> EvaluationJob:
+def prepare_evaluation(run: Run, options: EvaluationOptions) -> EvaluationJob:
   """Opens the evaluation data of a run and builds its detector.
 
   Args:
     run: to evaluate; its `config.data.eval` may have been changed to other data.
     options: see there.
-    say: receives progress, a line at a time.
 
   Raises:
     InputError: If the data are bad, or `options.ema` asks for an average that the run does not
@@ -206,14 +205,14 @@ def prepare_evaluation(run: Run, options: EvaluationOptions,
   mesh, detector = sharding.data_mesh(), run.detector()
   evaluator = build_evaluator(run, detector, mesh, scorer=options.scorer)
   for line in report(evaluator.source, 'data.eval').warnings:
-    say(line)
-  return EvaluationJob(run, detector, evaluator, options, say)
+    logger.warning(line)
+  return EvaluationJob(run, detector, evaluator, options)
 
 
 def evaluate(run: Run | str | os.PathLike[str], *, step: int | None = None,
              options: EvaluationOptions = EvaluationOptions(),
-             output: str | os.PathLike[str] | None = None, allow: Sequence[str] = (),
-             say: Callable[[str], None] = print) -> Evaluation:
+             output: str | os.PathLike[str] | None = None, allow: Sequence[str] = ()
+             ) -> Evaluation:
   """Evaluates a saved step on the evaluation data of its run, and writes the results.
 
     ppn_jax.evaluate('runs/quickstart').metrics['AP']
@@ -229,7 +228,6 @@ def evaluate(run: Run | str | os.PathLike[str], *, step: int | None = None,
       `evaluation_raw/STEP` for the weights themselves of a run that keeps an average.
     allow: packages or modules of your own that the config of a workdir may import, see
       `run.open_run`.
-    say: receives progress, a line at a time.
 
   Returns:
     The metrics of the step and the folder of its results.
@@ -240,7 +238,7 @@ def evaluate(run: Run | str | os.PathLike[str], *, step: int | None = None,
   if not isinstance(run, Run):
     run = open_run(run, allow=allow)
   folder = None if output is None else storage.folder_path(output, 'output')
-  return prepare_evaluation(run, options, say).score(step, folder)
+  return prepare_evaluation(run, options).score(step, folder)
 
 
 def draw_contact_sheet(source: Source, rows: list[dict[str, Any]],
@@ -282,14 +280,14 @@ def draw_contact_sheet(source: Source, rows: list[dict[str, Any]],
   return contact_sheet(drawn)
 
 
-def _report_tenths(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
-  """Returns a callback that reports progress at each tenth of the images."""
+def _report_tenths(total: int) -> Callable[[int], None]:
+  """Returns a callback that logs progress at each tenth of the images."""
   reported = 0
 
   def on_images(count: int) -> None:
     nonlocal reported
     if count * 10 // total > reported:
       reported = count * 10 // total
-      say(f'  {count:,}/{total:,} images')
+      logger.info(f'  {count:,}/{total:,} images')
 
   return on_images

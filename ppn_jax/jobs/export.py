@@ -1,6 +1,7 @@
 """Exports a run's detector to another format and checks the result."""
 
 import dataclasses
+import logging
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from ppn_jax.export.formats import ExportOptions, companion_file, make_metadata,
 from ppn_jax.export.runtimes import ExportedDetector, open_export
 from ppn_jax.run import Run, build_detector, load_variables
 from ppn_jax.storage import local_path
+
+logger = logging.getLogger(__name__)
 
 CHECKED_IMAGES = 20
 
@@ -53,8 +56,8 @@ class Export:
 
 
 def export(run: Run, output: pathlib.Path, options: ExportOptions, *, step: int | None = None,
-           ema: bool | None = None, folder: pathlib.Path | None = None,
-           say: Callable[[str], None] = print) -> Export:
+           ema: bool | None = None, folder: pathlib.Path | None = None
+           ) -> Export:
   """Writes `output`, which appears only after its detections have been compared with JAX's.
 
   Args:
@@ -68,7 +71,6 @@ def export(run: Run, output: pathlib.Path, options: ExportOptions, *, step: int 
       the training split for calibration and the evaluation split for the check. Other files in the
       folder, and images that cannot be read, are skipped and reported; unreadable images in the
       run's data are skipped if its `data.on_bad_example` is 'skip'.
-    say: called with each line of progress.
 
   Raises:
     InputError: If `output` exists, there are no images, a library is missing, the format cannot
@@ -80,18 +82,18 @@ def export(run: Run, output: pathlib.Path, options: ExportOptions, *, step: int 
   if options.format != 'stablehlo':
     tensorflow.check_libraries(options)
   detector, reference = _detectors(run, options)
-  images = _Images(run, detector.image_size, folder, say)
+  images = _Images(run, detector.image_size, folder)
   checked = images.load('eval', CHECKED_IMAGES)
   step, variables = load_variables(run, reference, sharding.data_mesh(
-      jax.local_devices()[:1]), step=step, ema=ema, say=say)
+      jax.local_devices()[:1]), step=step, ema=ema)
   variables = jax.device_get(variables)
-  say(f'writing step {step:,} as {options.format}, {options.precision}')
+  logger.info(f'writing step {step:,} as {options.format}, {options.precision}')
   output.parent.mkdir(parents=True, exist_ok=True)
   with storage.partial_folder(output) as temporary:
     path = temporary / output.name
     _write(path, detector, variables, options, images)
     write_metadata(path, _make_metadata(run, detector, options, step))
-    say(f'checking it on {len(checked)} images')
+    logger.info(f'checking it on {len(checked)} images')
     exported = open_export(path)
     measured = check(exported, jax.jit(reference.detect), variables, checked, options)
     size = size_of(path)
@@ -183,7 +185,6 @@ class _Images:
   run: Run
   side: int
   folder: pathlib.Path | None
-  say: Callable[[str], None]
 
   def load(self, split: str, count: int) -> np.ndarray:
     """Returns at most `count` images, evenly spaced in a split: u8 [N, S, S, 3]."""
@@ -199,7 +200,7 @@ class _Images:
     if self.folder is not None:
       source: Any = _Folder(*folders.list_folder(self.folder))
       if source.others:
-        self.say(f'{self.folder}: {source.others}')
+        logger.warning(f'{self.folder}: {source.others}')
       policy, share = 'skip', 1.0
     else:
       source, data = self._source(split), self.run.config.data
@@ -208,7 +209,7 @@ class _Images:
     for _, example in evenly_spaced_examples(source, count, bad.record):
       yield example
     for reason in bad.new_reasons():
-      self.say(f'skipped: {reason}')
+      logger.warning(f'skipped: {reason}')
 
   def _source(self, split: str) -> Source:
     config = self.run.config

@@ -5,6 +5,7 @@ else is remembered, so that a job can be killed at any time and started again.
 """
 
 import dataclasses
+import logging
 import pathlib
 import re
 import time
@@ -27,6 +28,8 @@ from ppn_jax.metrics import coco
 from ppn_jax.run import Run, is_run, open_run
 from ppn_jax.telemetry.metrics import MetricsWriter
 from ppn_jax.telemetry.progress import duration
+
+logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # To read a step that exists but cannot be read, one poll apart.
 REMIND_SECONDS = 600.0  # Between messages that it is still waiting.
@@ -76,8 +79,8 @@ class Polling:
 class _Poller:
   """Sleeps between looks, reports from time to time that it waits, and detects the timeout."""
 
-  def __init__(self, polling: Polling, say: Callable[[str], None]):
-    self._polling, self._say = polling, say
+  def __init__(self, polling: Polling):
+    self._polling = polling
     self.reset()
 
   def reset(self) -> None:
@@ -92,18 +95,18 @@ class _Poller:
     now = self._polling.clock.now()
     if self._reported is None or now - self._reported >= REMIND_SECONDS:
       first = self._reported is None
-      self._say(reason if first else f'{reason}, for {duration(now - self._since)}')
+      logger.info(reason if first else f'{reason}, for {duration(now - self._since)}')
       self._reported = now
     self._polling.clock.sleep(self._polling.interval)
 
 
-def wait_for_run(workdir: str | pathlib.Path, polling: Polling, say: Callable[[str], None]) -> Run:
+def wait_for_run(workdir: str | pathlib.Path, polling: Polling) -> Run:
   """Opens the run in `workdir` as soon as training has begun there.
 
   Raises:
     InputError: If it has not begun within `polling.timeout`, or the run cannot be read.
   """
-  poller = _Poller(polling, say)
+  poller = _Poller(polling)
   while not is_run(workdir):
     if poller.timed_out():
       raise InputError(f'no training has begun in workdir {workdir} within --timeout='
@@ -164,7 +167,7 @@ def score_steps(job: EvaluationJob, root: storage.Path | None = None, *,
     InputError: If a checkpoint is of another model, or another process evaluates to this folder.
   """
   root = root or job.root
-  with owned_by_first(Ownership(root, 'evaluation', job.say)):
+  with owned_by_first(Ownership(root, 'evaluation')):
     follower = _Follower(job, root, selected, polling)
     try:
       return follower.run()
@@ -178,7 +181,7 @@ class _Follower:
   def __init__(self, job: EvaluationJob, root: storage.Path, selected: Callable[[int], bool],
                polling: Polling | None):
     self._job, self._root, self._selected, self._polling = job, root, selected, polling
-    self._poller = _Poller(polling or Polling(), job.say)
+    self._poller = _Poller(polling or Polling())
     self._metrics: dict[int, dict[str, float | None]] = {}
     self._pending: set[int] = set()  # Seen, but not evaluated yet.
     self._deleted: list[int] = []
@@ -187,7 +190,7 @@ class _Follower:
     if jax.process_index() == 0:
       storage.remove_partial(root)
       self._curves = self._open_curves()
-      self._reader = retention.Reader(job.run.readers, job.say)
+      self._reader = retention.Reader(job.run.readers)
 
   def run(self) -> Outcome:
     while (step := self._agreed_next()) not in (_END, _TIMEOUT):
@@ -217,8 +220,8 @@ class _Follower:
     except Exception as e:
       if self._polling is None or isinstance(e, PermissionError) or not storage.is_outage(e):
         raise
-      self._job.say(f'{self._job.run.workdir} cannot be reached, trying again: '
-                    f'{" ".join(str(e).split())[:200]}')
+      logger.warning(f'{self._job.run.workdir} cannot be reached, trying again: '
+                     f'{" ".join(str(e).split())[:200]}')
       return _TIMEOUT if self._poller.timed_out() else _WAIT
 
   def _next(self) -> int:
@@ -246,8 +249,8 @@ class _Follower:
       self._record(step, found.metrics)
     elif not fits and (found or step in self._metrics):
       if self._metrics.pop(step, None) or step not in self._pending:
-        self._job.say(f'the recorded scores of step {step:,} are of another checkpoint or other '
-                      'data; scoring it again')
+        logger.info(f'the recorded scores of step {step:,} are of another checkpoint or other '
+                    'data; scoring it again')
       if self._curves:
         self._curves.steps.discard(step)
 
@@ -271,7 +274,7 @@ class _Follower:
       return False
     evaluation = self._job.evaluate(step, variables, self._root / str(step))
     self._record(step, evaluation.metrics)
-    self._job.say(f'step {step:,}: {coco.format_headline(evaluation.metrics)}')
+    logger.info(f'step {step:,}: {coco.format_headline(evaluation.metrics)}')
     self._poller.reset()
     return True
 
@@ -294,7 +297,7 @@ class _Follower:
       problems = self._problems.setdefault(step, [])
       problems.append(' '.join(str(error or 'on another host').split())[:300])
       if len(problems) == ATTEMPTS:
-        self._job.say(f'step {step:,} cannot be read and is skipped: {problems[-1]}')
+        logger.warning(f'step {step:,} cannot be read and is skipped: {problems[-1]}')
     return None
 
   def _record(self, step: int, metrics: dict[str, float | None]) -> None:
@@ -305,7 +308,7 @@ class _Follower:
       self._curves.steps.add(step)
 
   def _drop(self, step: int) -> None:
-    self._job.say(f'step {step:,} was deleted before it was scored and is skipped')
+    logger.warning(f'step {step:,} was deleted before it was scored and is skipped')
     self._pending.discard(step)
     self._problems.pop(step, None)
     self._deleted.append(step)

@@ -1,7 +1,7 @@
 """Creates a run from weights of TensorFlow or Keras."""
 
 import pathlib
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -21,9 +21,20 @@ from ppn_jax.weights.read import WeightFile, read_weights
 KINDS = ('auto', 'detector', 'backbone')
 
 
+class Import(NamedTuple):
+  """Result of an import.
+
+  Fields:
+    run: The new run.
+    report: Lines on the variables that were used and on the names of the classes.
+  """
+  run: Run
+  report: str
+
+
 def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str | pathlib.Path, *,
                kind: str = 'auto', label_map: str | pathlib.Path | None = None,
-               average: bool = False, say: Callable[[str], None] = print) -> Run:
+               average: bool = False) -> Import:
   """Creates a run at step 0 from a TensorFlow checkpoint, a frozen graph or a Keras file.
 
   Nothing is written before everything has been checked.
@@ -36,7 +47,6 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
       others from `config.seed`; 'auto' imports what the file holds.
     label_map: file with the names of the classes, see `labels.read_label_map`.
     average: whether to use the moving averages of the weights, which some checkpoints have.
-    say: called with each line of the report.
 
   Raises:
     InputError: If a file cannot be read or does not fit the config, or the workdir is in use.
@@ -68,14 +78,12 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
     state = with_weights(jit_init(detector, optimizer, mesh)(config.seed), imported.variables)
   # The checkpoint is saved before the config: a run without a checkpoint would be trained from
   # random weights.
-  with Ownership(run.workdir, 'training', say):
+  with Ownership(run.workdir, 'training'):
     _check_new(run.workdir)  # Training may have started in the meantime.
     with run.checkpoints(read_only=False) as checkpoints:
       checkpoints.save(0, state)
     run.save()
-  say(str(imported.report))
-  say(line)
-  return run
+  return Import(run, f'{imported.report}\n{line}')
 
 
 def _check_new(workdir: storage.Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,8 @@ from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.initial import initial_weights, with_weights
 from ppn_jax.weights.transfer import TransferredWeights
+
+logger = logging.getLogger(__name__)
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path, *,
@@ -85,8 +88,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   abstract = abstract_state(detector, optimizer, mesh)
   initialize = registry.bind('init', initial_weights, config.init.to_dict(),
                              given=['like', 'categories'])
-  with (Progress(config.train.steps, quiet=jax.process_index() != 0) as progress,
-        owned_by_first(Ownership(run.workdir, 'training', progress.say)) as owner,
+  with (owned_by_first(Ownership(run.workdir, 'training')) as owner,
         contextlib.nullcontext(_latest_or_initial(run, initialize, abstract)) as (latest, initial),
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
         failures.fail_together(except_for=Preempted), contextlib.ExitStack() as closing):
@@ -96,27 +98,27 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       run = _with_init(run, earlier.config.init)
     if owner:
       _clean_up(run)
-    start, state = checkpoints.restore_newest(abstract, progress.say) or (0, None)
+    start, state = checkpoints.restore_newest(abstract) or (0, None)
     must_evaluate = _lacks_evaluation(run, start)
     if start >= config.train.steps and not must_evaluate:
-      progress.say(f'nothing to do: {run.workdir} is trained to step {start:,} already')
+      logger.info(f'nothing to do: {run.workdir} is trained to step {start:,} already')
       return None
-    progress.say(_describe(run, abstract, source, mesh))
+    logger.info(_describe(run, abstract, source, mesh))
     if kept_back := describe_fraction(config, source):
-      progress.say(kept_back)
+      logger.info(kept_back)
     for line in dict.fromkeys([*found.lines, *(
         report(eval_source, 'data.eval').lines if eval_source else ())]):
-      progress.say(line)
+      logger.info(line)
     # 2. The state: of the newest undamaged checkpoint, or a new one.
     if state is not None:
-      progress.say(f'resuming {run.workdir} from step {start:,}')
+      logger.info(f'resuming {run.workdir} from step {start:,}')
       for key in ('weights', 'backbone'):
         if config.init.get(key, '') not in ('', run.config.init.get(key, '')):
-          progress.say(f'init.{key}={config.init[key]} is ignored: the run has weights already')
+          logger.warning(f'init.{key}={config.init[key]} is ignored: the run has weights already')
     else:
       state = jit_init(detector, optimizer, mesh)(config.seed)
     if initial is not None:
-      progress.say(f'starting from {initial.report}')
+      logger.info(f'starting from {initial.report}')
       state = with_weights(state, initial.variables, initial.partial)
     # 3. The steps.
     writer = None
@@ -124,11 +126,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       run.save()
       writer = closing.enter_context(MetricsWriter(run.workdir, start))
     if traced and traced[-1] <= start:
-      progress.say(f'--profile={profile}: these steps were taken before, nothing is traced')
-    trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard',
-                                progress.say)
-    loop = TrainLoop(run, mesh, checkpoints, progress, writer, evaluator, notice, trace,
-                     owner, _first_loss(run, start))
+      logger.warning(f'--profile={profile}: these steps were taken before, nothing is traced')
+    trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard')
+    loop = TrainLoop(run, mesh, checkpoints, Progress(config.train.steps), writer, evaluator,
+                     notice, trace, owner, _first_loss(run, start))
     scores = loop.evaluate_saved(start, state) if must_evaluate else None
     if start < config.train.steps:
       scores = loop.run_steps(state, start, pipeline.jit_step(detector, optimizer), pipeline)

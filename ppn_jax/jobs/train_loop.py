@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -25,6 +26,8 @@ from ppn_jax.telemetry.progress import Progress, Stopwatch, duration
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import StepMetrics
+
+logger = logging.getLogger(__name__)
 
 # How many steps may be queued on the device: enough to keep it busy, few enough that their batches
 # do not fill its memory.
@@ -51,7 +54,7 @@ class TrainLoop:
     run: The run.
     mesh: Its devices.
     checkpoints: Its checkpoint service.
-    progress: Where it reports.
+    progress: Logs its steps.
     writer: Writes its metrics; of the first process only.
     evaluator: Scores a state; None if the config asks for no evaluation.
     notice: Whether the run was told to end.
@@ -114,8 +117,8 @@ class TrainLoop:
         if evaluating:
           scores = self._evaluate_or_save(step, state)
         if saving and self.num_exploded:
-          self.progress.say(f'step {step:,} is not saved: its loss is more than '
-                            f'{DIVERGED_FACTOR:,.0f} times the first, {self.first_loss:.4g}')
+          logger.warning(f'step {step:,} is not saved: its loss is more than '
+                         f'{DIVERGED_FACTOR:,.0f} times the first, {self.first_loss:.4g}')
         elif saving:
           self._save(step, state, scores.metrics if evaluating else None)
         if ending:
@@ -139,7 +142,7 @@ class TrainLoop:
         if (self.run.config.train.on_save_error == 'stop' or jax.process_count() > 1
             or self.checkpoints.failures >= MAX_FAILED_SAVES):
           raise
-        self.progress.say(f'{e}; training continues, the next save is tried as usual')
+        logger.warning(f'{e}; training continues, the next save is tried as usual')
 
   def _complete_save(self, step: int, state: TrainState, scores: Scores | None) -> None:
     """Waits until the last step is on disk. No other save follows, so it is tried twice."""
@@ -148,7 +151,7 @@ class TrainLoop:
     except SaveFailed as e:
       if jax.process_count() > 1:
         raise
-      self.progress.say(f'{e}; trying again')
+      logger.warning(f'{e}; trying again')
     if self.checkpoints.latest() != step:
       self.checkpoints.save(step, state, scores.metrics if scores else None)
       self.checkpoints.wait()
@@ -178,11 +181,11 @@ class TrainLoop:
   def _compile(self, train_step: Callable, state: TrainState, pipeline: InputPipeline
                ) -> Callable:
     started = time.perf_counter()
-    self.progress.say('compiling the training step (once per start; about a minute on a TPU)')
+    logger.info('compiling the training step (once per start; about a minute on a TPU)')
     compiled = train_step.lower(state, *pipeline.arguments()).compile()
-    self.progress.say(f'compiled in {duration(time.perf_counter() - started)}')
+    logger.info(f'compiled in {duration(time.perf_counter() - started)}')
     coordination.wait_for_all()
-    self.progress.say(profiling.describe(compiled))
+    logger.info(profiling.describe(compiled))
     return compiled
 
   def _report(self, step: int) -> None:
@@ -211,7 +214,7 @@ class TrainLoop:
   def _report_bad_examples(self, bad: BadExamples) -> None:
     """Reports what any process could not read since the last time, also in the workdir."""
     for reason in dict.fromkeys(coordination.gather_lines(bad.new_reasons())):
-      self.progress.say(f'skipped: {reason}')
+      logger.warning(f'skipped: {reason}')
       if self.writer:
         with self._tolerate_write_errors():
           self.run.note_bad_example(reason)
@@ -225,7 +228,7 @@ class TrainLoop:
     except OSError as e:
       if not self.warned:
         what = f'{e.filename}: {e.strerror}' if e.filename else f'{self.run.workdir}: {e}'
-        self.progress.say(f'{what}; training continues, the metrics are kept to be written later')
+        logger.warning(f'{what}; training continues, the metrics are kept to be written later')
       self.warned = True
 
   def _check_finite(self, steps: tuple[int, ...], series: StepMetrics) -> None:
@@ -298,7 +301,7 @@ class TrainLoop:
     if self.writer:
       with self._tolerate_write_errors():
         self.writer.write(step, {f'eval/{name}': value for name, value in scores.metrics.items()})
-    self.progress.say(
+    logger.info(
         f'evaluated step {step:,}: {format_headline(scores.metrics)}  on {scores.num_images:,} '
         f'images in {duration(time.perf_counter() - started)}')
     return scores

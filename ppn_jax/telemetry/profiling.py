@@ -1,9 +1,10 @@
 """Time and memory of a step: traces, the compiler's estimates, and peak memory."""
 
 import contextlib
+import logging
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,8 @@ import jax
 from ppn_jax import storage
 from ppn_jax.errors import InputError
 from ppn_jax.telemetry import host_memory
+
+logger = logging.getLogger(__name__)
 
 
 def parse_steps(text: str, last: int) -> range:
@@ -43,11 +46,10 @@ class StepTrace:
   Args:
     steps: Consecutive steps to trace; may be empty.
     folder: Where to write, local or in a bucket.
-    say: Called with lines for the user.
   """
 
-  def __init__(self, steps: range, folder: storage.Path, say: Callable[[str], None]):
-    self._steps, self._folder, self._say = steps, folder, say
+  def __init__(self, steps: range, folder: storage.Path):
+    self._steps, self._folder = steps, folder
     self._running: tempfile.TemporaryDirectory | None = None
 
   @contextlib.contextmanager
@@ -74,10 +76,10 @@ class StepTrace:
         for path in filter(pathlib.Path.is_file, pathlib.Path(folder).rglob('*')):
           storage.write_bytes(self._folder / path.relative_to(folder), path.read_bytes())
       except OSError as e:  # Not worth ending the run.
-        self._say(f'no trace written to {self._folder}: {e}')
+        logger.warning(f'no trace written to {self._folder}: {e}')
         return
-    self._say(f'wrote a trace of steps {self._steps[0]:,} to {self._steps[-1]:,} to '
-              f'{self._folder}/plugins/profile')
+    logger.info(f'wrote a trace of steps {self._steps[0]:,} to {self._steps[-1]:,} to '
+                f'{self._folder}/plugins/profile')
 
   def __enter__(self) -> 'StepTrace':
     return self

@@ -1,72 +1,110 @@
-"""Progress of a run for people: lines on stderr, a live line, and where the time goes."""
+"""Progress of a run for people: log lines, a live line, and where the time goes."""
 
 import contextlib
+import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
+if TYPE_CHECKING:
+  from rich.console import Console
+  from rich.live import Live
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
-  """Writes a line for each report and, on a terminal, a live line below that follows each step.
+  """Logs a line for each report and, at level DEBUG, one for each step.
 
-  Lines go to stderr, so that results can be piped. On a terminal each takes one row: parts that
-  do not fit are left out, the last first.
+  The records have an attribute `parts`, from which `LiveHandler` makes lines that fit a terminal.
 
   Args:
     steps: Number of steps of the whole run.
-    console: Where to write.
-    quiet: Writes nothing. Of several processes only one writes.
   """
 
-  def __init__(self, steps: int, console: Console | None = None, *, quiet: bool = False):
+  def __init__(self, steps: int):
     self._steps = steps
-    self._console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
-    # Transient: on exit it would only repeat the last report.
-    self._live = Live(Text(''), console=self._console, auto_refresh=False, transient=True)
     self._status: Sequence[str] = ()
 
-  def __enter__(self) -> 'Progress':
-    if self._console.is_terminal:
-      self._live.start()
-    return self
-
-  def __exit__(self, *_) -> None:
-    if self._console.is_terminal:
-      self._live.stop()
-
-  def say(self, text: str) -> None:
-    """Writes a line that stays."""
-    self._console.print(Text(text))
-
   def report(self, step: int, status: Sequence[str]) -> None:
-    """Writes the status of the run after `step`.
+    """Logs the status of the run after `step`.
 
     Args:
       step: Number of steps taken.
       status: Parts of the line, the most important first.
     """
     self._status = status
-    self.say(self._line(step, status))
+    self._log(logging.INFO, step, status)
     self.advance(step)
 
   def advance(self, step: int, doing: str = '') -> None:
     """Updates the live line, if there is one: with `doing` if given, else with the last status."""
-    if self._console.is_terminal:
-      line = Text(self._line(step, [doing] if doing else self._status), no_wrap=True,
-                  overflow='ellipsis')
-      self._live.update(line, refresh=True)
+    self._log(logging.DEBUG, step, [doing] if doing else self._status)
 
-  def _line(self, step: int, status: Sequence[str]) -> str:
-    line = f'step {step:,}/{self._steps:,}'
-    for part in status:
+  def _log(self, level: int, step: int, status: Sequence[str]) -> None:
+    if logger.isEnabledFor(level):
+      parts = (f'step {step:,}/{self._steps:,}', *status)
+      logger.log(level, '  '.join(parts), extra={'parts': parts})
+
+
+class LiveHandler(logging.Handler):
+  """Handler that prints lines to stderr and, on a terminal, a live line below for each step.
+
+  The live line needs level DEBUG; other records of that level are not shown. On a terminal each
+  record of `Progress` takes one row: parts that do not fit are left out, the last first.
+
+  Args:
+    console: Where to write; by default stderr.
+  """
+
+  def __init__(self, console: 'Console | None' = None):
+    super().__init__()
+    self._console = console
+    self._live: Live | None = None
+
+  def emit(self, record: logging.LogRecord) -> None:
+    parts = getattr(record, 'parts', ())
+    if parts and self._console is None and sys.stderr.isatty():
+      from rich.console import Console
+      self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+    live = bool(parts) and self._console is not None and self._console.is_terminal
+    line = self._fitting(parts) if live else self.format(record)
+    if record.levelno > logging.DEBUG:
+      self._print(line)
+    elif live:
+      self._show(line)
+
+  def close(self) -> None:
+    """Removes the live line, which would only repeat the last report."""
+    if self._live is not None:
+      self._live.stop()
+      self._live = None
+    super().close()
+
+  def _fitting(self, parts: Sequence[str]) -> str:
+    line = parts[0]
+    for part in parts[1:]:
       longer = f'{line}  {part}'
-      if self._console.is_terminal and len(longer) > self._console.width:
+      if len(longer) > self._console.width:
         break
       line = longer
     return line
+
+  def _print(self, line: str) -> None:
+    if self._console is None:
+      print(line, file=sys.stderr, flush=True)
+    else:
+      from rich.text import Text
+      self._console.print(Text(line))
+
+  def _show(self, line: str) -> None:
+    from rich.live import Live
+    from rich.text import Text
+    if self._live is None:
+      self._live = Live(Text(''), console=self._console, auto_refresh=False, transient=True)
+      self._live.start()
+    self._live.update(Text(line, no_wrap=True, overflow='ellipsis'), refresh=True)
 
 
 class Stopwatch:

@@ -1,6 +1,7 @@
 """The input of training: batches from the host, or drawn from the devices' own memory."""
 
 import dataclasses
+import logging
 import queue
 import threading
 import time
@@ -24,6 +25,8 @@ from ppn_jax.distributed import sharding
 from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.optimizer import Optimizer
 from ppn_jax.training.train_step import abstract_batch, jit_resident_step, jit_train_step
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
@@ -202,12 +205,12 @@ class ResidentPipeline:
   def _load(self, start: int, progress: Progress) -> dataset.ResidentData:
     count, started = self.plan.num_images, time.perf_counter()
     size = f'{dataset.data_bytes(self.plan, self.mesh) / 1e9:,.3g} GB'
-    progress.say(f'loading {count:,} images of {self.plan.stored_size} px onto the devices, '
-                 f'{size} on each')
+    logger.info(f'loading {count:,} images of {self.plan.stored_size} px onto the devices, '
+                f'{size} on each')
     data = dataset.load(
         WithSubstitutes(self.source, self.bad), self.plan, self.mesh, threads=self.threads,
         on_images=lambda done: progress.advance(start, f'loading: {done:,}/{count:,} images'))
-    progress.say(f'loaded in {duration(time.perf_counter() - started)}')
+    logger.info(f'loaded in {duration(time.perf_counter() - started)}')
     return data
 
 

@@ -62,8 +62,9 @@ def read_workdir(workdir: storage.Path, step: str = '') -> PretrainedWeights:
     if step:
       number = _best_of(workdir, checkpoints.steps()) if step == 'best' else int(step)
       state = checkpoints.restore(None, number)
-    elif newest := checkpoints.restore_newest(None, notes.append):
-      number, state = newest
+    elif newest := checkpoints.newest_undamaged(None):
+      number, state, damaged_steps = newest
+      notes = [*checkpoints.lost_metrics(), *damaged_steps.values()]
     else:
       raise InputError(f'the run in {workdir} has no checkpoint yet, so it has no weights to '
                        'start from; wait for the first, or give another run')

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore
+from log_lines import logged
 
 from ppn_jax import storage
 from ppn_jax.checkpoints import integrity, manager
@@ -60,9 +61,8 @@ def folder(saved, tmp_path):
 
 
 def restore_newest(folder, *, read_only=True):
-  messages = []
-  with Checkpoints(folder, read_only=read_only) as checkpoints:
-    step, state = checkpoints.restore_newest(like(), messages.append)
+  with logged() as messages, Checkpoints(folder, read_only=read_only) as checkpoints:
+    step, state = checkpoints.restore_newest(like())
   return step, state, messages
 
 
@@ -221,7 +221,7 @@ def test_a_partly_deleted_checkpoint_is_skipped(folder, part):
 def test_the_trainer_moves_a_damaged_step_aside_and_saves_it_again(folder):
   remove(folder / '2' / 'state' / 'manifest.ocdbt', None)
   with Checkpoints(folder, keep_last=1, keep_best=0) as checkpoints:
-    step, _ = checkpoints.restore_newest(like(), lambda text: None)
+    step, _ = checkpoints.restore_newest(like())
     assert step == 1 and checkpoints.steps() == [1]
     checkpoints.save(2, make_state(2))
   step, state, messages = restore_newest(folder)

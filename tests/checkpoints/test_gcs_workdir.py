@@ -111,7 +111,7 @@ def test_old_checkpoints_are_deleted_and_nothing_is_left_behind(runs):
 @pytest.mark.slow
 def test_evaluated_in_the_bucket(runs):
   bucket, local = runs
-  expected = evaluate(open_run(local), say=lambda line: None).scores
+  expected = evaluate(open_run(local)).scores
   folder = bucket / 'evaluation'
   assert json.loads((folder / '20/scores.json').read_text())['figures'] == expected.metrics
   assert len(json.loads((folder / '20/results.json').read_text())) == expected.num_detections
@@ -150,8 +150,8 @@ for _ in range(2):
   data = max((in_bucket / '4/state/d').iterdir(), key=lambda p: p.stat().st_size)
   data.write_bytes(data.read_bytes()[:100])
   with Checkpoints(folder, keep_last=2) as checkpoints:
-    messages = []
-    step, state = checkpoints.restore_newest(damaged.like(), messages.append)
+    with damaged.logged() as messages:
+      step, state = checkpoints.restore_newest(damaged.like())
     print(step, damaged.same(state, damaged.make_state(3)), checkpoints.steps(), messages[0])
     checkpoints.save(4, damaged.make_state(4))
 print(damaged.restore_newest(folder)[0], sorted(p.name for p in (
@@ -220,14 +220,14 @@ path = folder / '.training.lock'
 def elsewhere(text):
   return Process.parse(text)._replace(host='pod-1', token='other').as_json(beat=0)
 
-with Ownership(folder, 'training', print) as first:
+with Ownership(folder, 'training') as first:
   begun = first._version
   while storage.read_versioned(path).version == begun:
     pass
   ownership.HEARTBEAT_SECONDS = 1e6
   print('beats')
   try:
-    Ownership(folder, 'training', print).__enter__()
+    Ownership(folder, 'training').__enter__()
   except InputError as e:
     print('refused', 'in use by another training: process' in str(e))
   theirs = storage.read_versioned(path)
@@ -239,7 +239,7 @@ with Ownership(folder, 'training', print) as first:
   except Stopped:
     print('lost')
 print(Process.parse(storage.read_versioned(path).text).host)
-with Ownership(folder, 'training', print):  # Its last sign of life is decades old.
+with Ownership(folder, 'training'):  # Its last sign of life is decades old.
   print('taken over')
 print(storage.read_versioned(path), storage.replace_version(path, 'x', 12345))
 """

@@ -149,7 +149,7 @@ def test_options_out_of_range(options, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('resident', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_run_goes_on_and_says_which(tmp_path, capsys, resident):
+def test_a_run_goes_on_and_says_which(tmp_path, log_lines, resident):
   config = tiny_config(evaluate_every=6)
   with config.unlocked():
     for split in ('train', 'eval'):
@@ -158,8 +158,7 @@ def test_a_run_goes_on_and_says_which(tmp_path, capsys, resident):
     config.data.on_bad_example, config.data.max_bad_share = 'skip', 0.5
   scores = train(config, tmp_path / 'w')
   assert scores.num_images == 10
-  said = capsys.readouterr()
-  assert (said.out + said.err).count('skipped: 5.jpg: damaged') >= 1
+  assert log_lines.count('skipped: 5.jpg: damaged') >= 1
   noted = pathlib.Path(open_run(tmp_path / 'w').workdir / 'bad_examples.txt').read_text()
   assert sorted(noted.splitlines()) == ['0.jpg: damaged', '5.jpg: damaged']
 

@@ -71,7 +71,7 @@ def tfds(folder, boxes, name='red'):
   from ppn_jax.data.prepare import Options, prepare
   block = coco(folder, [[BOX]] * len(boxes), name)
   made = prepare({'train': build_source(block)}, folder, Options('toy', threads=1),
-                 say=print, progress=lambda *step: None)
+                 progress=lambda *step: None)
   (made / 'instances_train.json').write_text(json.dumps(truth(boxes, name)))
   return dict(name='tfds', data_dir=str(made))
 

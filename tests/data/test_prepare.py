@@ -9,6 +9,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from log_lines import logged
 from PIL import Image
 
 from ppn_jax.data import prepare as prepare_lib
@@ -55,9 +56,9 @@ def load(coco):
 
 def make(sources, folder, said=None, progress=None, **options):
   options = {'name': 'toy', 'shards': 3, 'threads': 1} | options
-  return prepare(sources, folder / 'out', Options(**options),
-                 say=(said if said is not None else []).append,
-                 progress=progress or (lambda done, total: None))
+  with logged(said):
+    return prepare(sources, folder / 'out', Options(**options),
+                   progress=progress or (lambda done, total: None))
 
 
 def same(ours, theirs):
@@ -423,7 +424,7 @@ def test_wrong_sources_and_outputs(coco, tmp_path):
   with pytest.raises(InputError, match='names no source'):
     make({}, coco)
   with pytest.raises(InputError, match='copy it from there'):
-    prepare({'train': shapes}, 'gs://bucket/x', Options('toy'), say=print, progress=print)
+    prepare({'train': shapes}, 'gs://bucket/x', Options('toy'), progress=print)
   twice = load(coco)
   twice.categories = (Category(1, 'a'), Category(2, 'a'))
   with pytest.raises(InputError, match="two classes are called 'a'"):

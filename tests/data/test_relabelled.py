@@ -119,7 +119,7 @@ def test_an_evaluation_writes_the_ids_of_the_data_s_own_file(sources, tmp_path):
   of_run = types.SimpleNamespace(stamp=lambda step: None,
                                  config=types.SimpleNamespace(optim=optim))
   job = evaluate_job.EvaluationJob(of_run, None, evaluator,
-                                   evaluate_job.EvaluationOptions(pictures=0), print)
+                                   evaluate_job.EvaluationOptions(pictures=0))
   made = job.evaluate(1, {}, tmp_path)
   assert made.scores.metrics['AP'] == pytest.approx(1)
   assert [c.name for c in made.scores.per_class] == [c.name for c in run]

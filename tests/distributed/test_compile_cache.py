@@ -8,14 +8,16 @@ import sys
 import pytest
 
 PROGRAM = """
-import json, sys, warnings
+import json, logging, sys, warnings
 import jax, jax.numpy as jnp
 from ppn_jax.distributed import compile_cache
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.rpartition('/')[2]))
-messages = []
+messages, handler = [], logging.Handler()
+handler.emit = lambda record: messages.append(record.getMessage())
+logging.getLogger('ppn_jax').addHandler(handler)
 compile_cache.MAX_BYTES = int(sys.argv[1])
-folder = compile_cache.keep_compiled_programs(messages.append)
+folder = compile_cache.keep_compiled_programs()
 sums = []
 with warnings.catch_warnings(record=True) as warned:
   for size in map(int, sys.argv[2:]):

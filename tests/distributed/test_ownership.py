@@ -12,6 +12,7 @@ import time
 
 import jax
 import pytest
+from log_lines import logged
 
 from ppn_jax import storage
 from ppn_jax.distributed import coordination, ownership
@@ -21,14 +22,14 @@ from ppn_jax.errors import InputError, Stopped
 HOLD = """
 import pathlib, sys, time
 from ppn_jax.distributed.ownership import Ownership
-with Ownership(pathlib.Path(sys.argv[1]), 'training', print):
+with Ownership(pathlib.Path(sys.argv[1]), 'training'):
   print('has it', flush=True)
   time.sleep(600)
 """
 
 
 def take(folder, messages=None, **options):
-  with Ownership(folder, 'training', (messages if messages is not None else []).append, **options):
+  with logged(messages), Ownership(folder, 'training', **options):
     pass
 
 
@@ -53,10 +54,10 @@ def test_a_second_owner_is_refused_until_the_first_is_killed(tmp_path, monkeypat
 
 def test_a_second_owner_in_the_same_process_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.1)
-  with Ownership(tmp_path, 'training', print):
+  with Ownership(tmp_path, 'training'):
     with pytest.raises(InputError, match='in use by another training'):
       take(tmp_path)
-    with Ownership(tmp_path, 'evaluation', print):  # Another task has another owner.
+    with Ownership(tmp_path, 'evaluation'):  # Another task has another owner.
       pass
   take(tmp_path)
 
@@ -64,7 +65,7 @@ def test_a_second_owner_in_the_same_process_is_refused(tmp_path, monkeypatch):
 def test_a_folder_without_content_is_removed(tmp_path):
   take(tmp_path / 'new')
   assert not (tmp_path / 'new').exists()
-  with Ownership(tmp_path / 'new', 'training', print):
+  with Ownership(tmp_path / 'new', 'training'):
     (tmp_path / 'new' / 'config.json').touch()
   assert (tmp_path / 'new' / 'config.json').exists()
 
@@ -87,7 +88,7 @@ def test_an_owner_on_another_machine_is_waited_for_up_to_a_limit(tmp_path, monke
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
   monkeypatch.setattr(ownership, 'LEASE_SECONDS', 0.2)
   messages = []
-  with Ownership(tmp_path, 'training', print) as first:
+  with Ownership(tmp_path, 'training') as first:
     elsewhere = first._process._replace(host='another')
     (tmp_path / '.training.lock').write_text(elsewhere.as_json())
     with pytest.raises(InputError, match=r'process \d+ on another'):
@@ -174,7 +175,7 @@ def process(**changes):
 
 def test_a_lease_is_released(bucket, tmp_path):
   there, _ = bucket
-  with Ownership(tmp_path, 'training', print):
+  with Ownership(tmp_path, 'training'):
     assert Process.parse(there.text).pid == os.getpid()
   assert there.text is None
 
@@ -220,7 +221,7 @@ def test_the_lease_of_a_living_process_on_this_machine_refuses_at_once(bucket, t
 
 def test_a_process_that_has_lost_its_lease_stops_before_it_writes(bucket, tmp_path):
   there, clock = bucket
-  with Ownership(tmp_path, 'training', print) as first:
+  with Ownership(tmp_path, 'training') as first:
     first.check()
     clock.seconds += 31
     there.outage = True
@@ -237,7 +238,7 @@ def test_a_process_that_has_lost_its_lease_stops_before_it_writes(bucket, tmp_pa
 
 def test_a_heartbeat_whose_answer_was_lost_keeps_the_lease(bucket, tmp_path):
   there, clock = bucket
-  with Ownership(tmp_path, 'training', print) as first:
+  with Ownership(tmp_path, 'training') as first:
     there.replace(None, there.text, there.version)  # Written, but the answer did not arrive.
     clock.seconds += 31
     first.check()
@@ -253,9 +254,9 @@ def test_the_first_of_several_processes_takes_ownership(tmp_path, monkeypatch, i
   broadcast = []
   monkeypatch.setattr(coordination, 'broadcast',
                       lambda data: broadcast.append(data) or (b'it is taken' if index else data))
-  with Ownership(tmp_path, 'training', print):
+  with Ownership(tmp_path, 'training'):
     with pytest.raises(InputError, match='it is taken' if index else 'in use by another training'):
-      with owned_by_first(Ownership(tmp_path, 'training', print)):
+      with owned_by_first(Ownership(tmp_path, 'training')):
         pass
   assert len(broadcast) == 1
 

@@ -86,7 +86,7 @@ def test_a_run_is_written_once(pod):
 def test_evaluation_gives_the_scores_of_one_process(pod):
   workdir, _, launch = pod
   last = json.loads((workdir / 'metrics.jsonl').read_text().splitlines()[-1])
-  one = evaluate(open_run(workdir), output=workdir / 'alone', say=lambda _: None).scores.metrics
+  one = evaluate(open_run(workdir), output=workdir / 'alone').scores.metrics
   for name, value in one.items():
     assert last[f'eval/{name}'] == pytest.approx(value, abs=1e-6, nan_ok=True), name
   result = launch('evaluate', f'--workdir={workdir}')

@@ -52,7 +52,7 @@ class Pipeline:
 
 
 def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_loss=None,
-                messages=None, **train):
+                **train):
   """Runs a step for each loss; returns which steps were saved, and what ended the run."""
   monkeypatch.setattr(TrainLoop, '_compile', lambda self, train_step, state, pipeline: train_step)
   at = iter(losses)
@@ -65,8 +65,7 @@ def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_lo
   config = tiny_config(**dict(steps=steps, log_every=5, checkpoint_every=10) | train)
   notice = SimpleNamespace(given=lambda: False, reached=lambda step: step == end_at,
                            end=lambda what: Preempted(what))
-  progress = SimpleNamespace(say=(messages if messages is not None else []).append,
-                             advance=lambda *_: None, report=lambda *_: None)
+  progress = SimpleNamespace(advance=lambda *_: None, report=lambda *_: None)
   saved = Saved()
   with MetricsWriter(tmp_path, start) as writer:
     loop = TrainLoop(SimpleNamespace(config=config, workdir=tmp_path), None, saved, progress,
@@ -78,15 +77,14 @@ def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_lo
   return saved.steps, None
 
 
-def test_an_exploded_loss_stops_the_run_before_it_is_saved(tmp_path, monkeypatch):
-  messages = []
-  saved, error = run_through(tmp_path, monkeypatch, [3.0] * 17 + [4e3] * 83, messages=messages)
+def test_an_exploded_loss_stops_the_run_before_it_is_saved(tmp_path, monkeypatch, log_lines):
+  saved, error = run_through(tmp_path, monkeypatch, [3.0] * 17 + [4e3] * 83)
   assert saved == [10] and isinstance(error, TrainingDiverged)
   assert str(error) == (
       f'loss is 4000 at step 27, more than 1,000 times the first, 3, since step 18; the last good '
       f'checkpoint is step 10 in {tmp_path}. A lower optim.learning_rate or optim.clip_norm=10 may '
       'help')
-  assert messages == ['step 20 is not saved: its loss is more than 1,000 times the first, 3']
+  assert log_lines == ['step 20 is not saved: its loss is more than 1,000 times the first, 3']
 
 
 @pytest.mark.parametrize('losses', [

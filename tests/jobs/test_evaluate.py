@@ -50,7 +50,7 @@ def test_scores_are_written_before_anything_is_drawn(tmp_path, monkeypatch):
   run = SimpleNamespace(categories=source.categories, stamp=lambda step: None,
                         config=SimpleNamespace(optim=SimpleNamespace(ema_decay=0)))
   job = evaluate_job.EvaluationJob(run, None, evaluator,
-                                   evaluate_job.EvaluationOptions(pictures=2), print)
+                                   evaluate_job.EvaluationOptions(pictures=2))
   with pytest.raises(MemoryError):
     job.evaluate(3, None, tmp_path / '3')
   assert json.loads((tmp_path / '3' / 'scores.json').read_text())['figures']['AP'] == 0

@@ -56,45 +56,45 @@ def some_images(count, seed=0):
   return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
 
 
-def test_pictures_of_a_folder(tmp_path, pictures):
+def test_pictures_of_a_folder(tmp_path, pictures, log_lines):
   """Other files and unreadable images are skipped and reported."""
   for file in pictures.iterdir():
     (tmp_path / file.name).write_bytes(file.read_bytes())
   (tmp_path / '0.png').write_bytes(b'junk')
   for name in ('._1.png', 'notes.txt', 'd.heic'):
     (tmp_path / name).write_bytes(b'junk')
-  lines, run = [], SimpleNamespace(config=tiny_config())
-  images = export_job._Images(run, 64, tmp_path, lines.append)
+  run = SimpleNamespace(config=tiny_config())
+  images = export_job._Images(run, 64, tmp_path)
   assert images.load('eval', 20).shape == (2, 64, 64, 3)
-  assert lines[0] == f'{tmp_path}: 2 files not looked at: .heic, .txt'
-  assert len(lines) == 2 and lines[1].startswith(f'skipped: {tmp_path}/0.png: not an image')
+  assert log_lines[0] == f'{tmp_path}: 2 files not looked at: .heic, .txt'
+  assert len(log_lines) == 2
+  assert log_lines[1].startswith(f'skipped: {tmp_path}/0.png: not an image')
   for file in tmp_path.glob('*.png'):
     file.write_bytes(b'junk')
   with pytest.raises(InputError, match=r'no readable images in'):
-    export_job._Images(run, 64, tmp_path, lines.append).load('eval', 20)
+    export_job._Images(run, 64, tmp_path).load('eval', 20)
 
 
 def test_a_run_without_evaluation_data_uses_training_images():
   config = tiny_config().copy_and_resolve_references().unlock()
   config.data.eval = {'name': 'coco_json'}
-  images = export_job._Images(SimpleNamespace(config=config), 64, None, print)
+  images = export_job._Images(SimpleNamespace(config=config), 64, None)
   assert images.load('eval', 3).shape == (3, 64, 64, 3)
 
 
 @pytest.mark.parametrize('policy', ['raise', 'skip'])
-def test_bad_images_of_the_run_s_data(monkeypatch, policy):
+def test_bad_images_of_the_run_s_data(monkeypatch, policy, log_lines):
   source = Damaged(num_images=6, image_size=64)
   monkeypatch.setattr(export_job, 'open_split', lambda *_, **__: source)
   config = tiny_config().copy_and_resolve_references().unlock()
   config.data.on_bad_example, config.data.max_bad_share = policy, 0.2
-  lines = []
-  images = export_job._Images(SimpleNamespace(config=config), 64, None, lines.append)
+  images = export_job._Images(SimpleNamespace(config=config), 64, None)
   if policy == 'raise':
     with pytest.raises(InputError, match=r'0\.jpg: damaged'):
       images.load('eval', 3)
   else:
     assert images.load('eval', 3).shape == (3, 64, 64, 3)
-    assert lines == ['skipped: 0.jpg: damaged']
+    assert log_lines == ['skipped: 0.jpg: damaged']
 
 
 class Damaged(SyntheticShapes):

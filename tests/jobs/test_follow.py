@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from log_lines import logged
 from tensorboardX.proto import event_pb2
 from tiny import tiny_config
 
@@ -54,7 +55,7 @@ class FakeTime:
 
 
 class RecordingJob(EvaluationJob):
-  """Job that records its steps and messages, and can be disturbed before it reads a checkpoint."""
+  """Job that records its steps, and can be disturbed before it reads a checkpoint."""
 
   def load(self, step=None):
     self.notes.disturb(step)
@@ -75,13 +76,13 @@ def followed(tmp_path_factory):
     config.model.backbone.last_block = 3
     config.model.neck.update(stride=4, num_levels=2)
   training = threading.Thread(target=train_job.train, args=(config, workdir))
-  messages = []
   clock = FakeTime(training.start)  # Training begins while the follower waits for it.
   clock.sleep = lambda seconds, then=clock.sleep: (then(seconds), training.join(0.05))
-  run = wait_for_run(workdir, clock.polling(), messages.append)
-  job = prepare_evaluation(run, EvaluationOptions(), say=messages.append)
-  outcome = follow.score_steps(job, polling=clock.polling(interval=0.05))
-  training.join()
+  with logged() as messages:
+    run = wait_for_run(workdir, clock.polling())
+    job = prepare_evaluation(run, EvaluationOptions())
+    outcome = follow.score_steps(job, polling=clock.polling(interval=0.05))
+    training.join()
   return job, outcome, messages
 
 
@@ -97,21 +98,26 @@ def trained(followed, tmp_path_factory):
 
 
 @pytest.fixture
-def job(trained, tmp_path):
+def job(trained, tmp_path, log_lines):
   """Returns that job with a workdir of its own."""
   workdir = tmp_path / 'run'
   shutil.copytree(trained.run.workdir, workdir)
-  return job_for(trained, workdir)
+  made = job_for(trained, workdir)
+  made.notes.messages = log_lines
+  return made
+
+
+@pytest.fixture
+def nothing_logged(log_lines):
+  yield
+  assert not log_lines
 
 
 def job_for(job, workdir, **changes):
-  messages = []
   fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(EvaluationJob)}
-  fields |= {'run': dataclasses.replace(job.run, workdir=workdir), 'say': messages.append}
-  fields |= changes
+  fields |= {'run': dataclasses.replace(job.run, workdir=workdir)} | changes
   made = RecordingJob(**fields)
-  object.__setattr__(made, 'notes', SimpleNamespace(
-      evaluated=[], messages=messages, disturb=lambda step: None))
+  object.__setattr__(made, 'notes', SimpleNamespace(evaluated=[], disturb=lambda step: None))
   return made
 
 
@@ -202,7 +208,7 @@ def test_another_model_is_an_error_at_once(job):
   other = job.run.config.copy_and_resolve_references()
   other.model.head.depth = 8
   run = dataclasses.replace(job.run, config=other.lock())
-  wrong = dataclasses.replace(prepare_evaluation(run, EvaluationOptions(), say=lambda _: None))
+  wrong = dataclasses.replace(prepare_evaluation(run, EvaluationOptions()))
   with pytest.raises(InputError, match='another model'):
     follow.score_steps(wrong, polling=FakeTime().polling())
 
@@ -228,7 +234,7 @@ def test_waits_for_the_last_step_of_the_present_config(job):
 
 def test_training_that_never_begins_is_an_error(tmp_path):
   with pytest.raises(InputError, match=r'no training has begun in .* within --timeout=30'):
-    wait_for_run(tmp_path, FakeTime().polling(timeout=30), lambda line: None)
+    wait_for_run(tmp_path, FakeTime().polling(timeout=30))
   with pytest.raises(InputError, match='poll=0'):
     Polling(interval=0)
 
@@ -270,12 +276,11 @@ def test_average_or_raw_weights(job):
   assert raw.root.name == 'evaluation_raw' and averaged.root.name == 'evaluation'
 
 
-def test_evaluate_takes_a_workdir(followed, tmp_path):
+def test_evaluate_takes_a_workdir(followed, tmp_path, log_lines):
   job, outcome, _ = followed
-  messages = []
-  found = evaluate(str(job.run.workdir), step=4, output=str(tmp_path), say=messages.append)
+  found = evaluate(str(job.run.workdir), step=4, output=str(tmp_path))
   assert found.metrics == outcome.metrics[4] and found.step == 4
-  assert messages and (found.folder / 'scores.json').parent == tmp_path
+  assert log_lines and (found.folder / 'scores.json').parent == tmp_path
 
 
 def vars_of(job):
@@ -310,6 +315,7 @@ def rank(metrics):
     (dict(s1=0.0, s2=None), {2: None}, 1, [1]),
     (dict(s1=0.0), {2: -1, 1: -1}, 1, []),  # As versions before this one wrote it.
     (dict(s1=0.5), {1: 0.5}, 0, [])])
+@pytest.mark.usefixtures('nothing_logged')
 def test_which_checkpoints_are_best(tmp_path, metrics, records, keep, kept):
   for step, ap in records.items():
     write_record(tmp_path, step, ap, checkpoint=f'values {step}')
@@ -317,7 +323,7 @@ def test_which_checkpoints_are_best(tmp_path, metrics, records, keep, kept):
   policy = retention.BestCheckpoints(keep, rank, tmp_path, readers,
                                 lambda step: Stamp(f'values {step}', 0.0))
   assert chosen(policy, checkpoints) == kept
-  one, other = (Reader(readers, pytest.fail) for _ in range(2))
+  one, other = (Reader(readers) for _ in range(2))
   one.hold(1)
   assert chosen(policy, checkpoints) == sorted({1, *kept})
   other.hold(1)
@@ -376,9 +382,10 @@ def test_dead_readers_protect_nothing(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['elsewhere.json', 'here.json']
 
 
+@pytest.mark.usefixtures('nothing_logged')
 def test_a_reader_updates_its_heartbeat(tmp_path, monkeypatch):
   monkeypatch.setattr(retention, 'HEARTBEAT_SECONDS', 0.01)
-  reader = Reader(tmp_path, pytest.fail)
+  reader = Reader(tmp_path)
   reader.hold(3)
   path, = tmp_path.iterdir()
   first, deadline = json.loads(path.read_text())['beat'], time.monotonic() + 30
@@ -388,14 +395,13 @@ def test_a_reader_updates_its_heartbeat(tmp_path, monkeypatch):
   reader.close()
 
 
-def test_a_read_only_workdir_can_be_evaluated(tmp_path):
+def test_a_read_only_workdir_can_be_evaluated(tmp_path, log_lines):
   (tmp_path / 'readers').write_text('a file')
-  messages = []
-  reader = Reader(tmp_path / 'readers', messages.append)
+  reader = Reader(tmp_path / 'readers')
   for step in (1, 2):
     reader.hold(step)
   reader.close()
-  assert len(messages) == 1 and 'so a training may delete checkpoints while' in messages[0]
+  assert len(log_lines) == 1 and 'so a training may delete checkpoints while' in log_lines[0]
 
 
 def test_wherever_a_follower_writes_its_step_is_protected(job, tmp_path):
@@ -411,7 +417,7 @@ def test_wherever_a_follower_writes_its_step_is_protected(job, tmp_path):
 
 def test_two_followers_of_one_folder(job, monkeypatch):
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
-  with Ownership(job.root, 'evaluation', print):
+  with Ownership(job.root, 'evaluation'):
     with pytest.raises(InputError, match='in use by another evaluation'):
       follow.score_steps(job)
   assert not job.notes.evaluated
@@ -497,11 +503,12 @@ def test_invalid_records_are_ignored(tmp_path, rubbish):
   assert chosen(policy, checkpoints_of(s1=0.5, s2=None)) == [1]
 
 
+@pytest.mark.usefixtures('nothing_logged')
 def test_training_keeps_the_checkpoint_that_a_job_scored_best(tmp_path):
   state = jax.tree.map(jnp.asarray, TrainState(
       np.int32(1), {'params': {'kernel': np.ones(3)}, 'batch_stats': {}}, (), {}))
   records, readers = tmp_path / 'evaluation', tmp_path / 'readers'
-  reader = Reader(readers, pytest.fail)
+  reader = Reader(readers)
   with Checkpoints(tmp_path / 'c', keep_last=1, keep_best=1, evaluations=records,
                    readers=readers) as checkpoints:
     for step, ap in ((1, 0.2), (2, 0.6), (3, 0.4), (4, None)):

@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_that_others_need(undisturbed):
   assert lines[-1]['eval/AP'] == scores.metrics['AP']
   assert int(final_state(workdir).step) == 6
   # The same scores from the workdir alone.
-  assert evaluate(run, say=lambda _: None).scores == scores
+  assert evaluate(run).scores == scores
   assert json.loads((workdir / 'evaluation' / '6' / 'scores.json').read_text())['figures'] == (
       scores.metrics)
 
@@ -127,14 +127,14 @@ def test_sigkill_and_restart_end_with_the_same_bits(tmp_path):
   assert_same_bits(final_state(killed), final_state(undisturbed_run))
 
 
-def test_a_finished_run_is_left_alone(undisturbed, capsys):
+def test_a_finished_run_is_left_alone(undisturbed, log_lines):
   workdir, config, _ = undisturbed
   def files():
     return {p: p.stat().st_mtime_ns for p in workdir.rglob('*') if p.is_file()}
 
   before = files()
   assert train_job.train(config, workdir) is None
-  assert 'trained to step 6 already' in capsys.readouterr().err
+  assert 'trained to step 6 already' in log_lines[-1]
   assert files() == before
 
 
@@ -218,7 +218,7 @@ def test_a_second_training_in_the_workdir_is_refused(undisturbed, monkeypatch):
   workdir, config, _ = undisturbed
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
-  with ownership.Ownership(workdir, 'training', print):
+  with ownership.Ownership(workdir, 'training'):
     before |= {workdir / '.training.lock': (workdir / '.training.lock').stat().st_mtime_ns}
     with pytest.raises(InputError, match=rf'in use by another training: process {os.getpid()} on'):
       train_job.train(config, workdir)

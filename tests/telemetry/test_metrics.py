@@ -1,7 +1,9 @@
 """Metrics files and the progress line."""
 
+import contextlib
 import io
 import json
+import logging
 import math
 import re
 
@@ -11,7 +13,7 @@ from tensorboardX.proto import event_pb2
 
 from ppn_jax.telemetry import metrics
 from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter, first_loss, read
-from ppn_jax.telemetry.progress import Progress, Stopwatch, duration
+from ppn_jax.telemetry.progress import LiveHandler, Progress, Stopwatch, duration
 
 
 def lines(workdir):
@@ -71,10 +73,25 @@ def test_files_of_earlier_versions_with_minus_one(tmp_path):
       {'step': 1, 'train/gradient': -1, 'eval/AP': None, 'eval/AP50': 0.5}]
 
 
+@contextlib.contextmanager
+def handled(**options):
+  """Logs through a LiveHandler that writes to a text, which is returned as a stream."""
+  logger, out = logging.getLogger('ppn_jax'), io.StringIO()
+  handler = LiveHandler(Console(file=out, soft_wrap=True, **options))
+  logger.addHandler(handler)
+  logger.setLevel(logging.DEBUG)
+  try:
+    yield out
+  finally:
+    handler.close()
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+
 def test_plain_lines_without_a_terminal():
-  out = io.StringIO()
-  with Progress(1000, Console(file=out, force_terminal=False, soft_wrap=True)) as progress:
-    progress.say('compiling')
+  with handled(force_terminal=False) as out:
+    progress = Progress(1000)
+    logging.getLogger('ppn_jax.jobs.train').info('compiling')
     progress.advance(1)  # Silent: a log file needs no line a step.
     progress.report(50, ['left 3s', 'loss 1.5', 100 * '.'])
   assert out.getvalue().splitlines() == [
@@ -93,8 +110,8 @@ STATUS = ['left 1h06m', 'loss 1.5', '512.0 images/s', 'rate 0.05', 'data 3%', 'c
 @pytest.mark.parametrize('width, last', [(80, 'data 3%'), (100, 'box 0.5'), (120, 'decay 0.2'),
                                          (200, 'memory host 998 MB')])
 def test_a_terminal_keeps_each_report_and_shows_the_last_step_below(width, last):
-  out = io.StringIO()
-  with Progress(1000, Console(file=out, force_terminal=True, width=width)) as progress:
+  with handled(force_terminal=True, width=width) as out:
+    progress = Progress(1000)
     for step in (50, 100):
       progress.report(step, STATUS)
       progress.advance(step + 1)
@@ -108,11 +125,24 @@ def test_a_terminal_keeps_each_report_and_shows_the_last_step_below(width, last)
 
 
 def test_an_activity_replaces_the_status():
-  out = io.StringIO()
-  with Progress(1000, Console(file=out, force_terminal=True, width=80)) as progress:
+  with handled(force_terminal=True, width=80) as out:
+    progress = Progress(1000)
     progress.report(50, STATUS)
     progress.advance(50, 'evaluating: 3/10 images')
   assert rows(out.getvalue())[-1] == 'step 50/1,000  evaluating: 3/10 images'
+
+
+def test_other_lines_appear_above_the_live_line(capsys):
+  with handled(force_terminal=True, width=80) as out:
+    Progress(1000).advance(3)
+    logging.getLogger('ppn_jax.jobs.train').warning('skipped: a.jpg')
+  assert rows(out.getvalue())[:3] == ['step 3/1,000', 'skipped: a.jpg', 'step 3/1,000']
+  assert capsys.readouterr().err == ''
+
+
+def test_without_a_handler_only_warnings_appear(capsys):
+  Progress(1000).report(50, STATUS)
+  assert capsys.readouterr() == ('', '')
 
 
 def test_the_first_loss_is_read_back(tmp_path):

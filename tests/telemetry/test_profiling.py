@@ -35,31 +35,29 @@ def run_steps(trace, count, fail_at=None):
         raise KeyboardInterrupt
 
 
-def test_only_the_given_steps_are_traced(tmp_path):
-  messages = []
-  run_steps(profiling.StepTrace(profiling.parse_steps('3:5', 9), tmp_path, messages.append), 9)
+def test_only_the_given_steps_are_traced(tmp_path, log_lines):
+  run_steps(profiling.StepTrace(profiling.parse_steps('3:5', 9), tmp_path), 9)
   assert traced_steps(tmp_path) == [3, 4, 5]
-  assert len(messages) == 1 and str(tmp_path) in messages[0]
+  assert len(log_lines) == 1 and str(tmp_path) in log_lines[0]
 
 
 def test_a_trace_ends_with_the_run(tmp_path):
   with pytest.raises(KeyboardInterrupt):
-    run_steps(profiling.StepTrace(range(2, 9), tmp_path, print), 9, fail_at=3)
+    run_steps(profiling.StepTrace(range(2, 9), tmp_path), 9, fail_at=3)
   assert traced_steps(tmp_path) == [2, 3]
-  run_steps(profiling.StepTrace(range(5, 9), tmp_path / 'more', print), 6)  # Another may begin.
+  run_steps(profiling.StepTrace(range(5, 9), tmp_path / 'more'), 6)  # Another may begin.
   assert traced_steps(tmp_path / 'more') == [5, 6]
 
 
 def test_no_steps_give_no_trace(tmp_path):
-  run_steps(profiling.StepTrace(profiling.parse_steps('', 9), tmp_path, print), 3)
+  run_steps(profiling.StepTrace(profiling.parse_steps('', 9), tmp_path), 3)
   assert not list(tmp_path.iterdir())
 
 
-def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path):
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, log_lines):
   (tmp_path / 'file').write_text('')
-  messages = []
-  run_steps(profiling.StepTrace(range(1, 2), tmp_path / 'file', messages.append), 2)
-  assert len(messages) == 1 and 'no trace' in messages[0]
+  run_steps(profiling.StepTrace(range(1, 2), tmp_path / 'file'), 2)
+  assert len(log_lines) == 1 and 'no trace' in log_lines[0]
 
 
 @pytest.mark.parametrize('text', ['3', '3:', ':3', '3:2', '0:3', '1:10', 'a:b', '1:2:3', '-1:2',
@@ -77,9 +75,9 @@ def test_a_bad_range_touches_nothing(tmp_path, capsys):
   assert not (tmp_path / 'w').exists()
 
 
-def test_training_traces_and_reports(tmp_path, capsys):
+def test_training_traces_and_reports(tmp_path, log_lines):
   train(tiny_config(), tmp_path, profile='2:3')
-  messages = capsys.readouterr().err
+  messages = '\n'.join(log_lines)
   assert 'a step needs' in messages and 'GFLOP' in messages and 'memory host' in messages
   assert traced_steps(tmp_path / 'tensorboard') == [2, 3]
   lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]

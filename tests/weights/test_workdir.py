@@ -147,11 +147,11 @@ def steps_not_taken(monkeypatch):
   return states
 
 
-def test_training_starts_from_a_run_and_records_it(earlier, tmp_path, steps_not_taken, capsys):
+def test_training_starts_from_a_run_and_records_it(earlier, tmp_path, steps_not_taken, log_lines):
   config = tiny_config().copy_and_resolve_references().unlock()
   config.init.weights, config.optim.ema_decay = str(earlier), 0.9
   train_job.train(config.lock(), tmp_path / 'run')
-  printed = capsys.readouterr().err
+  printed = '\n'.join(log_lines)
   assert f'starting from {earlier}: a run of 3 classes, step 6, moving average' in printed
   init = json.loads((tmp_path / 'run/config.json').read_text())['init']
   assert init['weights'] == str(earlier) and len(init['report']) <= 5

@@ -107,7 +107,7 @@ def coco(folder):
 def tfds(folder):
   pytest.importorskip('tensorflow_datasets')
   made = prepare({'train': SyntheticShapes(2, image_size=48)}, folder,
-                 Options('toy', threads=1), say=print, progress=lambda *step: None)
+                 Options('toy', threads=1), progress=lambda *step: None)
   (made / 'prepared.json').unlink()
   return [p for p in made.iterdir() if p.is_file()], (
       lambda **options: Tfds(data_dir=str(made), **options))
