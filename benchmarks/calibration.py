@@ -12,6 +12,7 @@ JSON.
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -31,6 +32,7 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
 
 def main() -> None:
+  logging.basicConfig(level=logging.INFO, format='%(message)s')
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--shared', default=str(CONFIGS / 'quickstart.py'),
                       help='config of the model with a shared predictor (default: quickstart)')

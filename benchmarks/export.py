@@ -12,6 +12,7 @@ formats whose libraries are missing are skipped and listed. With --json the last
 
 import argparse
 import json
+import logging
 import pathlib
 import tempfile
 from typing import Any
@@ -39,6 +40,7 @@ KINDS = (('stablehlo', 'float32'), ('saved_model', 'float32'), ('tflite', 'float
 
 
 def main() -> None:
+  logging.basicConfig(level=logging.INFO, format='%(message)s')
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--workdir', action='append', help='a run (default: train two)')
   parser.add_argument('--images', type=int, default=0, help='to evaluate on; 0: all of data.eval')

@@ -11,6 +11,7 @@ detector that cannot do this has a bug; one that can has only shown that it can 
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import tempfile
@@ -26,6 +27,7 @@ from ppn_jax.run import open_run
 
 
 def main() -> None:
+  logging.basicConfig(level=logging.INFO, format='%(message)s')
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--images', type=int, default=32)
   parser.add_argument('--steps', type=int, default=500)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from ppn_jax.data.images.decoding import SUFFIXES
 from ppn_jax.errors import InputError
 
+_NAME_LENGTH = 60  # Characters of a name that are shown; damaged lists have endless ones.
 _SHOWN = 5  # Number of suffixes or names in a sentence.
 
 
@@ -92,7 +93,9 @@ def describe_others(paths: Iterable[str]) -> str:
 
 
 def _join(names: list[str]) -> str:
-  return ', '.join(names[:_SHOWN]) + ', ...' * (len(names) > _SHOWN)
+  short = [name if len(name) <= _NAME_LENGTH else f'{name[:_NAME_LENGTH]}...'
+           for name in names[:_SHOWN]]
+  return ', '.join(short) + ', ...' * (len(names) > _SHOWN)
 
 
 def _count(number: int, noun: str) -> str:

@@ -34,6 +34,7 @@ def test_describe_others():
   assert describe_others([]) == ''
   assert describe_others(['x/d.heic']) == '1 file not looked at: .heic'
   assert describe_others(['a.heic', 'b.HEIC']) == '2 files not looked at: .heic'
+  assert len(describe_others([f'a.{"[" * 3000}'])) < 100
 
 
 def test_has_suffix():
