@@ -289,7 +289,9 @@ def test_names_that_look_like_formulas_are_drawn(tmp_path, recwarn):
   calibration_report.write_report(tmp_path, found, '$run^$')
   with Image.open(tmp_path / 'calibration.png') as picture:
     assert picture.size[0] > 1000
-  assert not [str(w.message) for w in recwarn.list]
+  # Matplotlib 3.10 uses functions that later versions of pyparsing deprecate.
+  assert not [str(w.message) for w in recwarn.list
+              if not issubclass(w.category, DeprecationWarning)]
 
 
 @pytest.mark.slow

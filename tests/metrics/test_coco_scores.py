@@ -44,7 +44,7 @@ def reference_stats(truth, rows, tmp_path):
   from pycocotools.coco import COCO
   from pycocotools.cocoeval import COCOeval
   path = tmp_path / 'truth.json'
-  path.write_text(json.dumps(truth))
+  path.write_text(json.dumps({'info': {}, **truth}))  # pycocotools 2.0.10 needs 'info'.
   index = COCO(str(path))
   job = COCOeval(index, index.loadRes(copy.deepcopy(rows)), 'bbox')
   job.evaluate()
