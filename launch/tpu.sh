@@ -232,7 +232,7 @@ verdict=''
 
 # Follows the command until it has ended on all workers, and sets `verdict`.
 await_end() {
-  local states waited=0
+  local states waited=0 followed=''
   while :; do
     states="$(worker_states)" || return 0
     case " $states" in
@@ -245,12 +245,15 @@ await_end() {
         sleep "$poll"
         ;;
       *' running'*)
+        followed=1
         logs || true
         sleep 1
         ;;
       *) break ;;
     esac
   done
+  # A command may end before its first check.
+  [[ -n "$followed" ]] || logs || true
   say "the command has ended: $states"
   case " $states" in
     *' stopped'*) verdict='stopped' ;;

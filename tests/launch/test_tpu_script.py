@@ -194,7 +194,7 @@ def test_every_step_can_be_repeated_and_stop_is_for_good(cloud):
   assert other.returncode == 2 and 'another command is running: ppn evaluate' in other.stderr
   follower = subprocess.Popen(['bash', str(TPU), 'run', *SLICE, '--type=v5p-16', *FAST, '--',
                                'evaluate', '--workdir=w'], stderr=subprocess.PIPE, text=True)
-  time.sleep(2)
+  _wait_for(lambda: any('follow' in str(call) for call in calls(cloud)))
   for _ in range(2):
     assert script(TPU, 'stop', *SLICE).returncode == 0
   assert script(TPU, 'status', *SLICE).stdout.count(' stopped 75\n') == 2
