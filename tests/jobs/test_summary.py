@@ -89,6 +89,10 @@ def test_exactly_these_conventions_give_the_table_of_the_paper(summaries):
 def test_rows_of_the_paper(summaries):
   assert [r.row for r in paper_counts(summaries['ppn'])] == ['PPN'] * 3
   assert [r.row for r in paper_counts(summaries['ssd'])] == ['SSD'] * 3
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_in_the_paper(summaries):
   assert [r.row for r in paper_counts(summaries['fpn'])] == [None] * 3
   assert 'not known' in format_summary(summaries['fpn'])
 
@@ -112,7 +116,8 @@ def test_blocks_that_no_output_depends_on(summaries):
   assert f'{whole.totals.unused:,} further trainable' in format_summary(whole)
 
 
-@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('model', [
+    pytest.param(m, marks=pytest.mark.slow if m == 'fpn' else ()) for m in MODELS])
 def test_layers_sum_to_totals(summaries, model):
   summary = summaries[model]
   layers = {layer.name: layer for layer in summary.layers}
