@@ -194,7 +194,7 @@ def _layer_policy(options: Mapping[str, Any]) -> LayerPolicy:
   dtype = options.pop('dtype', 'float32')
   if dtype not in DTYPES:
     raise InputError(f'layers.dtype={dtype!r} is unknown; {did_you_mean(str(dtype), DTYPES)}')
-  if dtype == 'float64' and not jax.config.jax_enable_x64:
+  if dtype == 'float64' and not jax.config.jax_enable_x64:  # pyright: ignore
     raise InputError("layers.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
   return registry.bind('layers', LayerPolicy, options, given=['dtype'])(dtype=DTYPES[dtype])
 

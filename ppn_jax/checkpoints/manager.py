@@ -298,7 +298,7 @@ class Checkpoints:
       raise self._failed(f'step {self._saving:,} could not be saved', e) from e
     if self._saving is not None:
       self.failures, self._saving = 0, None
-
+  # pyright: ignore
   def close(self) -> None:
     """Completes the last save. Raises SaveFailed if that fails."""
     try:

@@ -135,7 +135,7 @@ def tide_errors(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any
     background_iou: IoU below which a detection is background.
   """
   evaluation = _evaluate(_minimal(ground_truth), rows, 'hotcoco')
-  return evaluation.tide_errors(pos_thr=min_iou, bg_thr=background_iou)
+  return evaluation.tide_errors(pos_thr=min_iou, bg_thr=background_iou)  # pyright: ignore
 
 
 def format_table(scores: Scores) -> str:
