@@ -298,7 +298,7 @@ class Checkpoints:
       raise self._failed(f'step {self._saving:,} could not be saved', e) from e
     if self._saving is not None:
       self.failures, self._saving = 0, None
-  # pyright: ignore
+
   def close(self) -> None:
     """Completes the last save. Raises SaveFailed if that fails."""
     try:
@@ -317,7 +317,7 @@ def _copy(tree: Any) -> Any:
   def readable(leaf: jax.Array) -> jax.sharding.Sharding:
     if leaf.is_fully_addressable or leaf.is_fully_replicated:
       return leaf.sharding
-    return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec())  # pyright: ignore
 
   return jax.jit(_copy_leaves, out_shardings=jax.tree.map(readable, tree))(tree)
 
