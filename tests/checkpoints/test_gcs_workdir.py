@@ -162,7 +162,7 @@ print(damaged.restore_newest(folder)[0], sorted(p.name for p in (
 @pytest.mark.slow
 def test_damage_is_set_aside_and_an_outage_is_not_damage(store):
   root, environment = store
-  path = f'{environment["PYTHONPATH"]}:{pathlib.Path(__file__).parent}'
+  path = f'{environment["PYTHONPATH"]}:{TESTS}:{TESTS}/checkpoints'
   done = python({**environment, 'PYTHONPATH': path}, DAMAGE, str(root))
   assert done.returncode == 0, done.stderr
   kept, seen, outage, first, second, last = done.stdout.splitlines()
