@@ -184,31 +184,31 @@ class ResidentPipeline:
     source: Where the images come from.
     mesh: Devices that hold them.
     bad: Examples that could not be read.
-    plan: What steps draw.
+    spec: What steps draw.
     threads: Number of threads that load the images.
   """
   source: Source
   mesh: Mesh
   bad: BadExamples
-  plan: dataset.ResidentSpec
+  spec: dataset.ResidentSpec
   threads: int
 
   def jit_step(self, detector: Detector, optimizer: Optimizer) -> Callable:
-    return jit_resident_step(detector, optimizer, self.mesh, self.plan)
+    return jit_resident_step(detector, optimizer, self.mesh, self.spec)
 
   def arguments(self) -> tuple[dataset.ResidentData]:
-    return (dataset.abstract_data(self.plan, self.mesh),)
+    return (dataset.abstract_data(self.spec, self.mesh),)
 
   def open(self, start: int, progress: Progress) -> Constant:
     return Constant(lambda: (self._load(start, progress),))
 
   def _load(self, start: int, progress: Progress) -> dataset.ResidentData:
-    count, started = self.plan.num_images, time.perf_counter()
-    size = f'{dataset.data_bytes(self.plan, self.mesh) / 1e9:,.3g} GB'
-    logger.info(f'loading {count:,} images of {self.plan.stored_size} px onto the devices, '
+    count, started = self.spec.num_images, time.perf_counter()
+    size = f'{dataset.data_bytes(self.spec, self.mesh) / 1e9:,.3g} GB'
+    logger.info(f'loading {count:,} images of {self.spec.stored_size} px onto the devices, '
                 f'{size} on each')
     data = dataset.load(
-        WithSubstitutes(self.source, self.bad), self.plan, self.mesh, threads=self.threads,
+        WithSubstitutes(self.source, self.bad), self.spec, self.mesh, threads=self.threads,
         on_images=lambda done: progress.advance(start, f'loading: {done:,}/{count:,} images'))
     logger.info(f'loaded in {duration(time.perf_counter() - started)}')
     return data
@@ -238,8 +238,8 @@ def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh
         'image_size': size, 'batch_size': batch_size, 'seed': seed, 'threads': data.threads,
         'max_boxes': max_boxes})
   augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize)
-  plan = dataset.ResidentSpec(num_images=len(source), batch_size=batch_size, max_boxes=max_boxes,
-                       stored_size=data.resident.size or size, augmentation=augmentation,
-                       seed=seed)
-  dataset.check_memory(plan, mesh, config.train.steps)
-  return ResidentPipeline(source, mesh, bad, plan, data.threads)
+  spec = dataset.ResidentSpec(
+      num_images=len(source), batch_size=batch_size, max_boxes=max_boxes,
+      stored_size=data.resident.size or size, augmentation=augmentation, seed=seed)
+  dataset.check_memory(spec, mesh, config.train.steps)
+  return ResidentPipeline(source, mesh, bad, spec, data.threads)

@@ -162,11 +162,11 @@ def jit_train_step(detector: Detector, optimizer: Optimizer, mesh: Mesh
                    detector, optimizer, mesh, (split, split))
 
 
-def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, plan: ResidentSpec
+def jit_resident_step(detector: Detector, optimizer: Optimizer, mesh: Mesh, spec: ResidentSpec
                       ) -> Callable[[TrainState, ResidentData], tuple[TrainState, StepMetrics]]:
   """Jits a step that draws its batch from the data on the devices; see `jit_train_step`."""
   def step(state: TrainState, data: ResidentData) -> tuple[TrainState, StepMetrics]:
-    batch = draw_batch(plan, mesh, data, state.step)
+    batch = draw_batch(spec, mesh, data, state.step)
     return train_step(detector, optimizer, state, *batch)
 
   return _jit_step(step, detector, optimizer, mesh, (sharding.by_rows(mesh),))

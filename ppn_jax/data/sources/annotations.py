@@ -1,6 +1,7 @@
 """Base of all sources that read annotations: checks all boxes once and looks them up later."""
 
 import collections
+import concurrent.futures
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -164,6 +165,14 @@ class AnnotatedImages:
         in enumerate(zip(*(c.tolist() for c in columns), strict=True), start=1)]
     return {'images': images, 'annotations': annotations,
             'categories': [c._asdict() for c in self.categories]}
+
+
+def reader_pool() -> concurrent.futures.ThreadPoolExecutor:
+  """Returns threads that read the files of a data set.
+
+  There are many, because they mostly wait for files, above all on a network file system.
+  """
+  return concurrent.futures.ThreadPoolExecutor(16)
 
 
 def parse_boxes(written: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,5 @@
 """Data sets in TensorFlow Datasets' format, read from ArrayRecord files without TensorFlow."""
 
-import concurrent.futures
 import functools
 import os
 from typing import Any
@@ -23,12 +22,11 @@ from ppn_jax.data.sources.annotations import (
   join_findings,
   join_names,
   number_images,
+  reader_pool,
 )
 from ppn_jax.data.sources.coco import read_boxes, read_file
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, install_command
-
-_THREADS = 16  # They mostly wait for files, above all on a network file system.
 
 
 class Tfds(AnnotatedImages):
@@ -178,7 +176,7 @@ class Tfds(AnnotatedImages):
         unreadable[index], name, size = str(e), f'record {index}', None
       return (record or tfds_records.NOTHING)._replace(image=b'', file_name=name, size=size)
 
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    with reader_pool() as pool:
       read = list(pool.map(read_one, range(len(self._records))))
     names = [record.file_name for record in read]
     ids = self._distinct(self._number(read, names))

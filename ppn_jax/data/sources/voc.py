@@ -1,6 +1,5 @@
 """Pascal VOC's layout: an XML file for each image and a list of names for each split."""
 
-import concurrent.futures
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,12 +24,12 @@ from ppn_jax.data.sources.annotations import (
   number_images,
   parse_boxes,
   quote,
+  reader_pool,
   stays_inside,
 )
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
 
-_THREADS = 16  # They mostly wait for files, above all on a network file system.
 _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 _MAX_XML_BYTES = 16 << 20  # Thousands of times the size of a large file.
 
@@ -102,7 +101,7 @@ class PascalVoc(AnnotatedImages):
     found, others = _list_images(place, names)
     skip = on_bad_example == 'skip'
     self._check_xml(names, file, found if skip else None)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    with reader_pool() as pool:
       read = list(pool.map(self._read_xml, names))
       notes = [folders.describe_others(others)] if others else []
       if not split:

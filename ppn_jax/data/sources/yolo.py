@@ -1,6 +1,5 @@
 """YOLO's layout: a data.yaml, and a text file of normalised boxes for each image."""
 
-import concurrent.futures
 import os
 import re
 from collections.abc import Mapping, Sequence, Set
@@ -26,11 +25,11 @@ from ppn_jax.data.sources.annotations import (
   number_images,
   parse_boxes,
   quote,
+  reader_pool,
 )
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
 
-_THREADS = 16  # They mostly wait for files, above all on a network file system.
 _MAX_BYTES = 64 << 20  # Largest text file.
 _MAX_YAML_BYTES = 1 << 20
 
@@ -139,7 +138,7 @@ class YoloTxt(AnnotatedImages):
         unreadable[index] = str(e)
         return None
 
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    with reader_pool() as pool:
       read = list(pool.map(lambda file: _read_labels(file, classes, polygons), label_files))
       sizes = list(pool.map(read_size, range(len(files))))
     if all(rows is None for rows in read):
