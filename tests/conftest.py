@@ -25,6 +25,9 @@ def compilation_cache(tmp_path_factory, worker_id):
   """Shares compiled programs among all workers and child processes of the session.
 
   Many tests train the same tiny model.
+
+  Returns:
+    The folder.
   """
   base = tmp_path_factory.getbasetemp()
   folder = (base if worker_id == 'master' else base.parent) / 'compiled'
@@ -35,6 +38,15 @@ def compilation_cache(tmp_path_factory, worker_id):
       ('jax_compilation_cache_max_size', 4 << 30)]:  # With a bound JAX locks the folder.
     os.environ[name.upper()] = str(value)
     jax.config.update(name, value)
+  return folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def complete_programs(compilation_cache):
+  """Keeps the cache in use after tests that kill processes, which may be writing to it."""
+  from ppn_jax.distributed import compile_cache
+  if compilation_cache.is_dir():
+    compile_cache.remove_incomplete_programs(compilation_cache)
 
 
 def pytest_sessionstart():

@@ -58,7 +58,7 @@ def test_perfect_outputs_score_one():
     outputs = Outputs(targets.box_codes, 40 * correct - 20)
     found = jax.device_get(detector.postprocess(outputs, detector.anchors))
     rows += coco.to_rows(found, batch.image_id, batch.size, batch.valid, source.categories)
-  figures = coco.score(source.ground_truth(), rows).figures
+  figures = coco.score(source.ground_truth(), rows).metrics
   # An anchor can only predict one object; in this data no two objects share one.
   assert figures['AP'] == pytest.approx(1.0) and figures['AR100'] == pytest.approx(1.0)
 

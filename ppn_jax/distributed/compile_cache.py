@@ -53,15 +53,22 @@ def keep_compiled_programs() -> pathlib.Path | None:
 
 
 def _prepare(folder: pathlib.Path) -> None:
-  """Creates the folder and removes incomplete entries; OSError if the folder is not usable."""
+  """Creates the folder and removes incomplete programs; OSError if the folder is not usable."""
   folder.mkdir(mode=0o700, parents=True, exist_ok=True)
   # Whoever can replace these programs can run code as this user.
   if hasattr(os, 'getuid') and folder.stat().st_uid != os.getuid():
     raise PermissionError(1, 'it belongs to another user')
   with tempfile.TemporaryFile(dir=folder):
     pass
-  # JAX writes KEY-cache, then KEY-atime, under this lock. A kill between the two leaves a program
-  # without its time, which JAX never replaces and which stops it from caching more.
+  remove_incomplete_programs(folder)
+
+
+def remove_incomplete_programs(folder: pathlib.Path) -> None:
+  """Removes programs that killed processes have left in JAX's cache without their time of use.
+
+  JAX writes KEY-cache, then KEY-atime, under a lock. A kill between the two leaves a program that
+  JAX never replaces, and that stops it from caching more.
+  """
   with (contextlib.suppress(filelock.Timeout),
         filelock.FileLock(folder / '.lockfile', timeout=_LOCK_SECONDS)):
     for program in folder.glob('*-cache'):
