@@ -11,7 +11,7 @@ from ppn_jax.visualization.html_page import Section, Table, plot, render
 from ppn_jax.visualization.plotting import MUTED, show_message
 from ppn_jax.visualization.plotting import plot as figure
 
-TITLE = 'PPN and SSD on real photographs, from random weights'
+TITLE = 'PPN and SSD on real photographs'
 # Distinguishable with colour blindness; assigned to variants in order.
 _COLOURS = ('#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9')
 _DASHES = ('-', '--', ':')
@@ -105,10 +105,20 @@ def setting_text(found: Mapping[str, Any]) -> str:
   recipe = '' if found['tune'] else f' Recipe {found["recipe"]}.'
   done = '' if found['complete'] else (f' INCOMPLETE: {found["runs_finished"]} of '
                                        f'{found["runs_asked_for"]} runs are finished.')
-  return (f'{found["note"]}{" " if found["note"] else ""}{found["train_images"]:,} images to train '
-          f'on, {found["val_images"]:,} to score, from random weights. {found["image_size"]} px, '
+  scored = found.get('held_out_images')
+  images = (f'{found["train_images"] - scored:,} images to train on, {scored:,} others of the '
+            'training set to score' if scored else
+            f'{found["train_images"]:,} images to train on, {found["val_images"]:,} to score')
+  return (f'{found["note"]}{" " if found["note"] else ""}{images}, {start_text(found)}. '
+          f'{found["image_size"]} px, '
           f'{found["epochs"]} epochs, batch {found["batch_size"]}.{recipe}{done} '
           f'Run on {kinds or "nothing yet"}.')
+
+
+def start_text(found: Mapping[str, Any]) -> str:
+  """Describes what the runs start from."""
+  backbone = found.get('backbone')
+  return f'from the backbone {backbone}' if backbone else 'from random weights'
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Splits the runs of a comparison over several calls: remaining and finished work, and time limits.
 
   WORKDIR/setting.json          the settings that all runs in this folder share
-  WORKDIR/runs/NAME/            workdir of an unfinished run; removed once the run is trained
+  WORKDIR/runs/NAME/            an unfinished run, a workdir for each phase; removed once trained
   WORKDIR/trained/NAME.json     a trained run: its curves, speed and config
   WORKDIR/trained/NAME.npz      its detections on the evaluation data
   WORKDIR/results/NAME.json     a scored run: its metrics
@@ -189,7 +189,7 @@ class Folder:
       raise InputError(f'{path} cannot be read: {e}; give a new --workdir') from e
 
   def run(self, key: RunKey) -> pathlib.Path:
-    """Returns the workdir of an unfinished run."""
+    """Returns the folder of an unfinished run, which has a workdir for each phase."""
     return self.path / 'runs' / key.name
 
   def is_trained(self, key: RunKey) -> bool:

@@ -15,8 +15,24 @@ from ppn_jax.config import fpn, ssd
 from ppn_jax.config_files import load_config
 
 MODELS = ('ppn', 'ssd', 'fpn')
-TUNING_SEED = 100  # Recipes are chosen on a seed that is not reported.
+# Recipes are chosen on a seed that is not reported, and on training images that are held out.
+TUNING_SEED, TUNING_FRACTION = 100, 0.125
 _SHIPPED = pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'coco_json.py'
+
+
+class Phase(NamedTuple):
+  """Part of a run at one image size. Each phase starts from the weights of the one before.
+
+  Fields:
+    image_size: side of the images in pixels.
+    share: share of the run's epochs.
+    rate: factor of the recipe's learning rate.
+    model: entries of `config.model` by dotted key for each model, in addition to the profile's.
+  """
+  image_size: int
+  share: float = 1.0
+  rate: float = 1.0
+  model: Mapping[str, Mapping[str, Any]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +41,7 @@ class Profile:
 
   Attributes:
     reduced: warning that every output shows for a reduced comparison; '' for the full one.
-    image_size: side of the images in pixels.
+    phases: the parts of a run, in order.
     epochs, tune_epochs: epochs of a reported run, and of one that compares recipes.
     batch_size: images per step.
     recipe: default recipe of the reported runs.
@@ -33,9 +49,12 @@ class Profile:
     model: entries of `config.model` by dotted key, for each model.
     dtype: dtype of the activations.
     train_images: number of images on which the calibration report counts positives.
+    backbone: file in the folder weights of PPN_SHARED that the backbone starts from; '' for random
+      weights.
+    aim: AP50 that each model should reach.
   """
   reduced: str
-  image_size: int
+  phases: tuple[Phase, ...]
   epochs: int
   tune_epochs: int
   batch_size: int
@@ -44,6 +63,13 @@ class Profile:
   model: Mapping[str, Mapping[str, Any]]
   dtype: str
   train_images: int
+  backbone: str = ''
+  aim: float = 0.4
+
+  @property
+  def image_size(self) -> int:
+    """Returns the side of the images that a run ends with and is evaluated on."""
+    return self.phases[-1].image_size
 
   def note(self, epochs: int) -> str:
     """Returns the warning for runs of this many epochs, '' if nothing is reduced."""
@@ -60,20 +86,30 @@ def _reduced(width: float, levels: int, head: int, depths: tuple[int, ...], fpn_
           'fpn': pooled | {'neck.depth': fpn_depth}}
 
 
+# Six levels have the scales 0.15 to 0.95; the first five of them have 0.15 to 0.79.
+_FIVE_LEVELS = {'neck.num_levels': 5, 'anchors.max_scale': 0.79}
+
 PROFILES = {
     # The recipe follows detectors that were trained on VOC from random weights (DSOD, ScratchDet)
     # as far as this package supports it; --tune has not been run on a GPU yet.
-    'gpu': Profile('', 300, epochs=400, tune_epochs=100, batch_size=64, recipe='decay',
+    'gpu': Profile('', (Phase(300),), epochs=400, tune_epochs=100, batch_size=64, recipe='decay',
                    seeds=(0, 1, 2), model={'ppn': {}, 'ssd': {}, 'fpn': {}}, dtype='bfloat16',
                    train_images=2000),
+    # The paper's experiment on two CPU cores. Most epochs are at 224 px, where a step takes half
+    # the time. There PPN's levels are the first five of the six at 300 px, anchors included.
+    'imagenet': Profile(
+        '', (Phase(224, 0.8, 1.0, {'ppn': _FIVE_LEVELS, 'ssd': {}, 'fpn': _FIVE_LEVELS}),
+             Phase(300, 0.2, 0.3)), epochs=40, tune_epochs=5, batch_size=16, recipe='average',
+        seeds=(0, 1), model={'ppn': {}, 'ssd': {}, 'fpn': {}}, dtype='float32', train_images=2000,
+        backbone='mobilenet_v1_1.0_224_quant_embedding_extractor.tflite', aim=0.45),
     'cpu': Profile(
         'REDUCED for a CPU: 96 px, networks of half the width and four levels. It tests the '
-        'script; it is not the comparison.', 96, epochs=32, tune_epochs=16, batch_size=16,
-        recipe='shipped', seeds=(0,), model=_reduced(0.5, 4, 256, (256, 128), 128), dtype='float32',
-        train_images=2000),
+        'script; it is not the comparison.', (Phase(96),), epochs=32, tune_epochs=16,
+        batch_size=16, recipe='shipped', seeds=(0,), model=_reduced(0.5, 4, 256, (256, 128), 128),
+        dtype='float32', train_images=2000),
     'smoke': Profile(
-        'REDUCED to a smoke test. The metrics are meaningless.', 64, epochs=2,
-        tune_epochs=1, batch_size=4, recipe='shipped', seeds=(0,),
+        'REDUCED to a smoke test. The metrics are meaningless.', (Phase(64, 0.5), Phase(64, 0.5)),
+        epochs=2, tune_epochs=2, batch_size=4, recipe='shipped', seeds=(0,),
         model=_reduced(0.25, 3, 16, (16,), 16), dtype='float32', train_images=8),
 }
 
@@ -107,6 +143,7 @@ _DECAY = {'optim.weight_decay': 4e-4}
 
 RECIPES = {
     'shipped': Recipe('configs/coco_json.py as it is'),
+    'average': Recipe('the same with a moving average', average=_AVERAGE, resident=False),
     # At 96 px and 16 epochs (results/voc300_tune_cpu_reduced.json) it has the AP of the shipped
     # recipe and twice the calibration error.
     'eager': Recipe('the same with alpha 0.75, twice the rate and a moving average', None,
@@ -124,9 +161,10 @@ RECIPES = {
 
 
 def make_config(data: pathlib.Path, profile: Profile, model: str, recipe: Recipe, *, seed: int,
-                images: int, epochs: int, batch_size: int, conv_form: str = 'auto'
+                images: int, epochs: int, batch_size: int, conv_form: str = 'auto',
+                tune: bool = False, phase: int = -1, weights: str = '', backbone: str = ''
                 ) -> ConfigDict:
-  """Returns the config of a run, locked.
+  """Returns the config of a phase of a run, locked.
 
   Args:
     data: folder with `train`, `val` and an `instances_*.json` for each.
@@ -135,28 +173,38 @@ def make_config(data: pathlib.Path, profile: Profile, model: str, recipe: Recipe
     recipe: training recipe.
     seed: seed of weights, order and augmentation.
     images: number of training images.
-    epochs: passes over the training set.
+    epochs: passes over the training set, in all phases together.
     batch_size: images per step.
     conv_form: see `config.model.layers`.
+    tune: holds out `TUNING_FRACTION` of the training images and evaluates on them, so that
+      recipes are not chosen on the images that the comparison is scored on.
+    phase: index of the phase.
+    weights, backbone: what the phase starts from, see `config.init`.
   """
+  now = profile.phases[phase]
   config = load_config(str(_SHIPPED), []).copy_and_resolve_references().unlock()
   if model != 'ppn':
     {'ssd': ssd, 'fpn': fpn}[model](config)
   config.seed = seed
-  config.model.image_size = profile.image_size
+  config.model.image_size = now.image_size
   config.model.layers.update(dtype=profile.dtype, conv_form=conv_form)
-  _set(config.model, profile.model[model])
-  for split in ('train', 'val'):
+  _set(config.model, {**profile.model[model], **now.model.get(model, {})})
+  config.init.update(weights=weights, backbone=backbone)
+  for split in ('train',) if tune else ('train', 'val'):
     config.data['train' if split == 'train' else 'eval'].update(
         images=str(data / split), annotations=str(data / f'instances_{split}.json'))
+  if tune:
+    config.data.eval_fraction = TUNING_FRACTION
+    images -= round(TUNING_FRACTION * images)
   config.data.resident.enabled = recipe.resident
   config.data.cache.where = '' if recipe.resident else 'memory'
   if recipe.transforms is not None:
     config.data.transforms = tuple(
-        dict(t, size=t['size'] or profile.image_size) if 'size' in t else t
+        dict(t, size=t['size'] or now.image_size) if 'size' in t else t
         for t in recipe.transforms)
   _set(config, recipe.changes)
-  _set(config.train, schedule(images, epochs, batch_size))
+  config.optim.learning_rate *= now.rate
+  _set(config.train, schedule(images, max(round(now.share * epochs), 1), batch_size))
   if recipe.average is not None:
     config.optim.ema_decay = 1 - 1 / max(recipe.average * config.train.steps, 2)
   return config.lock()

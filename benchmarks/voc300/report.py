@@ -12,8 +12,8 @@ from ppn_jax import storage
 from ppn_jax.visualization.drawing import save_png
 
 
-def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], note: str
-          ) -> dict[str, Any]:
+def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], note: str,
+          aim: float = 0.4) -> dict[str, Any]:
   """Writes the report of the runs that are finished.
 
   Args:
@@ -21,12 +21,13 @@ def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], no
     keys: all requested runs.
     setting: settings that the runs share.
     note: warning that every output shows for a reduced profile; '' for the full one.
+    aim: AP50 that each model should reach.
 
   Returns:
     The content of report.json.
   """
   runs = [folder.read_scored(key) for key in keys if folder.is_scored(key)]
-  found = assemble(runs, keys, setting, note)
+  found = assemble(runs, keys, setting, note, aim)
   # The data first, since pictures and pages can be drawn again.
   text = json.dumps(found, indent=1, allow_nan=False)
   storage.write_text(folder.path / 'report.json', f'{text}\n')
@@ -49,7 +50,7 @@ def group_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
 
 
 def assemble(runs: Sequence[Mapping[str, Any]], keys: Sequence[RunKey],
-             setting: Mapping[str, Any], note: str) -> dict[str, Any]:
+             setting: Mapping[str, Any], note: str, aim: float) -> dict[str, Any]:
   """Returns the report as plain data; see `write`."""
   groups = group_runs(runs)
   found = {
@@ -65,7 +66,7 @@ def assemble(runs: Sequence[Mapping[str, Any]], keys: Sequence[RunKey],
   if setting['tune']:
     found['tuning'] = tuning(runs)
   elif not note:
-    found['claims'] = claims(found)
+    found['claims'] = claims(found, aim)
   return rounded(found)
 
 
@@ -121,7 +122,7 @@ def tuning(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return sorted(table, key=lambda row: -(row['mean'] or 0))
 
 
-def claims(found: Mapping[str, Any]) -> list[dict[str, str]]:
+def claims(found: Mapping[str, Any], aim: float) -> list[dict[str, str]]:
   """Returns verdicts on the goals of the comparison and on the paper's claim.
 
   A claim about a difference is confirmed or refuted if the interval over images and, with several
@@ -130,8 +131,8 @@ def claims(found: Mapping[str, Any]) -> list[dict[str, str]]:
   made = []
   for name, variant in found['variants'].items():
     mean = variant['AP50']['mean']
-    made.append({'claim': f'{name}: AP50 of at least 0.40 from random weights',
-                 'verdict': 'undecided' if mean is None else 'yes' if mean >= 0.4 else 'no'})
+    made.append({'claim': f'{name}: AP50 of at least {aim:.2f} {page.start_text(found)}',
+                 'verdict': 'undecided' if mean is None else 'yes' if mean >= aim else 'no'})
   pair = found['differences'].get('PPN - SSD')
   if pair:
     made += [

@@ -1,6 +1,13 @@
-"""Compares PPN and SSD on real photographs from random weights: a small version of Table 1.
+"""Compares PPN and SSD on real photographs: a small version of the paper's Table 1.
 
-  python benchmarks/voc300/run.py --profile=gpu --workdir=runs/voc300 --minutes=9
+  python benchmarks/voc300/run.py --profile=imagenet --workdir=runs/voc300
+
+trains both from the same backbone trained on ImageNet (--backbone: any file or workdir that
+`init.backbone` reads; by default weights/mobilenet_v1_1.0_224_quant_embedding_extractor.tflite in
+the folder PPN_SHARED), first at 224 and then at 300 px. A run takes hours on two CPU cores. From
+random weights,
+
+  python benchmarks/voc300/run.py --profile=gpu --workdir=runs/voc300_random --minutes=9
 
 runs on one GPU. Repeat the command until it ends with 0 instead of 75, or leave out --minutes to
 run everything in one call. There are six runs of 1.28 million images each; --epochs=N shortens
@@ -27,8 +34,9 @@ the run is trained, unless --keep_runs is given.
 
   python benchmarks/voc300/run.py --profile=gpu --workdir=runs/voc300_tune --minutes=9 --tune
 
-compares the recipes in recipes.py on a seed that is not reported, with the same effort for all
-models; --recipe=NAME then trains the best one. With --json the last line is JSON.
+compares the recipes in recipes.py with the same effort for all models, on an eighth of the training
+images and a seed that is not reported; --recipe=NAME then trains the best one. With --json the last
+line is JSON.
 """
 
 import argparse
@@ -74,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', required=True, type=pathlib.Path,
                       help='new, or from an earlier call')
-  parser.add_argument('--data', type=pathlib.Path, default=_default_data(), metavar='FOLDER')
+  parser.add_argument('--data', type=pathlib.Path, metavar='FOLDER',
+                      default=_shared() / 'data' / 'voc300')
+  parser.add_argument('--backbone', metavar='PATH', help="what the backbone starts "
+                      "from (default: the profile's)")
   parser.add_argument('--profile', default='gpu', help=f'{", ".join(recipes.PROFILES)} '
                       '(default: gpu)')
   parser.add_argument('--recipe', help=f'{", ".join(recipes.RECIPES)} (default: the '
@@ -95,13 +106,27 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-def _default_data() -> pathlib.Path:
-  shared = pathlib.Path(__file__).resolve().parents[3] / 'shared'
-  return pathlib.Path(os.environ.get('PPN_SHARED', shared)) / 'data' / 'voc300'
+def _shared() -> pathlib.Path:
+  default = pathlib.Path(__file__).resolve().parents[3] / 'shared'
+  return pathlib.Path(os.environ.get('PPN_SHARED', default))
+
+
+def _backbone(args: argparse.Namespace, profile: recipes.Profile) -> str:
+  """Returns the path that the backbone starts from, '' for random weights."""
+  if args.backbone is not None:
+    return args.backbone
+  if not profile.backbone:
+    return ''
+  path = _shared() / 'weights' / profile.backbone
+  if not path.is_file():
+    raise InputError(f'no {path}; give another backbone with --backbone=PATH, or set PPN_SHARED to '
+                     f'the folder that contains weights/{profile.backbone}')
+  return str(path)
 
 
 def _run(args: argparse.Namespace) -> int:
   profile, keys, setting = _setup(args)
+  backbone = _backbone(args, profile)
   with Piece(args.minutes) as piece:
     folder = Folder(args.workdir, keep_runs=args.keep_runs)
     folder.check_setting(setting)
@@ -113,19 +138,25 @@ def _run(args: argparse.Namespace) -> int:
     from ppn_jax.distributed.compile_cache import keep_compiled_programs
     keep_compiled_programs()
 
-    def config(key: RunKey):
-      return recipes.make_config(
+    def workdirs(key: RunKey):
+      return [folder.run(key) / f'phase_{i}' for i in range(len(profile.phases))]
+
+    def configs(key: RunKey):
+      starts = [{'backbone': backbone},
+                *({'weights': str(workdir)} for workdir in workdirs(key))]
+      return [recipes.make_config(
           args.data, profile, key.model, recipes.RECIPES[key.recipe], seed=key.seed,
           images=setting['train_images'], epochs=setting['epochs'],
-          batch_size=setting['batch_size'], conv_form=setting['conv_form'])
+          batch_size=setting['batch_size'], conv_form=setting['conv_form'], tune=setting['tune'],
+          phase=i, **starts[i]) for i in range(len(profile.phases))]
 
-    score = lambda key, rows: runs.score(config(key), rows, train_images=profile.train_images)
+    score = lambda key, rows: runs.score(configs(key)[-1], rows, train_images=profile.train_images)
     complete = work(
         keys, folder, piece, say=lambda text: print(text, flush=True),
-        train=lambda key: runs.advance(config(key), folder.run(key)),
-        detect=lambda key: runs.detect(folder.run(key)),
+        train=lambda key: runs.advance(configs(key), workdirs(key)),
+        detect=lambda key: runs.detect(workdirs(key)),
         score=None if args.train_only else score)
-    found = report.write(folder, keys, setting, profile.note(setting['epochs']))
+    found = report.write(folder, keys, setting, profile.note(setting['epochs']), profile.aim)
   print(f'{folder.path}: {folder.megabytes():.1f} MB' +
         ('' if complete else '; incomplete, repeat the same command'))
   if args.json:
@@ -156,10 +187,13 @@ def _setup(args: argparse.Namespace) -> tuple[recipes.Profile, list[RunKey], dic
   epochs = args.epochs or (profile.tune_epochs if args.tune else profile.epochs)
   setting = {'profile': args.profile, 'image_size': profile.image_size, 'epochs': epochs,
              'batch_size': args.batch_size or profile.batch_size, 'conv_form': args.conv_form,
-             'tune': args.tune,
+             'tune': args.tune, 'backbone': pathlib.PurePath(_backbone(args, profile)).name,
              'configs': {name: _checksum(profile, name) for name in names},
              **_describe(args.data)}
-  if not args.tune:
+  if args.tune:
+    held_out = round(recipes.TUNING_FRACTION * setting['train_images'])
+    setting |= {'held_out_images': held_out}
+  else:
     setting['recipe'] = names[0]
   # Seeds are outermost, so that the finished runs are always a fair comparison.
   keys = [RunKey(model, name, seed) for seed in seeds for name in names for model in models]

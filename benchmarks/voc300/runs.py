@@ -11,7 +11,7 @@ from voc300 import comparison
 from voc300.pieces import Diverged, Plain, Rows
 from voc300.voc_ap import voc_ap50
 
-from ppn_jax.data.source import build_source
+from ppn_jax.data.splits import open_split
 from ppn_jax.distributed.preemption import Preempted
 from ppn_jax.jobs import calibration_report
 from ppn_jax.jobs.calibration_report import CalibrationOptions
@@ -25,30 +25,48 @@ _CURVES = ('step', 'train/loss', 'train/classification', 'train/localization', '
            'eval/AP50')
 
 
-def advance(config: ConfigDict, workdir: pathlib.Path) -> bool:
-  """Resumes training in `workdir`; returns False if it was stopped early, raises Diverged."""
-  try:
-    train(config, workdir)
-  except Preempted as e:
-    print(e, flush=True)
-    return False
-  except TrainingDiverged as e:
-    raise Diverged(str(e)) from e
+def advance(configs: Sequence[ConfigDict], workdirs: Sequence[pathlib.Path]) -> bool:
+  """Resumes training in the workdirs of a run's phases, in order.
+
+  Returns:
+    Whether all phases are trained; False if one was stopped early.
+
+  Raises:
+    Diverged: If a loss diverges.
+  """
+  for config, workdir in zip(configs, workdirs, strict=True):
+    try:
+      train(config, workdir)
+    except Preempted as e:
+      print(e, flush=True)
+      return False
+    except TrainingDiverged as e:
+      raise Diverged(str(e)) from e
   return True
 
 
-def detect(workdir: pathlib.Path) -> tuple[Plain, Rows]:
-  """Returns the record of a trained run, and its detections on the evaluation data."""
-  run = open_run(workdir)
+def detect(workdirs: Sequence[pathlib.Path]) -> tuple[Plain, Rows]:
+  """Returns the record of a trained run, and its detections on the evaluation data.
+
+  Args:
+    workdirs: workdirs of the run's phases, in order. Steps are counted over all of them.
+  """
+  earlier, run = [open_run(workdir) for workdir in workdirs[:-1]], open_run(workdirs[-1])
   job = prepare_evaluation(run, EvaluationOptions())
   step, variables = job.load()
-  metrics, data = run.metrics(), run.config.data
+  metrics, data, before = [], run.config.data, 0
+  for part in (*earlier, run):
+    metrics += [line | {'step': line['step'] + before} for line in part.metrics()]
+    before += part.config.train.steps
+  step += before - run.config.train.steps
   blocks = ('seed', 'model', 'matching', 'loss', 'postprocess', 'optim', 'train')
   return {
       'step': step, 'training': times(metrics, run.config.train.batch_size),
       'curve': [{k: line[k] for k in _CURVES if k in line} for line in metrics],
       'config': {name: block for name, block in run.config.to_dict().items() if name in blocks}
-                | {'transforms': data.transforms, 'resident': data.resident.enabled},
+                | {'transforms': data.transforms, 'resident': data.resident.enabled,
+                   'phases': [part.config.to_dict()['model']['image_size']
+                              for part in (*earlier, run)]},
       'hardware': hardware.describe()}, job.evaluator.rows(variables)
 
 
@@ -61,7 +79,7 @@ def score(config: ConfigDict, rows: Rows, *, train_images: int, floor: float = 0
     train_images: number of images on which to count the positives of each level.
     floor: lowest score that counts for calibration.
   """
-  source = build_source(config.data.eval.to_dict(), key='data.eval')
+  source = open_split(config, 'eval')
   config = resolve_classes(config, source.categories)
   detector, truth = build_detector(config), source.ground_truth()
   report = calibration_report.build_report(config, detector, source.categories, truth, rows,

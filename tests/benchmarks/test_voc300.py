@@ -1,6 +1,7 @@
 """Comparison on voc300: work over several calls, metrics and errors."""
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -346,12 +347,12 @@ def test_a_workdir_has_one_setting(tmp_path):
 @pytest.mark.parametrize('profile', recipes.PROFILES)
 def test_models_differ_in_the_model_alone(profile, tmp_path):
   made = recipes.PROFILES[profile]
-  for recipe in recipes.RECIPES.values():
+  for recipe, phase in itertools.product(recipes.RECIPES.values(), range(len(made.phases))):
     configs = {}
     for model in recipes.MODELS:
       configs[model] = recipes.make_config(
           tmp_path, made, model, recipe, seed=1, images=3200, epochs=made.epochs,
-          batch_size=made.batch_size).to_dict()
+          batch_size=made.batch_size, phase=phase).to_dict()
     for config in configs.values():
       assert {k: v for k, v in config.items() if k != 'model'} == {
           k: v for k, v in configs['ppn'].items() if k != 'model'}
@@ -363,7 +364,7 @@ def test_models_differ_in_the_model_alone(profile, tmp_path):
 
 @pytest.mark.slow
 def test_models_have_the_same_levels(tmp_path):
-  for profile in ('gpu', 'cpu'):
+  for profile in ('gpu', 'imagenet', 'cpu'):
     shapes = []
     for model in recipes.MODELS:
       config = recipes.make_config(
@@ -372,6 +373,42 @@ def test_models_have_the_same_levels(tmp_path):
       config.model.num_classes = 20
       shapes.append(build_detector(config).num_levels)
     assert len(set(shapes)) == 1, shapes
+
+
+def test_phases_differ_in_size_and_rate_alone(tmp_path):
+  profile, recipe = recipes.PROFILES['imagenet'], recipes.RECIPES['average']
+  for model in recipes.MODELS:
+    first, last = (recipes.make_config(tmp_path, profile, model, recipe, seed=0, images=3200,
+                                       epochs=40, batch_size=16, phase=i, weights='w' * i)
+                   for i in (0, 1))
+    assert [c.model.image_size for c in (first, last)] == [224, 300]
+    assert [c.train.steps for c in (first, last)] == [6400, 1600]
+    assert last.optim.learning_rate == pytest.approx(0.3 * first.optim.learning_rate)
+    assert last.init.weights == 'w'
+
+
+def test_anchors_of_the_first_phase_are_those_of_the_last(tmp_path):
+  """The scales of five levels at 224 px equal the first five of six at 300 px."""
+  profile, recipe = recipes.PROFILES['imagenet'], recipes.RECIPES['average']
+  sizes = []
+  for i in (0, 1):
+    config = recipes.make_config(tmp_path, profile, 'ppn', recipe, seed=0, images=3200, epochs=2,
+                                 batch_size=4, phase=i).unlock()
+    config.model.num_classes = 20
+    anchors = build_detector(config).anchors
+    boxes, level = np.asarray(anchors.boxes), np.asarray(anchors.level)
+    sizes.append([np.unique(np.round(boxes[level == k][:, 2:] - boxes[level == k][:, :2], 5),
+                            axis=0) for k in range(4)])
+  for a, b in zip(*sizes, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_tuning_sees_nothing_of_val(tmp_path):
+  config = recipes.make_config(tmp_path, recipes.PROFILES['imagenet'], 'ppn',
+                               recipes.RECIPES['average'], seed=100, images=3200, epochs=5,
+                               batch_size=16, tune=True)
+  assert config.data.eval_fraction == 0.125 and not config.data.eval.images
+  assert config.train.steps == 2800 // 16
 
 
 def test_schedule():
@@ -520,8 +557,8 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(data, tmp_path):
                          capture_output=True, check=False)
   assert whole.returncode == 0, whole.stderr[-2000:]
   killed, codes = tmp_path / 'killed', []
-  for pattern, signal_sent in (('runs/ppn_*/checkpoints/?*', signal.SIGKILL),
-                               ('runs/ssd_*/checkpoints/?*', signal.SIGTERM),
+  for pattern, signal_sent in (('runs/ppn_*/phase_1/checkpoints/?*', signal.SIGKILL),
+                               ('runs/ssd_*/*/checkpoints/?*', signal.SIGTERM),
                                ('trained/ssd_*.json', signal.SIGKILL)):
     process = subprocess.Popen([*flags, f'--workdir={killed}'], env=env,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
