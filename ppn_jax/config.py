@@ -106,11 +106,15 @@ def base_config() -> ConfigDict:
       momentum=0.9, weight_decay=4e-5, clip_norm=0.0, ema_decay=0.0,
       micro_batches=1, shard_state=False)
   config.train = dict(  # ppn_jax.jobs.train.train
-      steps=0,  # Steps of the whole run; must be set.
+      steps=0,  # Steps of the whole run; must be set. With `minutes` the largest number; 0: any.
+      minutes=0.0,  # Time budget: the run takes as many steps as fit; 0: none.
       batch_size=0,  # Images per step, over all devices; must be set.
       log_every=100,  # Steps between two lines of metrics.
       checkpoint_every=1000,  # Steps between two checkpoints; the last step is always saved.
       evaluate_every=1000,  # Steps between two evaluations; 0: never, data.eval is not needed.
+      stop_metric='AP',  # Metric of the evaluations that `patience` is about.
+      patience=0,  # Evaluations in a row without an improvement after which to end; 0: never.
+      min_improvement=0.0,  # Gain in `stop_metric` above which an evaluation is an improvement.
       keep_last=3,  # Number of newest checkpoints to keep.
       keep_best=1,  # Number of checkpoints of highest AP to keep in addition.
       on_save_error='continue')  # If a checkpoint cannot be written: 'continue' or 'stop'.

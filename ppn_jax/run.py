@@ -8,6 +8,8 @@
   WORKDIR/readers/          steps that are being read, so that they are not deleted
   WORKDIR/.training.lock    the process that trains; see `distributed.ownership`
   WORKDIR/bad_examples.txt  images that could not be read, if some were skipped
+  WORKDIR/time_budget.json  how many steps fit into train.minutes, if it is set
+  WORKDIR/ended.json        why training ended before train.steps, if it did
 
 Evaluation, detection and export need nothing but the workdir.
 """
@@ -16,7 +18,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -36,6 +38,17 @@ from ppn_jax.models.network import BACKBONES, HEADS, NECKS
 from ppn_jax.telemetry import metrics
 from ppn_jax.training.optimizer import Optimizer, build_optimizer
 from ppn_jax.training.train_step import abstract_state
+
+
+class Ending(NamedTuple):
+  """Successful end of a training before its `train.steps`.
+
+  Fields:
+    step: Its last step.
+    reason: Why it ended, as text.
+  """
+  step: int
+  reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +79,21 @@ class Run:
     known = storage.read_text(file).splitlines() if file.exists() else []
     if reason not in known:
       storage.write_text(file, '\n'.join([*known, reason]) + '\n')
+
+  def ending(self) -> Ending | None:
+    """Returns why training ended before `train.steps`; None if it did not, or continues."""
+    try:
+      return Ending(**json.loads(storage.read_text(self.workdir / 'ended.json')))
+    except (FileNotFoundError, ValueError, TypeError):
+      return None
+
+  def note_ending(self, ending: Ending | None) -> None:
+    """Writes why training ended before `train.steps`; None if it continues."""
+    file = self.workdir / 'ended.json'
+    if ending is None:
+      file.unlink(missing_ok=True)
+    elif ending != self.ending():
+      storage.write_text(file, json.dumps(ending._asdict()) + '\n')
 
   def metrics(self) -> list[dict[str, float | None]]:
     """Returns the metrics of training and of evaluation jobs, in order of step."""

@@ -336,9 +336,12 @@ def test_a_config_json_of_0_1_means_the_same():
   assert config.data.resident.to_dict() == {
       'enabled': held['resident'], 'size': held['resident_size']}
   assert (held['cache'], held['cache_size'], held['resident_size']) == ('~/cache', 320, 256)
-  # All other keys are as they were written.
-  now = json.loads(json.dumps(config.to_dict()))
+  # All other keys are as they were written; keys that came later have their defaults.
+  now, base = (json.loads(json.dumps(c.to_dict())) for c in (config, base_config()))
   del now['data']['cache'], now['data']['resident']
+  for block in ('optim', 'train'):
+    for key in now[block].keys() - written[block].keys():
+      assert now[block].pop(key) == base[block][key]
   assert now == written
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -37,6 +37,9 @@ DAMAGED_FOLDER = 'damaged_checkpoints'
 
 # Orbax's metadata file of a checkpoint, and the key of our checksums in it.
 _DESCRIPTION, _CHECKSUMS = '_CHECKPOINT_METADATA', 'checksums'
+
+# Key of the notes that a caller adds to a checkpoint, beside the checksums.
+_NOTES = 'notes'
 
 # Statuses of a store that cannot be used now; they say nothing about its content.
 _UNREACHABLE = ('PERMISSION_DENIED', 'UNAUTHENTICATED', 'UNAVAILABLE', 'DEADLINE_EXCEEDED',
@@ -132,10 +135,12 @@ class Checkpoints:
     """Returns what identifies the checkpoint of a step, see `read_stamp`."""
     return read_stamp(self._folder_of(step))
 
-  def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+  def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None,
+           notes: Mapping[str, Any] | None = None) -> None:
     """Starts to save `state` under `step`, with its metrics if it was evaluated.
 
-    Blocks until the previous save is complete. `wait` raises what goes wrong in this one.
+    Blocks until the previous save is complete. `wait` raises what goes wrong in this one. `notes`
+    are JSON values that the checkpoint keeps; of several processes, those of the first.
 
     Raises:
       SaveFailed: If the previous save failed, or there is no memory for a copy; this save is not
@@ -150,11 +155,17 @@ class Checkpoints:
     def write() -> None:
       sums = integrity.checksums(copy)
       self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(copy)),
-                         metrics=metrics, force=True, custom_metadata={_CHECKSUMS: sums})
+                         metrics=metrics, force=True,
+                         custom_metadata={_CHECKSUMS: sums, _NOTES: dict(notes or {})})
       self._manager.wait_until_finished()
 
     self._saving = step
     self._write = self._pool.submit(write)
+
+  def notes(self, step: int) -> dict[str, Any]:
+    """Returns the notes of a saved step; {} for one of an earlier version."""
+    found = _retried(lambda: _description(self._folder_of(step)))
+    return found.get('custom_metadata', {}).get(_NOTES, {})
 
   def restore(self, like: TrainState | None, step: int) -> TrainState:
     """Restores the state of `step`, with the shapes, types and shardings of `like`.

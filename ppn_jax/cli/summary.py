@@ -24,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+  ending = None
   if args.config is not None:
     from ppn_jax.config_files import load_config
     config = load_config(args.config, args.overrides)
   else:
-    config = open_workdir(args).config
+    opened = open_workdir(args)
+    config, ending = opened.config, opened.ending()
   from ppn_jax.jobs.summary import fill_in_classes, format_summary, paper_counts, summarize
   summary = summarize(fill_in_classes(config))
   if args.json:
@@ -36,7 +38,10 @@ def run(args: argparse.Namespace) -> int:
                       'layers': [layer._asdict() for layer in summary.layers],
                       'totals': summary.totals._asdict(),
                       'by_columns': {n: t._asdict() for n, t in summary.by_columns.items()},
+                      **({'ended': ending._asdict()} if ending else {}),
                       'paper': [r._asdict() for r in paper_counts(summary)]}, indent=1))
   else:
     print(format_summary(summary))
+    if ending:
+      print(f'\nTraining ended at step {ending.step:,}: {ending.reason}.')
   return 0

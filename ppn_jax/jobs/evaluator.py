@@ -16,6 +16,7 @@ from ppn_jax.data.splits import open_split
 from ppn_jax.detection.structures import Array, Batch, Category, Detections
 from ppn_jax.detector import Detector, Variables, jit_detect
 from ppn_jax.distributed import coordination, sharding
+from ppn_jax.errors import InputError
 from ppn_jax.metrics import coco
 from ppn_jax.run import Run
 
@@ -49,6 +50,13 @@ class Evaluator:
   bad: BadExamples
   scorer: str = 'hotcoco'
 
+  def compile(self, variables: Variables) -> None:
+    """Compiles the program by detecting on a blank batch. All processes call it together."""
+    side, own = self.loader['image_size'], sharding.local_rows(self.batch_size, self.mesh)
+    blank = np.zeros((len(own), side, side, 3), np.uint8)
+    jax.block_until_ready(
+        self.detect(variables, sharding.to_global(blank, self.mesh, self.batch_size)))
+
   def rows(self, variables: Variables,
            on_images: Callable[[int], None] = lambda count: None) -> list[dict[str, Any]]:
     """Detects on every image, and returns rows of COCO's results format in the data set's order.
@@ -71,6 +79,14 @@ class Evaluator:
       on_images(min(index * self.batch_size, len(self.source)))
     gathered = coordination.gather(np.concatenate(packed).tobytes())
     return _unpack(b''.join(gathered), self.categories)
+
+  def check_metric(self, name: str, key: str) -> None:
+    """Raises InputError, naming the config's `key`, if the data have no such metric."""
+    metrics = coco.score(self.source.ground_truth(), [], scorer=self.scorer).metrics
+    if metrics[name] is None:
+      known = ', '.join(metric for metric, value in metrics.items() if value is not None)
+      raise InputError(f'{key}={name!r} does not exist on data.eval, which have no such objects '
+                       f'({coco.DESCRIPTIONS[name]}); use one of {known or "none"}')
 
   def score(self, rows: list[dict[str, Any]]) -> coco.Scores:
     """Computes COCO's metrics of the rows over all images of the data set.

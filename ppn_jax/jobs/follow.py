@@ -261,9 +261,15 @@ class _Follower:
   def _training_has_ended(self, saved: list[int]) -> bool:
     """Returns whether the last step, which training always saves, is there.
 
-    The config is read again each time, since a run may be resumed with more steps.
+    The config and the reason of an early end are read again each time, since a run may be resumed
+    with more steps or time.
     """
-    return bool(saved) and saved[-1] >= open_run(self._job.run.workdir).config.train.steps
+    if not saved:
+      return False
+    run = open_run(self._job.run.workdir)
+    ending = run.ending()
+    return saved[-1] >= run.config.train.steps or (
+        ending is not None and saved[-1] == ending.step)
 
   def _evaluate(self, step: int) -> bool:
     """Evaluates a step; returns False if it cannot be read."""

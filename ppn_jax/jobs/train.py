@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
+import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ppn_jax import registry, storage
 from ppn_jax.checkpoints import retention
+from ppn_jax.checkpoints.manager import BEST_METRIC, Checkpoints
 from ppn_jax.config import complete
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
@@ -22,16 +26,20 @@ from ppn_jax.distributed import coordination, failures, sharding
 from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
 from ppn_jax.errors import InputError
+from ppn_jax.jobs import time_budget
 from ppn_jax.jobs.evaluator import build_evaluator
+from ppn_jax.jobs.time_budget import TimeBudget
 from ppn_jax.jobs.train_loop import TrainLoop
 from ppn_jax.metrics.coco import Scores
-from ppn_jax.run import Run, check_batch, create_run, is_run, open_run
+from ppn_jax.run import Ending, Run, check_batch, create_run, is_run, open_run
 from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.telemetry.metrics import MetricsWriter, first_loss, has_evaluation
-from ppn_jax.telemetry.progress import Progress
+from ppn_jax.telemetry.metrics import read as read_metrics
+from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.input_pipeline import build_input_pipeline
 from ppn_jax.training.state import TrainState
+from ppn_jax.training.stopping import EarlyStopping, best_step
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.initial import initial_weights, with_weights
 from ppn_jax.weights.transfer import TransferredWeights
@@ -68,9 +76,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   config = complete(config)
   check_data(config)
   _check_numbers(config)
-  traced = profiling.parse_steps(profile, config.train.steps)
+  traced = profiling.parse_steps(profile, config.train.steps or sys.maxsize)
   mesh = sharding.data_mesh()
   earlier = _earlier_run(workdir)
+  plan = time_budget.recorded_plan(earlier.workdir, config.train.minutes) if earlier else None
+  asked, config = config, time_budget.with_planned_steps(config, plan)
   if earlier:
     _check_fraction(earlier, config)
   splits = ('train', 'eval') if config.train.evaluate_every else ('train',)
@@ -84,6 +94,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   check_batch(config, 'train.batch_size', config.train.batch_size, optimizer.micro_batches, mesh)
   if eval_source is not None:
     evaluator = build_evaluator(run, detector, mesh, source=eval_source)
+    if config.train.patience:
+      evaluator.check_metric(config.train.stop_metric, 'train.stop_metric')
   pipeline = build_input_pipeline(config, source, mesh)
   abstract = abstract_state(detector, optimizer, mesh)
   initialize = registry.bind('init', initial_weights, config.init.to_dict(),
@@ -99,9 +111,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     if owner:
       _clean_up(run)
     start, state = checkpoints.restore_newest(abstract) or (0, None)
-    must_evaluate = _lacks_evaluation(run, start)
-    if start >= config.train.steps and not must_evaluate:
-      logger.info(f'nothing to do: {run.workdir} is trained to step {start:,} already')
+    budget = TimeBudget(config.train.minutes, _time_spent(checkpoints, start))
+    stopping = _early_stopping(run, start)
+    ending = _ending(run, start, budget, stopping)
+    must_evaluate = _lacks_evaluation(run, start, at_end=ending is not None)
+    if (ending or start >= config.train.steps) and not must_evaluate:
+      logger.info(f'nothing to do: {run.workdir} ' + (
+          f'ended at step {start:,}, since {ending.reason}; change train.patience or '
+          'train.minutes to continue' if ending else f'is trained to step {start:,} already'))
+      if owner and ending:
+        run.note_ending(ending)
       return None
     logger.info(_describe(run, abstract, source, mesh))
     if kept_back := describe_fraction(config, source):
@@ -115,24 +134,53 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       for key in ('weights', 'backbone'):
         if config.init.get(key, '') not in ('', run.config.init.get(key, '')):
           logger.warning(f'init.{key}={config.init[key]} is ignored: the run has weights already')
-    else:
-      state = jit_init(detector, optimizer, mesh)(config.seed)
     if initial is not None:
       logger.info(f'starting from {initial.report}')
-      state = with_weights(state, initial.variables, initial.partial)
+    # The optimizer's schedule does not matter to the first state.
+    first_state = functools.partial(_first_state, jit_init(detector, optimizer, mesh), config.seed,
+                                    initial)
+    state = first_state() if state is None else state
+    if config.train.minutes and not plan:
+      if ending or start >= config.train.steps:
+        plan = time_budget.Plan(config.train.minutes, start, 0.0, 0.0)
+      else:
+        plan = time_budget.make_plan(
+            config, budget, state, start, pipeline.jit_step(detector, optimizer), pipeline,
+            evaluator, notice, Progress(config.train.steps))
+        state = checkpoints.restore(abstract, start) if start else first_state()
+      config = time_budget.with_planned_steps(asked, plan)
+      run = _with_steps(run, config.train.steps)
+      optimizer = run.optimizer()
+    if plan:
+      budget.step_seconds = plan.step_seconds
+      logger.info(plan.describe(config) + (
+          f'; {duration(budget.seconds)} are spent' if start else ''))
     # 3. The steps.
     writer = None
     if jax.process_index() == 0:
+      if plan:
+        time_budget.write_plan(run.workdir, plan)
       run.save()
       writer = closing.enter_context(MetricsWriter(run.workdir, start))
     if traced and traced[-1] <= start:
       logger.warning(f'--profile={profile}: these steps were taken before, nothing is traced')
     trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard')
     loop = TrainLoop(run, mesh, checkpoints, Progress(config.train.steps), writer, evaluator,
-                     notice, trace, owner, _first_loss(run, start))
+                     notice, trace, owner, _first_loss(run, start), stopping, budget)
     scores = loop.evaluate_saved(start, state) if must_evaluate else None
-    if start < config.train.steps:
+    ending = _ending(run, start, budget, stopping)
+    if start < config.train.steps and not ending:
+      if owner:
+        run.note_ending(None)
       scores = loop.run_steps(state, start, pipeline.jit_step(detector, optimizer), pipeline)
+      ending = _ending(run, loop.last_step, budget, stopping)
+    if ending:
+      logger.info(f'ended at step {ending.step:,} of {config.train.steps:,}: {ending.reason}'
+                  f'{_note_on_best(stopping, checkpoints)}')
+      if owner:
+        run.note_ending(ending)
+    elif plan:
+      logger.info(f'took {duration(budget.seconds)} of train.minutes={plan.minutes:g}')
     return scores
 
 
@@ -166,14 +214,82 @@ def _first_loss(run: Run, start: int) -> float | None:
   return json.loads(coordination.broadcast(json.dumps(known).encode()))
 
 
-def _lacks_evaluation(run: Run, step: int) -> bool:
-  """Returns whether a run was ended, or failed, when it should have evaluated `step`."""
+def _first_state(initialize: Callable[[int], TrainState], seed: int,
+                 initial: TransferredWeights | None) -> TrainState:
+  """Returns the state before the first step."""
+  state = initialize(seed)
+  return state if initial is None else with_weights(state, initial.variables, initial.partial)
+
+
+def _time_spent(checkpoints: Checkpoints, start: int) -> float:
+  """Returns the seconds that the steps up to `start` took, the same in all processes.
+
+  Checkpoints of earlier versions do not say it; their steps count as 0.
+  """
+  known = checkpoints.notes(start).get(time_budget.SPENT) if (
+      start and jax.process_index() == 0) else None
+  return json.loads(coordination.broadcast(json.dumps(known or 0.0).encode()))
+
+
+def _early_stopping(run: Run, start: int) -> EarlyStopping:
+  """Returns the rule of the config with the evaluations up to `start`, in all processes.
+
+  Later evaluations are of steps that will be taken again.
+  """
+  train, known = run.config.train, {}
+  if start and jax.process_index() == 0:
+    name = f'eval/{train.stop_metric}'
+    known = {line['step']: line[name] for line in read_metrics(run.workdir / 'metrics.jsonl')
+             if line['step'] <= start and name in line}
+  known = json.loads(coordination.broadcast(json.dumps([*known.items()]).encode()))
+  return EarlyStopping(train.stop_metric, train.patience, train.min_improvement,
+                       {int(step): value for step, value in known})
+
+
+def _ending(run: Run, step: int, budget: TimeBudget, stopping: EarlyStopping) -> Ending | None:
+  """Returns why training ends at `step`, before its last one; None if it does not.
+
+  All processes call it together.
+  """
+  if not 0 < step < run.config.train.steps:
+    return None
+  reason = stopping.reason() if stopping.reached() else (
+      budget.reason() if budget.is_spent() else '')
+  if not reason:
+    return None
+  return Ending(step, '; '.join(filter(None, [reason, stopping.describe_best()])))
+
+
+def _note_on_best(stopping: EarlyStopping, checkpoints: Checkpoints) -> str:
+  """Returns a note if the checkpoint of the best step has been deleted, else ''."""
+  best = best_step(stopping.values)
+  if best is None or best.step in checkpoints.steps():
+    return ''
+  return f', but its checkpoint is deleted: train.keep_best keeps those of highest {BEST_METRIC}'
+
+
+def _lacks_evaluation(run: Run, step: int, at_end: bool) -> bool:
+  """Returns whether a run was ended, or failed, when it should have evaluated `step`.
+
+  Args:
+    run: The run.
+    step: The step.
+    at_end: Whether training ends with it, before its last step.
+  """
   train = run.config.train
-  due = train.evaluate_every and (step % train.evaluate_every == 0 or step == train.steps)
+  due = train.evaluate_every and (
+      step % train.evaluate_every == 0 or step == train.steps or at_end)
   if not step or not due:
     return False
   # Only the first process writes the file, and others may not see it.
   return sharding.value_of_first(not has_evaluation(run.workdir, step))
+
+
+def _with_steps(run: Run, steps: int) -> Run:
+  """Returns `run` with this number of steps in its config."""
+  config = run.config.copy_and_resolve_references().unlock()
+  config.train.steps = steps
+  return dataclasses.replace(run, config=config.lock())
 
 
 def _with_init(run: Run, init: ConfigDict, **changes: Any) -> Run:
@@ -210,7 +326,14 @@ def _check_numbers(config: ConfigDict) -> None:
                      "'continue', 'stop'")
   if not 0 <= config.seed < 2**31:
     raise InputError(f'seed={config.seed} must be at least 0 and below 2**31')
-  for name, least in [('steps', 1), ('batch_size', 1), ('log_every', 1), ('checkpoint_every', 1),
-                      ('evaluate_every', 0)]:
-    if config.train[name] < least:
-      raise InputError(f'train.{name}={config.train[name]} must be at least {least}')
+  train = config.train
+  EarlyStopping(train.stop_metric, train.patience, train.min_improvement)
+  if train.patience and not train.evaluate_every:
+    raise InputError(f'train.patience={train.patience} needs evaluations, but '
+                     'train.evaluate_every=0; set it to the steps between two evaluations')
+  if not 0 <= train.minutes < math.inf:
+    raise InputError(f'train.minutes={train.minutes} must be at least 0')
+  for name, least in [('steps', 0 if train.minutes else 1), ('batch_size', 1), ('log_every', 1),
+                      ('checkpoint_every', 1), ('evaluate_every', 0)]:
+    if train[name] < least:
+      raise InputError(f'train.{name}={train[name]} must be at least {least}')

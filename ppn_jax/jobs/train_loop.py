@@ -18,6 +18,7 @@ from ppn_jax.distributed.ownership import Ownership
 from ppn_jax.distributed.preemption import Interrupted, Preempted, PreemptionNotice
 from ppn_jax.errors import Stopped
 from ppn_jax.jobs.evaluator import Evaluator
+from ppn_jax.jobs.time_budget import SPENT, TimeBudget
 from ppn_jax.metrics.coco import Scores, format_headline, write_scores
 from ppn_jax.run import Run
 from ppn_jax.telemetry import profiling
@@ -25,6 +26,7 @@ from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter
 from ppn_jax.telemetry.progress import Progress, Stopwatch, duration
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
+from ppn_jax.training.stopping import EarlyStopping
 from ppn_jax.training.train_step import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,9 @@ class TrainLoop:
     trace: Traces some of the steps.
     owner: Ownership of the workdir; of the first process only.
     first_loss: Loss of the run's first step; None before it.
+    stopping: Whether a metric has stopped improving.
+    budget: How much time is left.
+    last_step: Step that the run ends with: `train.steps`, or an earlier one as soon as it is known.
     num_exploded: How many of the last steps in a row had a loss far above the first one.
     pending: Steps that have not been reported yet, and their metrics.
     stopwatch: Times them.
@@ -76,10 +81,16 @@ class TrainLoop:
   trace: profiling.StepTrace
   owner: Ownership | None = None
   first_loss: float | None = None
+  stopping: EarlyStopping = dataclasses.field(default_factory=EarlyStopping)
+  budget: TimeBudget = dataclasses.field(default_factory=TimeBudget)
+  last_step: int = 0
   num_exploded: int = 0
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
   stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
   warned: bool = False
+
+  def __post_init__(self):
+    self.last_step = self.last_step or self.run.config.train.steps
 
   def run_steps(self, state: TrainState, start: int, train_step: Callable, pipeline: InputPipeline
                 ) -> Scores | None:
@@ -96,7 +107,7 @@ class TrainLoop:
     scores = None
     if self.notice.given():
       raise self.notice.end(f'no step was taken, and {self.run.workdir} is unchanged')
-    with pipeline.open(start, self.progress) as batches, self.trace:
+    with pipeline.open(start, self.progress) as batches, self.trace, self.budget.counting():
       for step in range(start + 1, train.steps + 1):
         batch = self._next(batches)
         with self.trace.step(step, self.pending), self.stopwatch.compute():
@@ -106,7 +117,9 @@ class TrainLoop:
             jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT])
         self.progress.advance(step)
 
-        last = step == train.steps
+        if self.budget.over(step):
+          self.last_step = step
+        last = step == self.last_step
         due = self.evaluator and (last or step % train.evaluate_every == 0)
         ending = self.notice.reached(step) and (due or not last)
         saving = due or last or ending or step % train.checkpoint_every == 0
@@ -116,6 +129,8 @@ class TrainLoop:
         evaluating = due and not ending and not self.num_exploded
         if evaluating:
           scores = self._evaluate_or_save(step, state)
+          if self.stopping.reached():
+            self.last_step = step
         if saving and self.num_exploded:
           logger.warning(f'step {step:,} is not saved: its loss is more than '
                          f'{DIVERGED_FACTOR:,.0f} times the first, {self.first_loss:.4g}')
@@ -123,6 +138,8 @@ class TrainLoop:
           self._save(step, state, scores.metrics if evaluating else None)
         if ending:
           self._end_early(step, 'is not saved' if self.num_exploded else 'could not be saved')
+        if step == self.last_step:
+          break
     self._complete_save(step, state, scores)
     return scores
 
@@ -134,7 +151,7 @@ class TrainLoop:
     if self.writer:  # A run that resumes from this step does not write earlier metrics again.
       with self._tolerate_write_errors():
         self.writer.flush()
-    for act in (self.checkpoints.wait, lambda: self.checkpoints.save(step, state, metrics)):
+    for act in (self.checkpoints.wait, lambda: self._start_save(step, state, metrics)):
       try:
         act()
       except SaveFailed as e:
@@ -143,6 +160,10 @@ class TrainLoop:
             or self.checkpoints.failures >= MAX_FAILED_SAVES):
           raise
         logger.warning(f'{e}; training continues, the next save is tried as usual')
+
+  def _start_save(self, step: int, state: TrainState, metrics: dict[str, float | None] | None
+                  ) -> None:
+    self.checkpoints.save(step, state, metrics, {SPENT: self.budget.seconds})
 
   def _complete_save(self, step: int, state: TrainState, scores: Scores | None) -> None:
     """Waits until the last step is on disk. No other save follows, so it is tried twice."""
@@ -153,7 +174,7 @@ class TrainLoop:
         raise
       logger.warning(f'{e}; trying again')
     if self.checkpoints.latest() != step:
-      self.checkpoints.save(step, state, scores.metrics if scores else None)
+      self._start_save(step, state, scores.metrics if scores else None)
       self.checkpoints.wait()
 
   def _end_early(self, step: int, unsaved: str = 'could not be saved') -> NoReturn:
@@ -200,7 +221,7 @@ class TrainLoop:
     means = {name: float(np.mean(values)) for name, values in series._asdict().items()}
     means['learning_rate'] = float(series.learning_rate[-1])
     means |= self.stopwatch.rates(self.run.config.train.batch_size) | profiling.peak_memory()
-    left = (self.run.config.train.steps - step) * self.stopwatch.seconds / self.stopwatch.steps
+    left = (self.last_step - step) * self.stopwatch.seconds / self.stopwatch.steps
     self.stopwatch = Stopwatch()
     if self.writer:
       with self._tolerate_write_errors():
@@ -247,7 +268,7 @@ class TrainLoop:
     limit = DIVERGED_FACTOR * max(self.first_loss, 1.0)
     for step, loss in zip(steps, losses, strict=True):
       self.num_exploded = self.num_exploded + 1 if loss > limit else 0
-      last = step == self.run.config.train.steps
+      last = step == self.last_step
       if self.num_exploded >= DIVERGED_STEPS or (self.num_exploded and last):
         since = step - self.num_exploded + 1
         self._diverge(f'loss is {loss:.4g} at step {step:,}, more than {DIVERGED_FACTOR:,.0f} '
@@ -275,7 +296,8 @@ class TrainLoop:
 
   def evaluate_saved(self, step: int, state: TrainState) -> Scores:
     """Evaluates a step that was saved without scores, and records them for `retention`."""
-    scores = self.evaluate(step, state)
+    with self.budget.counting():
+      scores = self.evaluate(step, state)
     if self.writer:
       with self._tolerate_write_errors():
         stamp = self.checkpoints.stamp(step)
@@ -298,6 +320,7 @@ class TrainLoop:
     rows = self.evaluator.rows(state.best_variables(), on_images=on_images)
     self._report_bad_examples(self.evaluator.bad)
     scores = self.evaluator.score(rows)
+    self.stopping.values[step] = scores.metrics[self.stopping.metric]
     if self.writer:
       with self._tolerate_write_errors():
         self.writer.write(step, {f'eval/{name}': value for name, value in scores.metrics.items()})

@@ -48,14 +48,17 @@ def _free_port():
     return probe.getsockname()[1]
 
 
-@pytest.fixture(scope='module')
-def pod(tmp_path_factory):
-  """Runs two processes with two devices each, through launch/local_pod.sh."""
-  folder = tmp_path_factory.mktemp('pod')
+def pod_launcher(folder, program='-m ppn_jax.cli.main'):
+  """Returns a function that runs two processes of two devices each by launch/local_pod.sh.
+
+  Args:
+    folder: For the config file, config.py, and for a command `ppn`.
+    program: What Python runs as that command.
+  """
   (folder / 'config.py').write_text(CONFIG_FILE.format(folder=str(TESTS)))
   (folder / 'bin').mkdir()
   ppn = folder / 'bin' / 'ppn'
-  ppn.write_text(f'#!/bin/sh\nexec {sys.executable} -m ppn_jax.cli.main "$@"\n')
+  ppn.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
   ppn.chmod(0o755)
   environment = {**os.environ, **FAST_COMPILE, 'PATH': f'{folder}/bin:{os.environ["PATH"]}',
                  'PYTHONPATH': str(TESTS.parent)}
@@ -64,9 +67,20 @@ def pod(tmp_path_factory):
     command = ['bash', str(LOCAL_POD), '--processes=2', '--devices=2', '--', *arguments]
     return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=400)
 
+  return launch
+
+
+SMALLER = ('--config.model.backbone.last_block=3', '--config.model.neck.stride=4',
+           '--config.model.neck.num_levels=2')
+
+
+@pytest.fixture(scope='module')
+def pod(tmp_path_factory):
+  """Trains in two processes."""
+  folder = tmp_path_factory.mktemp('pod')
+  launch = pod_launcher(folder)
   result = launch('train', f'--config={folder}/config.py', f'--workdir={folder}/run',
-                  '--config.train.evaluate_every=3', '--config.model.backbone.last_block=3',
-                  '--config.model.neck.stride=4', '--config.model.neck.num_levels=2')
+                  '--config.train.evaluate_every=3', *SMALLER)
   assert result.returncode == 0, result.stderr
   return folder / 'run', result, launch
 
@@ -94,6 +108,51 @@ def test_evaluation_gives_the_scores_of_one_process(pod):
   assert result.stdout.count('detections on 6 images') == 1
   two = json.loads((workdir / 'evaluation' / '6' / 'scores.json').read_text())['figures']
   assert two == pytest.approx(one, abs=1e-6, nan_ok=True)
+
+
+# The first process has a clock that runs faster and faster, so that a run is slower than it was
+# measured to be. That of the second stands still.
+CLOCK = """
+import itertools, sys
+import jax
+from ppn_jax.cli.main import main
+from ppn_jax.jobs import time_budget
+ticks = itertools.count()
+time_budget.now = lambda: 0.0 if jax.process_index() else 0.5 * next(ticks) ** 2
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_processes_agree_on_an_early_end(tmp_path):
+  (tmp_path / 'clock.py').write_text(CLOCK)
+  launch = pod_launcher(tmp_path, tmp_path / 'clock.py')
+
+  def train(name, *options):
+    result = launch('train', f'--config={tmp_path}/config.py', f'--workdir={tmp_path / name}',
+                    '--config.train.evaluate_every=3', *SMALLER, *options)
+    assert 'exit codes 0 0' in result.stderr, result.stderr
+    run = open_run(tmp_path / name)
+    return run, result.stderr
+
+  # No gain is above 1, so the second evaluation is the last.
+  patient = ('--config.train.steps=30', '--config.train.patience=1',
+             '--config.train.min_improvement=1')
+  run, output = train('patient', *patient)
+  assert max(run.saved_steps()) == run.ending().step == 6
+  assert 'ended at step 6 of 30: AP has not improved for 1 evaluation' in output
+  _, output = train('patient', *patient)
+  assert 'nothing to do' in output and 'ended at step 6, since AP has not improved' in output
+
+  run, output = train('timed', '--config.train.steps=0', '--config.train.minutes=1')
+  planned, end = run.config.train.steps, run.ending()
+  assert json.loads((run.workdir / 'time_budget.json').read_text())['steps'] == planned
+  assert 1 <= end.step < planned and max(run.saved_steps()) == end.step
+  assert f'ended at step {end.step} of {planned}' in output
+  last = json.loads((run.workdir / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert last['step'] == end.step and 'eval/AP' in last
+  _, output = train('timed', '--config.train.steps=0', '--config.train.minutes=1')
+  assert f'ended at step {end.step}, since ' in output
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -21,7 +21,7 @@ class Saved:
   def __init__(self):
     self.steps = []
 
-  def save(self, step, state, metrics=None):
+  def save(self, step, state, metrics=None, notes=None):
     self.steps.append(step)
 
   def latest(self):

@@ -30,6 +30,7 @@ from ppn_jax.jobs import follow
 from ppn_jax.jobs import train as train_job
 from ppn_jax.jobs.evaluate import EvaluationJob, EvaluationOptions, evaluate, prepare_evaluation
 from ppn_jax.jobs.follow import REMIND_SECONDS, Clock, Polling, wait_for_run
+from ppn_jax.run import Ending
 from ppn_jax.training.state import TrainState
 
 STEPS = (2, 4, 6)
@@ -230,6 +231,19 @@ def test_waits_for_the_last_step_of_the_present_config(job):
   waiting = [line for line in job.notes.messages if line.startswith('waiting')]
   assert waiting[-3:] == [f'waiting for a new checkpoint in {job.run.workdir}{since}'
                           for since in ('', ', for 10m00s', ', for 20m00s')]
+
+
+def test_training_that_ended_early_is_not_waited_for(job):
+  """Nor is one that ended at a step which is not the newest: it was resumed."""
+  config = json.loads((job.run.workdir / 'config.json').read_text())
+  config['train']['steps'] = 8
+  (job.run.workdir / 'config.json').write_text(json.dumps(config))
+  job.run.note_ending(Ending(4, 'AP has not improved'))
+  long = FakeTime(*[lambda: None] * 3, lambda: job.run.note_ending(Ending(6, 'time is over')))
+  outcome = follow.score_steps(job, polling=long.polling(timeout=60))
+  assert outcome.complete and tuple(outcome.metrics) == STEPS and not long.events
+  job.run.note_ending(None)  # As a resumed training does.
+  assert not follow.score_steps(job, polling=FakeTime().polling(timeout=60)).complete
 
 
 def test_training_that_never_begins_is_an_error(tmp_path):

@@ -22,7 +22,7 @@ from ppn_jax.jobs.summary import (
   paper_counts,
   summarize,
 )
-from ppn_jax.run import create_run
+from ppn_jax.run import Ending, create_run
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 MODELS = ('ppn', 'ssd', 'fpn')
@@ -204,6 +204,17 @@ def test_command_takes_classes_from_the_data_and_models_from_runs(tmp_path, caps
   create_run(tmp_path, tiny_config(), (Category(3, 'cat'), Category(7, 'dog'))).save()
   assert main(['summary', f'--workdir={tmp_path}']) == 0
   assert capsys.readouterr().out.startswith('64 px, 2 classes in 2 columns')
+
+
+def test_command_tells_that_a_run_ended_early(tmp_path, capsys):
+  run = create_run(tmp_path, tiny_config(), (Category(3, 'cat'), Category(7, 'dog')))
+  run.save()
+  run.note_ending(Ending(1200, 'AP has not improved for 3 evaluations'))
+  assert main(['summary', f'--workdir={tmp_path}']) == 0
+  assert capsys.readouterr().out.endswith(
+      '\nTraining ended at step 1,200: AP has not improved for 3 evaluations.\n')
+  assert main(['summary', f'--workdir={tmp_path}', '--json']) == 0
+  assert json.loads(capsys.readouterr().out)['ended']['step'] == 1200
 
 
 @pytest.mark.parametrize('arguments, message', [
