@@ -51,8 +51,8 @@ RENAMED = {
 }
 
 # Arguments of components that are supplied by the system and cannot be set by the user.
-GIVEN = frozenset({'anchors_per_cell', 'categories', 'class_spec', 'name', 'num_classes', 'outputs',
-                   'parent', 'policy', 'targets'})
+GIVEN = frozenset({'anchors', 'anchors_per_cell', 'categories', 'class_spec', 'name',
+                   'num_classes', 'outputs', 'parent', 'policy', 'targets'})
 
 
 def base_config() -> ConfigDict:
@@ -136,6 +136,10 @@ def complete(config: Mapping[str, Any], *, unknown: list[str] | None = None) -> 
   given = _with_current_keys(plain(config))
   if isinstance(given.get('optim'), dict):
     given['optim'] = _with_warmup_factor(given['optim'])
+  loss = given.get('loss')
+  if isinstance(loss, dict) and isinstance(loss.get('class_weights'), dict):
+    # Names may have dots, which a ConfigDict does not take as keys.
+    given['loss'] = loss | {'class_weights': tuple(loss['class_weights'].items())}
   completed = _complete_block(given, plain(base_config()), '', unknown)
   return ConfigDict(completed).lock()
 
