@@ -115,7 +115,8 @@ def ciou_loss(predicted: Array, target: Array) -> Array:
   diagonal = jnp.sum(jnp.square(around[..., 2:] - around[..., :2]), axis=-1) + _EPSILON
   shift = (predicted[..., :2] + predicted[..., 2:] - target[..., :2] - target[..., 2:]) / 2
   v = 4 / math.pi**2 * jnp.square(_angle(target) - _angle(predicted))
-  alpha = jax.lax.stop_gradient(v / (1 - iou + v + _EPSILON))
+  # IoU of equal boxes may be rounded to a little more than 1.
+  alpha = jax.lax.stop_gradient(v / (jnp.maximum(1 - iou, 0) + v + _EPSILON))
   return 1 - iou + jnp.sum(jnp.square(shift), axis=-1) / diagonal + alpha * v
 
 

@@ -95,7 +95,7 @@ class CopyPaste:
   size: int
   probability: float = 0.5
   max_objects: int = 3
-  scale: tuple[float, float] = (0.5, 1.5)
+  scale: tuple[float, float] = (0.25, 1.0)
   min_visible: float = 0.3
   min_side: float = 2.0
   method: str = 'area'
