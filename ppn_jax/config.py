@@ -51,8 +51,8 @@ RENAMED = {
 }
 
 # Arguments of components that are supplied by the system and cannot be set by the user.
-GIVEN = frozenset({'anchors_per_cell', 'categories', 'class_spec', 'name', 'num_classes', 'outputs',
-                   'parent', 'policy', 'targets'})
+GIVEN = frozenset({'anchors', 'anchors_per_cell', 'categories', 'class_spec', 'name',
+                   'num_classes', 'outputs', 'parent', 'policy', 'targets'})
 
 
 def base_config() -> ConfigDict:
@@ -94,6 +94,7 @@ def base_config() -> ConfigDict:
       transforms=(  # ppn_jax.data.transforms.basic.build_transforms; of training, before resizing.
           dict(name='ssd_random_crop'),  # Before the flip, which then handles a smaller image.
           dict(name='horizontal_flip', probability=0.5)),
+      repeat_threshold=0.0,  # Share of the images below which a class is shown more often; 0: none.
       resize='supersample',  # The `method` of ppn_jax.data.transforms.basic.Resize.
       reduced_decoding=True,  # Decodes JPEGs at 1/2, 1/4 or 1/8 where that leaves enough pixels.
       on_bad_example='raise',  # For an image that cannot be read: 'raise', or 'skip' and report it.
@@ -140,6 +141,10 @@ def complete(config: Mapping[str, Any], *, unknown: list[str] | None = None) -> 
   given = _with_current_keys(plain(config))
   if isinstance(given.get('optim'), dict):
     given['optim'] = _with_warmup_factor(given['optim'])
+  loss = given.get('loss')
+  if isinstance(loss, dict) and isinstance(loss.get('class_weights'), dict):
+    # Names may have dots, which a ConfigDict does not take as keys.
+    given['loss'] = loss | {'class_weights': tuple(loss['class_weights'].items())}
   completed = _complete_block(given, plain(base_config()), '', unknown)
   return ConfigDict(completed).lock()
 

@@ -6,6 +6,7 @@ Training, evaluation, export, planning and notebooks all call `Detector.loss` an
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -141,7 +142,10 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
   per_cell = anchors_per_cell(placed, grids)
   if len(set(per_cell)) == 1:
     class_spec = dataclasses.replace(class_spec, anchors_per_cell=per_cell[0])
-  outputs_loss = registry.select('loss', loss, LOSSES, given=['outputs', 'targets', 'class_spec'])
+  outputs_loss = registry.select('loss', loss, LOSSES,
+                                 given=['outputs', 'targets', 'class_spec', 'anchors'])
+  # A user's own loss may have no use for them.
+  takes_anchors = 'anchors' in inspect.signature(outputs_loss).parameters
   bound_postprocess = registry.bind('postprocess', postprocess_outputs, postprocess,
                                     given=['outputs', 'anchors', 'class_spec'])
   detector = Detector(
@@ -151,7 +155,8 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
       class_spec=class_spec,
       assign_targets=registry.bind('matching', assign_targets, matching,
                                    given=['anchors', 'ground_truth']),
-      outputs_loss=functools.partial(outputs_loss, class_spec=class_spec),
+      outputs_loss=functools.partial(outputs_loss, class_spec=class_spec,
+                                     **({'anchors': placed} if takes_anchors else {})),
       postprocess=functools.partial(bound_postprocess, class_spec=class_spec))
   _check_rows(detector)
   return detector

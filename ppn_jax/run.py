@@ -30,6 +30,8 @@ from ppn_jax.checkpoints.retention import Stamp, read_record, steps_in
 from ppn_jax.config import GIVEN, complete, plain
 from ppn_jax.data.source import check_categories
 from ppn_jax.detection.batch_groups import check_group_size
+from ppn_jax.detection.class_weights import by_name, resolve_class_weights
+from ppn_jax.detection.losses import LOSSES
 from ppn_jax.detection.structures import Category
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.distributed import sharding
@@ -266,8 +268,10 @@ def _listed(allow: Sequence[str]) -> Sequence[str]:
 def resolve_classes(config: ConfigDict, categories: Sequence[Category]) -> ConfigDict:
   """Returns a locked copy of `config` with `model.num_classes` set to the number of categories.
 
+  Class weights that `loss.class_weights` gives by name become one for each category.
+
   Raises:
-    InputError: If the config asks for another number.
+    InputError: If the config asks for another number, or names a class that does not exist.
   """
   asked = config.model.num_classes
   if asked not in (0, len(categories)):
@@ -275,7 +279,21 @@ def resolve_classes(config: ConfigDict, categories: Sequence[Category]) -> Confi
                      'categories; set it to 0 to use their number')
   config = plain(config)
   config['model']['num_classes'] = len(categories)
+  # The option of a user's own loss may mean anything else.
+  if by_name(config['loss'].get('class_weights')) and config['loss'].get('name') in LOSSES:
+    config['loss']['class_weights'] = resolve_class_weights(
+        config['loss']['class_weights'], [c.name for c in categories])
   return complete(config)
+
+
+def without_class_weights(config: ConfigDict) -> ConfigDict:
+  """Returns `config` without the class weights of its loss, to build detectors of other classes."""
+  if not config.loss.get('class_weights') or config.loss.get('name') not in LOSSES:
+    return config
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.loss.class_weights = ()
+  return config
 
 
 def _with_num_levels(config: ConfigDict) -> ConfigDict:

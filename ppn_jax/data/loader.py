@@ -19,12 +19,14 @@ import numpy as np
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.reading import read_example
+from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, Transform
 from ppn_jax.detection.structures import Batch, Example, GroundTruth
 from ppn_jax.errors import InputError
 
-_ORDER_TAG, _AUGMENT_TAG = 0x0de4, 0xa063  # Separate the random streams of one seed.
+# Separate the random streams of one seed.
+_ORDER_TAG, _AUGMENT_TAG, _REPEAT_TAG = 0x0de4, 0xa063, 0x4e9e
 
 # Enough to hide a slow image; more would only cost memory and delay the exit.
 BATCHES_AHEAD = 3
@@ -35,13 +37,14 @@ Rows = Sequence[int] | slice | None
 def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: int,
                   max_boxes: int, batch_size: int, seed: int, start_step: int = 0,
                   rows: Rows = None, threads: int = 0, resize: str = 'area',
-                  reduced_decoding: bool = True, bad: BadExamples | None = None
-                  ) -> Iterator[Batch]:
+                  reduced_decoding: bool = True, bad: BadExamples | None = None,
+                  repeats: Repeats | None = None) -> Iterator[Batch]:
   """Yields endless training batches, from step `start_step` on.
 
   Row r of step k shows position p = k * batch_size + r: image order(epoch)[p % N] of epoch
   p // N, where the order is a permutation given by (seed, epoch) and the transforms' random
-  numbers by (seed, epoch, image).
+  numbers by (seed, epoch, image). With `repeats`, an epoch has M places for images, of which the
+  order is a permutation, and which images they show is given by (seed, epoch) as well.
 
   Args:
     source: Data set of N images.
@@ -57,6 +60,7 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
     resize, reduced_decoding: As in `transforms.basic.Resize`.
     bad: Decides about examples that cannot be read; if it accepts one, the next of the epoch's
       order takes its place. None raises.
+    repeats: How often an epoch shows each image; None is once.
 
   Yields:
     Batch of len(rows) rows, in new NumPy arrays.
@@ -68,18 +72,22 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
   check_integer('batch_size', batch_size, 1)
   rows = _row_numbers(rows, batch_size)
   ops = (*transforms, Resize(image_size, resize, reduced_decoding))
+  length = repeats.num_shown if repeats else len(source)
 
   def load(number: int) -> Example:
     step, row = divmod(number, len(rows))
-    epoch, at = divmod((start_step + step) * batch_size + rows[row], len(source))
-    for _ in range(len(source)):
-      index = int(_order(seed, epoch, len(source))[at])
+    epoch, at = divmod((start_step + step) * batch_size + rows[row], length)
+    for _ in range(length):
+      place = _order(seed, epoch, length)[at]
+      index = int(repeats.image_at(place, _first_point(seed, epoch, repeats.unit)) if repeats
+                  else place)
       try:
+        # By place, since each showing of an image is augmented in another way.
         return read_example(source, index, ops,
-                            np.random.default_rng((_AUGMENT_TAG, seed, epoch, index)))
+                            np.random.default_rng((_AUGMENT_TAG, seed, epoch, int(place))))
       except InputError as e:
         _record(bad, e)
-      at = (at + 1) % len(source)
+      at = (at + 1) % length
     raise InputError(f'none of the {len(source):,} images can be read')
 
   return _batches(load, sys.maxsize // len(rows), len(rows), image_size, max_boxes, threads)
@@ -169,6 +177,12 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
   """Returns the images 0 .. count-1 in the order of an epoch."""
   # With seed + epoch, the second epoch of a run would be the first one of the next seed.
   return np.random.default_rng((_ORDER_TAG, seed, epoch)).permutation(count)
+
+
+@functools.lru_cache(maxsize=4)
+def _first_point(seed: int, epoch: int, unit: int) -> int:
+  """Returns the random number of an epoch that decides what it repeats; see `Repeats`."""
+  return int(np.random.default_rng((_REPEAT_TAG, seed, epoch)).integers(unit))
 
 
 def _batches(load: Callable[[int], Example | None], steps: int, rows: int, image_size: int,

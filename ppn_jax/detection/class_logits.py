@@ -1,9 +1,11 @@
 """Layout of class logits, and the scores and targets that follow from it."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ppn_jax.detection.structures import Array
 from ppn_jax.errors import InputError, did_you_mean
@@ -73,6 +75,10 @@ class ClassLogitsSpec:
       expanded = jnp.where(logit >= anchor * self.num_logits, values[..., anchor:anchor + 1],
                            expanded)
     return expanded
+
+  def per_logit(self, values: Sequence[float]) -> np.ndarray:
+    """Returns values of the C classes for the logits, f32 [num_logits]; a background's is 1."""
+    return np.float32([1.0, *values] if self.background else values)
 
   def target_index(self, labels: Array, positive: Array) -> Array:
     """Returns the index of the label's logit where `positive`, -1 elsewhere; i32 [...]."""

@@ -15,16 +15,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ppn_jax.data.loader import eval_batches
+from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source, open_example
 from ppn_jax.detection.structures import Array, Batch, Example, GroundTruth
-from ppn_jax.device_data.shuffle import example_at
+from ppn_jax.device_data.shuffle import example_at, repeated_images
 from ppn_jax.device_data.transforms import Augmentation
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.telemetry.host_memory import available_memory
 
-# Order and augmentation have separate random streams of one seed.
-_ORDER_TAG, _AUGMENT_TAG = 0x0de5, 0xa064
+# Order, augmentation and repeats have separate random streams of one seed.
+_ORDER_TAG, _AUGMENT_TAG, _REPEAT_TAG = 0x0de5, 0xa064, 0x4e9f
 _LANES, _SUBLANES = 128, 32  # A TPU's tile of bytes: rows of whole tiles waste and split none.
 _CHUNK = 64  # Images that are copied to a device at a time.
 # Estimated memory of a training step per pixel of its input. For PPN, the TPU compiler reports 235
@@ -52,6 +53,7 @@ class ResidentSpec(NamedTuple):
     stored_size: R, side of the stored images in pixels.
     augmentation: applied to each image that is drawn.
     seed: seed of order and augmentation.
+    repeats: how often an epoch shows each image; None is once.
   """
   num_images: int
   batch_size: int
@@ -59,6 +61,7 @@ class ResidentSpec(NamedTuple):
   stored_size: int
   augmentation: Augmentation
   seed: int
+  repeats: Repeats | None = None
 
 
 def check_memory(spec: ResidentSpec, mesh: Mesh, steps: int) -> None:
@@ -171,21 +174,24 @@ def _draw_rows(spec: ResidentSpec, rows: int, data: ResidentData, step: Array
   key = jax.random.key(spec.seed, impl='threefry2x32')
   positions = (step.astype(jnp.uint32) * jnp.uint32(spec.batch_size)
                + jnp.arange(spec.batch_size, dtype=jnp.uint32))
-  epochs, indices = example_at(positions, spec.num_images, jax.random.fold_in(key, _ORDER_TAG))
+  length = spec.repeats.num_shown if spec.repeats else spec.num_images
+  epochs, places = example_at(positions, length, jax.random.fold_in(key, _ORDER_TAG))
+  indices = places if spec.repeats is None else repeated_images(
+      epochs, places, spec.repeats, jax.random.fold_in(key, _REPEAT_TAG))
   drawn = _exchange(data, indices.astype(jnp.int32), rows)
   first = jax.lax.axis_index(sharding.AXIS) * rows
-  epochs, indices = (jax.lax.dynamic_slice(a, (first,), (rows,)) for a in (epochs, indices))
+  epochs, places = (jax.lax.dynamic_slice(a, (first,), (rows,)) for a in (epochs, places))
 
-  def augment(example: ResidentData, epoch: Array, index: Array) -> tuple[Array, GroundTruth]:
+  def augment(example: ResidentData, epoch: Array, place: Array) -> tuple[Array, GroundTruth]:
     side = spec.stored_size
     image = example.images.reshape(-1)[:3 * side * side].reshape(3, side, side)
     ground_truth = GroundTruth(example.boxes.reshape(-1, 4), example.labels, example.crowd,
                                example.valid)
     own_key = jax.random.fold_in(key, _AUGMENT_TAG)
-    own_key = jax.random.fold_in(jax.random.fold_in(own_key, epoch), index)
+    own_key = jax.random.fold_in(jax.random.fold_in(own_key, epoch), place)
     return spec.augmentation(image, example.size, ground_truth, own_key)
 
-  return jax.vmap(augment)(drawn, epochs, indices)
+  return jax.vmap(augment)(drawn, epochs, places)
 
 
 def _exchange(data: ResidentData, indices: Array, rows: int) -> ResidentData:

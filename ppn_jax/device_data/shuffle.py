@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from ppn_jax.data.repeats import Repeats
 from ppn_jax.detection.structures import Array
 
 _ROUNDS = 8
@@ -25,6 +26,20 @@ def example_at(positions: Array, num_examples: int, key: Array) -> tuple[Array, 
   round_keys = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(key, e), (_ROUNDS,)))(epochs)
   side = math.isqrt(num_examples - 1) + 1
   return epochs, permute(offsets, num_examples, side, round_keys)
+
+
+def repeated_images(epochs: Array, places: Array, repeats: Repeats, key: Array) -> Array:
+  """Returns the images that are shown at places of epochs, u32 [B].
+
+  Args:
+    epochs: u32 [B].
+    places: u32 [B], 0 .. M-1.
+    repeats: how often an epoch shows each image.
+    key: random key from which each epoch decides what it repeats.
+  """
+  bits = jax.vmap(lambda e: jax.random.bits(jax.random.fold_in(key, e)))(epochs)
+  first = bits & jnp.uint32(repeats.unit - 1)  # A power of two.
+  return repeats.image_at(places, first, jnp).astype(jnp.uint32)
 
 
 def permute(indices: Array, num_examples: Array | int, side: Array | int, round_keys: Array

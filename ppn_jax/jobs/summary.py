@@ -19,7 +19,7 @@ from ppn_jax.data.splits import open_split
 from ppn_jax.detector import Detector
 from ppn_jax.errors import InputError
 from ppn_jax.models.flops import Operation, operations, used_arguments
-from ppn_jax.run import build_detector, resolve_classes
+from ppn_jax.run import build_detector, resolve_classes, without_class_weights
 
 Path = tuple[str, ...]
 BEFORE, AFTER = 'preprocessing', 'scores and boxes'  # Rows of operations outside the network.
@@ -134,7 +134,7 @@ def fill_in_classes(config: ConfigDict) -> ConfigDict:
 
 def _native(config: ConfigDict, **model: Any) -> ConfigDict:
   """Returns a copy of a config with native convolutions and these entries of `model`."""
-  config = config.copy_and_resolve_references()
+  config = without_class_weights(config).copy_and_resolve_references()
   with config.unlocked():
     config.model.layers.conv_form = 'native'
     config.model.update(model)

@@ -19,6 +19,7 @@ from ppn_jax import registry, storage
 from ppn_jax.checkpoints import retention
 from ppn_jax.checkpoints.manager import BEST_METRIC, Checkpoints
 from ppn_jax.config import complete
+from ppn_jax.data.repeats import describe_repeats
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
@@ -125,6 +126,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     logger.info(_describe(run, abstract, source, mesh))
     if kept_back := describe_fraction(config, source):
       logger.info(kept_back)
+    if repeated := describe_repeats(source, config.data.repeat_threshold):
+      logger.info(repeated)
     for line in dict.fromkeys([*found.lines, *(
         report(eval_source, 'data.eval').lines if eval_source else ())]):
       logger.info(line)

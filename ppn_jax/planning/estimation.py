@@ -29,7 +29,7 @@ from ppn_jax.detector import jit_detect
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, install_command
 from ppn_jax.planning import hlo
-from ppn_jax.run import build_detector, check_batch, optimizer_of
+from ppn_jax.run import build_detector, check_batch, optimizer_of, without_class_weights
 from ppn_jax.training.train_step import abstract_batch, abstract_state, jit_train_step
 
 
@@ -231,7 +231,8 @@ def _devices(topology: str, shape: tuple[int, ...]) -> list[Any]:
 def _lower(request: Request, mesh: jax.sharding.Mesh, chips: int) -> jax.stages.Lowered:
   """Lowers the requested program for a mesh."""
   config, batch_size = ConfigDict(request.config), request.batch_per_chip * chips
-  detector = build_detector(config)
+  # A plan knows no names of classes; the weights are constants of the program, whatever they are.
+  detector = build_detector(without_class_weights(config))
   optimizer = optimizer_of(config, steps=max(config.train.steps, 1), batch_size=batch_size)
   if request.program == 'train':
     check_batch(config, 'the batch of all chips', batch_size, optimizer.micro_batches, mesh)

@@ -15,6 +15,7 @@ from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes
 from ppn_jax.data.cache import cache_source
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import required_boxes, train_batches
+from ppn_jax.data.repeats import build_repeats
 from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, build_transforms
 from ppn_jax.detection.structures import Array, GroundTruth
@@ -225,6 +226,7 @@ def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh
   Resize(size, data.resize, data.reduced_decoding)
   check_integer('data.threads', data.threads, 0)
   check_integer('data.resident.size', data.resident.size, 0)
+  repeats = build_repeats(source, data.repeat_threshold)
   source = cache_source(source, **data.cache, image_size=size)
   transforms = build_transforms(data.transforms)
   max_boxes = required_boxes(source, data.max_boxes, transforms)
@@ -236,10 +238,11 @@ def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh
         'transforms': transforms, 'resize': data.resize,
         'reduced_decoding': data.reduced_decoding,
         'image_size': size, 'batch_size': batch_size, 'seed': seed, 'threads': data.threads,
-        'max_boxes': max_boxes})
+        'max_boxes': max_boxes, 'repeats': repeats})
   augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize)
   spec = dataset.ResidentSpec(
       num_images=len(source), batch_size=batch_size, max_boxes=max_boxes,
-      stored_size=data.resident.size or size, augmentation=augmentation, seed=seed)
+      stored_size=data.resident.size or size, augmentation=augmentation, seed=seed,
+      repeats=repeats)
   dataset.check_memory(spec, mesh, config.train.steps)
   return ResidentPipeline(source, mesh, bad, spec, data.threads)

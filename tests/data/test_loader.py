@@ -48,7 +48,8 @@ def train(source, **options):
 # All transforms, with a source that decodes late and one that does not.
 ALL_OPS = basic.build_transforms([
     {'name': 'expand', 'ratio': (1, 2)}, {'name': 'ssd_random_crop'}, {'name': 'horizontal_flip'},
-    {'name': 'mosaic', 'size': 48}, {'name': 'large_scale_jitter', 'size': 48, 'scale': (0.5, 2)},
+    {'name': 'copy_paste', 'size': 60}, {'name': 'mosaic', 'size': 48},
+    {'name': 'mixup', 'size': 48}, {'name': 'large_scale_jitter', 'size': 48, 'scale': (0.5, 2)},
     {'name': 'photometric_distortion'}, {'name': 'resize', 'size': 40}])
 
 
@@ -78,7 +79,7 @@ class Photos:
 
 
 SOURCES = {'late': Photos(), 'drawn': SyntheticShapes(20, image_size=64, max_shapes=2)}
-OPTIONS = {'transforms': ALL_OPS, 'image_size': 48, 'max_boxes': 8, 'batch_size': 8, 'seed': 5}
+OPTIONS = {'transforms': ALL_OPS, 'image_size': 48, 'max_boxes': 32, 'batch_size': 8, 'seed': 5}
 
 
 def take(batches, n):

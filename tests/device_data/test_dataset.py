@@ -78,11 +78,13 @@ else:
 import jax, jax.numpy as jnp, numpy as np
 from test_dataset import spec_of
 from ppn_jax.data.source import build_source
+from ppn_jax.data.repeats import place
 from ppn_jax.device_data import dataset
 
 source = build_source({'name': 'synthetic_shapes', 'num_images': 21, 'image_size': (48, 64)})
 spec = spec_of(source, blocks=[{'name': 'ssd_random_crop'}, {'name': 'horizontal_flip'},
                                {'name': 'photometric_distortion'}], seed=5)
+spec = spec._replace(repeats=place(np.linspace(1, 2.5, 21)))
 for count in (2,) if processes > 1 else (1, 8):
   mesh = sharding.data_mesh(jax.devices()[:count])
   data = dataset.load(source, spec, mesh)

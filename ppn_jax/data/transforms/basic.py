@@ -34,6 +34,8 @@ TRANSFORMS = {
     'expand': 'ppn_jax.data.transforms.zoom:Expand',
     'large_scale_jitter': 'ppn_jax.data.transforms.zoom:LargeScaleJitter',
     'mosaic': 'ppn_jax.data.transforms.mosaic:Mosaic',
+    'mixup': 'ppn_jax.data.transforms.mixing:Mixup',
+    'copy_paste': 'ppn_jax.data.transforms.mixing:CopyPaste',
     'photometric_distortion': 'ppn_jax.data.transforms.basic:PhotometricDistortion',
     'resize': 'ppn_jax.data.transforms.basic:Resize',
 }
