@@ -156,6 +156,19 @@ def read_metadata(path: pathlib.Path) -> dict[str, Any]:
                      f'{" ".join(str(e).split())}') from e
 
 
+def exported_format(path: pathlib.Path) -> str | None:
+  """Returns the format of a file or folder that `ppn export` wrote for another runtime.
+
+  Needs none of their libraries, so an ONNX file is known by its name. None for other files.
+  """
+  if path.suffix == '.onnx':
+    return 'onnx' if path.is_file() else None
+  try:
+    return _check_metadata(json.loads(_metadata_text(path)))['format']
+  except Exception:  # As in `read_metadata`.
+    return None
+
+
 def _check_metadata(metadata: Any) -> dict[str, Any]:
   """Checks that metadata is from `ppn export`; Keras, for one, also writes a metadata.json."""
   if not isinstance(metadata, dict) or metadata.get('format') not in FORMATS:

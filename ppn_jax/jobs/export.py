@@ -201,6 +201,8 @@ class _Images:
       source: Any = _Folder(*folders.list_folder(self.folder))
       if source.others:
         logger.warning(f'{self.folder}: {source.others}')
+      if not source.files:
+        return
       policy, share = 'skip', 1.0
     else:
       source, data = self._source(split), self.run.config.data

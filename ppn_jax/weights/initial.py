@@ -13,6 +13,7 @@ from ppn_jax import storage
 from ppn_jax.detection.structures import Array, Category
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
+from ppn_jax.export.formats import exported_format
 from ppn_jax.export.weights_file import is_weights_file
 from ppn_jax.training.state import TrainState
 from ppn_jax.weights import importer, workdir
@@ -99,7 +100,15 @@ def _read_shared(key: str, path: str, step: str) -> PretrainedWeights:
 
 
 def _read_file(key: str, path: str) -> WeightFile:
-  """Reads a file of weights; the error for a path that leads nowhere also mentions workdirs."""
+  """Reads a file of weights; the error for a path that leads nowhere also mentions workdirs.
+
+  Raises:
+    InputError: See `read_weights`; also if it is a file of `ppn export` for another runtime.
+  """
+  if found := exported_format(pathlib.Path(path)):
+    raise InputError(f'{key}={path} is a program in the format {found}, whose weights cannot be '
+                     'taken out; give the run that it comes from, or a file of '
+                     '`ppn export --format=weights`')
   try:
     return read_weights(path)
   except InputError as e:

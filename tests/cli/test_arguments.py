@@ -57,7 +57,8 @@ def test_which_images_are_held_out_is_decided_when_training_begins(tmp_path, ent
   config = tiny_config().copy_and_resolve_references().unlock()
   config.data.eval_fraction = 0.0 if message.startswith('--config.data.eval_fraction=0.2') else 0.2
   create_run(tmp_path, config, (Category(1, 'cat'),)).save()
-  args = argparse.Namespace(workdir=str(tmp_path), model=None, allow=[], overrides=[f'--config.{entry}'])
+  args = argparse.Namespace(workdir=str(tmp_path), model=None, allow=[],
+                            overrides=[f'--config.{entry}'])
   if message:
     with pytest.raises(InputError, match=message):
       open_model(args)
