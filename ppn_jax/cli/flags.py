@@ -56,8 +56,8 @@ def open_model(args: argparse.Namespace, *, data: str | None = None) -> 'Trained
   from ppn_jax.export.weights_file import is_weights_file
   from ppn_jax.run import open_model, open_run
   if args.model is None and is_weights_file(args.workdir):
-    raise InputError(f'--workdir={args.workdir} is not the folder of a run; a weights file is given '
-                     f'by --model={args.workdir}')
+    raise InputError(f'--workdir={args.workdir} is not the folder of a run; a weights file is '
+                     f'given by --model={args.workdir}')
   model = (open_run(args.workdir, allow=allowed(args)) if args.model is None
            else open_model(args.model, allow=allowed(args)))
   if model.unknown_keys:

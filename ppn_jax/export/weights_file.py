@@ -185,12 +185,12 @@ def _stored(path: Path, value: np.ndarray, precision: str) -> np.ndarray:
   """Returns an array as the file holds it."""
   value, name = np.asarray(value), '/'.join(path)
   if value.dtype.kind in 'iub':
-    return np.ascontiguousarray(value)
+    return np.array(value, order='C')
   kind = np.float16 if precision == 'float16' and value.ndim > 1 else np.float32
   if not np.isfinite(value).all():
     raise InputError(f'{name} has values that are not finite; use another step')
   with np.errstate(over='ignore'):
-    stored = np.ascontiguousarray(value, kind).reshape(value.shape)
+    stored = np.array(value, kind, order='C')
   if not np.isfinite(stored).all():
     raise InputError(f'{name} has a value of {np.abs(value).max():.3g}, and {kind.__name__} ends '
                      f'at {np.finfo(kind).max:.3g}; use --precision=float32')

@@ -26,7 +26,7 @@ from ppn_jax.export.comparison import TOLERANCES, Difference, compare, is_wrong,
 from ppn_jax.export.formats import ExportOptions, companion_file, make_metadata, write_metadata
 from ppn_jax.export.runtimes import ExportedDetector, open_export
 from ppn_jax.storage import local_path
-from ppn_jax.trained_model import TrainedModel, build_detector
+from ppn_jax.trained_model import SharedModel, TrainedModel, build_detector
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class _Images:
     config = self.run.config
     if split == 'eval' and not (names_data(config.data.eval) or config.data.eval_fraction):
       split = 'train'  # A run without evaluation data has no other images.
-    if not names_data(config.data[split]):
+    if isinstance(self.run, SharedModel):
       raise InputError(f'{self.run.name} names no images to check the export with; give a '
                        'folder of some with --images=FOLDER')
     try:
