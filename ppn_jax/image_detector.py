@@ -1,4 +1,4 @@
-"""Public Python interface of a trained detector: `ppn_jax.load(workdir_or_export)(images)`."""
+"""Public Python interface of a trained detector: `ppn_jax.load(workdir_or_file)(images)`."""
 
 import dataclasses
 import io
@@ -13,6 +13,7 @@ from ppn_jax.data.images import decoding as image_files
 from ppn_jax.detection.structures import Array, Category, Detections
 from ppn_jax.errors import InputError, InputTypeError
 from ppn_jax.export.runtimes import is_export
+from ppn_jax.export.weights_file import is_weights_file
 from ppn_jax.predictor import Predictor, load_predictor, open_predictor
 from ppn_jax.storage import expand_home
 
@@ -112,36 +113,42 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
          batch_size: int | None = None, allow: Sequence[str] = ()) -> ImageDetector:
   """Loads a trained detector from a run, or from a file that `ppn export` wrote.
 
-  A run's detector is compiled on the first call for `batch_size` images, and fewer are padded. A
-  batch size of 1 has the lowest latency; larger ones process more images per second. A file is
-  executed by its own runtime. Loading it imports neither models nor training, and for tflite and
-  onnx not even JAX.
+  The detector of a run or of a weights file is compiled on the first call for `batch_size` images,
+  and fewer are padded. A batch size of 1 has the lowest latency; larger ones process more images
+  per second. Other exported files are executed by their own runtimes. Loading them imports neither
+  models nor training, and for tflite and onnx not even JAX.
 
   Args:
-    path: the workdir of `ppn train` or `ppn import-tf`, or an exported file, or the folder of a
-      SavedModel.
+    path: the workdir of `ppn train` or `ppn import-tf`, a weights file (.safetensors), another
+      exported file, or the folder of a SavedModel.
     step: for a run: a saved step; the newest intact one by default.
     ema: for a run: True for the moving average of the weights, False for the weights themselves;
       None for the average if the run keeps one.
     batch_size: number of images that are processed at a time; by default that of the file, or 1.
-    allow: packages or modules of your own that a run may import, such as 'my_nets', if its
-      backbone, neck, head or loss is given by a dotted path. None are imported by default, because
-      a workdir may come from anyone.
+    allow: packages or modules of your own that a run or weights file may import, such as
+      'my_nets', if its backbone, neck, head or loss is given by a dotted path. None are imported
+      by default, because it may come from anyone.
 
   Raises:
     InputError: If the path does not exist, there is no such checkpoint or average, the batch size
       is below 1 or differs from the file's, the file is damaged, or its runtime is not installed.
   """
   path = expand_home(os.fspath(path))
+  one = 1 if batch_size is None else batch_size
+  if is_weights_file(path):
+    # Imported here, as below, because other files do not need it.
+    from ppn_jax.trained_model import open_weights_file
+    return ImageDetector(load_predictor(open_weights_file(path, allow=allow), step=step, ema=ema,
+                                        batch_size=one))
   if not is_export(path):
-    if '://' not in str(path) and not os.path.exists(path):
-      raise InputError(f'{os.fspath(path)} is neither a workdir nor an exported file')
-    from ppn_jax.run import open_run  # Imported here because a file does not need it.
+    if '://' not in path and not os.path.exists(path):
+      raise InputError(f'{path} is neither a workdir nor an exported file')
+    from ppn_jax.run import open_run
     return ImageDetector(load_predictor(open_run(path, allow=allow), step=step, ema=ema,
-                                        batch_size=1 if batch_size is None else batch_size))
+                                        batch_size=one))
   if step is not None or ema is not None:
-    raise InputError(f'step and ema choose a checkpoint of a run, but {os.fspath(path)} is an '
-                     'exported file; leave them out')
+    raise InputError(f'step and ema choose a checkpoint of a run, but {path} is an exported file; '
+                     'leave them out')
   return ImageDetector(open_predictor(path, batch_size=batch_size))
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from ppn_jax import storage
-from ppn_jax.config import complete, plain
 from ppn_jax.data.images import decoding as image_files
 from ppn_jax.data.source import file_ids
 from ppn_jax.data.transforms.basic import Resize
@@ -29,7 +28,7 @@ from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.jobs.evaluate import EvaluationJob, EvaluationOptions, prepare_evaluation
 from ppn_jax.metrics import calibration, coco, error_analysis, matching
 from ppn_jax.metrics.error_analysis import KINDS
-from ppn_jax.run import open_run
+from ppn_jax.run import open_model
 from ppn_jax.visualization import anchors, calibration_plot, curves, pyramid
 from ppn_jax.visualization.drawing import contact_sheet, draw_boxes
 from ppn_jax.visualization.gallery import CaptionedImage, Gallery, check_index, draw_caption
@@ -191,9 +190,10 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
   long as `ppn evaluate`.
 
   Args:
-    workdir: of a `ppn train` or `ppn import-tf`, local or gs://BUCKET/FOLDER.
+    workdir: of a `ppn train` or `ppn import-tf`, local or gs://BUCKET/FOLDER; or a weights file.
     step: a saved step; the newest by default.
-    data: entries of `data.eval` to change, such as folders that are elsewhere on this machine.
+    data: entries of `data.eval` to change, such as folders that are elsewhere on this machine. A
+      weights file names no data, so it needs them all.
     threshold: least score of a detection that is drawn, 0 to 1.
     allow: packages or modules of your own that the run may import, see `run.open_run`.
 
@@ -204,11 +204,9 @@ def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,
     raise InputError(f'threshold={threshold} must lie between 0 and 1')
   data = data or {}
   allow = [allow] if isinstance(allow, str) else list(allow)
-  run = open_run(workdir, allow=allow + ([data['name']] if 'name' in data else []))
+  run = open_model(workdir, allow=allow + ([data['name']] if 'name' in data else []))
   if data:
-    config = plain(run.config)
-    config['data']['eval'] |= data
-    run = dataclasses.replace(run, config=complete(config))
+    run = run.with_eval_data(data)
   job = prepare_evaluation(run, EvaluationOptions())
   step, variables = job.load(step)
   rows = None if data else _written(job.root / str(step) / 'results.json')

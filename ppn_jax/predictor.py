@@ -1,4 +1,4 @@
-"""Detection on images of any size, by a run's checkpoint or an exported file."""
+"""Detection on images of any size, by a run's checkpoint, a weights file or an exported file."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from ppn_jax.errors import InputError
 from ppn_jax.export.runtimes import open_export
 
 if TYPE_CHECKING:
-  from ppn_jax.run import Run
+  from ppn_jax.trained_model import TrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,33 +67,33 @@ class Predictor:
             for row in range(len(images))]
 
 
-def load_predictor(run: 'Run', *, step: int | None = None, ema: bool | None = None,
+def load_predictor(model: 'TrainedModel', *, step: int | None = None, ema: bool | None = None,
                    batch_size: int = 1) -> Predictor:
-  """Loads the detector of a run's saved step, on one device.
+  """Loads the detector of a run's saved step or of a weights file, on one device.
 
   Args:
-    run: the run.
-    step: a saved step; the newest intact one by default.
-    ema: True for the moving average of the weights, False for the weights themselves; None for
-      the average if the run keeps one.
+    model: the run or file, see `run.open_model`.
+    step: for a run: a saved step; the newest intact one by default.
+    ema: for a run: True for the moving average of the weights, False for the weights themselves;
+      None for the average if the run keeps one.
     batch_size: number of images that are processed at a time.
 
   Raises:
-    InputError: If there is no such checkpoint or average, or the batch size is below 1.
+    InputError: If there is no such checkpoint or average, the batch size is below 1, or a file does
+      not fit its own config.
   """
   # Imported here because serving an exported file needs neither models nor training.
   import jax
 
   from ppn_jax.distributed import sharding
-  from ppn_jax.run import load_variables
   _check_batch_size(batch_size)
-  run.check_average(ema, 'ema')
-  detector = run.detector()
+  model.check_average(ema, 'ema')
+  detector = model.detector()
   # One device, because splitting a few images over several does not pay off.
   mesh = sharding.data_mesh(jax.local_devices()[:1])
-  step, variables = load_variables(run, detector, mesh, step=step, ema=ema)
-  return Predictor(run.categories, step, batch_size,
-                   Resize(detector.image_size, run.config.data.resize),
+  step, variables = model.load_variables(detector, mesh, step=step, ema=ema)
+  return Predictor(model.categories, step, batch_size,
+                   Resize(detector.image_size, model.config.data.resize),
                    functools.partial(jax.jit(detector.detect), variables))
 
 

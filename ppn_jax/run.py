@@ -36,8 +36,15 @@ from ppn_jax.detection.structures import Category
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, StoreError
+from ppn_jax.export.weights_file import is_weights_file
 from ppn_jax.models.network import BACKBONES, HEADS, NECKS
 from ppn_jax.telemetry import metrics
+from ppn_jax.trained_model import (
+  TrainedModel,
+  build_detector,  # noqa: F401 (beside `optimizer_of` for those who build both)
+  open_weights_file,
+  trusted_config,
+)
 from ppn_jax.training.optimizer import Optimizer, build_optimizer
 from ppn_jax.training.train_step import abstract_state
 
@@ -54,7 +61,7 @@ class Ending(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(TrainedModel):
   """A workdir with a config in it.
 
   Attributes:
@@ -67,6 +74,16 @@ class Run:
   config: ConfigDict
   categories: tuple[Category, ...]
   unknown_keys: tuple[str, ...] = ()
+
+  @property
+  def name(self) -> str:
+    """Name of the workdir."""
+    return storage.absolute(self.workdir).name
+
+  def load_variables(self, detector: Detector, mesh: Mesh, *, step: int | None = None,
+                     ema: bool | None = None) -> tuple[int, Variables]:
+    """See `run.load_variables`."""
+    return load_variables(self, detector, mesh, step=step, ema=ema)
 
   def save(self) -> None:
     """Writes config and categories to the workdir, which is created if it does not exist."""
@@ -121,10 +138,6 @@ class Run:
     """Returns the steps that have a checkpoint."""
     return {*steps_in(self.workdir / 'checkpoints')}
 
-  def detector(self) -> Detector:
-    """Builds the detector of the config."""
-    return build_detector(self.config)
-
   def optimizer(self) -> Optimizer:
     """Builds the optimizer of the config."""
     train = self.config.train
@@ -161,16 +174,6 @@ def optimizer_of(config: ConfigDict, *, steps: int, batch_size: int) -> Optimize
   """
   return registry.bind('optim', build_optimizer, config.optim.to_dict(),
                        given=['steps', 'batch_size'])(steps=steps, batch_size=batch_size)
-
-
-def build_detector(config: ConfigDict) -> Detector:
-  """Builds the detector of a config whose `model.num_classes` is set.
-
-  Raises:
-    InputError: See `detector.build`.
-  """
-  given = {block: config[block].to_dict() for block in ('matching', 'loss', 'postprocess')}
-  return registry.bind('model', detector_lib.build, config.model.to_dict(), given=given)(**given)
 
 
 def check_batch(config: ConfigDict, name: str, batch_size: int, micro_batches: int,
@@ -249,11 +252,9 @@ def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
   unknown: list[str] = []
   try:
     written = json.loads(storage.read_text(_config_path(workdir)))
-    config = complete(written, unknown=unknown)
-    config = registry.block_imports(plain(config), _listed(allow), str(_config_path(workdir)))
+    config = trusted_config(written, allow, str(_config_path(workdir)), unknown)
     categories = json.loads(storage.read_text(workdir / 'categories.json'))
-    return Run(workdir, ConfigDict(config).lock(), tuple(Category(**c) for c in categories),
-               tuple(unknown))
+    return Run(workdir, config, tuple(Category(**c) for c in categories), tuple(unknown))
   except StoreError:
     raise
   # Whatever a file with unexpected content leads to.
@@ -261,8 +262,22 @@ def open_run(workdir: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Run:
     raise InputError(f'workdir {workdir} cannot be read as a run: {e}') from e
 
 
-def _listed(allow: Sequence[str]) -> Sequence[str]:
-  return (allow,) if isinstance(allow, str) else allow
+def open_model(path: str | pathlib.Path, *, allow: Sequence[str] = ()) -> TrainedModel:
+  """Opens the run in a workdir, or a weights file.
+
+  Args:
+    path: workdir of a run, or a file of `ppn export --format=weights`.
+    allow: see `open_run`.
+
+  Raises:
+    InputError: If it is neither, or cannot be read; see `open_run` and `open_weights_file`.
+  """
+  if is_weights_file(path):
+    return open_weights_file(path, allow=allow)
+  if '://' not in str(path) and storage.local_path(path).is_file():
+    raise InputError(f'{path} is neither the workdir of a run nor a weights file, which '
+                     '`ppn export --format=weights` writes')
+  return open_run(path, allow=allow)
 
 
 def resolve_classes(config: ConfigDict, categories: Sequence[Category]) -> ConfigDict:

@@ -56,7 +56,7 @@ def pytest_sessionstart():
   """
   import jax
 
-  from ppn_jax import detector, run
+  from ppn_jax import detector, run, trained_model
   from ppn_jax.training import train_step
 
   def memoized(function, key_of):
@@ -85,8 +85,8 @@ def pytest_sessionstart():
   def of_objects(*args):
     return tuple(a if isinstance(a, jax.sharding.Mesh) else id(a) for a in args)
 
-  run.build_detector = memoized(run.build_detector,
-                                of_config('model', 'matching', 'loss', 'postprocess'))
+  run.build_detector = trained_model.build_detector = memoized(
+      run.build_detector, of_config('model', 'matching', 'loss', 'postprocess'))
   run.optimizer_of = memoized(run.optimizer_of, of_config('optim'))
   for module, name in ((train_step, 'jit_init'), (train_step, 'jit_train_step'),
                        (detector, 'jit_detect')):

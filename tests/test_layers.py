@@ -21,7 +21,7 @@ LAYERS = (
     ('device_data', 'visualization'),
     ('training',),
     ('checkpoints',),
-    ('run', 'weights', 'config_files'),
+    ('run', 'trained_model', 'weights', 'config_files'),
     ('planning', 'predictor', 'image_detector'),
     ('jobs',),
     ('inspection', 'cli'),

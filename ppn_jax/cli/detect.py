@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ppn_jax.cli.flags import add_allow_flag, allowed, keep_programs
+from ppn_jax.cli.flags import add_model_flags, allowed, keep_programs
 from ppn_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('images', nargs='+', metavar='IMAGE',
                       help="pictures, videos, folders of them, or patterns such as 'photos/*.jpg'; "
                            '** matches folders of any depth')
-  of = parser.add_mutually_exclusive_group(required=True)
-  of.add_argument('--workdir', metavar='DIR', help='folder of a run')
-  of.add_argument('--model', metavar='FILE', help='instead: a file that `ppn export` wrote')
-  add_allow_flag(parser)
+  add_model_flags(parser, model='instead: a file that `ppn export` wrote')
   parser.add_argument('--output', required=True, metavar='DIR', help='folder to write to')
   parser.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
@@ -77,21 +74,22 @@ def run(args: argparse.Namespace) -> int:
 
 def _load(args: argparse.Namespace) -> 'ImageDetector':
   from ppn_jax.export.runtimes import is_export
+  from ppn_jax.export.weights_file import is_weights_file
   from ppn_jax.image_detector import load
-  if args.model is None:
-    if is_export(args.workdir):
-      raise InputError(f'--workdir={args.workdir} is not the folder of a run; an exported file is '
-                       f'given by --model={args.workdir}')
-    batch_size = 4 if args.batch_size is None else args.batch_size
-    return load(args.workdir, step=args.step, ema=args.ema, batch_size=batch_size,
-                allow=allowed(args))
-  if not is_export(args.model):
-    raise InputError(f'--model={args.model}: no exported file there; the folder of a run is given '
+  path = args.workdir if args.model is None else args.model
+  if args.model is None and (is_weights_file(path) or is_export(path)):
+    raise InputError(f'--workdir={path} is not the folder of a run; an exported file is given by '
+                     f'--model={path}')
+  if args.model is not None and not is_weights_file(path) and not is_export(path):
+    raise InputError(f'--model={path}: no exported file there; the folder of a run is given '
                      'by --workdir')
-  if args.step is not None or args.ema is not None:
+  if args.model is not None and (args.step is not None or args.ema is not None):
     raise InputError('--step and --ema choose among the checkpoints of a run, and '
-                     f'--model={args.model} is an exported file; leave them out')
-  return load(args.model, batch_size=args.batch_size)
+                     f'--model={path} is an exported file; leave them out')
+  batch_size = args.batch_size
+  if batch_size is None and (args.model is None or is_weights_file(path)):
+    batch_size = 4
+  return load(path, step=args.step, ema=args.ema, batch_size=batch_size, allow=allowed(args))
 
 
 def _count(entries: Sequence[dict]) -> str:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from ppn_jax.cli.flags import (
   CONFIG_HELP,
-  add_allow_flag,
+  add_model_flags,
   add_process_flags,
   join_processes,
   keep_programs,
-  open_workdir,
+  open_model,
 )
 from ppn_jax.errors import InputError
 
@@ -30,14 +30,20 @@ are scored already and unchanged, so they can be stopped and restarted, and add
 their curves to TensorBoard and WORKDIR/evaluation/metrics.jsonl. Only one command
 at a time writes to a folder.
 {CONFIG_HELP}
-For example, --config.data.eval.images and .annotations, with --output, evaluate on other data."""
+For example, --config.data.eval.images and .annotations, with --output, evaluate on other data.
+
+A weights file names no data:
+ppn evaluate --model=mine.safetensors --output=scores --config=own_data:coco_json \\
+  --config.data.eval.images=photos --config.data.eval.annotations=boxes.json"""
 
 TAKES_CONFIG = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
-  add_allow_flag(parser)
+  add_model_flags(parser, model='instead: a weights file; with --output and data')
+  parser.add_argument('--config', metavar='FILE',
+                      help='a config whose data to evaluate on, such as own_data:coco_json; with '
+                           '--output')
   which = parser.add_mutually_exclusive_group()
   which.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   which.add_argument('--steps', metavar='A:B:C',
@@ -82,14 +88,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   import jax
 
+  from ppn_jax.export.weights_file import is_weights_file
   from ppn_jax.jobs import calibration_report, follow
   from ppn_jax.jobs.evaluate import EvaluationOptions, prepare_evaluation
   from ppn_jax.storage import folder_path
   if args.pictures < 0:
     raise InputError(f'--pictures={args.pictures} must be at least 0')
-  if args.overrides and not args.output:
+  if (args.overrides or args.config) and not args.output:
     raise InputError('give --output=DIR with --config entries, so that the results of the '
                      "run's own evaluation are not overwritten")
+  if args.model is not None and (args.follow or args.steps is not None):
+    raise InputError('--follow and --steps are for the checkpoints of a run; give its --workdir')
+  if args.model is not None and is_weights_file(args.model) and not args.output:
+    raise InputError(f'--model={args.model} is a weights file, so there is no workdir to write to; '
+                     'give --output=DIR')
   calibration = calibration_report.CalibrationOptions(
       floor=args.calibration_floor, train_images=args.calibration_images)
   options = EvaluationOptions(scorer=args.scorer, ema=args.ema, pictures=args.pictures,
@@ -98,12 +110,13 @@ def run(args: argparse.Namespace) -> int:
   polling = follow.Polling(args.poll, args.timeout)
   selected = follow.parse_steps('all' if args.steps is None else args.steps)
   if not args.follow:
-    opened = open_workdir(args)  # Mistakes are reported before waiting for other processes.
+    # Mistakes are reported before waiting for other processes.
+    opened = open_model(args, data=args.config)
   join_processes(args, hear_sigterm=False)  # Nothing here asks whether it came.
   keep_programs()
   if args.follow:
     follow.wait_for_run(args.workdir, polling)
-    opened = open_workdir(args)
+    opened = open_model(args, data=args.config)
   job = prepare_evaluation(opened, options)
   output = folder_path(args.output, '--output') if args.output else None
   if args.follow or args.steps is not None:

@@ -2,38 +2,46 @@
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING
 
-from ppn_jax.cli.flags import add_allow_flag, open_workdir
+from ppn_jax.cli.flags import add_model_flags, open_model
 from ppn_jax.errors import InputError
 
-HELP = """Export a run's detector as a file that runs without this package.
+if TYPE_CHECKING:
+  from ppn_jax.export.formats import ExportOptions
 
-It takes pixels u8 [B, S, S, 3] and returns boxes, scores, labels, level and valid, with NMS
-included. The file is run by its own runtime on real images and kept only if it agrees with JAX.
+HELP = """Export a detector as a file that runs without this package, or as one to share.
+
+A file of another runtime takes pixels u8 [B, S, S, 3] and returns boxes, scores, labels, level
+and valid, with NMS included. It is run by its own runtime on real images and kept only if it
+agrees with JAX.
 
   stablehlo    one file for CPU, TPU and CUDA, read by jax.export; the weights also as .npz
   saved_model  TensorFlow
   tflite       LiteRT (TensorFlow Lite), built-in operations only
-  onnx         onnxruntime and others"""
+  onnx         onnxruntime and others
+
+  weights      a safetensors file with everything that rebuilds the detector, and no code: for
+               ppn_jax.load, --model of detect, evaluate, summary and export, and init.weights"""
 
 TAKES_CONFIG = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of a run')
-  add_allow_flag(parser)
+  add_model_flags(parser, model='instead: a weights file')
   parser.add_argument('--format', required=True, metavar='FORMAT',
-                      help='stablehlo, saved_model, tflite or onnx')
+                      help='weights, stablehlo, saved_model, tflite or onnx')
   parser.add_argument('--output', required=True, metavar='FILE',
                       help='new file to write; for saved_model a folder')
   parser.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
                       help="use the weights' moving average (default: if the run keeps one)")
-  parser.add_argument('--batch_size', default='1', metavar='N',
+  parser.add_argument('--batch_size', metavar='N',
                       help='images at a time, or `free` for any number, not for tflite '
-                           '(default: %(default)s)')
+                           '(default: 1); not for weights')
   parser.add_argument('--precision', default='float32', metavar='TYPE',
-                      help='float32; tflite also float16 (weights) and int8 (default: %(default)s)')
+                      help='float32; weights and tflite also float16, tflite also int8 '
+                           '(default: %(default)s)')
   parser.add_argument('--calibration_images', type=int, default=100, metavar='N',
                       help='number of training images from which int8 takes its ranges '
                            '(default: %(default)s)')
@@ -42,16 +50,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  from ppn_jax.export.formats import ExportOptions
-  options = ExportOptions(args.format, _batch_size(args.batch_size), args.precision,
+  from ppn_jax.export.formats import WEIGHTS, ExportOptions
+  size = args.batch_size or ('free' if args.format == WEIGHTS else '1')
+  options = ExportOptions(args.format, _batch_size(size), args.precision,
                           args.calibration_images)
+  if args.format == WEIGHTS and args.images is not None:
+    raise InputError('--images is for files with a program in them, which are compared with JAX; '
+                     'leave it out')
   folder = pathlib.Path(args.images) if args.images is not None else None
   if folder is not None and not folder.is_dir():
     raise InputError(f'--images: no folder {folder}')
   from ppn_jax.jobs.export import check_new, export
   check_new(args.output, options)
   output = pathlib.Path(args.output)
-  made = export(open_workdir(args), output, options, step=args.step, ema=args.ema,
+  if args.format == WEIGHTS:
+    return _export_weights(args, output, options)
+  made = export(open_model(args), output, options, step=args.step, ema=args.ema,
                 folder=folder)
   difference = made.difference
   print(f'{output}: {made.size / 1e6:.1f} MB, step {made.step:,}')
@@ -63,6 +77,23 @@ def run(args: argparse.Namespace) -> int:
         f'{difference.detections} detections without a counterpart')
   print(f'{options.batch_size or 1} images per call: {made.latency * 1e3:.1f} ms, with JAX '
         f'{made.jax_latency * 1e3:.1f} ms')
+  return 0
+
+
+def _export_weights(args: argparse.Namespace, output: pathlib.Path, options: 'ExportOptions'
+                    ) -> int:
+  from ppn_jax.export.weights_file import SUFFIX
+  from ppn_jax.jobs.export_weights import export_weights
+  if output.suffix != SUFFIX:
+    raise InputError(f'--output={output}: the name of a weights file must end in {SUFFIX}')
+  made = export_weights(open_model(args), output, options, step=args.step, ema=args.ema)
+  ap = made.provenance.get('metrics', {}).get('AP')
+  print(f'{output}: {made.size / 1e6:.1f} MB, {made.parameters:,} values, step {made.step:,}'
+        + (f', AP {ap:.3f}' if ap is not None else ', not evaluated'))
+  if options.precision == 'float32':
+    print('read back: equal to the weights bit for bit')
+  else:
+    print(f'read back: values changed by at most {made.rounding:.1g} of the largest of their array')
   return 0
 
 

@@ -1,4 +1,4 @@
-"""Flags that several commands have: config entries, workdirs, and processes that work together."""
+"""Flags that several commands have: config entries, models, and processes that work together."""
 
 import argparse
 import logging
@@ -10,46 +10,80 @@ from ppn_jax.errors import InputError
 if TYPE_CHECKING:
   from ml_collections import ConfigDict
 
-  from ppn_jax.run import Run
+  from ppn_jax.trained_model import TrainedModel
 
 CONFIG_HELP = ('--config.KEY=VALUE changes an entry of the config, such as\n'
                '--config.train.steps=1000; nested keys are joined by dots. docs/configs.md lists\n'
                'all keys, and how tuples and blocks are written.')
 
 
+def add_model_flags(parser: argparse.ArgumentParser, *, model: str) -> None:
+  """Adds the flags of a command that takes a run or a file; for `open_model`.
+
+  Args:
+    parser: of the command.
+    model: help of --model.
+  """
+  of = parser.add_mutually_exclusive_group(required=True)
+  of.add_argument('--workdir', metavar='DIR', help='folder of a run')
+  of.add_argument('--model', metavar='FILE', help=model)
+  add_allow_flag(parser)
+
+
 def add_allow_flag(parser: argparse.ArgumentParser) -> None:
-  """Adds the flag of commands that open a workdir; for `open_workdir`."""
+  """Adds the flag of commands that open a run or a weights file; for `open_model`."""
   parser.add_argument('--allow', action='append', default=[], metavar='MODULE',
-                      help='a package or module of your own that the run may import, for '
-                           'components that config.json names by a dotted path; may be '
+                      help='a package or module of your own that the run or file may import, for '
+                           'components that its config names by a dotted path; may be '
                            'given several times')
 
 
-def open_workdir(args: argparse.Namespace) -> 'Run':
-  """Opens the run of --workdir, with the entries of the command line applied to its config.
+def open_model(args: argparse.Namespace, *, data: str | None = None) -> 'TrainedModel':
+  """Opens the run of --workdir or the file of --model, with the command line's config entries.
 
-  Its components from outside the package may be used if --allow or an entry names them.
+  Components from outside the package may be used if --allow or an entry names them.
+
+  Args:
+    args: values of the flags that `add_model_flags` adds.
+    data: config file whose blocks `data` and `eval` are used, as for `load_config`.
 
   Raises:
-    InputError: See `run.open_run` and `config_files.override`.
+    InputError: See `run.open_model` and `config_files.override`.
   """
   import dataclasses
 
   from ppn_jax.config_files import override
-  from ppn_jax.run import open_run
-  run = open_run(args.workdir, allow=allowed(args))
-  if run.unknown_keys:
-    print(f'ppn: {run.workdir}/config.json has keys that this version does not know and ignores: '
-          f'{", ".join(run.unknown_keys)}', file=sys.stderr)
-  config = override(run.config, args.overrides)
-  _check_held_out(run, config)
-  return dataclasses.replace(run, config=config)
+  from ppn_jax.export.weights_file import is_weights_file
+  from ppn_jax.run import open_model, open_run
+  if args.model is None and is_weights_file(args.workdir):
+    raise InputError(f'--workdir={args.workdir} is not the folder of a run; a weights file is '
+                     f'given by --model={args.workdir}')
+  model = (open_run(args.workdir, allow=allowed(args)) if args.model is None
+           else open_model(args.model, allow=allowed(args)))
+  if model.unknown_keys:
+    where = f'{args.workdir}/config.json' if args.model is None else args.model
+    print(f'ppn: {where} has keys that this version does not know and ignores: '
+          f'{", ".join(model.unknown_keys)}', file=sys.stderr)
+  config = override(_with_data(model.config, data), args.overrides)
+  _check_held_out(model.config, config)
+  return dataclasses.replace(model, config=config)  # pyright: ignore
 
 
-def _check_held_out(run: 'Run', config: 'ConfigDict') -> None:
+def _with_data(config: 'ConfigDict', name: str | None) -> 'ConfigDict':
+  """Returns a config with the data of a config file; images are resized as before."""
+  from ppn_jax.config import complete, plain
+  from ppn_jax.config_files import load_config
+  if name is None:
+    return config
+  values, given = plain(config), plain(load_config(name))
+  kept = {key: values['data'][key] for key in ('resize', 'reduced_decoding')}
+  return complete(values | {'data': given['data'] | kept, 'eval': given['eval']})
+
+
+def _check_held_out(recorded: 'ConfigDict', config: 'ConfigDict') -> None:
   """Raises InputError if images that a run was trained on would be evaluated as held out."""
   here, there = ({'data.eval_fraction': c.data.eval_fraction, 'seed': c.seed}
-                 for c in (config, run.config))
+                 for c in (config, recorded))
   if config.data.eval_fraction and here != there:
     key = next(key for key in here if here[key] != there[key])
     raise InputError(f'--config.{key}={here[key]}: which images are held out for evaluation was '
@@ -58,7 +92,7 @@ def _check_held_out(run: 'Run', config: 'ConfigDict') -> None:
 
 
 def allowed(args: argparse.Namespace) -> tuple[str, ...]:
-  """Returns what the run of --workdir may import: everything that the command line names."""
+  """Returns what the run or file may import: everything that the command line names."""
   from ppn_jax.config_files import named_components
   return (*args.allow, *named_components(args.overrides))
 

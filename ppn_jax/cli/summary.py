@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from ppn_jax.cli.flags import CONFIG_HELP, add_allow_flag, open_workdir
+from ppn_jax.cli.flags import CONFIG_HELP, add_allow_flag, open_model
 
 HELP = f"""Count a model's parameters and FLOPs, by layer and in total.
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   model.add_argument('--config', metavar='FILE',
                      help='a config, such as ppn_mobilenet_v1_coco')
   model.add_argument('--workdir', metavar='DIR', help='folder of a run, instead of a config')
+  model.add_argument('--model', metavar='FILE', help='weights file, instead of a config')
   add_allow_flag(parser)
   parser.add_argument('--json', action='store_true', help='print one JSON object')
 
@@ -29,8 +30,10 @@ def run(args: argparse.Namespace) -> int:
     from ppn_jax.config_files import load_config
     config = load_config(args.config, args.overrides)
   else:
-    opened = open_workdir(args)
-    config, ending = opened.config, opened.ending()
+    from ppn_jax.run import Run
+    opened = open_model(args)
+    config = opened.config
+    ending = opened.ending() if isinstance(opened, Run) else None
   from ppn_jax.jobs.summary import fill_in_classes, format_summary, paper_counts, summarize
   summary = summarize(fill_in_classes(config))
   if args.json:

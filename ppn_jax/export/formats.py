@@ -9,8 +9,9 @@ from typing import Any
 
 from ppn_jax.errors import InputError, did_you_mean, install_command
 
-# Format -> the extra that installs its libraries.
+# Format of another runtime -> the extra that installs its libraries.
 FORMATS = {'stablehlo': 'export', 'saved_model': 'saved_model', 'tflite': 'tflite', 'onnx': 'onnx'}
+WEIGHTS = 'weights'  # A file to share, see `weights_file`; it has no program in it.
 PRECISIONS = ('float32', 'float16', 'int8')
 METADATA_KEY = 'ppn_jax'  # Name of the metadata in an ONNX file.
 _ONNX_START = b'\x08'  # Tag of a protocol buffer's first field.
@@ -22,10 +23,10 @@ class ExportOptions:
   """Options of an export.
 
   Attributes:
-    format: one of `FORMATS`.
-    batch_size: images per call; None leaves it to the caller, which tflite cannot.
-    precision: one of `PRECISIONS`; only tflite has others than float32. 'float16' stores weights in
-      half the space, 'int8' computes the convolutions in integers.
+    format: one of `FORMATS`, or `WEIGHTS`.
+    batch_size: images per call; None leaves it to the caller, which tflite cannot and weights do.
+    precision: one of `PRECISIONS`; only tflite and weights have others than float32. 'float16'
+      stores weights in half the space, 'int8' computes the convolutions in integers.
     calibration_images: number of training images from which 'int8' takes the ranges of activations.
 
   Raises:
@@ -37,12 +38,19 @@ class ExportOptions:
   calibration_images: int = 100
 
   def __post_init__(self):
-    if self.format not in FORMATS:
-      raise InputError(f'unknown format {self.format!r}; {did_you_mean(self.format, FORMATS)}')
+    if self.format not in (*FORMATS, WEIGHTS):
+      raise InputError(f'unknown format {self.format!r}; '
+                       f'{did_you_mean(self.format, (*FORMATS, WEIGHTS))}')
     if self.precision not in PRECISIONS:
       raise InputError(f'unknown precision {self.precision!r}; '
                        f'{did_you_mean(self.precision, PRECISIONS)}')
-    if self.precision != 'float32' and self.format != 'tflite':
+    if self.format == WEIGHTS:
+      if self.precision == 'int8':
+        raise InputError('precision int8 is for format tflite; weights are float32 or float16')
+      if self.batch_size is not None:
+        raise InputError(f'batch_size={self.batch_size}: format weights has no batch size; leave '
+                         'it out')
+    elif self.precision != 'float32' and self.format != 'tflite':
       raise InputError(f'precision {self.precision} is for format tflite; {self.format} is written '
                        'in float32')
     if self.batch_size is None and self.format == 'tflite':
@@ -80,14 +88,9 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
     step: step of the run.
     model: `config.model`, so that archived weights can be used again.
   """
-  batch = options.batch_size or 'any'
   return {
       'format': options.format, 'precision': options.precision, 'step': step,
-      'input': {'name': 'images', 'type': 'uint8', 'shape': [batch, image_size, image_size, 3],
-                'colors': 'RGB', 'range': [0, 255],
-                'preprocessing': f'resize to {image_size}x{image_size} without keeping the aspect '
-                                 'ratio; scaling to [-1, 1] is inside',
-                'resize': resize},
+      'input': describe_input(options.batch_size, image_size, resize),
       'outputs': {
           'boxes': 'float32 [batch, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the image, clipped',
           'scores': 'float32 [batch, K], 0 to 1, best first',
@@ -95,6 +98,16 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
           'level': 'int32 [batch, K]: pyramid level, 0 the finest',
           'valid': 'bool [batch, K]: false pads, and the other outputs are zero there'},
       'labels': labels, 'category_ids': category_ids, 'model': model}
+
+
+def describe_input(batch_size: int | None, image_size: int, resize: str) -> dict[str, Any]:
+  """Returns what a detector takes and how it is made from an image; see `make_metadata`."""
+  return {'name': 'images', 'type': 'uint8',
+          'shape': [batch_size or 'any', image_size, image_size, 3],
+          'colors': 'RGB', 'range': [0, 255],
+          'preprocessing': f'resize to {image_size}x{image_size} without keeping the aspect ratio; '
+                           'scaling to [-1, 1] is inside',
+          'resize': resize}
 
 
 def write_metadata(path: pathlib.Path, metadata: dict[str, Any]) -> None:
@@ -141,6 +154,19 @@ def read_metadata(path: pathlib.Path) -> dict[str, Any]:
   except Exception as e:  # Parsers of other files, such as onnxruntime's, can raise anything.
     raise InputError(f'{path}: not a file of `ppn export`, or damaged: '
                      f'{" ".join(str(e).split())}') from e
+
+
+def exported_format(path: pathlib.Path) -> str | None:
+  """Returns the format of a file or folder that `ppn export` wrote for another runtime.
+
+  Needs none of their libraries, so an ONNX file is known by its name. None for other files.
+  """
+  if path.suffix == '.onnx':
+    return 'onnx' if path.is_file() else None
+  try:
+    return _check_metadata(json.loads(_metadata_text(path)))['format']
+  except Exception:  # As in `read_metadata`.
+    return None
 
 
 def _check_metadata(metadata: Any) -> dict[str, Any]:

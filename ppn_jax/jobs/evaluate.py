@@ -1,9 +1,9 @@
-"""Evaluates a step of a run and writes its results."""
+"""Evaluates a step of a run, or a weights file, and writes its results."""
 
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from ppn_jax.checkpoints import retention
 from ppn_jax.data.bad_examples import evenly_spaced_examples
 from ppn_jax.data.report import report
 from ppn_jax.data.source import Source, file_ids
+from ppn_jax.data.splits import names_data
 from ppn_jax.detection.structures import Array, Category
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.distributed import coordination, sharding
@@ -24,8 +25,9 @@ from ppn_jax.jobs.calibration_report import CalibrationOptions
 from ppn_jax.jobs.evaluator import Evaluator, build_evaluator
 from ppn_jax.metrics import coco
 from ppn_jax.metrics.coco import write_scores
-from ppn_jax.run import Run, load_variables, open_run
+from ppn_jax.run import Run, open_model
 from ppn_jax.telemetry.host_memory import keep_freed_memory
+from ppn_jax.trained_model import SharedModel, TrainedModel
 from ppn_jax.visualization.drawing import contact_sheet, draw_boxes, save_png
 from ppn_jax.visualization.gallery import Gallery
 from ppn_jax.visualization.report import evaluation_page
@@ -85,12 +87,12 @@ class EvaluationJob:
   """Detector and evaluation data of a run, for evaluating any of its steps; compiled once.
 
   Attributes:
-    run: see `prepare_evaluation`.
+    run: see `prepare_evaluation`; a weights file has one step.
     detector: of the run.
     evaluator: of its evaluation data.
     options: of the evaluation of a step.
   """
-  run: Run
+  run: TrainedModel
   detector: Detector
   evaluator: Evaluator
   options: EvaluationOptions
@@ -101,14 +103,20 @@ class EvaluationJob:
 
     Raw weights of a run that keeps an average have a separate one, since the trainer decides which
     checkpoints to keep by the scores in `evaluation`.
+
+    Raises:
+      InputError: If a weights file is evaluated, which has no such folder.
     """
+    if not isinstance(self.run, Run):
+      raise InputError(f'{self.run.name} is a weights file, so there is no workdir to write to; '
+                       'give a folder by --output=DIR, in Python output=DIR')
     raw = self.options.ema is False and self.run.config.optim.ema_decay
     return self.run.workdir / ('evaluation_raw' if raw else 'evaluation')
 
   def load(self, step: int | None = None) -> tuple[int, Variables]:
-    """Restores the variables of a step, by default the newest; see `load_variables`."""
-    return load_variables(self.run, self.detector, self.evaluator.mesh, step=step,
-                          ema=self.options.ema)
+    """Restores the variables of a step, by default the newest; see `run.load_variables`."""
+    return self.run.load_variables(self.detector, self.evaluator.mesh, step=step,
+                                   ema=self.options.ema)
 
   def score(self, step: int | None, output: storage.Path | None = None) -> Evaluation:
     """Loads and evaluates a step.
@@ -120,14 +128,17 @@ class EvaluationJob:
     Raises:
       InputError: If there is no such checkpoint, or it cannot be used.
     """
-    reader = retention.Reader(self.run.readers) if jax.process_index() == 0 else None
+    if output is None:
+      root = self.root
+    run = self.run if isinstance(self.run, Run) else None
+    reader = retention.Reader(run.readers) if run and jax.process_index() == 0 else None
     try:
       if reader and step is not None:
         reader.hold(step)
       step, variables = self.load(step)
       if reader:
         reader.hold(step)
-      return self.evaluate(step, variables, output or self.root / str(step))
+      return self.evaluate(step, variables, root / str(step) if output is None else output)
     finally:
       if reader:
         reader.close()
@@ -144,7 +155,8 @@ class EvaluationJob:
     loses no metrics.
     """
     evaluator, options, calibration = self.evaluator, self.options, None
-    stamp = self.run.stamp(step) if jax.process_index() == 0 else None
+    stamp = (self.run.stamp(step) if isinstance(self.run, Run) and jax.process_index() == 0
+             else None)
     total = len(evaluator.source)
     logger.info(f'evaluating step {step:,} on {total:,} images')
     rows = evaluator.rows(variables, on_images=_report_tenths(total))
@@ -174,7 +186,7 @@ class EvaluationJob:
         self.run.config, self.detector, self.run.categories, self.evaluator.source.ground_truth(),
         rows, self.options.calibration, scorer=self.options.scorer)
     calibration_report.write_report(folder, report,
-                                    f'{self.run.workdir.resolve().name}, step {step:,}')
+                                    f'{self.run.name}, step {step:,}')
     return report
 
   def _write_report(self, step: int, rows: list[dict[str, Any]], scores: coco.Scores,
@@ -183,17 +195,18 @@ class EvaluationJob:
     source = self.evaluator.source
     gallery = Gallery(source, source.ground_truth(), rows, self.run.categories)
     page = evaluation_page(
-        f'{storage.absolute(self.run.workdir).name}, step {step:,}', gallery, scores,
+        f'{self.run.name}, step {step:,}', gallery, scores,
         [line for line in self.run.metrics() if line['step'] <= step],
         num_levels=self.detector.num_levels, scorer=self.options.scorer)
     storage.write_text(folder / 'report.html', page)
 
 
-def prepare_evaluation(run: Run, options: EvaluationOptions) -> EvaluationJob:
+def prepare_evaluation(run: TrainedModel, options: EvaluationOptions) -> EvaluationJob:
   """Opens the evaluation data of a run and builds its detector.
 
   Args:
-    run: to evaluate; its `config.data.eval` may have been changed to other data.
+    run: to evaluate, see `run.open_model`; its `config.data.eval` may have been changed to other
+      data.
     options: see there.
 
   Raises:
@@ -201,6 +214,13 @@ def prepare_evaluation(run: Run, options: EvaluationOptions) -> EvaluationJob:
       keep.
   """
   run.check_average(options.ema, '--ema')
+  data = run.config.data
+  if isinstance(run, SharedModel) and not (
+      names_data(data.eval) or (data.eval_fraction and names_data(data.train))):
+    raise InputError(
+        f'{run.name} is a weights file, which names no data to evaluate on; give some, such as '
+        '--config=own_data:coco_json --config.data.eval.images=... '
+        '--config.data.eval.annotations=..., in Python data=dict(name=...)')
   keep_freed_memory()
   mesh, detector = sharding.data_mesh(), run.detector()
   evaluator = build_evaluator(run, detector, mesh, scorer=options.scorer)
@@ -209,25 +229,29 @@ def prepare_evaluation(run: Run, options: EvaluationOptions) -> EvaluationJob:
   return EvaluationJob(run, detector, evaluator, options)
 
 
-def evaluate(run: Run | str | os.PathLike[str], *, step: int | None = None,
+def evaluate(run: TrainedModel | str | os.PathLike[str], *, step: int | None = None,
              options: EvaluationOptions = EvaluationOptions(),
-             output: str | os.PathLike[str] | None = None, allow: Sequence[str] = ()
-             ) -> Evaluation:
+             output: str | os.PathLike[str] | None = None, allow: Sequence[str] = (),
+             data: Mapping[str, Any] | None = None) -> Evaluation:
   """Evaluates a saved step on the evaluation data of its run, and writes the results.
 
     ppn_jax.evaluate('runs/quickstart').metrics['AP']
+    ppn_jax.evaluate('mine.safetensors', output='scores', data=dict(
+        name='coco_json', images='photos', annotations='boxes.json'))
 
   All processes of a run over several machines call it together.
 
   Args:
-    run: workdir of a `ppn train` or `ppn import-tf`, local or gs://BUCKET/FOLDER; or an open
-      `Run`, whose `config.data.eval` may have been changed to other data.
+    run: workdir of a `ppn train` or `ppn import-tf`, local or gs://BUCKET/FOLDER; or a weights
+      file; or what `run.open_model` returns.
     step: a saved step; the newest by default.
     options: what to compute and draw.
     output: folder to write to; by default `evaluation/STEP` in the workdir, or
-      `evaluation_raw/STEP` for the weights themselves of a run that keeps an average.
+      `evaluation_raw/STEP` for the weights themselves of a run that keeps an average. Needed for
+      weights files and other data.
     allow: packages or modules of your own that the config of a workdir may import, see
       `run.open_run`.
+    data: entries of `data.eval` to change; a weights file names no data.
 
   Returns:
     The metrics of the step and the folder of its results.
@@ -235,8 +259,13 @@ def evaluate(run: Run | str | os.PathLike[str], *, step: int | None = None,
   Raises:
     InputError: If there is no such run or checkpoint, or its data cannot be used.
   """
-  if not isinstance(run, Run):
-    run = open_run(run, allow=allow)
+  if not isinstance(run, TrainedModel):
+    run = open_model(run, allow=allow)
+  if data:
+    if output is None:
+      raise InputError("data is given, so give output=DIR too: the results of the run's own "
+                       'evaluation are not overwritten')
+    run = run.with_eval_data(data)
   folder = None if output is None else storage.folder_path(output, 'output')
   return prepare_evaluation(run, options).score(step, folder)
 

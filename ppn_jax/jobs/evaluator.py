@@ -18,7 +18,7 @@ from ppn_jax.detector import Detector, Variables, jit_detect
 from ppn_jax.distributed import coordination, sharding
 from ppn_jax.errors import InputError
 from ppn_jax.metrics import coco
-from ppn_jax.run import Run
+from ppn_jax.trained_model import TrainedModel
 
 # The fields of a detection that processes send to the first one.
 _PACKED = np.dtype([('position', 'i8'), ('image_id', 'i8'), ('size', 'i8', 2), ('boxes', 'f4', 4),
@@ -125,7 +125,7 @@ def _unpack(packed: bytes, categories: tuple[Category, ...]) -> list[dict[str, A
                       categories)
 
 
-def build_evaluator(run: Run, detector: Detector, mesh: Mesh, *, scorer: str = 'hotcoco',
+def build_evaluator(run: TrainedModel, detector: Detector, mesh: Mesh, *, scorer: str = 'hotcoco',
                     source: Source | None = None) -> Evaluator:
   """Builds the evaluator of a run's `data.eval`.
 

@@ -1,4 +1,4 @@
-"""Exports a run's detector to another format and checks the result."""
+"""Exports a detector to the format of another runtime and checks the result."""
 
 import dataclasses
 import logging
@@ -25,8 +25,8 @@ from ppn_jax.export import stablehlo, tensorflow
 from ppn_jax.export.comparison import TOLERANCES, Difference, compare, is_wrong, latency
 from ppn_jax.export.formats import ExportOptions, companion_file, make_metadata, write_metadata
 from ppn_jax.export.runtimes import ExportedDetector, open_export
-from ppn_jax.run import Run, build_detector, load_variables
 from ppn_jax.storage import local_path
+from ppn_jax.trained_model import SharedModel, TrainedModel, build_detector
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ class Export:
   jax_latency: float
 
 
-def export(run: Run, output: pathlib.Path, options: ExportOptions, *, step: int | None = None,
-           ema: bool | None = None, folder: pathlib.Path | None = None
+def export(run: TrainedModel, output: pathlib.Path, options: ExportOptions, *,
+           step: int | None = None, ema: bool | None = None, folder: pathlib.Path | None = None
            ) -> Export:
   """Writes `output`, which appears only after its detections have been compared with JAX's.
 
   Args:
-    run: the run, see `run.open_run`.
+    run: the run or weights file, see `run.open_model`.
     output: a new file, or for a SavedModel a new folder.
     options: options of the export.
     step: a saved step; the newest by default.
@@ -84,7 +84,7 @@ def export(run: Run, output: pathlib.Path, options: ExportOptions, *, step: int 
   detector, reference = _detectors(run, options)
   images = _Images(run, detector.image_size, folder)
   checked = images.load('eval', CHECKED_IMAGES)
-  step, variables = load_variables(run, reference, sharding.data_mesh(
+  step, variables = run.load_variables(reference, sharding.data_mesh(
       jax.local_devices()[:1]), step=step, ema=ema)
   variables = jax.device_get(variables)
   logger.info(f'writing step {step:,} as {options.format}, {options.precision}')
@@ -142,7 +142,7 @@ def size_of(path: pathlib.Path) -> int:
              if p.is_file())
 
 
-def _detectors(run: Run, options: ExportOptions) -> tuple[Detector, Detector]:
+def _detectors(run: TrainedModel, options: ExportOptions) -> tuple[Detector, Detector]:
   """Returns the run's detector in the form to write, and the one to compare with.
 
   For TensorFlow's formats, convolutions have their native form and are computed in float32.
@@ -171,7 +171,7 @@ def _write(path: pathlib.Path, detector: Detector, variables: Any,
   tensorflow.write(path, lambda x: detector.detect(variables, x), shape, options, calibration)
 
 
-def _make_metadata(run: Run, detector: Detector, options: ExportOptions, step: int
+def _make_metadata(run: TrainedModel, detector: Detector, options: ExportOptions, step: int
                    ) -> dict[str, Any]:
   return make_metadata(
       options, image_size=detector.image_size, resize=run.config.data.resize,
@@ -182,7 +182,7 @@ def _make_metadata(run: Run, detector: Detector, options: ExportOptions, step: i
 @dataclasses.dataclass(frozen=True)
 class _Images:
   """Images at the size of the run's detector, from the run's data or from a folder."""
-  run: Run
+  run: TrainedModel
   side: int
   folder: pathlib.Path | None
 
@@ -201,6 +201,8 @@ class _Images:
       source: Any = _Folder(*folders.list_folder(self.folder))
       if source.others:
         logger.warning(f'{self.folder}: {source.others}')
+      if not source.files:
+        return
       policy, share = 'skip', 1.0
     else:
       source, data = self._source(split), self.run.config.data
@@ -215,6 +217,9 @@ class _Images:
     config = self.run.config
     if split == 'eval' and not (names_data(config.data.eval) or config.data.eval_fraction):
       split = 'train'  # A run without evaluation data has no other images.
+    if isinstance(self.run, SharedModel):
+      raise InputError(f'{self.run.name} names no images to check the export with; give a '
+                       'folder of some with --images=FOLDER')
     try:
       return open_split(config, split)
     except InputError as e:

@@ -166,6 +166,9 @@ def score_steps(job: EvaluationJob, root: storage.Path | None = None, *,
   Raises:
     InputError: If a checkpoint is of another model, or another process evaluates to this folder.
   """
+  if not isinstance(job.run, Run):
+    raise InputError(f'{job.run.name} is a weights file, which holds one step; leave out --steps '
+                     'and --follow')
   root = root or job.root
   with owned_by_first(Ownership(root, 'evaluation')):
     follower = _Follower(job, root, selected, polling)
@@ -181,6 +184,8 @@ class _Follower:
   def __init__(self, job: EvaluationJob, root: storage.Path, selected: Callable[[int], bool],
                polling: Polling | None):
     self._job, self._root, self._selected, self._polling = job, root, selected, polling
+    assert isinstance(job.run, Run)
+    self._run = job.run
     self._poller = _Poller(polling or Polling())
     self._metrics: dict[int, dict[str, float | None]] = {}
     self._pending: set[int] = set()  # Seen, but not evaluated yet.
@@ -190,12 +195,12 @@ class _Follower:
     if jax.process_index() == 0:
       storage.remove_partial(root)
       self._curves = self._open_curves()
-      self._reader = retention.Reader(job.run.readers)
+      self._reader = retention.Reader(self._run.readers)
 
   def run(self) -> Outcome:
     while (step := self._agreed_next()) not in (_END, _TIMEOUT):
       if step == _WAIT:
-        self._poller.wait(f'waiting for a new checkpoint in {self._job.run.workdir}')
+        self._poller.wait(f'waiting for a new checkpoint in {self._run.workdir}')
       elif not self._evaluate(step):
         self._poller.wait(f'step {step:,} could not be read; trying again')
     unreadable = {s: p[-1] for s, p in self._problems.items() if len(p) >= ATTEMPTS}
@@ -220,7 +225,7 @@ class _Follower:
     except Exception as e:
       if self._polling is None or isinstance(e, PermissionError) or not storage.is_outage(e):
         raise
-      logger.warning(f'{self._job.run.workdir} cannot be reached, trying again: '
+      logger.warning(f'{self._run.workdir} cannot be reached, trying again: '
                      f'{" ".join(str(e).split())[:200]}')
       return _TIMEOUT if self._poller.timed_out() else _WAIT
 
@@ -244,7 +249,7 @@ class _Follower:
   def _look_up(self, step: int) -> None:
     """Reuses recorded scores of a step, and forgets those of another checkpoint."""
     found = retention.read_record(self._root, step)
-    fits = found and found.fits(self._job.run.stamp(step), **self._job.conditions())
+    fits = found and found.fits(self._run.stamp(step), **self._job.conditions())
     if fits and step not in self._metrics:
       self._record(step, found.metrics)
     elif not fits and (found or step in self._metrics):
@@ -255,7 +260,7 @@ class _Follower:
         self._curves.steps.discard(step)
 
   def _saved(self) -> list[int]:
-    with self._job.run.checkpoints(read_only=True) as checkpoints:
+    with self._run.checkpoints(read_only=True) as checkpoints:
       return checkpoints.steps()
 
   def _training_has_ended(self, saved: list[int]) -> bool:
@@ -266,7 +271,7 @@ class _Follower:
     """
     if not saved:
       return False
-    run = open_run(self._job.run.workdir)
+    run = open_run(self._run.workdir)
     ending = run.ending()
     return saved[-1] >= run.config.train.steps or (
         ending is not None and saved[-1] == ending.step)
@@ -321,9 +326,9 @@ class _Follower:
 
   def _open_curves(self) -> MetricsWriter:
     """Opens files of its own, since those of training have their own writer."""
-    workdir = self._job.run.workdir
+    workdir = self._run.workdir
     tensorboard = None
     if self._root.parent == workdir:
       tensorboard = workdir / 'tensorboard' / self._root.name
     return MetricsWriter(self._root, None, tensorboard,
-                         keep=lambda step: self._job.run.is_current(self._root, step))
+                         keep=lambda step: self._run.is_current(self._root, step))

@@ -11,6 +11,7 @@ from ppn_jax.detection.structures import Category
 from ppn_jax.distributed import sharding
 from ppn_jax.distributed.ownership import Ownership
 from ppn_jax.errors import InputError, did_you_mean
+from ppn_jax.export.weights_file import is_weights_file
 from ppn_jax.run import Run, create_run
 from ppn_jax.training.state import first_state
 from ppn_jax.training.train_step import abstract_state, jit_init
@@ -58,6 +59,9 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
       raise InputError(f'init.{key}={config.init[key]} is for new runs of `ppn train`; an import '
                        'reads --checkpoint only')
   _check_new(storage.folder_path(workdir))
+  if is_weights_file(checkpoint):
+    raise InputError(f'{checkpoint} is a weights file, which needs no import; use it as it is by '
+                     f'--model, or train from it with --config.init.weights={checkpoint}')
   file = read_weights(checkpoint)
   contents = names.recognise(file.tensors)
   if contents.kind == 'unknown':

@@ -1,6 +1,5 @@
 """Initial weights of a run: read from another run or a file, and placed into a train state."""
 
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +13,12 @@ from ppn_jax import storage
 from ppn_jax.detection.structures import Array, Category
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
+from ppn_jax.export.formats import exported_format
+from ppn_jax.export.weights_file import is_weights_file
 from ppn_jax.training.state import TrainState
 from ppn_jax.weights import importer, workdir
 from ppn_jax.weights.read import WeightFile, read_weights
+from ppn_jax.weights.shared import read_shared
 from ppn_jax.weights.transfer import (
   PartialValues,
   PretrainedWeights,
@@ -24,7 +26,8 @@ from ppn_jax.weights.transfer import (
   transfer_weights,
 )
 
-_OR_WORKDIR = ', or the workdir of a run (WORKDIR, WORKDIR@STEP or WORKDIR@best)'
+_OR_OURS = (', or the workdir of a run (WORKDIR, WORKDIR@STEP or WORKDIR@best), or a weights file '
+            '(.safetensors)')
 
 
 def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, weights: str = '',
@@ -35,8 +38,9 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
     like: the detector's variables, or their shapes.
     categories: the detector's classes, in order of label.
     weights: the weights to start from: the workdir of a run ('WORKDIR' for its newest step,
-      'WORKDIR@2000', or 'WORKDIR@best' for the step with the highest AP), a TensorFlow checkpoint
-      or frozen graph, or a Keras file; '' starts from random values. Every variable with the same
+      'WORKDIR@2000', or 'WORKDIR@best' for the step with the highest AP), a weights file of
+      `ppn export --format=weights`, a TensorFlow checkpoint or frozen graph, or a Keras file; ''
+      starts from random values. Every variable with the same
       path and shape is used, batch norm statistics included, from the moving average if the run
       keeps one. Class columns are matched by class name. All other variables stay random.
     backbone: as `weights`, for the backbone alone. If it is a file, the whole backbone must fit.
@@ -49,7 +53,7 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
 
   Raises:
     InputError: If a path leads to no weights, or none of them fit; see `read_weights`,
-      `read_workdir` and `import_backbone`.
+      `read_workdir`, `read_shared` and `import_backbone`.
   """
   del report
   for key, path in (('weights', weights), ('backbone', backbone)):
@@ -67,13 +71,15 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
 
 def _read(key: str, text: str, like: Mapping[str, Any]) -> PretrainedWeights:
   """Reads the run at a path if it is the workdir of one, otherwise the file."""
-  text = os.path.expanduser(text)
+  text = storage.expand_home(text)
   # A folder whose name ends in '@2000' takes precedence over a step.
   path, step = (text, '') if pathlib.Path(text).exists() else workdir.split_step(text)
   folder = sharding.all_or_none(lambda: storage.folder_path(path, key))
   sharding.all_or_none(lambda: workdir.check_not_inside(folder))
   if sharding.all_or_none(lambda: workdir.is_workdir(folder)):
     return workdir.read_workdir(folder, step)
+  if is_weights_file(path):
+    return sharding.all_or_none(lambda: _read_shared(key, path, step))
   file = sharding.all_or_none(lambda: _read_file(key, text))
   if key == 'init.weights':
     return importer.import_matching(file, like)
@@ -83,14 +89,32 @@ def _read(key: str, text: str, like: Mapping[str, Any]) -> PretrainedWeights:
                            flatten_dict(imported.variables), unused=imported.report.unused)
 
 
+def _read_shared(key: str, path: str, step: str) -> PretrainedWeights:
+  """Reads a weights file; a step behind its name is a mistake."""
+  if step:
+    raise InputError(f'{key}={path}@{step}: a weights file holds one step; leave out @{step}')
+  try:
+    return read_shared(path)
+  except InputError as e:
+    raise InputError(f'{key}: {e}') from e
+
+
 def _read_file(key: str, path: str) -> WeightFile:
-  """Reads a file of weights; the error for a path that leads nowhere also mentions workdirs."""
+  """Reads a file of weights; the error for a path that leads nowhere also mentions workdirs.
+
+  Raises:
+    InputError: See `read_weights`; also if it is a file of `ppn export` for another runtime.
+  """
+  if found := exported_format(pathlib.Path(path)):
+    raise InputError(f'{key}={path} is a program in the format {found}, whose weights cannot be '
+                     'taken out; give the run that it comes from, or a file of '
+                     '`ppn export --format=weights`')
   try:
     return read_weights(path)
   except InputError as e:
     if pathlib.Path(path).is_file():
       raise
-    raise InputError(f'{key}={path}: {e}{_OR_WORKDIR}') from e
+    raise InputError(f'{key}={path}: {e}{_OR_OURS}') from e
 
 
 def with_weights(state: TrainState, variables: Mapping[str, Any],

@@ -15,6 +15,10 @@ from ppn_jax.errors import InputError
 from ppn_jax.telemetry import metrics
 from ppn_jax.weights.transfer import PretrainedWeights
 
+# Files and folders of a workdir, and how deep those of a checkpoint go.
+_FILES = ('config.json', 'categories.json', 'metrics.jsonl', 'evaluation', 'tensorboard')
+_DEPTH = 5
+
 
 def is_workdir(path: storage.Path) -> bool:
   """Returns whether a folder is the workdir of a run, with or without checkpoints."""
@@ -22,11 +26,14 @@ def is_workdir(path: storage.Path) -> bool:
 
 
 def check_not_inside(path: storage.Path) -> None:
-  """Raises InputError, which names the workdir, if a path is inside one."""
-  for folder, step in ((path, ''), (path.parent, f'@{path.name}')):
+  """Raises InputError, which names the workdir and the step, if a path is inside one."""
+  parents = list(path.parents)
+  folders = [path, *parents[:_DEPTH]]
+  for folder, below in zip(folders, [None, *folders], strict=False):
     if folder.name == 'checkpoints' and is_workdir(folder.parent):
+      step = f'@{below.name}' if below is not None and below.name.isdecimal() else ''
       raise InputError(f'{path} is inside the workdir of a run; give {folder.parent}{step}')
-  if path.name in ('config.json', 'categories.json') and is_workdir(path.parent):
+  if path.name in _FILES and is_workdir(path.parent):
     raise InputError(f'{path} is inside the workdir of a run; give {path.parent}')
 
 

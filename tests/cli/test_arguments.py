@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny import tiny_config
 
-from ppn_jax.cli.flags import open_workdir
+from ppn_jax.cli.flags import open_model
 from ppn_jax.cli.main import main
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
@@ -57,17 +57,18 @@ def test_which_images_are_held_out_is_decided_when_training_begins(tmp_path, ent
   config = tiny_config().copy_and_resolve_references().unlock()
   config.data.eval_fraction = 0.0 if message.startswith('--config.data.eval_fraction=0.2') else 0.2
   create_run(tmp_path, config, (Category(1, 'cat'),)).save()
-  args = argparse.Namespace(workdir=str(tmp_path), allow=[], overrides=[f'--config.{entry}'])
+  args = argparse.Namespace(workdir=str(tmp_path), model=None, allow=[],
+                            overrides=[f'--config.{entry}'])
   if message:
     with pytest.raises(InputError, match=message):
-      open_workdir(args)
+      open_model(args)
   else:
-    assert open_workdir(args).config.data.threads == 3
+    assert open_model(args).config.data.threads == 3
 
 
 def test_unknown_keys_are_reported(tmp_path, capsys):
   create_run(tmp_path, tiny_config(), (Category(1, 'cat'),)).save()
   written = json.loads((tmp_path / 'config.json').read_text())
   (tmp_path / 'config.json').write_text(json.dumps(written | {'optim_': 3}))
-  open_workdir(argparse.Namespace(workdir=str(tmp_path), allow=[], overrides=[]))
+  open_model(argparse.Namespace(workdir=str(tmp_path), model=None, allow=[], overrides=[]))
   assert 'does not know and ignores: optim_' in capsys.readouterr().err

@@ -223,7 +223,7 @@ def test_command_tells_that_a_run_ended_early(tmp_path, capsys):
     ([f'--config={CONFIGS}/quickstart.py', '--config.model.num_class=1'], "mean 'num_classes'"),
     (['--config=nowhere.py'], "no file 'nowhere.py'"),
     (['--workdir=nowhere'], 'is not a run'),
-    ([], 'one of the arguments --config --workdir is required'),
+    ([], 'one of the arguments --config --workdir --model is required'),
     (['--config=a.py', '--workdir=b'], 'not allowed with')])
 def test_command_refuses_in_one_line(arguments, message, capsys):
   assert main(['summary', *arguments]) == 2
