@@ -28,7 +28,7 @@ from ppn_jax.jobs.evaluator import Evaluator
 from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
-from ppn_jax.training.stopping import is_timed, steps_that_fit
+from ppn_jax.training.stopping import is_timed, mean_step_seconds, steps_that_fit
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,9 @@ SPENT = 'training_seconds'
 # Share of the time left that is not planned, for steps that turn out slower and for saves.
 RESERVE = 0.03
 
-# Steps are timed for this share of the time left, but not longer than this, in chunks of this size.
-_TIMING_SHARE, _MAX_TIMING_SECONDS, _STEPS_PER_CHUNK = 0.02, 15.0, 3
+# Steps are timed for this share of the time left, but not longer than this, in chunks of this
+# size. The chunks that do not count are more steps than batches are prepared ahead.
+_TIMING_SHARE, _MAX_TIMING_SECONDS, _STEPS_PER_CHUNK = 0.05, 30.0, 4
 
 # Steps of a run whose number is not known yet.
 _UNKNOWN_STEPS = 10**6
@@ -120,8 +121,12 @@ class TimeBudget:
     return bool(self.minutes) and _of_first(self.left) <= 0
 
   def over(self, step: int) -> bool:
-    """Returns whether to end after `step`; see `is_spent`, which this calls once a second."""
-    every = max(round(1 / self.step_seconds), 1) if self.step_seconds else 1
+    """Returns whether to end after `step`, see `is_spent`.
+
+    Several processes, for which it takes a message, look at the clock about once a second.
+    """
+    alone = jax.process_count() == 1 or not self.step_seconds
+    every = 1 if alone else max(round(1 / self.step_seconds), 1)
     return step % every == 0 and self.is_spent()
 
   def reason(self) -> str:
@@ -231,7 +236,7 @@ def _time_steps(train_step: Callable, state: TrainState, batches: Prefetcher | C
       state, metrics = train_step(state, *next(batches))
     jax.block_until_ready(metrics)
     chunks.append(_of_first(now() - began))  # All processes take equally many.
-  return state, max(sum(chunks[1:]) / (_STEPS_PER_CHUNK * (len(chunks) - 1)), 1e-6)
+  return state, mean_step_seconds(chunks, _STEPS_PER_CHUNK)
 
 
 def _of_first(value: float) -> float:

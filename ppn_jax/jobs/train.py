@@ -156,6 +156,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       optimizer = run.optimizer()
     if plan:
       budget.step_seconds = plan.step_seconds
+    if plan and start < config.train.steps and not ending:
       logger.info(plan.describe(config) + (
           f'; {duration(budget.seconds)} are spent' if start else ''))
     # 3. The steps.

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from ppn_jax.errors import InputError
 from ppn_jax.metrics.coco import DESCRIPTIONS, format_metric
 
-# Steps are timed in this many chunks at most, however short they are.
-MAX_CHUNKS = 250
+# Steps are timed in this many chunks at most, however short they are. The first ones do not count.
+MAX_CHUNKS, WARM_UP_CHUNKS = 250, 2
 
 
 class BestStep(NamedTuple):
@@ -121,9 +121,16 @@ def is_timed(chunks: list[float], limit: float) -> bool:
   """Returns whether enough was timed to know the time of a step.
 
   Args:
-    chunks: Seconds that each of several equal numbers of steps took. The first, which finds
-      batches that were prepared before, does not count.
+    chunks: Seconds that each of several equal numbers of steps took. The first
+      `WARM_UP_CHUNKS` do not count, since they find batches that were prepared before.
     limit: Seconds that are enough.
   """
-  return len(chunks) >= 2 and (sum(chunks[1:]) >= limit or len(chunks) > MAX_CHUNKS)
+  counted = chunks[WARM_UP_CHUNKS:]
+  return bool(counted) and (sum(counted) >= limit or len(counted) >= MAX_CHUNKS)
+
+
+def mean_step_seconds(chunks: list[float], steps_per_chunk: int) -> float:
+  """Returns the time of a step from chunks that `is_timed`, at least a microsecond."""
+  counted = chunks[WARM_UP_CHUNKS:]
+  return max(sum(counted) / (steps_per_chunk * len(counted)), 1e-6)
 

@@ -7,6 +7,7 @@ from ppn_jax.training.stopping import (
   EarlyStopping,
   best_step,
   is_timed,
+  mean_step_seconds,
   steps_that_fit,
   without_improvement,
 )
@@ -75,6 +76,8 @@ def test_no_time_is_left():
 
 
 def test_enough_is_timed():
-  assert not is_timed([], 1.0) and not is_timed([9.0], 1.0)  # The first does not count.
-  assert not is_timed([9.0, 0.5], 1.0) and is_timed([9.0, 0.5, 0.5], 1.0)
-  assert is_timed([1e-6] * (stopping.MAX_CHUNKS + 1), 1.0)
+  assert not is_timed([], 1.0) and not is_timed([9.0, 9.0], 1.0)  # The first do not count.
+  assert not is_timed([9.0, 9.0, 0.5], 1.0) and is_timed([9.0, 9.0, 0.5, 0.5], 1.0)
+  assert is_timed([1e-6] * (stopping.WARM_UP_CHUNKS + stopping.MAX_CHUNKS), 1.0)
+  assert mean_step_seconds([9.0, 9.0, 0.5, 1.5], 4) == 0.25
+  assert mean_step_seconds([0.0] * 3, 4) > 0  # A clock that is too coarse.

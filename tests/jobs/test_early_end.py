@@ -23,9 +23,8 @@ from ppn_jax.training.train_step import abstract_state
 CURVE = {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.25, 5: 0.3, 6: 0.29, 7: 0.1, 8: 0.9}
 
 
-@pytest.fixture
-def curve(monkeypatch):
-  """Makes the AP50 of the evaluation of step s `CURVE[s]`."""
+def follow_curve(monkeypatch):
+  """Makes the AP50 of step s `CURVE[s]`; returns a list of the steps that are evaluated."""
   score, evaluate = Evaluator.score, train_loop.TrainLoop.evaluate
   at = []
 
@@ -40,6 +39,11 @@ def curve(monkeypatch):
   monkeypatch.setattr(train_loop.TrainLoop, 'evaluate', evaluate_at)
   monkeypatch.setattr(Evaluator, 'score', replaced)
   return at
+
+
+@pytest.fixture
+def curve(monkeypatch):
+  return follow_curve(monkeypatch)
 
 
 def small_config(**train):
@@ -69,12 +73,20 @@ def steps_of(workdir):
   return sorted(open_run(workdir).saved_steps())
 
 
-@pytest.fixture
-def patient(curve, tmp_path):
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
   """Trains with a patience of 3, which ends at step 6."""
-  workdir = tmp_path / 'patient'
-  train_job.train(small_config(patience=3), workdir)
+  workdir = tmp_path_factory.mktemp('patient')
+  with pytest.MonkeyPatch.context() as patch:
+    follow_curve(patch)
+    train_job.train(small_config(patience=3), workdir)
   return workdir
+
+
+@pytest.fixture
+def patient(trained, curve, tmp_path):
+  """Returns a copy of that run."""
+  return shutil.copytree(trained, tmp_path / 'patient')
 
 
 def test_ends_when_a_metric_does_not_improve(patient, curve, log_lines):
@@ -91,7 +103,6 @@ def test_ends_when_a_metric_does_not_improve(patient, curve, log_lines):
 
 def test_the_end_says_which_step_was_best(curve, tmp_path, log_lines):
   train_job.train(small_config(patience=3, keep_last=1), tmp_path)
-  # AP is 0 or the like for all steps, so keep_best keeps the newest.
   assert log_lines[-1] == (
       'ended at step 6 of 8: AP50 has not improved for 3 evaluations (train.patience=3); step 5 '
       'was best, AP50 0.3000, but its checkpoint is deleted: train.keep_best keeps those of '
@@ -152,8 +163,8 @@ def test_an_evaluation_that_is_missing_is_made_up_for(patient, curve, log_lines)
   assert open_run(patient).ending().step == 6
 
 
+@pytest.mark.slow
 def test_more_patience_continues(patient, curve, tmp_path, log_lines):
-  """And less would have ended the run before."""
   train_job.train(small_config(patience=5), patient)
   assert steps_of(patient)[-1] == 8 and open_run(patient).ending() is None
   assert not any('nothing to do' in line for line in log_lines)
@@ -290,6 +301,7 @@ def test_a_run_that_is_slower_than_planned_ends_in_time(clock, tmp_path, monkeyp
   assert steps_of(tmp_path)[-1] == 9 and log_lines[-1].startswith('ended at step 9 of 14')
 
 
+@pytest.mark.slow
 def test_more_minutes_continue_with_a_new_plan(clock, tmp_path, log_lines):
   train_job.train(timed_config(), tmp_path)
   train_job.train(timed_config(minutes=1.0), tmp_path)
@@ -298,6 +310,7 @@ def test_more_minutes_continue_with_a_new_plan(clock, tmp_path, log_lines):
   assert log_lines[-1] == 'took 59s of train.minutes=1'
 
 
+@pytest.mark.slow
 def test_steps_are_an_upper_bound_of_a_budget(clock, tmp_path, log_lines):
   train_job.train(timed_config(steps=5), tmp_path)
   assert steps_of(tmp_path)[-1] == 5
@@ -309,4 +322,3 @@ def test_a_budget_without_a_step_is_refused(clock, tmp_path):
                      r'with its evaluation takes 6 s; give at least 0.11'):
     train_job.train(timed_config(minutes=0.05), tmp_path)
   assert not (tmp_path / 'config.json').exists()
-  assert train_job.train(timed_config(minutes=0.11), tmp_path)
