@@ -19,13 +19,13 @@ from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source, open_example
 from ppn_jax.detection.structures import Array, Batch, Example, GroundTruth
 from ppn_jax.device_data.shuffle import example_at, repeated_images
-from ppn_jax.device_data.transforms import Augmentation
+from ppn_jax.device_data.transforms import Augmentation, Stored
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.telemetry.host_memory import available_memory
 
-# Order, augmentation and repeats have separate random streams of one seed.
-_ORDER_TAG, _AUGMENT_TAG, _REPEAT_TAG = 0x0de5, 0xa064, 0x4e9f
+# Order, augmentation, repeats and the images that mixup adds have random streams of their own.
+_ORDER_TAG, _AUGMENT_TAG, _REPEAT_TAG, _OTHER_TAG = 0x0de5, 0xa064, 0x4e9f, 0x07e1
 _LANES, _SUBLANES = 128, 32  # A TPU's tile of bytes: rows of whole tiles waste and split none.
 _CHUNK = 64  # Images that are copied to a device at a time.
 # Estimated memory of a training step per pixel of its input. For PPN, the TPU compiler reports 235
@@ -77,7 +77,7 @@ def check_memory(spec: ResidentSpec, mesh: Mesh, steps: int) -> None:
                      '2**32 images, which data.resident.enabled=True cannot count')
   data = data_bytes(spec, mesh)
   step = (spec.batch_size // mesh.size * spec.augmentation.image_size**2 * _STEP_BYTES_PER_PIXEL
-          + 2 * spec.batch_size * 3 * spec.stored_size**2)
+          + 2 * spec.batch_size * 3 * spec.stored_size**2 * _images_per_row(spec))
   free = min(map(_free_memory, mesh.local_devices))
   if data + step > free:
     raise InputError(
@@ -180,18 +180,32 @@ def _draw_rows(spec: ResidentSpec, rows: int, data: ResidentData, step: Array
       epochs, places, spec.repeats, jax.random.fold_in(key, _REPEAT_TAG))
   drawn = _exchange(data, indices.astype(jnp.int32), rows)
   first = jax.lax.axis_index(sharding.AXIS) * rows
+  others = None
+  if _images_per_row(spec) > 1:
+    of_others = jax.random.fold_in(key, _OTHER_TAG)
+    others = _exchange(data, jax.vmap(lambda epoch, place: jax.random.randint(
+        jax.random.fold_in(jax.random.fold_in(of_others, epoch), place), (), 0, spec.num_images))(
+            epochs, places), rows)
   epochs, places = (jax.lax.dynamic_slice(a, (first,), (rows,)) for a in (epochs, places))
 
-  def augment(example: ResidentData, epoch: Array, place: Array) -> tuple[Array, GroundTruth]:
+  def stored(example: ResidentData) -> Stored:
     side = spec.stored_size
     image = example.images.reshape(-1)[:3 * side * side].reshape(3, side, side)
-    ground_truth = GroundTruth(example.boxes.reshape(-1, 4), example.labels, example.crowd,
-                               example.valid)
+    return Stored(image, example.size, GroundTruth(
+        example.boxes.reshape(-1, 4), example.labels, example.crowd, example.valid))
+
+  def augment(example: ResidentData, epoch: Array, place: Array, other: ResidentData | None
+              ) -> tuple[Array, GroundTruth]:
     own_key = jax.random.fold_in(key, _AUGMENT_TAG)
     own_key = jax.random.fold_in(jax.random.fold_in(own_key, epoch), place)
-    return spec.augmentation(image, example.size, ground_truth, own_key)
+    return spec.augmentation(*stored(example), own_key, other and stored(other))
 
-  return jax.vmap(augment)(drawn, epochs, places)
+  return jax.vmap(augment)(drawn, epochs, places, others)
+
+
+def _images_per_row(spec: ResidentSpec) -> int:
+  """Returns the number of stored images that are looked up for each row of a batch."""
+  return 1 if spec.augmentation.mixup is None else 2
 
 
 def _exchange(data: ResidentData, indices: Array, rows: int) -> ResidentData:

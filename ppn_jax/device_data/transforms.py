@@ -1,7 +1,8 @@
 """Augmentation of `data.transforms` on the device, for one image, to be vmapped.
 
 Geometric ops only update a `View`; the pixels are read once, at the end. Colour ops then change the
-network's input. The distributions are those of the host's ops; the random numbers are not.
+network's input, and mixup blends two of them. The distributions are those of the host's ops; the
+random numbers are not.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from ppn_jax.data.transforms.basic import (
   Resize,
   build_transforms,
 )
+from ppn_jax.data.transforms.mixing import Mixup
 from ppn_jax.data.transforms.random_crop import SsdRandomCrop
 from ppn_jax.data.transforms.zoom import Expand, LargeScaleJitter
 from ppn_jax.detection import boxes as box_ops
@@ -36,6 +38,13 @@ class View(NamedTuple):
   visible: Array = _WHOLE  # f32 [4], the box of the stored image that no crop has cut off.
 
 
+class Stored(NamedTuple):
+  """Stored image with its ground truth."""
+  image: Array  # u8 [3, R, R].
+  size: Array  # i32 [2], (height, width) of the original, in whose pixels the ops draw.
+  ground_truth: GroundTruth  # [G, ...].
+
+
 class Augmentation(NamedTuple):
   """Ops of `data.transforms` and the resize to the network's input.
 
@@ -48,6 +57,11 @@ class Augmentation(NamedTuple):
   image_size: int
   kernel: str
 
+  @property
+  def mixup(self) -> int | None:
+    """Position of the op that blends two images; None if there is none."""
+    return next((n for n, op in enumerate(self.ops) if type(op) is Mixup), None)
+
   def view(self, size: Array, ground_truth: GroundTruth, key: Array) -> View:
     """Applies the geometric ops to an image of `size` (i32 [2], pixels)."""
     view = View(size.astype(jnp.float32), jnp.float32(_WHOLE), jnp.bool_(False), ground_truth)
@@ -56,8 +70,8 @@ class Augmentation(NamedTuple):
         view = _GEOMETRY[type(op)](op, view, jax.random.fold_in(key, number))
     return view
 
-  def __call__(self, image: Array, size: Array, ground_truth: GroundTruth, key: Array
-               ) -> tuple[Array, GroundTruth]:
+  def __call__(self, image: Array, size: Array, ground_truth: GroundTruth, key: Array,
+               other: Stored | None = None) -> tuple[Array, GroundTruth]:
     """Augments a stored image and resizes it to the network's input.
 
     Args:
@@ -65,24 +79,40 @@ class Augmentation(NamedTuple):
       size: i32 [2], (height, width) of the original, in whose pixels the ops draw.
       ground_truth: [G, ...].
       key: random key of this image in this epoch.
+      other: image that mixup blends with this one, which only takes the ops before mixup.
 
     Returns:
       Image u8 [S, S, 3], and its ground truth [G, ...], zero where it is not valid.
     """
+    last = len(self.ops) if self.mixup is None else self.mixup
+    pixels, ground_truth = self._shown(Stored(image, size, ground_truth), last, key)
+    if self.mixup is not None:
+      assert other is not None, 'mixup needs another image'
+      own_key = jax.random.fold_in(key, last)
+      pixels, ground_truth = _mixup(
+          self.ops[last], own_key, (pixels, ground_truth),
+          self._shown(other, last, jax.random.fold_in(own_key, _OTHER_TAG)))
+    for number, op in enumerate(self.ops[last + 1:], start=last + 1):
+      pixels = _COLOR[type(op)](op, pixels, jax.random.fold_in(key, number))
+    valid = ground_truth.valid
+    boxes = jnp.where(valid[:, None], ground_truth.boxes, 0)
+    labels = jnp.where(valid, ground_truth.labels, 0)
+    return (jnp.rint(pixels).astype(jnp.uint8).transpose(1, 2, 0),
+            GroundTruth(boxes, labels, ground_truth.crowd & valid, valid))
+
+  def _shown(self, stored: Stored, count: int, key: Array) -> tuple[Array, GroundTruth]:
+    """Applies the first `count` ops and resizes; returns f32 [3, S, S] and the ground truth."""
+    image, size, ground_truth = stored
     view = self.view(size, ground_truth, key)
     fills = any(isinstance(op, _FILLING) for op in self.ops)
     image, seen = crop_and_resize(image, view.frame, view.mirrored, self.image_size, self.kernel,
                                   beyond=fills, visible=view.visible if fills else None)
-    for number, op in enumerate(self.ops):
+    for number, op in enumerate(self.ops[:count]):
       if isinstance(op, _FILLING):  # Only later colour ops change the fill.
         image = image * seen + jnp.float32(op.fill)[:, None, None] * (1 - seen)
       if type(op) in _COLOR:
         image = _COLOR[type(op)](op, image, jax.random.fold_in(key, number))
-    valid = view.ground_truth.valid
-    boxes = jnp.where(valid[:, None], view.ground_truth.boxes, 0)
-    labels = jnp.where(valid, view.ground_truth.labels, 0)
-    return (jnp.rint(image).astype(jnp.uint8).transpose(1, 2, 0),
-            GroundTruth(boxes, labels, view.ground_truth.crowd & valid, valid))
+    return image, view.ground_truth
 
 
 def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, resize: str
@@ -96,10 +126,10 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
   kernel = Resize(image_size, resize).method
   for block, op in zip(blocks, ops, strict=True):
     # Not isinstance, since a subclass may behave differently.
-    if type(op) not in (*_GEOMETRY, *_COLOR):
+    if type(op) not in (*_GEOMETRY, *_COLOR, Mixup):
       raise InputError(f'transform {block["name"]!r} is not available on the device; remove it, or '
                        'train with data.resident.enabled=False')
-    if isinstance(op, (Resize, LargeScaleJitter)):
+    if isinstance(op, (Resize, LargeScaleJitter, Mixup)):
       kernel = op.method
       if op.size < image_size:
         raise InputError(f'{block["name"]}.size is {op.size}, below model.image_size={image_size}, '
@@ -113,7 +143,24 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
   if len(filling) > 1:
     raise InputError(f'transforms {filling[0]!r} and {filling[1]!r} both add a border around the '
                      'image; with data.resident.enabled=True only one transform may')
+  _check_mixup([block['name'] for block in blocks], ops, image_size)
   return Augmentation(ops, image_size, kernel)
+
+
+def _check_mixup(names: Sequence[str], ops: Sequence[Any], image_size: int) -> None:
+  """Checks that mixup, if there is one, blends inputs of the network.
+
+  Raises:
+    InputError: If it does not.
+  """
+  at = next((n for n, op in enumerate(ops) if type(op) is Mixup), len(ops))
+  for name, op in zip(names[at + 1:], ops[at + 1:], strict=True):
+    if type(op) not in _COLOR:
+      raise InputError(f'transform {name!r} follows {names[at]!r}, which is not available on the '
+                       'device; put it before, or train with data.resident.enabled=False')
+  if at < len(ops) and ops[at].size != image_size:
+    raise InputError(f'{names[at]}.size is {ops[at].size}, but with data.resident.enabled=True it '
+                     f'must be model.image_size={image_size}')
 
 
 def _horizontal_flip(op: HorizontalFlip, view: View, key: Array) -> View:
@@ -224,6 +271,28 @@ def _draw_sides(op: SsdRandomCrop, size: Array, aspect: Array, draw: Array
   return jnp.where(legal[:, None], sides, size), legal
 
 
+def _mixup(op: Mixup, key: Array, one: tuple[Array, GroundTruth], two: tuple[Array, GroundTruth]
+           ) -> tuple[Array, GroundTruth]:
+  """Blends two images f32 [3, S, S] with their ground truth, like `data.transforms.mixing.Mixup`.
+
+  The valid boxes of each image are in the first half of the G places, since `required_boxes` makes
+  room for two images.
+  """
+  for_share, for_blend = jax.random.split(key)
+  share = jax.random.beta(for_share, op.alpha, op.alpha)
+  blend = jax.random.uniform(for_blend) < op.probability
+  room = len(one[1].valid) // 2
+  halves = [truth._replace(valid=truth.valid & (s >= op.min_share))
+            for (_, truth), s in ((one, share), (two, 1 - share))]
+
+  def both(a: Array, b: Array) -> Array:
+    joined = jnp.concatenate([a[:room], b[:room]])
+    return jnp.pad(joined, [(0, len(a) - 2 * room)] + [(0, 0)] * (a.ndim - 1))
+
+  mixed = share * one[0] + (1 - share) * two[0], jax.tree.map(both, *halves)
+  return jax.tree.map(lambda a, b: jnp.where(blend, a, b), mixed, one)
+
+
 def _photometric_distortion(op: PhotometricDistortion, image: Array, key: Array) -> Array:
   """Distorts [3, S, S], 0 to 255, in floating point, without the host's rounding between steps."""
   draws = jax.random.uniform(key, (3, 4))
@@ -268,4 +337,5 @@ _GEOMETRY: dict[type, _DeviceOp] = {
     LargeScaleJitter: _large_scale_jitter, Resize: _resize}
 # Ops that may show a border around the image.
 _FILLING = (Expand, LargeScaleJitter)
+_OTHER_TAG = 0x07e2  # Separates the random numbers of the other image of mixup.
 _COLOR: dict[type, _DeviceOp] = {PhotometricDistortion: _photometric_distortion}

@@ -83,6 +83,7 @@ from ppn_jax.device_data import dataset
 
 source = build_source({'name': 'synthetic_shapes', 'num_images': 21, 'image_size': (48, 64)})
 spec = spec_of(source, blocks=[{'name': 'ssd_random_crop'}, {'name': 'horizontal_flip'},
+                               {'name': 'mixup', 'size': 48},
                                {'name': 'photometric_distortion'}], seed=5)
 spec = spec._replace(repeats=place(np.linspace(1, 2.5, 21)))
 for count in (2,) if processes > 1 else (1, 8):
