@@ -80,10 +80,10 @@ def _meant(argument: str, flags: Iterable[str], arguments: Sequence[str]) -> str
   key, equals, value = argument.partition('=')
   if argument.partition(':')[0].endswith('.py') and '--config' in flags:
     meant = f'--config={argument}'
-  elif equals and '--config' in flags:
-    meant = f'--config.{key.removeprefix("config.")}={value}'
   elif equals and f'--{key}' in flags:
     meant = f'--{argument}'
+  elif equals and '--config' in flags:
+    meant = f'--config.{key.removeprefix("config.")}={value}'
   elif '--config' in flags and argument.partition(':')[0] in _config_names():
     meant = f'--config={argument}'
   elif missing:
