@@ -65,7 +65,7 @@ def base_config() -> ConfigDict:
       num_classes=0,  # 0: the number of classes of the training data.
       background_column=False,  # ppn_jax.detection.class_logits.ClassLogitsSpec
       score_activation='sigmoid',
-      backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11),
+      backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11, min_depth=8),
       neck=dict(name='pooling_pyramid', stride=16, num_levels=6, projection=0),
       head=dict(name='shared_box_predictor', depth=512, norm_per_level=True,
                 prior=0.01),
