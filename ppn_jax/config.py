@@ -82,7 +82,8 @@ def base_config() -> ConfigDict:
   config.postprocess = dict(  # ppn_jax.detection.nms.postprocess
       score_threshold=1e-8, iou_threshold=0.6, max_per_class=100, max_detections=100)
 
-  config.init = dict(weights='', backbone='', report=())  # ppn_jax.weights.initial.initial_weights
+  config.init = dict(  # ppn_jax.weights.initial.initial_weights
+      weights='', backbone='', norm_images=256, report=())
   config.data = dict(
       train=dict(name=''),  # ppn_jax.data.source.build_source
       eval=dict(name=''),

@@ -81,8 +81,9 @@ def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
   return config.lock(), f'set from the file: {describe(changed)}' if changed else ''
 
 
-def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict, workdir: str | pathlib.Path, *,
-               kind: str = 'auto', label_map: str | pathlib.Path | None = None,
+def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,
+               workdir: str | pathlib.Path, *, kind: str = 'auto',
+               label_map: str | pathlib.Path | None = None,
                average: bool = False) -> Import:
   """Creates a run at step 0 from a file of TensorFlow's or Keras' weights.
 

@@ -60,7 +60,8 @@ def model_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
   return settings
 
 
-def _backbone_features(shapes: Mapping[str, tuple[int, ...]], contents: names.Contents) -> list[int]:
+def _backbone_features(shapes: Mapping[str, tuple[int, ...]], contents: names.Contents
+                       ) -> list[int]:
   """Returns the output channels of the stem and of the blocks that follow without a gap."""
   name_of = {'keras': names.keras_name, 'slim': names.slim_name}.get(
       contents.kind, names.detector_name)

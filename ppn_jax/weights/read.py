@@ -17,8 +17,8 @@ from ppn_jax.weights.tf_protos import CheckpointState
 from ppn_jax.weights.tflite_file import MAGIC as TFLITE_MAGIC
 from ppn_jax.weights.tflite_network import PostProcessing, read_tflite_network
 
-LEGAL = ('give the PREFIX of a TensorFlow checkpoint (PREFIX.index), a frozen graph (.pb), a TFLite '
-         'file (.tflite) or a Keras file (.h5, .keras)')
+LEGAL = ('give the PREFIX of a TensorFlow checkpoint (PREFIX.index), a frozen graph (.pb), a '
+         'TFLite file (.tflite) or a Keras file (.h5, .keras)')
 
 
 class WeightFile(NamedTuple):

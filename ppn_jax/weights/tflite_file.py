@@ -11,7 +11,7 @@ import pathlib
 import struct
 import types
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -276,8 +276,8 @@ def _quantization(found: Any, count: Callable[[int], range]) -> Quantization | N
 def _dequantize(tensor: Tensor, path: str) -> np.ndarray:
   """Returns the values of a constant as float32."""
   if tensor.type not in _DTYPES:
-    raise InputError(f'{path}: {tensor.name} is of type {tensor.type}, which cannot be read; legal: '
-                     f'{", ".join(sorted(_DTYPES)).lower()}')
+    raise InputError(f'{path}: {tensor.name} is of type {tensor.type}, which cannot be read; '
+                     f'legal: {", ".join(sorted(_DTYPES)).lower()}')
   dtype = np.dtype(_DTYPES[tensor.type]).newbyteorder('<')
   if min(tensor.shape, default=0) < 0 or (
       len(tensor.data) != math.prod(tensor.shape) * dtype.itemsize):
