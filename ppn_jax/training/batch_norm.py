@@ -5,10 +5,11 @@ replaced by
 
   kernel W / s, mean m / s, variance v / s^2, scale s sqrt(v / s^2 + epsilon), bias b + m,
 
-where s = sqrt(v). The layer's function is the same, whatever its input. In training, statistics of
-a batch take the place of mean and variance; since those of the images are close to them, training
-continues from that function, with kernels of a size that weight decay and learning rates are made
-for.
+where s = sqrt(v), or more for channels that hardly move. The layer's function is the same, whatever
+its input; only channels that never move become constants, with a kernel of zeros. In training,
+statistics of a batch take the place of mean and variance; since those of the images are close to
+them, training continues from that function, with kernels of a size that weight decay and learning
+rates are made for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,10 +28,11 @@ from ppn_jax.models.layers import BatchNorm
 
 Path = tuple[str, ...]  # ('backbone', 'conv2d_0')
 
-# A channel whose output moves less than this never moves: it is a constant, up to rounding.
+# A channel whose output deviates less than this, relative to its mean, never moves, up to rounding.
 _STILL = 1e-6
-# Kernels are not scaled up by more than this, which only concerns channels that hardly move.
-_MOST_GAIN = 1e3
+# Largest Euclidean norm of the kernel of a channel. Those of trained networks end below 13; it
+# concerns channels that hardly move, which weight decay would not leave as they are.
+_MOST_NORM = 32.0
 
 
 class Moments(NamedTuple):
@@ -140,7 +142,7 @@ def _restored(kernel: np.ndarray, scale: np.ndarray, bias: np.ndarray, mean: np.
   """Returns the variables of one layer after batch norm is put back.
 
   Args:
-    kernel: [..., C].
+    kernel: [k, k, Cin, C], or [3, 3, 1, C].
     scale, bias, mean, var: [C], the batch norm that the layer has now.
     moments: moments of the output of `kernel`.
     epsilon: added to variances.
@@ -150,7 +152,8 @@ def _restored(kernel: np.ndarray, scale: np.ndarray, bias: np.ndarray, mean: np.
   offset = bias - mean * factor
   deviation = np.sqrt(moments.var)
   still = deviation <= _STILL * np.maximum(1, np.abs(moments.mean))
-  size = np.maximum(deviation, 1 / _MOST_GAIN)
+  norm = np.sqrt((kernel**2).sum(axis=(0, 1, 2)))
+  size = np.where(still, 1, np.maximum(deviation, norm / _MOST_NORM))
   var = moments.var / size**2
   alive = {'kernel': kernel / size, 'mean': moments.mean / size, 'var': var,
            'scale': factor * size * np.sqrt(var + epsilon),

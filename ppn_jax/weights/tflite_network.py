@@ -99,7 +99,7 @@ def read_tflite_network(path: str | pathlib.Path) -> TFLiteNetwork:
   tensors = _backbone_tensors(layers, backbone)
   size = _image_size(layers, backbone.stem)
   what = (f'MobileNet-v1 with depth multiplier {backbone.multiplier:g}, {size} px, '
-          f'{_precision(graph, backbone.stem)}')
+          f'{_precision(graph, backbone.blocks[-1][1])}')
   if len(backbone.blocks) < 11:
     what += f', the first {len(backbone.blocks)} of its 13 blocks'
   found = _heads(layers, backbone, post)
@@ -191,8 +191,8 @@ def _image_size(layers: LayerGraph, stem: Layer) -> int:
   return max(shape[1], 0) if len(shape) == 4 else 0
 
 
-def _precision(graph: Graph, stem: Layer) -> str:
-  weights = stem.operation.inputs[1]
+def _precision(graph: Graph, layer: Layer) -> str:
+  weights = layer.operation.inputs[1]
   return graph.stored_type(weights).lower() + (' by channel' if graph.by_channel(weights) else '')
 
 
