@@ -12,7 +12,7 @@ from ppn_jax.training.batch_norm import measure, restore_batch_norm
 from ppn_jax.weights.folded_norm import VARIANCE, folded_layers
 
 
-def detector_of(kind, dtype='float32'):
+def detector_of(kind):
   config = tiny_config().copy_and_resolve_references().unlock()
   if kind != 'ppn':
     {'ssd': ssd, 'fpn': fpn}[kind](config)
@@ -20,7 +20,7 @@ def detector_of(kind, dtype='float32'):
         dict(strides=(8, 16), depths=(24,)) if kind == 'ssd' else
         dict(strides=(8, 16), num_levels=3, depth=16))
     config.model.backbone.last_block = 7
-  config.model.num_classes, config.model.layers.dtype = 3, dtype
+  config.model.num_classes = 3
   config.model.layers.norm_decay = 0.0
   return build_detector(config.lock())
 
