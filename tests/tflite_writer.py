@@ -67,7 +67,7 @@ class TFLiteWriter:
               (integers * scale.reshape(shape).astype(np.float64)).astype(np.float32))
     low, high = values.min(initial=0), values.max(initial=0)
     scale, offset = np.float32((high - low) / 255 + 1e-6), 128 if kind == 'INT8' else 0
-    zero = int(round(-low / float(scale))) - offset
+    zero = round(-low / float(scale)) - offset
     integers = np.clip(np.round(values / scale) + zero, -offset, 255 - offset).astype(TYPES[kind])
     return (self.tensor(name, values.shape, kind, integers, scale, zero),
             ((integers.astype(np.float64) - zero) * scale).astype(np.float32))

@@ -106,7 +106,7 @@ def test_other_depths_of_the_neck_are_named(tmp_path):
   write_ssd(tmp_path / 'x.tflite')
   file = read_weights(tmp_path / 'x.tflite')
   like = shapes_of(ssd, num_classes=5, **{'backbone.depth_multiplier': 0.25})
-  with pytest.raises(InputError, match='; set model.neck.depths=128,64,64,32'):
+  with pytest.raises(InputError, match=r'; set model\.neck\.depths=128,64,64,32'):
     importer.import_detector(file, like)
   found = importer.import_matching(file, like)
   assert 'to use all of it set model.neck.depths=128,64,64,32' in found.description
@@ -270,7 +270,8 @@ def other_activation(writer):
 
 @pytest.mark.parametrize('make, description', [
     (residual, r'MobileNet-v2 \(a network with inverted residuals\)'),
-    (swish, 'EfficientNet'), (hard_swish, 'MobileNet-v3'), (plain_residual, 'a residual network such as ResNet'),
+    (swish, 'EfficientNet'), (hard_swish, 'MobileNet-v3'),
+    (plain_residual, 'a residual network such as ResNet'),
     (yolo, 'YOLO'), (head_only, 'the classifier of a network, without its backbone'),
     (named('FeatureExtractor/MobilenetV2/Conv'), 'MobileNet-v2'),
     (named('efficientdet/box_net'), 'EfficientDet'), (named('model/yolov5/conv'), 'YOLO'),
@@ -301,7 +302,7 @@ def test_other_detectors_are_backbones(tmp_path, kind, name):
   assert file.description.startswith(f'a detector other than SSD ({name}), MobileNet-v1 with')
   like = shapes_of(**{'backbone.depth_multiplier': 0.25})
   assert importer.import_backbone(file, like).report.matched == 115
-  with pytest.raises(InputError, match='looks like a detector other than SSD .*--kind=backbone'):
+  with pytest.raises(InputError, match=r'looks like a detector other than SSD .*--kind=backbone'):
     importer.import_detector(file, like)
 
 
