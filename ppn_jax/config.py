@@ -65,7 +65,7 @@ def base_config() -> ConfigDict:
       num_classes=0,  # 0: the number of classes of the training data.
       background_column=False,  # ppn_jax.detection.class_logits.ClassLogitsSpec
       score_activation='sigmoid',
-      backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11),
+      backbone=dict(name='mobilenet_v1', depth_multiplier=1.0, last_block=11, min_depth=8),
       neck=dict(name='pooling_pyramid', stride=16, num_levels=6, projection=0),
       head=dict(name='shared_box_predictor', depth=512, norm_per_level=True,
                 prior=0.01),
@@ -82,7 +82,8 @@ def base_config() -> ConfigDict:
   config.postprocess = dict(  # ppn_jax.detection.nms.postprocess
       score_threshold=1e-8, iou_threshold=0.6, max_per_class=100, max_detections=100)
 
-  config.init = dict(weights='', backbone='', report=())  # ppn_jax.weights.initial.initial_weights
+  config.init = dict(  # ppn_jax.weights.initial.initial_weights
+      weights='', backbone='', norm_images=256, report=())
   config.data = dict(
       train=dict(name=''),  # ppn_jax.data.source.build_source
       eval=dict(name=''),

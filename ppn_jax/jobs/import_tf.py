@@ -1,6 +1,8 @@
 """Creates a run from weights of TensorFlow or Keras."""
 
+import dataclasses
 import pathlib
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -15,8 +17,10 @@ from ppn_jax.export.weights_file import is_weights_file
 from ppn_jax.run import Run, create_run
 from ppn_jax.training.state import first_state
 from ppn_jax.training.train_step import abstract_state, jit_init
-from ppn_jax.weights import importer, labels, names
+from ppn_jax.weights import folded_norm, importer, labels
+from ppn_jax.weights.architecture import describe, model_settings
 from ppn_jax.weights.initial import with_weights
+from ppn_jax.weights.postprocessing import compare
 from ppn_jax.weights.read import WeightFile, read_weights
 
 KINDS = ('auto', 'detector', 'backbone')
@@ -33,15 +37,63 @@ class Import(NamedTuple):
   report: str
 
 
-def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str | pathlib.Path, *,
-               kind: str = 'auto', label_map: str | pathlib.Path | None = None,
-               average: bool = False) -> Import:
-  """Creates a run at step 0 from a TensorFlow checkpoint, a frozen graph or a Keras file.
+def config_of(file: WeightFile) -> str:
+  """Returns the name of the config for a file's detector.
 
-  Nothing is written before everything has been checked.
+  Raises:
+    InputError: If the file holds no whole detector.
+  """
+  kind = importer.recognise(file).kind
+  if kind not in ('ppn', 'ssd'):
+    raise InputError(f'{file.path} looks like {importer.recognise(file).description}, for which '
+                     'there is no config; give --config')
+  return f'{kind}_mobilenet_v1_coco_reference'
+
+
+def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
+               ) -> tuple[ConfigDict, str]:
+  """Returns a config with what the file tells about its model, and a line on the changes.
 
   Args:
-    checkpoint: path of the weights, see `weights.read.read_weights`.
+    config: a config of a model of the same kind.
+    file: the weights.
+    given: dotted keys, or blocks of them, that stay as they are.
+  """
+  settings = model_settings({name: tensor.shape for name, tensor in file.tensors.items()})
+  if file.image_size and importer.recognise(file).kind == 'ssd':
+    settings['model.image_size'] = file.image_size
+  if file.postprocessing is not None:
+    columns = importer.class_columns(file)
+    settings['model.background_column'] = (
+        file.postprocessing.options.get('num_classes', columns - 1) < columns)
+    if file.postprocessing.score_activation:
+      settings['model.score_activation'] = file.postprocessing.score_activation
+  changed = {}
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for key, value in settings.items():
+      block, _, name = key.rpartition('.')
+      holder = config
+      for part in block.split('.'):
+        holder = holder[part]
+      kept = any(key == other or key.startswith(f'{other}.') for other in given)
+      if not kept and name in holder and holder[name] != value:
+        holder[name] = changed[key] = value
+  return config.lock(), f'set from the file: {describe(changed)}' if changed else ''
+
+
+def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,
+               workdir: str | pathlib.Path, *, kind: str = 'auto',
+               label_map: str | pathlib.Path | None = None,
+               average: bool = False) -> Import:
+  """Creates a run at step 0 from a file of TensorFlow's or Keras' weights.
+
+  Nothing is written before everything has been checked. Batch norm that was folded into
+  convolutions becomes one that only adds the bias; training puts it back, see
+  `training.batch_norm`.
+
+  Args:
+    checkpoint: the weights, or their path, see `weights.read.read_weights`.
     config: config of the model; `model.num_classes` 0 uses the number of classes in the file.
     workdir: a new folder.
     kind: 'detector' imports every variable; 'backbone' only the backbone's and initialises the
@@ -59,11 +111,11 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
       raise InputError(f'init.{key}={config.init[key]} is for new runs of `ppn train`; an import '
                        'reads --checkpoint only')
   _check_new(storage.folder_path(workdir))
-  if is_weights_file(checkpoint):
+  if not isinstance(checkpoint, WeightFile) and is_weights_file(checkpoint):
     raise InputError(f'{checkpoint} is a weights file, which needs no import; use it as it is by '
                      f'--model, or train from it with --config.init.weights={checkpoint}')
-  file = read_weights(checkpoint)
-  contents = names.recognise(file.tensors)
+  file = checkpoint if isinstance(checkpoint, WeightFile) else read_weights(checkpoint)
+  contents = importer.recognise(file)
   if contents.kind == 'unknown':
     raise InputError(f'{file.path} looks like {contents.description}; supported: a PPN or SSD '
                      "detector of the TF Object Detection API, slim's or Keras' MobileNet-v1")
@@ -80,6 +132,14 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
   else:
     imported = importer.import_backbone(file, like, average=average)
     state = with_weights(jit_init(detector, optimizer, mesh)(config.seed), imported.variables)
+  lines = [*str(imported.report).splitlines(), line]
+  if folded := folded_norm.folded_layers(imported.variables):
+    folded_norm.check_epsilon(folded, config.model.layers.norm_epsilon)
+    lines.append(f'batch norm of {len(folded)} layers is folded; a training from this run puts it '
+                 'back')
+  if kind == 'detector' and file.postprocessing is not None:
+    lines += compare(file.postprocessing, detector.anchors, config.postprocess)
+  run = _with_report(run, lines)
   # The checkpoint is saved before the config: a run without a checkpoint would be trained from
   # random weights.
   with Ownership(run.workdir, 'training'):
@@ -87,7 +147,15 @@ def import_run(checkpoint: str | pathlib.Path, config: ConfigDict, workdir: str 
     with run.checkpoints(read_only=False) as checkpoints:
       checkpoints.save(0, state)
     run.save()
-  return Import(run, f'{imported.report}\n{line}')
+  return Import(run, '\n'.join(lines))
+
+
+def _with_report(run: Run, lines: list[str]) -> Run:
+  """Returns a run whose config tells where its weights come from."""
+  config = run.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.init.report = tuple(line.strip() for line in lines)
+  return dataclasses.replace(run, config=config.lock())
 
 
 def _check_new(workdir: storage.Path) -> None:
@@ -109,7 +177,7 @@ def _categories(file: WeightFile, config: ConfigDict, label_map: str | pathlib.P
     count = importer.class_columns(file) - 1
     if count < 1:
       raise InputError(f'{file.path} has no class column other than the background')
-  return labels.detector_categories(count, label_map)
+  return labels.detector_categories(count, label_map, names=file.labels)
 
 
 def _fresh_categories(file: WeightFile, config: ConfigDict, label_map: str | pathlib.Path | None

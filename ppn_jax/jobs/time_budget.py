@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from ppn_jax import storage
@@ -182,7 +183,7 @@ def make_plan(config: ConfigDict, budget: TimeBudget, state: TrainState, start: 
   Args:
     config: Config of the run.
     budget: Its budget.
-    state: State after step `start`; it is donated to the steps.
+    state: State after step `start`; steps are taken on a copy.
     start: Number of steps taken before.
     train_step: Jitted step: (state, *input) -> (state, StepMetrics).
     pipeline: Input of the steps.
@@ -199,6 +200,8 @@ def make_plan(config: ConfigDict, budget: TimeBudget, state: TrainState, start: 
       raise notice.end('no step was taken, the workdir is unchanged')
 
   logger.info(f'train.minutes={config.train.minutes:g}: measuring how many steps fit')
+  # Steps donate their state.
+  state = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)
   compiled = train_step.lower(state, *pipeline.arguments()).compile()
   coordination.wait_for_all()
   limit = min(_TIMING_SHARE * budget.left, _MAX_TIMING_SECONDS)

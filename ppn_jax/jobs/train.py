@@ -23,6 +23,7 @@ from ppn_jax.data.repeats import describe_repeats
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
+from ppn_jax.detector import Detector
 from ppn_jax.distributed import coordination, failures, sharding
 from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
@@ -38,10 +39,12 @@ from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.telemetry.metrics import MetricsWriter, first_loss, has_evaluation
 from ppn_jax.telemetry.metrics import read as read_metrics
 from ppn_jax.telemetry.progress import Progress, duration
-from ppn_jax.training.input_pipeline import build_input_pipeline
+from ppn_jax.training.batch_norm import restore_batch_norm
+from ppn_jax.training.input_pipeline import build_input_pipeline, sample_images
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import EarlyStopping, best_step
 from ppn_jax.training.train_step import abstract_state, jit_init
+from ppn_jax.weights.folded_norm import check_epsilon, folded_layers
 from ppn_jax.weights.initial import initial_weights, with_weights
 from ppn_jax.weights.transfer import TransferredWeights
 
@@ -139,10 +142,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
           logger.warning(f'init.{key}={config.init[key]} is ignored: the run has weights already')
     if initial is not None:
       logger.info(f'starting from {initial.report}')
-    # The optimizer's schedule does not matter to the first state.
-    first_state = functools.partial(_first_state, jit_init(detector, optimizer, mesh), config.seed,
-                                    initial)
-    state = first_state() if state is None else state
+    if state is None:
+      state = _first_state(jit_init(detector, optimizer, mesh), config.seed, initial)
+    if not start:
+      run, state = _with_batch_norm(run, state, source, config.init.norm_images)
     if config.train.minutes and not plan:
       if ending or start >= config.train.steps:
         plan = time_budget.Plan(config.train.minutes, start, 0.0, 0.0)
@@ -150,7 +153,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
         plan = time_budget.make_plan(
             config, budget, state, start, pipeline.jit_step(detector, optimizer), pipeline,
             evaluator, notice, Progress(config.train.steps))
-        state = checkpoints.restore(abstract, start) if start else first_state()
       config = time_budget.with_planned_steps(asked, plan)
       run = _with_steps(run, config.train.steps)
       optimizer = run.optimizer()
@@ -294,6 +296,44 @@ def _with_steps(run: Run, steps: int) -> Run:
   config = run.config.copy_and_resolve_references().unlock()
   config.train.steps = steps
   return dataclasses.replace(run, config=config.lock())
+def _with_batch_norm(run: Run, state: TrainState, source: Source, count: int
+                     ) -> tuple[Run, TrainState]:
+  """Puts batch norm back into layers that it is folded into; returns the run with a report of it.
+
+  Args:
+    run: The run.
+    state: Its state before the first step.
+    source: Training data.
+    count: Number of training images to take the statistics from; 0 changes nothing.
+
+  Raises:
+    InputError: If images cannot be read.
+  """
+  layers = folded_layers(state.variables)
+  if not layers:
+    return run, state
+  what = f'batch norm of {len(layers)} layers was folded into their kernels'
+  if not count:
+    logger.warning(f'{what}, and with init.norm_images=0 batch statistics will rescale them')
+    return run, state
+  check_epsilon(layers, run.config.model.layers.norm_epsilon)
+  restored = restore_batch_norm(_in_float32(run), state.variables, layers,
+                                sample_images(run.config, source, count))
+  line = (f'{what}: put back from {count:,} training images; {restored.still:,} of '
+          f'{restored.channels:,} channels never move')
+  logger.info(line)
+  report = tuple(run.config.init.report)
+  if line not in report:  # It is there after a kill before the first checkpoint.
+    run = _with_init(run, run.config.init, report=(*report, line))
+  return run, with_weights(state, restored.variables)
+
+
+def _in_float32(run: Run) -> Detector:
+  """Builds the detector of a run with layers that compute in float32."""
+  config = run.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.layers.dtype = 'float32'
+  return dataclasses.replace(run, config=config.lock()).detector()
 
 
 def _with_init(run: Run, init: ConfigDict, **changes: Any) -> Run:

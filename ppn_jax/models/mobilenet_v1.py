@@ -21,13 +21,16 @@ class MobileNetV1(nn.Module):
   Conv2d_3_depthwise/depthwise_weights, its `norm` that layer's BatchNorm.
 
   Attributes:
-    depth_multiplier: factor of every channel count, which is at least 8.
+    depth_multiplier: factor of every channel count.
     last_block: number of blocks. PPN reads nothing beyond 11, the last block of stride 16; SSD
       needs 13.
+    min_depth: least channel count, whatever the multiplier; 16 in the TF Object Detection API's
+      configs, which matters below a multiplier of 0.5.
     policy: see LayerPolicy.
   """
   depth_multiplier: float = 1.0
   last_block: int = 11
+  min_depth: int = MIN_DEPTH
   policy: LayerPolicy = LayerPolicy()
 
   def __post_init__(self):
@@ -35,6 +38,8 @@ class MobileNetV1(nn.Module):
       raise InputError(f'backbone: depth_multiplier {self.depth_multiplier} must be positive')
     if self.last_block not in range(1, len(BLOCKS) + 1):
       raise InputError(f'backbone: last_block {self.last_block} must be 1 to {len(BLOCKS)}')
+    if self.min_depth < 1:
+      raise InputError(f'backbone: min_depth {self.min_depth} must be at least 1')
     super().__post_init__()
 
   @nn.compact
@@ -55,4 +60,4 @@ class MobileNetV1(nn.Module):
     return features
 
   def _depth(self, depth: int) -> int:
-    return max(int(depth * self.depth_multiplier), MIN_DEPTH)
+    return max(int(depth * self.depth_multiplier), self.min_depth)

@@ -64,7 +64,7 @@ class ConvPyramid(nn.Module):
 
   Attributes:
     strides: strides of the backbone's maps to use, in input pixels per cell, finest first.
-    depths: depth of each further level, even numbers.
+    depths: depth of each further level; half of it is rounded down.
     policy: see LayerPolicy.
   """
   strides: tuple[int, ...] = (16, 32)
@@ -73,8 +73,8 @@ class ConvPyramid(nn.Module):
 
   def __post_init__(self):
     _check_strides(self.strides)
-    if any(depth < 2 or depth % 2 for depth in self.depths):
-      raise InputError(f'neck: depths {tuple(self.depths)} must be even numbers of at least 2')
+    if any(depth < 2 for depth in self.depths):
+      raise InputError(f'neck: depths {tuple(self.depths)} must be at least 2')
     super().__post_init__()
 
   @nn.compact

@@ -1,5 +1,6 @@
 """The input of training: batches from the host, or drawn from the devices' own memory."""
 
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -34,6 +36,8 @@ T = TypeVar('T')
 # How often a thread that waits for space in its queue checks whether it is still needed, in
 # seconds.
 _POLL_SECONDS = 0.1
+
+_SAMPLE_BATCH = 16  # Images of `sample_images` at a time.
 
 
 class Prefetcher(Generic[T]):
@@ -213,6 +217,35 @@ class ResidentPipeline:
         on_images=lambda done: progress.advance(start, f'loading: {done:,}/{count:,} images'))
     logger.info(f'loaded in {duration(time.perf_counter() - started)}')
     return data
+
+
+def sample_images(config: ConfigDict, source: Source, count: int) -> Iterator[np.ndarray]:
+  """Yields the first images of training, with their augmentation, the same in every process.
+
+  Args:
+    config: config of the run.
+    source: training data.
+    count: number of images.
+
+  Yields:
+    u8 [B, S, S, 3]; the B add up to `count`.
+
+  Raises:
+    InputError: If images cannot be read.
+  """
+  data = config.data
+  transforms = build_transforms(data.transforms)
+  bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
+  with contextlib.closing(train_batches(
+      source, transforms=transforms, image_size=config.model.image_size,
+      max_boxes=required_boxes(source, data.max_boxes, transforms),
+      batch_size=min(count, _SAMPLE_BATCH), seed=config.seed, threads=data.threads,
+      resize=data.resize, reduced_decoding=data.reduced_decoding, bad=bad)) as batches:
+    left = count
+    while left > 0:
+      images = next(batches).images[:left]
+      left -= len(images)
+      yield images
 
 
 def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh

@@ -7,7 +7,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ppn_jax.errors import InputError
+from ppn_jax.models.mobilenet_v1 import MIN_DEPTH
 from ppn_jax.weights import labels, names
+from ppn_jax.weights.architecture import describe, model_settings
 from ppn_jax.weights.read import WeightFile
 from ppn_jax.weights.transfer import PretrainedWeights
 
@@ -56,6 +58,12 @@ class ImportedWeights(NamedTuple):
   report: ImportReport
 
 
+def recognise(file: WeightFile) -> names.Contents:
+  """Returns which known network a file holds."""
+  contents = names.recognise(file.tensors)
+  return contents._replace(description=file.description or contents.description)
+
+
 def import_detector(file: WeightFile, like: Mapping[str, Any], *, average: bool = False
                     ) -> ImportedWeights:
   """Imports all variables of a detector from a checkpoint of the TF Object Detection API.
@@ -69,7 +77,7 @@ def import_detector(file: WeightFile, like: Mapping[str, Any], *, average: bool 
     InputError: If the file holds a different network, lacks a variable, has one that the detector
       lacks, or one whose shape differs or whose values are not finite.
   """
-  contents, shapes = names.recognise(file.tensors), _shapes(like)
+  contents, shapes = recognise(file), _shapes(like)
   kind = names.detector_kind(shapes)
   if kind not in ('ppn', 'ssd'):
     raise InputError(f'only PPN and SSD can be imported as whole detectors, not '
@@ -93,7 +101,7 @@ def import_backbone(file: WeightFile, like: Mapping[str, Any], *, average: bool 
 
   Args and errors are those of `import_detector`. Variables that the backbone lacks are unused.
   """
-  contents, shapes = names.recognise(file.tensors), _shapes(like)
+  contents, shapes = recognise(file), _shapes(like)
   if contents.kind == 'unknown':
     raise InputError(_unknown(file, contents))
   shapes = {path: shape for path, shape in shapes.items() if path[1] == 'backbone'}
@@ -115,7 +123,7 @@ def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeig
   Raises:
     InputError: If the file holds no known network, or one without its batch norm.
   """
-  contents, shapes = names.recognise(file.tensors), _shapes(like)
+  contents, shapes = recognise(file), _shapes(like)
   if contents.kind == 'unknown':
     raise InputError(_unknown(file, contents))
   name_of = _backbone_names(contents)
@@ -126,16 +134,36 @@ def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeig
   if _is_folded(file, missing) and not any(path[-2] == 'norm' for path in sources):
     raise InputError(_missing(file, contents, missing, len(shapes)))
   values = {path: _value(file, name, path) for path, name in sources.items()}
+  wanted = _settings_that_differ(file, shapes)
+  if any(key.startswith('model.backbone.') for key in wanted):
+    raise InputError(f'{file.path} ({contents.description}) does not fit the backbone of this '
+                     f'config; set {describe(wanted)}')
   categories, unnamed = (), ''
   if contents.kind in ('ppn', 'ssd', 'fpn'):
     unnamed = ('the file does not name its classes: import it with a --label_map and start from '
                'that run')
-    if any(path[-1] == 'class_bias' for path in sources) and (
-        class_columns(file) == labels.COCO_CLASSES + 1):
-      categories, _ = labels.detector_categories(labels.COCO_CLASSES, None)
-      unnamed = "the file's 90 classes are taken to be COCO's"
-  return PretrainedWeights(file.path, contents.description, values, categories, unnamed,
+    if any(path[-1] == 'class_bias' for path in sources):
+      columns = class_columns(file)
+      if file.labels and columns - len(file.labels) in (0, 1):
+        categories, _ = labels.detector_categories(len(file.labels), None, names=file.labels)
+        unnamed = ''
+      elif columns == labels.COCO_CLASSES + 1:
+        categories, _ = labels.detector_categories(labels.COCO_CLASSES, None)
+        unnamed = "the file's 90 classes are taken to be COCO's"
+  description = contents.description + (f'; to use all of it set {describe(wanted)}' if wanted
+                                        else '')
+  return PretrainedWeights(file.path, description, values, categories, unnamed,
                            _unused(file, sources.values()))
+
+
+def _settings_that_differ(file: WeightFile, shapes: Mapping[names.Path, tuple[int, ...]]
+                          ) -> dict[str, Any]:
+  """Returns the config entries of a file's model where those of the detector differ."""
+  known = {name.replace('#', '0'): shape for path, shape in shapes.items()
+           if (name := names.detector_name(path)) is not None}
+  here = {'model.backbone.min_depth': MIN_DEPTH} | model_settings(known)
+  there = model_settings({name: tensor.shape for name, tensor in file.tensors.items()})
+  return {key: value for key, value in there.items() if key in here and here[key] != value}
 
 
 def _backbone_names(contents: names.Contents) -> Callable[[names.Path], str | None]:
@@ -150,7 +178,7 @@ def class_columns(file: WeightFile) -> int:
   Raises:
     InputError: If the file has no such head.
   """
-  contents = names.recognise(file.tensors)
+  contents = recognise(file)
   head = ('head', 'level_0') if contents.kind == 'ssd' else ('head',)
   pair = [file.tensors.get(contents.root + names.detector_name(('params', *head, leaf)))
           for leaf in ('class_bias', 'box_bias')]
@@ -233,8 +261,8 @@ def _check_shapes(file: WeightFile, sources: Mapping[names.Path, str],
               f'{"/".join(path)} of the config\'s model is {list(here)}')
       if path[1] == 'head' and path[-1].startswith('class'):
         line += _columns_hint(class_columns(file), path, shapes)
-      elif path[1] == 'backbone' and there[:3] == here[:3]:
-        line += '; does model.backbone.depth_multiplier match the file?'
+      elif wanted := _settings_that_differ(file, shapes):
+        line += f'; set {describe(wanted)}'
       raise InputError(line)
 
 

@@ -31,7 +31,8 @@ _OR_OURS = (', or the workdir of a run (WORKDIR, WORKDIR@STEP or WORKDIR@best), 
 
 
 def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, weights: str = '',
-                    backbone: str = '', report: Sequence[str] = ()) -> TransferredWeights | None:
+                    backbone: str = '', norm_images: int = 256,
+                    report: Sequence[str] = ()) -> TransferredWeights | None:
   """Reads the weights that the config block `init` names, and selects what fits the detector.
 
   Args:
@@ -39,12 +40,15 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
     categories: the detector's classes, in order of label.
     weights: the weights to start from: the workdir of a run ('WORKDIR' for its newest step,
       'WORKDIR@2000', or 'WORKDIR@best' for the step with the highest AP), a weights file of
-      `ppn export --format=weights`, a TensorFlow checkpoint or frozen graph, or a Keras file; ''
-      starts from random values. Every variable with the same
-      path and shape is used, batch norm statistics included, from the moving average if the run
-      keeps one. Class columns are matched by class name. All other variables stay random.
+      `ppn export --format=weights`, a TensorFlow checkpoint or frozen graph, a TFLite file, or a
+      Keras file; '' starts from random values. Every variable with the same path and shape is used,
+      batch norm statistics included, from the moving average if the run keeps one. Class columns
+      are matched by class name. All other variables stay random.
     backbone: as `weights`, for the backbone alone. If it is a file, the whole backbone must fit.
       The paper starts from one trained on ImageNet (section 4.1).
+    norm_images: number of training images from which batch norm is put back where the weights have
+      it folded into convolutions, as TFLite files have; 0 leaves it a mere addition of the bias,
+      which batch statistics of training then replace.
     report: which weights were used, unused and random. The run writes it to config.json; it is
       not read.
 
@@ -56,6 +60,8 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
       `read_workdir`, `read_shared` and `import_backbone`.
   """
   del report
+  if norm_images < 0:
+    raise InputError(f'init.norm_images={norm_images} must be a number of images, or 0')
   for key, path in (('weights', weights), ('backbone', backbone)):
     if not isinstance(path, str):
       raise InputError(f'init.{key}={path!r} is not a path')

@@ -6,7 +6,7 @@ class with id k + 1 there. Ids may have gaps; unused ids have columns too.
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from google.protobuf import text_format
 
@@ -65,9 +65,15 @@ def read_label_map(path: str | pathlib.Path) -> tuple[Category, ...]:
   return tuple(Category(*pair) for pair in sorted(names.items()))
 
 
-def detector_categories(count: int, label_map: str | pathlib.Path | None
-                        ) -> tuple[tuple[Category, ...], str]:
+def detector_categories(count: int, label_map: str | pathlib.Path | None, *,
+                        names: Sequence[str] = ()) -> tuple[tuple[Category, ...], str]:
   """Returns the categories of a detector's `count` labels, and a line on the origin of the names.
+
+  Args:
+    count: number of labels.
+    label_map: file with names, which takes precedence; None for none.
+    names: names in the file of the weights in order of label, '' for ids that are not used; they
+      are ignored unless there are `count`.
 
   Raises:
     InputError: As `read_label_map`, or if an id exceeds `count`.
@@ -79,6 +85,10 @@ def detector_categories(count: int, label_map: str | pathlib.Path | None
                        f'model has {count} classes')
     return (_of_ids(count, dict(known), 'N/A'),
             f'{len(known)} of {count} classes named by {label_map}')
+  if len(names) == count:
+    known = {i: name for i, name in enumerate(names, start=1) if name}
+    return (_of_ids(count, known, 'N/A'),
+            f'{len(known)} of {count} classes named by the metadata of the file')
   if count == COCO_CLASSES:
     return (_of_ids(count, COCO_NAMES, 'N/A'),
             "90 classes, taken to be COCO's; others need --label_map")

@@ -9,13 +9,16 @@ from google.protobuf import text_format
 
 from ppn_jax.errors import InputError
 from ppn_jax.storage import local_path
+from ppn_jax.weights.folded_norm import unfold
 from ppn_jax.weights.frozen_graph import read_frozen_graph
 from ppn_jax.weights.keras import HDF5_MAGIC, read_keras_file
 from ppn_jax.weights.tf_bundle import MAGIC, read_tf_bundle
 from ppn_jax.weights.tf_protos import CheckpointState
+from ppn_jax.weights.tflite_file import MAGIC as TFLITE_MAGIC
+from ppn_jax.weights.tflite_network import PostProcessing, read_tflite_network
 
-LEGAL = ('give the PREFIX of a TensorFlow checkpoint (PREFIX.index), a frozen graph (.pb) or a '
-         'Keras file (.h5, .keras)')
+LEGAL = ('give the PREFIX of a TensorFlow checkpoint (PREFIX.index), a frozen graph (.pb), a '
+         'TFLite file (.tflite) or a Keras file (.h5, .keras)')
 
 
 class WeightFile(NamedTuple):
@@ -23,12 +26,20 @@ class WeightFile(NamedTuple):
 
   Fields:
     path: path, for messages.
-    kind: 'checkpoint', 'frozen graph' or 'Keras file'.
+    kind: 'checkpoint', 'frozen graph', 'TFLite file' or 'Keras file'.
     tensors: NumPy arrays by name.
+    description: the network in words, if the file tells more than its names; '' otherwise.
+    image_size: side of the network's input in pixels, 0 if the file does not tell.
+    labels: class names of a detector in order of label, '' for unused ids; () if unknown.
+    postprocessing: what follows the network of a detector in a TFLite file; None for others.
   """
   path: str
   kind: str
   tensors: dict[str, np.ndarray]
+  description: str = ''
+  image_size: int = 0
+  labels: tuple[str, ...] = ()
+  postprocessing: PostProcessing | None = None
 
 
 def read_weights(path: str | pathlib.Path) -> WeightFile:
@@ -36,7 +47,11 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
 
   Args:
     path: PREFIX or PREFIX.index of a checkpoint, a folder with a `checkpoint` file or exactly one
-      checkpoint, a frozen graph (.pb), or a Keras file (.h5, .hdf5, .keras).
+      checkpoint, a frozen graph (.pb), a TFLite file (.tflite), or a Keras file (.h5, .hdf5,
+      .keras).
+
+  Where batch norm is folded into convolutions, one that only adds the bias takes its place, see
+  `folded_norm`.
 
   Raises:
     InputError: If there is no such file, or it has an unknown format or is damaged.
@@ -45,7 +60,10 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
   if path.is_dir():
     path = _checkpoint_in(path)
   if path.suffix == '.pb':
-    return WeightFile(str(path), 'frozen graph', read_frozen_graph(path))
+    return WeightFile(str(path), 'frozen graph', unfold(_single_scopes(read_frozen_graph(path))))
+  if path.suffix in ('.tflite', '.lite'):
+    network = read_tflite_network(path)
+    return WeightFile(str(path), 'TFLite file', unfold(network.tensors), *network[:1], *network[2:])
   if path.suffix in ('.h5', '.hdf5', '.keras'):
     return WeightFile(str(path), 'Keras file', read_keras_file(path))
   prefix = path.with_name(re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', path.name))
@@ -55,7 +73,13 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
     raise InputError(f'{path}: no file {prefix.name}.index beside it; {LEGAL}')
   if not prefix.with_name(prefix.name + '.index').exists():
     raise InputError(f'no checkpoint at {path}; {LEGAL}')
-  return WeightFile(str(prefix), 'checkpoint', read_tf_bundle(prefix))
+  return WeightFile(str(prefix), 'checkpoint', _single_scopes(read_tf_bundle(prefix)))
+
+
+def _single_scopes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Renames the layers of newer detectors, in which the backbone has its scope twice."""
+  return {name.replace('MobilenetV1/MobilenetV1/', 'MobilenetV1/'): tensor
+          for name, tensor in tensors.items()}
 
 
 def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
@@ -91,6 +115,8 @@ def _looks_like(path: pathlib.Path) -> str:
   if end == MAGIC:
     return ("a TensorFlow V1 checkpoint, which is not supported; save it again with "
             'tf.train.Saver(write_version=tf.train.SaverDef.V2)')
+  if start[4:8] == TFLITE_MAGIC:
+    return 'a TFLite file; rename it to .tflite'
   if start == HDF5_MAGIC:
     return 'an HDF5 file; rename it to .h5'
   if start[:2] == b'\x1f\x8b':

@@ -288,7 +288,7 @@ def test_per_level_head_equals_plain_convolutions_of_each_level():
     ({'anchors_per_cell': (2, 0)}, 'anchors_per_cell'),
     ({'anchors_per_cell': (3, 6, 6)}, 'reduce_lowest_level=False'),
     ({'neck': {'name': 'conv_pyramid', 'strides': (16, 64)}}, 'must double'),
-    ({'neck': {'name': 'conv_pyramid', 'depths': (7,)}}, 'even numbers'),
+    ({'neck': {'name': 'conv_pyramid', 'depths': (1,)}}, 'must be at least 2'),
     ({'neck': {'name': 'feature_pyramid', 'num_levels': 1}}, 'num_levels 1 is below'),
     ({'head': {'name': 'per_level_box_predictor', 'side': 2}}, 'side 2'),
 ])

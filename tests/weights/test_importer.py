@@ -165,7 +165,7 @@ def test_unknown_layers_are_rejected(golden, like, name):
     ({'neck.projection': 64}, r'missing: .*Base_Conv2d_1x1_\{depth\}'),
     ({'neck.num_levels': 5}, 'no place for 4 of its variables'),
     ({'backbone.last_block': 8}, 'no place for 10 of its variables: .*Conv2d_9_depthwise'),
-    ({'backbone.depth_multiplier': 0.5}, 'does model.backbone.depth_multiplier match the file'),
+    ({'backbone.depth_multiplier': 0.5}, 'set model.backbone.depth_multiplier=1.0'),
     ({'background_column': False}, 'set model.background_column=True'),
     ({'num_classes': 91}, 'set model.num_classes=90 if the first'),
     ({'num_classes': 20}, 'which are 91 and 21 class columns .* set model.num_classes to 0'),

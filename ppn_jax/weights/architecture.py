@@ -1,0 +1,94 @@
+"""Finds the config entries of a network from the shapes of its weights."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ppn_jax.models.mobilenet_v1 import BLOCKS, MIN_DEPTH, STEM
+from ppn_jax.weights import names
+
+_MULTIPLIERS = (1.0, 0.75, 0.5, 0.25, 1.4, 0.35)  # The usual ones.
+_OTHER_MIN_DEPTH = 16  # `min_depth` in the Object Detection API's configs; slim's is 8.
+
+
+def depth_multiplier(features: Sequence[int]) -> tuple[float, int] | None:
+  """Returns the depth multiplier and least depth that give a MobileNet-v1 its channels.
+
+  Args:
+    features: channels of the stem and of blocks 1, 2 and so on.
+
+  Returns:
+    (multiplier, least depth), the usual ones if several fit; None if none do.
+  """
+  depths = [STEM, *(depth for depth, _ in BLOCKS)][:len(features)]
+  if not features or len(depths) < len(features):
+    return None
+  quotients = sorted({count / depth for depth, count in zip(depths, features, strict=True)})
+  for multiplier in (*_MULTIPLIERS, *quotients):
+    for least in (MIN_DEPTH, _OTHER_MIN_DEPTH):
+      if list(features) == [max(int(depth * multiplier), least) for depth in depths]:
+        return multiplier, least
+  return None
+
+
+def model_settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+  """Returns the config entries that the shapes of a known network's weights imply.
+
+  Args:
+    shapes: shapes of the weights by name, see `names`.
+
+  Returns:
+    Values by dotted key, such as {'model.backbone.depth_multiplier': 0.75}. Keys are left out where
+    the shapes imply nothing.
+  """
+  contents = names.recognise(shapes)
+  if contents.kind == 'unknown':
+    return {}
+  settings: dict[str, Any] = {}
+  fitting = depth_multiplier(_backbone_features(shapes, contents))
+  if fitting is not None:
+    settings['model.backbone.depth_multiplier'], least = fitting
+    if least != MIN_DEPTH:
+      settings['model.backbone.min_depth'] = least
+  if contents.kind == 'ssd':
+    settings |= _ssd_settings(shapes, contents.root)
+  if contents.kind == 'ppn':
+    tower = shapes.get(contents.root + str(names.detector_name(('params', 'head', 'tower_kernel'))))
+    if tower is not None and len(tower) == 4:
+      settings['model.head.depth'] = int(tower[-1])
+  return settings
+
+
+def _backbone_features(shapes: Mapping[str, tuple[int, ...]], contents: names.Contents
+                       ) -> list[int]:
+  """Returns the output channels of the stem and of the blocks that follow without a gap."""
+  name_of = {'keras': names.keras_name, 'slim': names.slim_name}.get(
+      contents.kind, names.detector_name)
+  paths = [('params', 'backbone', 'conv2d_0', 'kernel'),
+           *(('params', 'backbone', f'conv2d_{i}', 'pointwise', 'kernel')
+             for i in range(1, len(BLOCKS) + 1))]
+  kernels = (shapes.get(contents.root + str(name_of(path))) for path in paths)
+  return [int(kernel[-1]) for kernel in itertools.takewhile(
+      lambda kernel: kernel is not None and len(kernel) == 4, kernels)]
+
+
+def _ssd_settings(shapes: Mapping[str, tuple[int, ...]], root: str) -> dict[str, Any]:
+  depths = {}
+  for name, shape in shapes.items():
+    found = re.search(r'Conv2d_\d+_pointwise_2_Conv2d_(\d+)_3x3_s2_\d+/weights$', name)
+    if found and len(shape) == 4:
+      depths[int(found[1])] = int(shape[-1])
+  settings: dict[str, Any] = {}
+  if depths:
+    settings['model.neck.depths'] = tuple(depths[i] for i in sorted(depths))
+  box = shapes.get(f'{root}BoxPredictor_0/BoxEncodingPredictor/weights')
+  if box is not None and len(box) == 4:
+    settings['model.head.side'] = int(box[0])
+  return settings
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+  """Writes entries as they are given on the command line: 'model.neck.depths=384,192'."""
+  return ' '.join(f'{key}={",".join(map(str, value)) if isinstance(value, tuple) else value}'
+                  for key, value in settings.items())
