@@ -31,6 +31,8 @@ from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.telemetry.metrics import MetricsWriter, first_loss, has_evaluation
 from ppn_jax.telemetry.progress import Progress
 from ppn_jax.training.input_pipeline import build_input_pipeline
+from ppn_jax.training.optimizer import Optimizer
+from ppn_jax.training.parameter_paths import trainable
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.initial import initial_weights, with_weights
@@ -103,7 +105,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     if start >= config.train.steps and not must_evaluate:
       logger.info(f'nothing to do: {run.workdir} is trained to step {start:,} already')
       return None
-    logger.info(_describe(run, abstract, source, mesh))
+    logger.info(_describe(run, abstract, optimizer, source, mesh))
+    if optimizer.freeze and latest is None and initial is None:
+      logger.warning(f'optim.freeze={optimizer.freeze} freezes random values, since neither '
+                     'init.weights nor init.backbone is given')
     if kept_back := describe_fraction(config, source):
       logger.info(kept_back)
     for line in dict.fromkeys([*found.lines, *(
@@ -195,12 +200,15 @@ def _check_fraction(earlier: Run, config: ConfigDict) -> None:
         'workdir, or --config.train.evaluate_every=0 --config.data.eval_fraction=0')
 
 
-def _describe(run: Run, state: TrainState, source: Source, mesh: Mesh) -> str:
-  config = run.config
-  count = sum(p.size for p in jax.tree.leaves(state.variables['params']))
+def _describe(run: Run, state: TrainState, optimizer: Optimizer, source: Source, mesh: Mesh
+              ) -> str:
+  config, params = run.config, state.variables['params']
+  count, trained = (sum(p.size for p in jax.tree.leaves(tree))
+                    for tree in (params, trainable(params, optimizer.freeze)))
+  of_them = f' ({trained:,} trained)' if trained < count else ''
   device = mesh.devices.flat[0].device_kind
-  return (f'{config.model.neck.name} on {config.model.backbone.name}, {count:,} parameters, '
-          f'{len(run.categories)} classes, {config.model.image_size} px; {len(source):,} images, '
+  return (f'{config.model.neck.name} on {config.model.backbone.name}, '
+          f'{count:,} parameters{of_them}, {len(run.categories)} classes, {config.model.image_size} px; {len(source):,} images, '
           f'batch {config.train.batch_size}, on {mesh.size} x {device}')
 
 

@@ -95,14 +95,14 @@ def _modules(paths: Iterable[Path]) -> Iterator[Path]:
 
 def merged(tree: Mapping[str, Any], part: Mapping[str, Any]) -> Mapping[str, Any]:
   """Returns a tree with some of its leaves replaced by those of `part`."""
-  return unflatten_dict({**flatten_dict(tree), **flatten_dict(part)})
+  return unflatten_dict({**flatten_dict(tree, keep_empty_nodes=True), **flatten_dict(part)})
 
 
 def part_of(tree: Mapping[str, Any], like: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Returns the leaves of a tree whose paths are those of `like`."""
-  wanted = flatten_dict(like)
-  return unflatten_dict({path: leaf for path, leaf in flatten_dict(tree).items()
-                         if path in wanted})
+  """Returns the tree of the leaves whose paths are those of `like`, which may have empty parts."""
+  leaves = flatten_dict(tree)
+  return unflatten_dict({path: leaves.get(path, leaf)
+                         for path, leaf in flatten_dict(like, keep_empty_nodes=True).items()})
 
 
 def changed(after: Mapping[str, Any], before: Mapping[str, Any]) -> Mapping[str, Any]:
