@@ -208,7 +208,8 @@ def _describe(run: Run, state: TrainState, optimizer: Optimizer, source: Source,
   of_them = f' ({trained:,} trained)' if trained < count else ''
   device = mesh.devices.flat[0].device_kind
   return (f'{config.model.neck.name} on {config.model.backbone.name}, '
-          f'{count:,} parameters{of_them}, {len(run.categories)} classes, {config.model.image_size} px; {len(source):,} images, '
+          f'{count:,} parameters{of_them}, {len(run.categories)} classes, '
+          f'{config.model.image_size} px; {len(source):,} images, '
           f'batch {config.train.batch_size}, on {mesh.size} x {device}')
 
 
