@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
@@ -36,6 +37,8 @@ def main() -> int:
   parser.add_argument('--workdir', help='internal: workdir to resume from and save to')
   parser.add_argument('--until', type=int, default=0, help='internal: the last step')
   parser.add_argument('--dtype', default='float64', help='internal: dtype of the activations')
+  parser.add_argument('--entry', action='append', default=[],
+                      help="internal: 'block.key=value' of the config")
   parser.add_argument('--joined', nargs=argparse.REMAINDER, default=[],
                       help='internal: process flags of ppn')
   args = parser.parse_args()
@@ -89,15 +92,26 @@ def differ(one, other) -> float:
 
 
 def run(folder: pathlib.Path, processes: int, steps: int, *, until: int, workdir: str = '',
-        dtype: str = 'float64') -> dict:
-  """Runs several processes together; returns the arrays that the first one writes."""
+        dtype: str = 'float64', entries: Sequence[str] = ()) -> dict:
+  """Runs several processes together; returns the arrays that the first one writes.
+
+  Args:
+    folder: for what they write.
+    processes: number of processes.
+    steps: steps of the run.
+    until: step after which they end.
+    workdir: name of the workdir, to resume from and save to; '' for one of their own.
+    dtype: dtype of the activations.
+    entries: 'block.key=value', changes of the config.
+  """
   import numpy as np
   out = folder / f'{processes}_{until}_{dtype}_{workdir}.npz'
   with socket.socket() as probe:
     probe.bind(('', 0))
     port = probe.getsockname()[1]
   command = [sys.executable, __file__, f'--steps={steps}', f'--out={out}', f'--until={until}',
-             f'--dtype={dtype}', f'--workdir={folder / (workdir or out.stem)}', '--joined',
+             f'--dtype={dtype}', f'--workdir={folder / (workdir or out.stem)}',
+             *(f'--entry={entry}' for entry in entries), '--joined',
              f'--local_devices={DEVICES}']
   together = [f'--coordinator=localhost:{port}', f'--num_processes={processes}']
   # Most of the time is compilation, which does not matter here.
@@ -122,6 +136,7 @@ def run_process(args: argparse.Namespace) -> int:
   import numpy as np
   from tiny import tiny_config
 
+  from ppn_jax.config_files import override
   from ppn_jax.data.source import build_source
   from ppn_jax.distributed import sharding
   from ppn_jax.jobs.evaluator import build_evaluator
@@ -134,7 +149,7 @@ def run_process(args: argparse.Namespace) -> int:
   config.data.eval.num_images = 16
   config.eval.batch_size = BATCH
   source = build_source({'name': 'synthetic_shapes', 'num_images': 20, 'image_size': 64})
-  run = create_run(args.workdir, config.lock(), source.categories)
+  run = create_run(args.workdir, override(config, args.entry), source.categories)
   if jax.process_index() == 0:
     run.save()
   detector, optimizer, mesh = run.detector(), run.optimizer(), sharding.data_mesh()
@@ -145,10 +160,11 @@ def run_process(args: argparse.Namespace) -> int:
     checkpoints.save(args.until, state)
   evaluator = build_evaluator(run, detector, mesh)
   scores = evaluator.score(evaluator.rows(state.best_variables()))
-  leaves = jax.tree.leaves(sharding.to_host(state.variables))
+  leaves = jax.tree_util.tree_leaves_with_path(sharding.to_host(state.variables))
   if jax.process_index() == 0:
     np.savez(args.out, losses=losses, ids=ids, figures=json.dumps(scores._asdict()),
-             **{f'state_{i}': leaf for i, leaf in enumerate(leaves)})
+             **{'state/' + jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+                for path, leaf in leaves})
   return 0
 
 

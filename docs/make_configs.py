@@ -45,7 +45,7 @@ block: `config.train = dict(steps=2, batch_size=2)` keeps `keep_last=3`.
 `optim.warmup_learning_rate`, the learning rate at step 0, may be given instead of
 `optim.warmup_factor`. Configs of earlier versions, and the config.json of their runs, may have
 `cache`, `cache_size`, `resident` and `resident_size` in `data.train`; they are moved to
-`data.cache` and `data.resident`.
+`data.cache` and `data.resident`; `optim.momentum` is now `optim.optimizer.momentum`.
 
 ## On the command line
 
@@ -61,6 +61,10 @@ Every option of a component below can be set, even if the config file does not l
 - Another component: `--config.model.neck.name=conv_pyramid --config.model.neck.depths=256,128`.
   Options that are not given take the defaults of the new component; those of the previous one are
   dropped.
+- Another optimizer or schedule: `--config.optim.optimizer.name=rmsprop`, `=optax:lion`;
+  `--config.optim.schedule.name=step --config.optim.schedule.boundaries=0.6,0.9`.
+- Factors of rates: `"--config.optim.rate_scale={'backbone/*': 0.1, 'head': 2}"`, or one of them,
+  `'--config.optim.rate_scale.backbone/*=0.1'`.
 - A whole block: `"--config.model.neck=dict(name='conv_pyramid', depths=(256, 128))"`.
 
 Literals are numbers, strings, `True`, `False`, `None`, tuples, lists and dictionaries. No
@@ -102,9 +106,10 @@ def _block(name: str, block: ConfigDict, comments: Mapping[str, str]) -> Iterato
     path = f'{name}.{key}'
     if path in config_module.COMPONENTS and key != 'transforms':
       continue
-    if isinstance(value, ConfigDict):
+    if isinstance(value, ConfigDict) and path not in config_module.MAPPINGS:
       inner += _block(path, value, comments)
       continue
+    value = config_module.plain(value)
     rows.append(f'| `{key}` | `{value!r}` | {meanings.get(key) or comments.get(path, "")} |')
   yield f'## `{name}`\n\n| key | default | meaning |\n|---|---|---|\n' + '\n'.join(rows) + '\n'
   yield from inner

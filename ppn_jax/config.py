@@ -24,6 +24,8 @@ COMPONENTS = {
     'model.neck': 'ppn_jax.models.network:NECKS',
     'model.head': 'ppn_jax.models.network:HEADS',
     'loss': 'ppn_jax.detection.losses:LOSSES',
+    'optim.optimizer': 'ppn_jax.training.update_rules:OPTIMIZERS',
+    'optim.schedule': 'ppn_jax.training.schedules:SCHEDULES',
     'data.train': 'ppn_jax.data.source:SOURCES',
     'data.eval': 'ppn_jax.data.source:SOURCES',
     'data.transforms': 'ppn_jax.data.transforms.basic:TRANSFORMS',  # A tuple of blocks.
@@ -42,17 +44,22 @@ FUNCTIONS = {
     'optim': 'ppn_jax.training.optimizer:build_optimizer',
 }
 
+# Blocks whose keys are the user's own -> a legal value.
+MAPPINGS = {'optim.rate_scale': 1.0}
+
 # Keys of earlier versions -> where they are now. Configs and the command line may use them.
 RENAMED = {
     'data.train.cache': 'data.cache.where',
     'data.train.cache_size': 'data.cache.size',
     'data.train.resident': 'data.resident.enabled',
     'data.train.resident_size': 'data.resident.size',
+    'optim.momentum': 'optim.optimizer.momentum',
 }
 
 # Arguments of components that are supplied by the system and cannot be set by the user.
-GIVEN = frozenset({'anchors', 'anchors_per_cell', 'categories', 'class_spec', 'name',
-                   'num_classes', 'outputs', 'parent', 'policy', 'targets'})
+GIVEN = frozenset({'anchors', 'anchors_per_cell', 'categories', 'class_spec', 'learning_rate',
+                   'mask', 'name', 'num_classes', 'outputs', 'parent', 'policy', 'steps', 'targets',
+                   'warmup_factor', 'warmup_steps', 'weight_decay', 'weight_decay_mask'})
 
 
 def base_config() -> ConfigDict:
@@ -73,7 +80,7 @@ def base_config() -> ConfigDict:
           min_scale=0.15, max_scale=0.95, aspect_ratios=(1.0, 2.0, 0.5, 3.0, 0.3333),
           reduce_lowest_level=False),
       layers=dict(  # ppn_jax.models.layers.LayerPolicy
-          dtype='float32', norm_decay=0.97, norm_epsilon=0.001, norm_group_size=0,
+          dtype='float32', norm='batch', norm_decay=0.97, norm_epsilon=0.001, norm_group_size=0,
           conv_form='auto', kernel_stddev=placeholder(float)))  # None: He initialisation.
   config.matching = dict(  # ppn_jax.detection.matching.assign_targets
       matched_iou=0.5, force_match=True, ignore_crowd=True)
@@ -103,9 +110,11 @@ def base_config() -> ConfigDict:
       max_boxes=0,  # Boxes that each image's ground truth is padded to; 0: the largest number.
       threads=0)  # Threads that decode and augment; 0: one for each processor core.
   config.optim = dict(  # ppn_jax.training.optimizer.build_optimizer
+      optimizer=dict(name='sgd', momentum=0.9, nesterov=False),
+      schedule=dict(name='cosine'),
       learning_rate=0.7, rate_batch_size=512, warmup_fraction=0.04,
       warmup_factor=0.1333 / 0.7,  # The reference's 0.1333 beside 0.7.
-      momentum=0.9, weight_decay=4e-5, clip_norm=0.0, ema_decay=0.0,
+      weight_decay=4e-5, clip_norm=0.0, ema_decay=0.0, freeze=(), rate_scale=dict(),
       micro_batches=1, shard_state=False)
   config.train = dict(  # ppn_jax.jobs.train.train
       steps=0,  # Steps of the whole run; must be set. With `minutes` the largest number; 0: any.
@@ -170,21 +179,29 @@ def _with_current_keys(given: dict[str, Any]) -> dict[str, Any]:
   """Moves the entries of `RENAMED` to where they are now."""
   base = plain(base_config())
   for old, new in RENAMED.items():
-    _, block, key = old.split('.')
-    data = given.get('data')
-    if not isinstance(data, dict) or not isinstance(data.get(block), dict) or (
-        key not in data[block]):
+    path, _, key = old.rpartition('.')
+    block = _block_at(given, path)
+    if block is None or key not in block:
       continue
-    value = data[block].pop(key)
-    _, block, key = new.split('.')
-    target = data.setdefault(block, {})
-    if not isinstance(target, dict):
+    value = block.pop(key)
+    path, _, key = new.rpartition('.')
+    default, target = _block_at(base, path)[key], _block_at(given, path, create=True)
+    if target is None:
       continue  # The check of its type follows.
-    if target.get(key, value) not in (value, base['data'][block][key]):
+    if target.get(key, value) not in (value, default):
       raise InputError(f'config.{old}={value!r} is now called config.{new}, which is '
                        f'{target[key]!r}; give one of the two')
     target[key] = value
   return given
+
+
+def _block_at(block: Any, path: str, *, create: bool = False) -> Any:
+  """Returns the block at a dotted path, None if something else or nothing is there."""
+  for name in path.split('.'):
+    if not isinstance(block, dict):
+      return None
+    block = block.setdefault(name, {}) if create else block.get(name)
+  return block if isinstance(block, dict) else None
 
 
 def _complete_block(given: Any, base: dict[str, Any], path: str, unknown: list[str] | None
@@ -192,6 +209,9 @@ def _complete_block(given: Any, base: dict[str, Any], path: str, unknown: list[s
   """Returns a block with the keys of `base` that it lacks, after checking those that it has."""
   if not isinstance(given, dict):
     raise InputError(f'config.{path}={given!r} must be a block, dict(key=value, ...)')
+  if path in MAPPINGS:
+    return {str(key): _checked(value, MAPPINGS[path], f'{path}[{key!r}]')
+            for key, value in given.items()}
   if path in COMPONENTS:
     # A component other than the base's has other options.
     same = given.get('name', base['name']) == base['name']

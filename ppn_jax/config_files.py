@@ -22,6 +22,7 @@ from ppn_jax.config import (
   COMPONENTS,
   FUNCTIONS,
   GIVEN,
+  MAPPINGS,
   RENAMED,
   complete,
   component_table,
@@ -248,6 +249,8 @@ class _Override:
       return options.types.get(key, Any if block.get(key) is None else type(block[key]))
     if f'{path}.{key}' == 'optim.warmup_learning_rate':
       return float
+    if path in MAPPINGS:
+      return type(MAPPINGS[path])
     if key not in block:
       raise InputError(f'unknown config key config.{f"{path}." if path else ""}{key}; '
                        f'{did_you_mean(key, block)}')

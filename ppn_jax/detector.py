@@ -4,10 +4,11 @@ Training, evaluation, export, planning and notebooks all call `Detector.loss` an
 `Detector.detect`; there is no second definition of either.
 """
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -85,12 +86,15 @@ class Detector:
     """Applies the network for inference: batch norm uses its moving averages."""
     return self.network.apply(variables, images, train=False)
 
-  def forward_train(self, variables: Variables, images: Array) -> tuple[Outputs, Variables]:
+  def forward_train(self, variables: Variables, images: Array, *,
+                    frozen: Collection[tuple[str, ...]] = ()) -> tuple[Outputs, Variables]:
     """Applies the network in training; returns (outputs, updated batch_stats).
 
-    Batch norm uses the statistics of the batch and moves its averages towards them.
+    Batch norm uses the statistics of the batch and moves its averages towards them, except in the
+    modules with the paths `frozen`, which are applied as for inference.
     """
-    outputs, updates = self.network.apply(variables, images, train=True, mutable=['batch_stats'])
+    with nn.intercept_methods(_as_for_inference(frozen)) if frozen else contextlib.nullcontext():
+      outputs, updates = self.network.apply(variables, images, train=True, mutable=['batch_stats'])
     return outputs, updates['batch_stats']
 
   def loss(self, outputs: Outputs, ground_truth: GroundTruth) -> DetectionLoss:
@@ -177,6 +181,16 @@ def configured_grid_sizes(
   network = build_network(backbone=backbone, neck=neck, head=head, num_classes=1,
                           anchors_per_cell=(1,), policy=policy)
   return grid_sizes(network, image_size)
+
+
+def _as_for_inference(modules: Collection[tuple[str, ...]]) -> Callable[..., Any]:
+  """Returns a Flax interceptor that calls these modules with `train=False` in any case."""
+  def intercept(function, args, kwargs, context):
+    if kwargs.get('train') and context.module.path in modules:
+      kwargs = {**kwargs, 'train': False}
+    return function(*args, **kwargs)
+
+  return intercept
 
 
 def jit_detect(detector: Detector, mesh: Mesh) -> Callable[[Variables, Array], Detections]:

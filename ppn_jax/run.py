@@ -46,7 +46,7 @@ from ppn_jax.trained_model import (
   trusted_config,
 )
 from ppn_jax.training.optimizer import Optimizer, build_optimizer
-from ppn_jax.training.train_step import abstract_state
+from ppn_jax.training.train_step import abstract_state_to_read
 
 
 class Ending(NamedTuple):
@@ -203,7 +203,7 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
 
   Nothing is built from an earlier run's config, so that its components need not be allowed. The
   new config may differ from it in how to continue (steps, rates, data folders), but not in the
-  model and its classes, which the checkpoints depend on.
+  model, its classes and the optimizer, which the checkpoints depend on.
 
   Args:
     workdir: A new folder, or that of an earlier run; local, or gs://BUCKET/FOLDER.
@@ -220,7 +220,9 @@ def create_run(workdir: str | pathlib.Path, config: ConfigDict,
   if workdir.exists() and not workdir.is_dir():  # pyright: ignore
     raise InputError(f'workdir {workdir} is a file; give a folder, new or of an earlier run')
   if _config_path(workdir).exists():
-    _check_same_model(open_run(workdir), config, categories)
+    earlier = open_run(workdir)
+    _check_same_model(earlier, config, categories)
+    _check_same_optimizer(earlier, config)
   elif any((workdir / 'checkpoints').glob('*')):
     raise InputError(f'workdir {workdir} has checkpoints but no config.json, so what they hold is '
                      'unknown; give a new folder')
@@ -339,6 +341,16 @@ def _check_same_model(run: Run, config: ConfigDict, categories: Sequence[Categor
   check_categories('training data', categories, run.categories)
 
 
+def _check_same_optimizer(run: Run, config: ConfigDict) -> None:
+  """Raises InputError if a run has checkpoints of another optimizer than that of `config`."""
+  there, here = run.config.optim.optimizer.get('name'), config.optim.optimizer.get('name')
+  if there != here and run.saved_steps():
+    raise InputError(
+        f'workdir {run.workdir} was trained with optim.optimizer.name={there!r}, which cannot be '
+        f'changed to {here!r} within a run; start another workdir from it with '
+        f'init.weights={run.workdir}')
+
+
 def _differences(there: Any, here: Any, key: str = '') -> Iterator[tuple[str, Any, Any]]:
   """Yields (dotted key, value there, value here) for every leaf in which two blocks differ."""
   if isinstance(there, dict) and isinstance(here, dict):
@@ -371,7 +383,9 @@ def load_variables(run: Run, detector: Detector, mesh: Mesh, *, step: int | None
   Raises:
     InputError: If the run has no checkpoint, or not this one, or it is damaged or of another model.
   """
-  like = abstract_state(detector, run.optimizer(), mesh)._replace(opt_state=None)
+  optim = run.config.optim
+  like = abstract_state_to_read(detector, mesh, average=bool(optim.ema_decay),
+                                shard_state=optim.shard_state)
   # If it fails in one process, the others must not start to read.
   with sharding.all_or_none(lambda: run.checkpoints(read_only=True)) as checkpoints:
     if step is not None:

@@ -15,6 +15,7 @@ from ppn_jax.config import (
   COMPONENTS,
   FUNCTIONS,
   GIVEN,
+  MAPPINGS,
   base_config,
   complete,
   component_table,
@@ -255,6 +256,10 @@ def test_loading_leaves_no_module_of_the_file_behind(tmp_path):
     ('config.optim = dict(learning_rate=.7)',
      {'optim.rate_batch_size': 512, 'optim.warmup_factor': .1333 / .7}),
     ('config.model.layers = dict(dtype="bfloat16")', {'model.layers.norm_decay': .97}),
+    ('config.optim = dict(momentum=.5)',
+     {'optim.optimizer.momentum': .5, 'optim.optimizer.name': 'sgd'}),
+    ('config.optim.momentum = .5; config.optim.rate_scale["head/*"] = 2.0',
+     {'optim.optimizer.momentum': .5}),
     ('config.loss = dict(alpha=.5)', {'loss.name': 'focal', 'loss.gamma': 2.0}),
     ('config.model.head = dict(depth=64)', {'model.head.name': 'shared_box_predictor'}),
     ('config.data = dict(train=dict(name="tfds", dataset="a"))',
@@ -315,7 +320,8 @@ def test_every_block_is_known():
   blocks = [path for path, value in _entries(base_config()) if isinstance(value, ConfigDict)]
   assert {'model.neck', 'data.cache', 'data.resident'} <= set(blocks)
   # These are read by several functions, or by none that has all of them as arguments.
-  assert set(blocks) - {*FUNCTIONS, *COMPONENTS} == {'data', 'data.resident', 'train', 'eval'}
+  assert set(blocks) - {*FUNCTIONS, *COMPONENTS, *MAPPINGS} == {
+      'data', 'data.resident', 'train', 'eval'}
 
 
 def _entries(block, prefix=''):
@@ -349,8 +355,48 @@ def test_a_config_json_of_0_1_means_the_same():
   now, base = (json.loads(json.dumps(c.to_dict())) for c in (config, base_config()))
   for tree in (now, base):
     del tree['data']['cache'], tree['data']['resident']
+  assert now['optim']['optimizer'] == {
+      'name': 'sgd', 'momentum': written['optim'].pop('momentum'), 'nesterov': False}
+  del now['optim']['optimizer']
   _remove_later_keys(now, written, base)
   assert now == written
+
+
+# Blocks of the optimizer.
+
+
+@pytest.mark.parametrize('entries, expected', [
+    (['optim.momentum=0.5'], {'optim.optimizer.momentum': .5, 'optim.optimizer.name': 'sgd'}),
+    (['optim.optimizer.name=rmsprop', 'optim.momentum=0.5', 'optim.optimizer.epsilon=0.1'],
+     {'optim.optimizer': {'name': 'rmsprop', 'momentum': .5, 'epsilon': .1}}),
+    (['optim.optimizer.name=optax:lion', 'optim.optimizer.b2=0.95'],
+     {'optim.optimizer': {'name': 'optax:lion', 'b2': .95}}),
+    (["optim.schedule=dict(name='step', boundaries=(0.5,))"],
+     {'optim.schedule': {'name': 'step', 'boundaries': (.5,)}}),
+    (["optim.rate_scale={'backbone/*': 1, '*/bias': 0.5}"],
+     {'optim.rate_scale': {'backbone/*': 1.0, '*/bias': .5}}),
+    (['optim.rate_scale.head=2', 'optim.freeze=backbone/conv2d_[0-5],neck'],
+     {'optim.rate_scale': {'head': 2.0}, 'optim.freeze': ('backbone/conv2d_[0-5]', 'neck')})])
+def test_the_optimizer_on_the_command_line(entries, expected):
+  config = override(base_config(), [f'--config.{text}' for text in entries])
+  assert {key: plain(entry(config, key)) for key in expected} == expected
+
+
+@pytest.mark.parametrize('text, message', [
+    ("optim.rate_scale={'head': 'much'}", r"optim.rate_scale\['head'\]='much' must be a number"),
+    ('optim.rate_scale.head=much', 'optim.rate_scale.head=much: it must be a number'),
+    ('optim.rate_scale=0.1', 'it is a block'),
+    ('optim.optimizer.momentm=0.1', "momentm; did you mean 'momentum'"),
+    ('optim.optimizer.learning_rate=1', 'unknown config key config.optim.optimizer.learning_rate'),
+    ('optim.schedule.name=cosin', "did you mean 'cosine'")])
+def test_wrong_entries_of_the_optimizer_are_named(text, message):
+  with pytest.raises(InputError, match=message):
+    build(override(base_config(), [f'--config.{text}']))
+
+
+def build(config):
+  from ppn_jax.run import optimizer_of
+  return optimizer_of(config, steps=10, batch_size=1)
 
 
 # The learning rate at step 0.

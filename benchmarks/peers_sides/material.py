@@ -59,7 +59,7 @@ def write(folder: pathlib.Path, num_classes: int, num_images: int, max_boxes: in
       'num_classes': num_classes, 'num_levels': detector.num_levels,
       'strides': [2] + [stride for _, stride in BLOCKS[:detector.network.backbone.last_block]],
       'norm_epsilon': config.model.layers.norm_epsilon,
-      'norm_decay': config.model.layers.norm_decay, 'momentum': config.optim.momentum,
+      'norm_decay': config.model.layers.norm_decay, 'momentum': config.optim.optimizer.momentum,
       'weight_decay': config.optim.weight_decay, 'learning_rate': LEARNING_RATE}))
 
 

@@ -50,7 +50,8 @@ def prepare(task: Task):
 def _train(task, config, detector, mesh, variables, images):
   optimizer = build_optimizer(
       steps=1_000_000, batch_size=task.batch, learning_rate=LEARNING_RATE, rate_batch_size=0,
-      warmup_fraction=0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay)
+      warmup_fraction=0, optimizer=config.optim.optimizer.to_dict(),
+      weight_decay=config.optim.weight_decay)
   boxes, labels, valid = (task.ground_truth[name] for name in ('boxes', 'labels', 'valid'))
   ground_truth = jax.device_put(GroundTruth(boxes, labels, np.zeros_like(valid), valid))
   state, metrics = first_state(variables, optimizer), None

@@ -431,6 +431,10 @@ def _check_same_tree(there: dict[str, tuple[int, ...]], here: dict[str, tuple[in
   # Variables first: the rest follows from them.
   for name in sorted(there.keys() | here.keys(), key=lambda n: (not n.startswith('variables'), n)):
     if there.get(name) != here.get(name):
-      raise InputError(
-          f'{where} is a checkpoint of another model: {name} is {there.get(name, "absent")} '
-          f'there and {here.get(name, "absent")} in this one')
+      found = (f'{name} is {there.get(name, "absent")} there and {here.get(name, "absent")} '
+               'in this one')
+      if name.startswith('opt_state'):
+        raise InputError(f'{where} is a checkpoint of another optimizer: {found}; optim.optimizer '
+                         'and optim.freeze cannot be changed within a run; start another workdir '
+                         f'from it with init.weights={where.parent.parent}')
+      raise InputError(f'{where} is a checkpoint of another model: {found}')

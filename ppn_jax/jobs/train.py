@@ -40,6 +40,8 @@ from ppn_jax.telemetry.metrics import read as read_metrics
 from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.batch_norm import restore_batch_norm
 from ppn_jax.training.input_pipeline import build_input_pipeline, sample_images
+from ppn_jax.training.optimizer import Optimizer
+from ppn_jax.training.parameter_paths import trainable
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import EarlyStopping, best_step
 from ppn_jax.training.train_step import abstract_state, jit_init
@@ -125,7 +127,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       if owner and ending:
         run.note_ending(ending)
       return None
-    logger.info(_describe(run, abstract, source, mesh))
+    logger.info(_describe(run, abstract, optimizer, source, mesh))
+    if optimizer.freeze and latest is None and initial is None:
+      logger.warning(f'optim.freeze={optimizer.freeze} freezes random values, since neither '
+                     'init.weights nor init.backbone is given')
     if kept_back := describe_fraction(config, source):
       logger.info(kept_back)
     if repeated := describe_repeats(source, config.data.repeat_threshold):
@@ -354,12 +359,16 @@ def _check_fraction(earlier: Run, config: ConfigDict) -> None:
         'workdir, or --config.train.evaluate_every=0 --config.data.eval_fraction=0')
 
 
-def _describe(run: Run, state: TrainState, source: Source, mesh: Mesh) -> str:
-  config = run.config
-  count = sum(p.size for p in jax.tree.leaves(state.variables['params']))
+def _describe(run: Run, state: TrainState, optimizer: Optimizer, source: Source, mesh: Mesh
+              ) -> str:
+  config, params = run.config, state.variables['params']
+  count, trained = (sum(p.size for p in jax.tree.leaves(tree))
+                    for tree in (params, trainable(params, optimizer.freeze)))
+  of_them = f' ({trained:,} trained)' if trained < count else ''
   device = mesh.devices.flat[0].device_kind
-  return (f'{config.model.neck.name} on {config.model.backbone.name}, {count:,} parameters, '
-          f'{len(run.categories)} classes, {config.model.image_size} px; {len(source):,} images, '
+  return (f'{config.model.neck.name} on {config.model.backbone.name}, '
+          f'{count:,} parameters{of_them}, {len(run.categories)} classes, '
+          f'{config.model.image_size} px; {len(source):,} images, '
           f'batch {config.train.batch_size}, on {mesh.size} x {device}')
 
 

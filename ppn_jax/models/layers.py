@@ -14,6 +14,7 @@ from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.models.convolution import CONV_FORMS, accumulator, conv, depthwise_conv
 
 Array = jax.Array
+NORMS = ('batch', 'frozen')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,9 @@ class LayerPolicy:
   Attributes:
     dtype: float type of the computation. Parameters, statistics and the heads' outputs are float32
       in any case.
+    norm: 'batch', or 'frozen': batch norm uses its moving averages in training too and does not
+      update them, as the reference's freeze_batchnorm; its scales and biases are still trained. For
+      small batches, from pretrained weights.
     norm_decay: decay of batch norm's moving averages: new = decay * old + (1 - decay) * batch.
     norm_epsilon: added to the variance. Both defaults are the reference's (docs/reference.md 2).
     norm_group_size: images over which batch norm computes its statistics in training: 0 for the
@@ -40,6 +44,7 @@ class LayerPolicy:
     InputError: If a value is outside its range.
   """
   dtype: Any = jnp.float32
+  norm: str = 'batch'
   norm_decay: float = 0.97
   norm_epsilon: float = 1e-3
   norm_group_size: int = 0
@@ -56,6 +61,8 @@ class LayerPolicy:
       is_float = False
     if not is_float:
       raise InputError(f"dtype {self.dtype!r} is not a float type; use 'float32' or 'bfloat16'")
+    if self.norm not in NORMS:
+      raise InputError(f'unknown norm {self.norm!r}; {did_you_mean(str(self.norm), NORMS)}')
     if not 0 <= self.norm_decay < 1:
       raise InputError(f'norm_decay {self.norm_decay} is not in [0, 1)')
     if not self.norm_epsilon > 0:
@@ -88,14 +95,14 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> Array:
-    """Normalises [..., C] in the input's dtype; updates batch_stats if `train`."""
+    """Normalises [..., C] in the input's dtype; updates batch_stats if `train` and not frozen."""
     c = x.shape[-1]
     scale = self.param('scale', nn.initializers.ones, (c,), jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, (c,), jnp.float32)
     moving_mean = self.variable('batch_stats', 'mean', jnp.zeros, (c,), jnp.float32)
     moving_var = self.variable('batch_stats', 'var', jnp.ones, (c,), jnp.float32)
     wide = x.astype(accumulator(x.dtype))
-    if not train:
+    if not train or self.policy.norm == 'frozen':
       return self._normalise(wide, moving_mean.value, moving_var.value, scale, bias).astype(x.dtype)
     groups = num_groups('norm_group_size', self.policy.norm_group_size, len(x))
     if groups == 1:

@@ -39,6 +39,6 @@ def first_state(variables: Variables, optimizer: Optimizer) -> TrainState:
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       variables=variables,
-      opt_state=optimizer.transform.init(variables['params']),
+      opt_state=optimizer.init(variables['params']),
       # A copy: the step donates its input, and one buffer cannot be donated twice.
       average=jax.tree.map(jnp.copy, variables) if optimizer.ema_decay else {})

@@ -14,6 +14,15 @@ from ppn_jax.detector import Detector, Variables
 from ppn_jax.device_data.dataset import ResidentData, ResidentSpec, draw_batch
 from ppn_jax.distributed import sharding
 from ppn_jax.training.optimizer import Optimizer, update_average, weight_penalty
+from ppn_jax.training.parameter_paths import (
+  Path,
+  changed,
+  check_frozen,
+  frozen_modules,
+  merged,
+  part_of,
+  trainable,
+)
 from ppn_jax.training.state import TrainState, init_state
 
 
@@ -24,15 +33,15 @@ class StepMetrics(NamedTuple):
   localization: Array
   regularization: Array
   num_positive: Array  # Positive anchors.
-  gradient_norm: Array  # Euclidean, over all parameters, before clipping.
+  gradient_norm: Array  # Euclidean, over all parameters that are trained, before clipping.
   parameter_norm: Array  # Euclidean, over all parameters, after the step.
   learning_rate: Array
 
 
 class _Part(NamedTuple):
   """Results of one pass over a batch or a part of it."""
-  gradient: Variables
-  batch_stats: Variables
+  gradient: Variables  # Of the parameters that are trained.
+  batch_stats: Variables  # Those that have changed.
   loss: DetectionLoss
 
 
@@ -50,16 +59,21 @@ def train_step(detector: Detector, optimizer: Optimizer, state: TrainState, imag
   Returns:
     The state after the step, and its metrics.
   """
-  params = state.variables['params']
+  everything = state.variables['params']
+  params = trainable(everything, optimizer.freeze)
+  frozen = frozen_modules(everything, optimizer.freeze)
   penalty, decay = jax.value_and_grad(weight_penalty)(params, optimizer.weight_decay)
-  part = _mean_over_parts(lambda *batch: _forward_backward(detector, state.variables, *batch),
-                          (images, ground_truth), optimizer.micro_batches)
+  part = _mean_over_parts(
+      lambda *batch: _forward_backward(detector, state.variables, params, frozen, *batch),
+      (images, ground_truth), optimizer.micro_batches)
   gradient = jax.tree.map(jnp.add, part.gradient, decay)
   updates, opt_state = optimizer.transform.update(gradient, state.opt_state, params)
-  variables = {'params': optax.apply_updates(params, updates), 'batch_stats': part.batch_stats}
-  average = state.average
+  # Whatever is not in here keeps its bits, in the moving average too.
+  moved = {'params': optax.apply_updates(params, updates), 'batch_stats': part.batch_stats}
+  variables, average = merged(state.variables, moved), state.average
   if optimizer.ema_decay:
-    average = update_average(average, variables, decay=optimizer.ema_decay, step=state.step)
+    average = merged(average, update_average(part_of(average, moved), moved,
+                                             decay=optimizer.ema_decay, step=state.step))
   classification, localization, num_positive = part.loss
   metrics = StepMetrics(
       loss=classification + localization + penalty, classification=classification,
@@ -71,16 +85,27 @@ def train_step(detector: Detector, optimizer: Optimizer, state: TrainState, imag
   return TrainState(state.step + 1, variables, opt_state, average), metrics
 
 
-def _forward_backward(detector: Detector, variables: Variables, images: Array,
-                      ground_truth: GroundTruth) -> _Part:
-  """Computes loss and gradient of a batch, without the weight penalty."""
-  def objective(params):
-    outputs, batch_stats = detector.forward_train({**variables, 'params': params}, images)
-    loss = detector.loss(outputs, ground_truth)
-    return loss.classification + loss.localization, (loss, batch_stats)
+def _forward_backward(detector: Detector, variables: Variables, params: Variables,
+                      frozen: frozenset[Path], images: Array, ground_truth: GroundTruth) -> _Part:
+  """Computes loss and gradient of a batch, without the weight penalty.
 
-  (_, (loss, batch_stats)), gradient = jax.value_and_grad(
-      objective, has_aux=True)(variables['params'])
+  Args:
+    detector: What is trained.
+    variables: Its variables.
+    params: The parameters among them of which the gradient is taken. It goes back no further than
+      the first layer that has one of them.
+    frozen: Modules without any of them.
+    images, ground_truth: The batch.
+  """
+  def objective(params):
+    outputs, batch_stats = detector.forward_train(merged(variables, {'params': params}), images,
+                                                  frozen=frozen)
+    loss = detector.loss(outputs, ground_truth)
+    moved = changed(batch_stats, variables['batch_stats'])
+    check_frozen(moved, frozen)
+    return loss.classification + loss.localization, (loss, moved)
+
+  (_, (loss, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
   return _Part(gradient, batch_stats, loss)
 
 
@@ -114,23 +139,39 @@ def abstract_state(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> Trai
 
   Variables are replicated, since every device computes with them. What only the update reads is
   split over the devices if `optimizer.shard_state` is set.
+
+  Raises:
+    InputError: If a pattern of the optimizer matches no parameter.
   """
-  shapes = jax.eval_shape(lambda: init_state(detector, optimizer, 0))
+  state = abstract_state_to_read(detector, mesh, average=bool(optimizer.ema_decay),
+                                 shard_state=optimizer.shard_state)
+  return state._replace(opt_state=_placed(
+      jax.eval_shape(optimizer.init, state.variables['params']), mesh, optimizer.shard_state))
 
-  def place(tree: Any, sharding_of: Callable[[tuple[int, ...]], NamedSharding]) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x.shape)), tree)
 
-  def whole(shape: tuple[int, ...]) -> NamedSharding:
-    return sharding.replicated(mesh)
+def abstract_state_to_read(detector: Detector, mesh: Mesh, *, average: bool, shard_state: bool
+                           ) -> TrainState:
+  """Returns `abstract_state` without the optimizer's state, which only training needs.
 
-  def split(shape: tuple[int, ...]) -> NamedSharding:
-    return sharding.by_largest_axis(shape, mesh)
+  Args:
+    detector: The detector.
+    mesh: The devices.
+    average: Whether a moving average is kept.
+    shard_state: Whether it is split over the devices.
+  """
+  variables = jax.eval_shape(lambda: detector.init(jax.random.key(0)))
+  return TrainState(step=_placed(jax.ShapeDtypeStruct((), jnp.int32), mesh, False),
+                    variables=_placed(variables, mesh, False), opt_state=None,
+                    average=_placed(variables, mesh, shard_state) if average else {})
 
-  of_update = split if optimizer.shard_state else whole
-  return TrainState(step=place(shapes.step, whole), variables=place(shapes.variables, whole),
-                    opt_state=place(shapes.opt_state, of_update),
-                    average=place(shapes.average, of_update))
+
+def _placed(shapes: Any, mesh: Mesh, split: bool) -> Any:
+  """Returns shapes with shardings: each leaf split over the devices, or replicated."""
+  def place(x: Any) -> jax.ShapeDtypeStruct:
+    where = sharding.by_largest_axis(x.shape, mesh) if split else sharding.replicated(mesh)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return jax.tree.map(place, shapes)
 
 
 def _shardings(tree: Any) -> Any:

@@ -204,7 +204,7 @@ def test_mistakes_on_the_command_line(capsys, tmp_path, monkeypatch, argv, messa
   ('--config.model.backbone.name=resnet', "unknown backbone 'resnet'"),
   ('--config.model.layers.dtype=float8', 'float8'),
   ('--config.loss.alpha=x', 'config.loss.alpha=x'),
-  ('--config.optim.momentum=1.5', 'optim.momentum=1.5'),
+  ('--config.optim.momentum=1.5', 'optim.optimizer.momentum=1.5'),
   ('--config.postprocess.iou_threshold=2', 'iou_threshold'),
   ('--config.train.keep_last=0', 'keep_last=0'),
   ('--config.eval.batch_size=0', 'eval.batch_size=0'),

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -40,6 +41,21 @@ def test_two_and_four_processes_compute_the_steps_of_one(tmp_path):
   assert len(states) > 10 and all(one[name].dtype == np.float64 for name in states)
   for name in states:
     np.testing.assert_allclose(four[name], one[name], rtol=1e-8, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.slow
+def test_frozen_blocks_keep_their_bits_in_two_processes(tmp_path):
+  entries = ['optim.freeze=backbone/conv2d_[0-1]', 'optim.ema_decay=0.9',
+             'optim.micro_batches=2', 'optim.shard_state=True']
+  one, start = (processes.run(tmp_path, 1, 4, until=until, entries=entries) for until in (4, 1))
+  processes.run(tmp_path, 2, 4, until=2, workdir='broken', entries=entries)
+  two = processes.run(tmp_path, 2, 4, until=4, workdir='broken', entries=entries)
+  np.testing.assert_allclose(two['losses'], one['losses'][2:], rtol=1e-9)
+  frozen = {name for name in one if re.match('state/.*/backbone/conv2d_[01]/', name)}
+  assert len(frozen) > 10
+  for name in (name for name in one if name.startswith('state')):
+    np.testing.assert_allclose(two[name], one[name], rtol=1e-8, atol=1e-10, err_msg=name)
+    assert np.array_equal(two[name], start[name]) == (name in frozen), name
 
 
 def _free_port():

@@ -6,23 +6,10 @@ import numpy as np
 import pytest
 
 from ppn_jax.errors import InputError
-from ppn_jax.training.optimizer import (
-  build_optimizer,
-  update_average,
-  warmup_cosine,
-  weight_penalty,
-)
+from ppn_jax.training.optimizer import build_optimizer, update_average, weight_penalty
 
 PARAMS = {'conv': {'kernel': jnp.full((2, 2), 3.0)}, 'norm': {'scale': jnp.full((2,), 5.0),
                                                                'bias': jnp.full((2,), 7.0)}}
-
-
-@pytest.mark.parametrize('step, rate', [
-    (0, .1333), (500, .274975), (1000, .41665), (1999, .699717), (2000, .7), (10000, .653109),
-    (20000, .483939), (26000, .35), (49999, 0), (50000, 0), (60000, 0)])
-def test_the_reference_schedule(step, rate):
-  schedule = warmup_cosine(.7, steps=50_000, warmup_steps=2_000, warmup_rate=.1333)
-  assert schedule(step) == pytest.approx(rate, rel=2e-6, abs=1e-6)
 
 
 def test_rates_scale_with_the_batch():
@@ -32,16 +19,6 @@ def test_rates_scale_with_the_batch():
   assert make(8).schedule(4) == pytest.approx(.1)
   assert build_optimizer(steps=100, batch_size=8, learning_rate=.4, rate_batch_size=0).schedule(
       4) == pytest.approx(.4)
-
-
-@pytest.mark.parametrize('batch', [8, 32, 512, 1000])
-def test_the_warm_up_is_a_factor_of_the_rate(batch):
-  make = lambda rate: build_optimizer(steps=100, batch_size=batch, learning_rate=rate,
-                                      rate_batch_size=512, warmup_factor=.1333 / .7).schedule
-  old = warmup_cosine(batch / 512 * .7, steps=100, warmup_steps=4, warmup_rate=batch / 512 * .1333)
-  assert [float(make(.7)(step)) for step in range(100)] == [
-      float(old(step)) for step in range(100)]
-  assert make(.01)(0) == pytest.approx(batch / 512 * .01 * .1333 / .7)
 
 
 def test_momentum_is_not_nesterovs_and_follows_the_schedule():
@@ -82,8 +59,40 @@ def test_average_starts_quickly_and_then_has_the_decay():
 
 
 @pytest.mark.parametrize('option, value', [
-    ('learning_rate', -1.0), ('momentum', 1.0), ('weight_decay', -1e-3), ('clip_norm', -1.0),
+    ('learning_rate', -1.0), ('freeze', 'backbone'), ('weight_decay', -1e-3), ('clip_norm', -1.0),
     ('ema_decay', 1.0), ('warmup_fraction', 1.0), ('learning_rate', float('nan'))])
 def test_values_out_of_range_are_named(option, value):
   with pytest.raises(InputError, match=f'optim.{option}'):
     build_optimizer(**{'steps': 10, 'batch_size': 1, 'learning_rate': .1, option: value})
+
+
+def test_decays_by_itself_or_by_the_penalty():
+  decay = lambda name: build_optimizer(steps=10, batch_size=1, weight_decay=.1,
+                                       optimizer={'name': name}).weight_decay
+  assert (decay('sgd'), decay('rmsprop'), decay('optax:adam')) == (.1, .1, .1)
+  assert (decay('adamw'), decay('lars'), decay('optax:lion')) == (0, 0, 0)
+
+
+def test_factors_of_rates_multiply_the_updates():
+  gradient = jax.tree.map(jnp.ones_like, PARAMS)
+  for block in ({'name': 'sgd'}, {'name': 'rmsprop'}, {'name': 'adamw'}):
+    steps = {}
+    for name, factors in (('plain', {}), ('scaled', {'norm': .5, '*/bias': .1})):
+      optimizer = build_optimizer(steps=10, batch_size=1, optimizer=block, rate_scale=factors)
+      state = optimizer.init(PARAMS)
+      for _ in range(3):
+        updates, state = optimizer.transform.update(gradient, state, PARAMS)
+      steps[name] = updates, jax.tree.structure(state)
+    (plain, structure), (scaled, same) = steps['plain'], steps['scaled']
+    assert structure == same  # So that factors may change within a run.
+    np.testing.assert_array_equal(scaled['conv']['kernel'], plain['conv']['kernel'])
+    np.testing.assert_allclose(scaled['norm']['scale'], .5 * plain['norm']['scale'], rtol=1e-6)
+    np.testing.assert_allclose(scaled['norm']['bias'], .05 * plain['norm']['bias'], rtol=1e-6)
+
+
+@pytest.mark.parametrize('factors, message', [
+    ({'cnv': .1}, "optim.rate_scale: 'cnv' matches no parameter .*; near it: conv"),
+    ({'conv': 0.0}, r"optim.rate_scale\['conv'\]=0.0 must be above 0")])
+def test_factors_of_nothing_and_of_zero_are_refused(factors, message):
+  with pytest.raises(InputError, match=message):
+    build_optimizer(steps=10, batch_size=1, rate_scale=factors).init(PARAMS)
