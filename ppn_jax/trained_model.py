@@ -112,7 +112,8 @@ class SharedModel(TrainedModel):
       self._refuse('step' if step is not None else 'ema')
     like = flatten_dict(jax.eval_shape(detector.init, jax.random.key(0)))
     self._check_variables(like)
-    placed = {path: np.asarray(self.values[path], leaf.dtype) for path, leaf in like.items()}
+    placed = {path: np.asarray(self.values[path], leaf.dtype)  # pyright: ignore
+              for path, leaf in like.items()}
     return self.step, jax.device_put(unflatten_dict(placed), sharding.replicated(mesh))
 
   def metrics(self) -> list[dict[str, float | None]]:
