@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 from gcs_server import serve
-from tiny import CONFIG_FILE, tiny_config
+from tiny import CONFIG_FILE, tiny_config, untrained_run
 
 from ppn_jax import storage
+from ppn_jax.cli.main import main
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.jobs.evaluate import evaluate
@@ -249,3 +250,30 @@ def test_a_workdir_in_the_bucket_has_one_owner(store):
   done = python(store[1], OWNED)
   assert done.stdout.splitlines() == [
       'beats', 'refused True', 'lost', 'pod-1', 'taken over', 'None None'], done.stderr
+
+
+WEIGHTS = """
+import sys
+import numpy as np
+import ppn_jax
+from ppn_jax.run import open_model
+from ppn_jax.errors import InputError
+for path in sys.argv[1:3]:
+  print(ppn_jax.load(path)(np.zeros((64, 64, 3), np.uint8)).scores.sum(), open_model(path).step)
+try:
+  ppn_jax.load('gs://bucket/none.safetensors')
+except InputError as e:
+  print(e)
+"""
+
+
+def test_a_weights_file_in_the_bucket(store, tmp_path):
+  root, environment = store
+  run = untrained_run(tmp_path / 'run', (6,))
+  local = root / 'bucket' / 'mine.safetensors'
+  assert main(['export', f'--workdir={run}', '--format=weights', f'--output={local}']) == 0
+  done = python(environment, WEIGHTS, str(local), 'gs://bucket/mine.safetensors')
+  assert done.returncode == 0, done.stderr
+  here, there, missing = done.stdout.splitlines()
+  assert here == there and here.endswith(' 6')
+  assert missing.startswith('no file gs://bucket/none.safetensors; ')
