@@ -342,9 +342,9 @@ def _check_same_model(run: Run, config: ConfigDict, categories: Sequence[Categor
 
 
 def _check_same_optimizer(run: Run, config: ConfigDict) -> None:
-  """Raises InputError if a run has checkpoints of another optimizer than that of `config`."""
+  """Raises InputError if a run has been trained with another optimizer than that of `config`."""
   there, here = run.config.optim.optimizer.get('name'), config.optim.optimizer.get('name')
-  if there != here and run.saved_steps():
+  if there != here and run.saved_steps() - {0}:
     raise InputError(
         f'workdir {run.workdir} was trained with optim.optimizer.name={there!r}, which cannot be '
         f'changed to {here!r} within a run; start another workdir from it with '

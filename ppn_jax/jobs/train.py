@@ -44,7 +44,12 @@ from ppn_jax.training.optimizer import Optimizer
 from ppn_jax.training.parameter_paths import trainable
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import EarlyStopping, best_step
-from ppn_jax.training.train_step import abstract_state, jit_init
+from ppn_jax.training.train_step import (
+  abstract_state,
+  abstract_state_to_read,
+  jit_first_state,
+  jit_init,
+)
 from ppn_jax.weights.folded_norm import check_epsilon, folded_layers
 from ppn_jax.weights.initial import initial_weights, with_weights
 from ppn_jax.weights.transfer import TransferredWeights
@@ -115,7 +120,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       run = _with_init(run, earlier.config.init)
     if owner:
       _clean_up(run)
-    start, state = checkpoints.restore_newest(abstract) or (0, None)
+    start, state = _restored(checkpoints, earlier, abstract, detector, optimizer, mesh) or (0, None)
     budget = TimeBudget(config.train.minutes, _time_spent(checkpoints, start))
     stopping = _early_stopping(run, start)
     ending = _ending(run, start, budget, stopping)
@@ -207,6 +212,22 @@ def _latest_or_initial(run: Run, initialize: Callable, abstract: TrainState
   if latest is not None:
     return latest, None
   return None, initialize(like=abstract.variables, categories=run.categories)
+
+
+def _restored(checkpoints: Checkpoints, earlier: Run | None, abstract: TrainState,
+              detector: Detector, optimizer: Optimizer, mesh: Mesh
+              ) -> tuple[int, TrainState] | None:
+  """Restores the newest undamaged step; returns None if there is none.
+
+  Of an imported run, which has taken no step, only the variables are read, so that it can be
+  trained with any optimizer, frozen parameters and moving average.
+  """
+  if earlier is None or checkpoints.latest() != 0:
+    return checkpoints.restore_newest(abstract)
+  like = abstract_state_to_read(detector, mesh, average=bool(earlier.config.optim.ema_decay),
+                                shard_state=False)
+  restored = checkpoints.restore_newest(like)
+  return restored and (0, jit_first_state(detector, optimizer, mesh)(restored[1].variables))
 
 
 def _clean_up(run: Run) -> None:

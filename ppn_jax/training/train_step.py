@@ -23,7 +23,7 @@ from ppn_jax.training.parameter_paths import (
   part_of,
   trainable,
 )
-from ppn_jax.training.state import TrainState, init_state
+from ppn_jax.training.state import TrainState, first_state, init_state
 
 
 class StepMetrics(NamedTuple):
@@ -132,6 +132,13 @@ def jit_init(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> Callable[[
   return jax.jit(lambda seed: init_state(detector, optimizer, seed),
                  out_shardings=_shardings(abstract_state(detector, optimizer, mesh)),
                  compiler_options={'xla_backend_optimization_level': 1} if on_cpu else None)
+
+
+def jit_first_state(detector: Detector, optimizer: Optimizer, mesh: Mesh
+                    ) -> Callable[[Variables], TrainState]:
+  """Returns a function from variables to the first state with them, on the devices of the mesh."""
+  return jax.jit(lambda variables: first_state(variables, optimizer),
+                 out_shardings=_shardings(abstract_state(detector, optimizer, mesh)))
 
 
 def abstract_state(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> TrainState:

@@ -5,11 +5,13 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+from ppn_jax.data.splits import open_split
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import train as train_job
 from ppn_jax.jobs import train_loop
-from ppn_jax.run import load_variables, open_run
+from ppn_jax.run import create_run, load_variables, open_run
+from ppn_jax.training.train_step import jit_init
 
 
 def config_of(**optim):
@@ -63,6 +65,26 @@ def test_what_may_not_change_is_refused_before_anything_is_written(undisturbed, 
   with pytest.raises(InputError, match=message):
     train_job.train(config_of(**changes), undisturbed)
   assert contents(undisturbed) == before
+
+
+def test_an_imported_run_takes_any_optimizer_and_frozen_blocks(tmp_path):
+  """Nothing but its variables matters before the first step."""
+  config = tiny_config()
+  source = open_split(config, 'train')
+  run = create_run(tmp_path, config, source.categories)
+  state = jit_init(run.detector(), run.optimizer(), sharding.data_mesh())(3)
+  with run.checkpoints(read_only=False) as checkpoints:
+    checkpoints.save(0, state)
+  run.save()
+  before = variables_of(tmp_path)
+  changed = config_of(ema_decay=0.9).copy_and_resolve_references().unlock()
+  changed.train.steps = 2
+  train_job.train(changed, tmp_path)
+  after = variables_of(tmp_path)
+  frozen = lambda tree: tree['params']['backbone']['conv2d_1']
+  jax.tree.map(np.testing.assert_array_equal, frozen(before), frozen(after))
+  kernels = [np.asarray(v['params']['head']['tower_kernel']) for v in (before, after)]
+  assert 0 < np.abs(kernels[0] - kernels[1]).max() < 0.1
 
 
 def contents(workdir):
