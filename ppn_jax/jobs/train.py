@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 import pathlib
@@ -14,42 +13,34 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ppn_jax import registry, storage
-from ppn_jax.checkpoints import retention
-from ppn_jax.checkpoints.manager import BEST_METRIC, Checkpoints
+from ppn_jax import registry
 from ppn_jax.config import complete
 from ppn_jax.data.repeats import describe_repeats
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
 from ppn_jax.detector import Detector
-from ppn_jax.distributed import coordination, failures, sharding
+from ppn_jax.distributed import failures, sharding
 from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
 from ppn_jax.errors import InputError
-from ppn_jax.jobs import time_budget
+from ppn_jax.jobs import resuming, time_budget
 from ppn_jax.jobs.evaluator import build_evaluator
 from ppn_jax.jobs.time_budget import TimeBudget
 from ppn_jax.jobs.train_loop import TrainLoop
 from ppn_jax.metrics.coco import Scores
-from ppn_jax.run import Ending, Run, check_batch, create_run, is_run, open_run
+from ppn_jax.run import Run, check_batch, create_run, is_run, open_run
 from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.host_memory import keep_freed_memory
-from ppn_jax.telemetry.metrics import MetricsWriter, first_loss, has_evaluation
-from ppn_jax.telemetry.metrics import read as read_metrics
+from ppn_jax.telemetry.metrics import MetricsWriter
 from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.batch_norm import restore_batch_norm
 from ppn_jax.training.input_pipeline import build_input_pipeline, sample_images
 from ppn_jax.training.optimizer import Optimizer
 from ppn_jax.training.parameter_paths import trainable
 from ppn_jax.training.state import TrainState
-from ppn_jax.training.stopping import EarlyStopping, best_step
-from ppn_jax.training.train_step import (
-  abstract_state,
-  abstract_state_to_read,
-  jit_first_state,
-  jit_init,
-)
+from ppn_jax.training.stopping import EarlyStopping
+from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.folded_norm import check_epsilon, folded_layers
 from ppn_jax.weights.initial import initial_weights, with_weights
 from ppn_jax.weights.transfer import TransferredWeights
@@ -119,12 +110,13 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     elif earlier:  # Its weights started from this, whatever the config says now.
       run = _with_init(run, earlier.config.init)
     if owner:
-      _clean_up(run)
-    start, state = _restored(checkpoints, earlier, abstract, detector, optimizer, mesh) or (0, None)
-    budget = TimeBudget(config.train.minutes, _time_spent(checkpoints, start))
-    stopping = _early_stopping(run, start)
-    ending = _ending(run, start, budget, stopping)
-    must_evaluate = _lacks_evaluation(run, start, at_end=ending is not None)
+      resuming.clean_up(run)
+    restored = resuming.restore(checkpoints, earlier, abstract, detector, optimizer, mesh)
+    start, state = restored or (0, None)
+    budget = TimeBudget(config.train.minutes, resuming.time_spent(checkpoints, start))
+    stopping = resuming.early_stopping(run, start)
+    ending = resuming.ending(run, start, budget, stopping)
+    must_evaluate = resuming.lacks_evaluation(run, start, at_end=ending is not None)
     if (ending or start >= config.train.steps) and not must_evaluate:
       logger.info(f'nothing to do: {run.workdir} ' + (
           f'ended at step {start:,}, since {ending.reason}; change train.patience or '
@@ -181,17 +173,17 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
       logger.warning(f'--profile={profile}: these steps were taken before, nothing is traced')
     trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard')
     loop = TrainLoop(run, mesh, checkpoints, Progress(config.train.steps), writer, evaluator,
-                     notice, trace, owner, _first_loss(run, start), stopping, budget)
+                     notice, trace, owner, resuming.first_loss(run, start), stopping, budget)
     scores = loop.evaluate_saved(start, state) if must_evaluate else None
-    ending = _ending(run, start, budget, stopping)
+    ending = resuming.ending(run, start, budget, stopping)
     if start < config.train.steps and not ending:
       if owner:
         run.note_ending(None)
       scores = loop.run_steps(state, start, pipeline.jit_step(detector, optimizer), pipeline)
-      ending = _ending(run, loop.last_step, budget, stopping)
+      ending = resuming.ending(run, loop.last_step, budget, stopping)
     if ending:
       logger.info(f'ended at step {ending.step:,} of {config.train.steps:,}: {ending.reason}'
-                  f'{_note_on_best(stopping, checkpoints)}')
+                  f'{resuming.note_on_best(stopping, checkpoints)}')
       if owner:
         run.note_ending(ending)
     elif plan:
@@ -214,37 +206,6 @@ def _latest_or_initial(run: Run, initialize: Callable, abstract: TrainState
   return None, initialize(like=abstract.variables, categories=run.categories)
 
 
-def _restored(checkpoints: Checkpoints, earlier: Run | None, abstract: TrainState,
-              detector: Detector, optimizer: Optimizer, mesh: Mesh
-              ) -> tuple[int, TrainState] | None:
-  """Restores the newest undamaged step; returns None if there is none.
-
-  Of an imported run, which has taken no step, only the variables are read, so that it can be
-  trained with any optimizer, frozen parameters and moving average.
-  """
-  if earlier is None or checkpoints.latest() != 0:
-    return checkpoints.restore_newest(abstract)
-  like = abstract_state_to_read(detector, mesh, average=bool(earlier.config.optim.ema_decay),
-                                shard_state=False)
-  restored = checkpoints.restore_newest(like)
-  return restored and (0, jit_first_state(detector, optimizer, mesh)(restored[1].variables))
-
-
-def _clean_up(run: Run) -> None:
-  """Removes files that killed processes have left behind."""
-  retention.remove_dead_readers(run.readers)
-  for folder in (run.workdir, run.readers, run.workdir / 'evaluation'):
-    storage.remove_partial(folder)
-  for step in retention.steps_in(run.workdir / 'evaluation'):
-    storage.remove_partial(run.workdir / 'evaluation' / str(step))
-
-
-def _first_loss(run: Run, start: int) -> float | None:
-  """Returns the loss of the run's first step, the same in all processes; None at its start."""
-  known = first_loss(run.workdir) if start and jax.process_index() == 0 else None
-  return json.loads(coordination.broadcast(json.dumps(known).encode()))
-
-
 def _first_state(initialize: Callable[[int], TrainState], seed: int,
                  initial: TransferredWeights | None) -> TrainState:
   """Returns the state before the first step."""
@@ -252,75 +213,13 @@ def _first_state(initialize: Callable[[int], TrainState], seed: int,
   return state if initial is None else with_weights(state, initial.variables, initial.partial)
 
 
-def _time_spent(checkpoints: Checkpoints, start: int) -> float:
-  """Returns the seconds that the steps up to `start` took, the same in all processes.
-
-  Checkpoints of earlier versions do not say it; their steps count as 0.
-  """
-  known = checkpoints.notes(start).get(time_budget.SPENT) if (
-      start and jax.process_index() == 0) else None
-  return json.loads(coordination.broadcast(json.dumps(known or 0.0).encode()))
-
-
-def _early_stopping(run: Run, start: int) -> EarlyStopping:
-  """Returns the rule of the config with the evaluations up to `start`, in all processes.
-
-  Later evaluations are of steps that will be taken again.
-  """
-  train, known = run.config.train, {}
-  if start and jax.process_index() == 0:
-    name = f'eval/{train.stop_metric}'
-    known = {line['step']: line[name] for line in read_metrics(run.workdir / 'metrics.jsonl')
-             if line['step'] <= start and name in line}
-  known = json.loads(coordination.broadcast(json.dumps([*known.items()]).encode()))
-  return EarlyStopping(train.stop_metric, train.patience, train.min_improvement,
-                       {int(step): value for step, value in known})
-
-
-def _ending(run: Run, step: int, budget: TimeBudget, stopping: EarlyStopping) -> Ending | None:
-  """Returns why training ends at `step`, before its last one; None if it does not.
-
-  All processes call it together.
-  """
-  if not 0 < step < run.config.train.steps:
-    return None
-  reason = stopping.reason() if stopping.reached() else (
-      budget.reason() if budget.is_spent() else '')
-  if not reason:
-    return None
-  return Ending(step, '; '.join(filter(None, [reason, stopping.describe_best()])))
-
-
-def _note_on_best(stopping: EarlyStopping, checkpoints: Checkpoints) -> str:
-  """Returns a note if the checkpoint of the best step has been deleted, else ''."""
-  best = best_step(stopping.values)
-  if best is None or best.step in checkpoints.steps():
-    return ''
-  return f', but its checkpoint is deleted: train.keep_best keeps those of highest {BEST_METRIC}'
-
-
-def _lacks_evaluation(run: Run, step: int, at_end: bool) -> bool:
-  """Returns whether a run was ended, or failed, when it should have evaluated `step`.
-
-  Args:
-    run: The run.
-    step: The step.
-    at_end: Whether training ends with it, before its last step.
-  """
-  train = run.config.train
-  due = train.evaluate_every and (
-      step % train.evaluate_every == 0 or step == train.steps or at_end)
-  if not step or not due:
-    return False
-  # Only the first process writes the file, and others may not see it.
-  return sharding.value_of_first(not has_evaluation(run.workdir, step))
-
-
 def _with_steps(run: Run, steps: int) -> Run:
   """Returns `run` with this number of steps in its config."""
   config = run.config.copy_and_resolve_references().unlock()
   config.train.steps = steps
   return dataclasses.replace(run, config=config.lock())
+
+
 def _with_batch_norm(run: Run, state: TrainState, source: Source, count: int
                      ) -> tuple[Run, TrainState]:
   """Puts batch norm back into layers that it is folded into; returns the run with a report of it.

@@ -9,7 +9,7 @@ from tiny import tiny_config
 
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.distributed.preemption import Preempted
-from ppn_jax.jobs import train as train_job
+from ppn_jax.jobs import resuming
 from ppn_jax.jobs.train_loop import DIVERGED_STEPS, TrainingDiverged, TrainLoop
 from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter
 from ppn_jax.training.train_step import StepMetrics
@@ -118,7 +118,7 @@ def test_preemption_does_not_save_an_exploded_step(tmp_path, monkeypatch):
 def test_the_first_loss_is_that_of_the_run_not_of_the_restart(tmp_path, monkeypatch):
   run_through(tmp_path, monkeypatch, [3.0] * 20)
   run = SimpleNamespace(workdir=tmp_path)
-  assert train_job._first_loss(run, 0) is None and train_job._first_loss(run, 20) == 3.0
+  assert resuming.first_loss(run, 0) is None and resuming.first_loss(run, 20) == 3.0
   losses = [2e3] * 5 + [4e3] * 35
   saved, error = run_through(tmp_path, monkeypatch, losses, start=20, first_loss=3.0)
   assert isinstance(error, TrainingDiverged) and saved == []
