@@ -75,6 +75,7 @@ def test_a_backbone_needs_a_config(tmp_path, backbone, capsys):
   assert 'for which there is no config; give --config' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_puts_batch_norm_back(tmp_path, config, backbone, capsys):
   train = ['train', config, *STEPS, f'--config.init.backbone={backbone}']
   assert main([*train, f'--workdir={tmp_path / "a"}']) == 0

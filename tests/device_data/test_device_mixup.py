@@ -60,6 +60,7 @@ def test_blends_have_the_shares_and_boxes_of_the_host():
   assert truth.valid.shape == (DRAWS, 7)
 
 
+@pytest.mark.slow
 def test_both_images_take_the_ops_before_and_the_blend_those_after():
   flip = {'name': 'horizontal_flip', 'probability': 0.5}
   mixup = {'name': 'mixup', 'size': SIDE, 'probability': 1.0, 'min_share': 0}

@@ -237,6 +237,7 @@ def notes(workdir, step):
     return checkpoints.notes(step)
 
 
+@pytest.mark.slow
 def test_takes_the_steps_that_fit(clock, tmp_path, log_lines):
   scores = train_job.train(timed_config(), tmp_path / 'timed')
   assert scores is not None and steps_of(tmp_path / 'timed')[-1] == 14

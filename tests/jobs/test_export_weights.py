@@ -83,6 +83,7 @@ def test_what_the_file_says(run, shared, tmp_path, capsys):
   assert raw['metrics'] == {} and not raw['average']
 
 
+@pytest.mark.slow
 def test_the_metrics_are_those_of_the_run(run, shared, tmp_path, capsys):
   assert main(['evaluate', f'--model={shared}', f'--output={tmp_path / "scores"}', *EVAL_FLAGS,
                '--config.eval.batch_size=4', '--report']) == 0
@@ -124,6 +125,7 @@ json.dump([detector.step, detector.categories, found.boxes.tolist(), found.score
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_the_run(run, shared, tmp_path):
   image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
   np.save(tmp_path / 'image.npy', image)
@@ -137,6 +139,7 @@ def test_a_fresh_process_without_the_run(run, shared, tmp_path):
   assert boxes == expected.boxes.tolist()
 
 
+@pytest.mark.slow
 def test_detect_and_summary(run, shared, tmp_path, capsys):
   Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(tmp_path / 'a.png')
   found = []
@@ -168,6 +171,7 @@ def test_a_file_is_exported_again(run, shared, tmp_path, capsys):
         rounded[name], value.astype(np.float16).astype(np.float32) if value.ndim > 1 else value)
 
 
+@pytest.mark.slow
 def test_a_program_from_a_file(shared, tmp_path, capsys):
   pytest.importorskip('flatbuffers')
   Image.fromarray(np.full((64, 64, 3), 99, np.uint8)).save(tmp_path / 'a.png')

@@ -37,6 +37,7 @@ def undisturbed(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_resident_data_ends_with_the_same_bits(
     undisturbed, tmp_path, monkeypatch, log_lines):
   report = train_loop.TrainLoop._report

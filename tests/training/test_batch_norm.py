@@ -66,7 +66,8 @@ def merged(variables, restored):
   return unflatten_dict(flatten_dict(variables) | flatten_dict(restored))
 
 
-@pytest.mark.parametrize('kind', ['ppn', 'ssd', 'fpn'])
+@pytest.mark.parametrize('kind', [pytest.param('ppn', marks=pytest.mark.slow),
+                                  pytest.param('ssd', marks=pytest.mark.slow), 'fpn'])
 def test_the_function_is_the_same_on_other_images(kind):
   detector = detector_of(kind)
   variables = folded_variables(detector)

@@ -63,9 +63,11 @@ def is_frozen(path):
 
 
 @pytest.mark.parametrize('case', [
-    {}, {'micro_batches': 3},
-    {'optimizer': {'name': 'adamw'}, 'dtype': 'bfloat16', 'learning_rate': .01},
-    {'shard_state': True, 'clip_norm': 1.0, 'rate_scale': {'head': .5}}],
+    pytest.param({}, marks=pytest.mark.slow), {'micro_batches': 3},
+    pytest.param({'optimizer': {'name': 'adamw'}, 'dtype': 'bfloat16', 'learning_rate': .01},
+                 marks=pytest.mark.slow),
+    pytest.param({'shard_state': True, 'clip_norm': 1.0, 'rate_scale': {'head': .5}},
+                 marks=pytest.mark.slow)],
     ids=['plain', 'micro_batches', 'adamw_bfloat16', 'sharded'])
 def test_frozen_arrays_keep_their_bits_and_the_others_move(case):
   before, after, metrics = states(config_of(freeze=BLOCKS, ema_decay=.9, **case))
@@ -114,6 +116,7 @@ def test_only_whole_modules_are_in_eval_mode():
   assert ('backbone',) not in frozen_modules(params, BLOCKS)
 
 
+@pytest.mark.slow
 def test_backward_stops_at_the_first_layer_that_is_trained():
   text = {}
   for freeze in ((), BLOCKS):
@@ -131,6 +134,7 @@ def test_backward_stops_at_the_first_layer_that_is_trained():
   assert text[BLOCKS][1] < .8 * text[()][1]
 
 
+@pytest.mark.slow
 def test_norm_frozen_everywhere_trains_the_rest():
   before, after, _ = states(config_of(norm='frozen', ema_decay=.9, micro_batches=3))
   for kind in ('variables', 'average'):
