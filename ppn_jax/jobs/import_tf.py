@@ -47,10 +47,19 @@ def config_of(file: WeightFile) -> str:
     InputError: If the file holds no whole detector.
   """
   kind = importer.recognise(file).kind
+  _check_known(file)
   if kind not in ('ppn', 'ssd'):
     raise InputError(f'{file.path} looks like {importer.recognise(file).description}, for which '
                      'there is no config; give --config')
   return f'{kind}_mobilenet_v1_coco_reference'
+
+
+def _check_known(file: WeightFile) -> None:
+  """Raises InputError for a network of another kind."""
+  contents = importer.recognise(file)
+  if contents.kind == 'unknown':
+    raise InputError(f'{file.path} looks like {contents.description}; supported: a PPN or SSD '
+                     "detector of the TF Object Detection API, slim's or Keras' MobileNet-v1")
 
 
 def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
@@ -162,12 +171,9 @@ def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,
     raise InputError(f'{checkpoint} is a weights file, which needs no import; use it as it is by '
                      f'--model, or train from it with --config.init.weights={checkpoint}')
   file = checkpoint if isinstance(checkpoint, WeightFile) else read_weights(checkpoint)
-  contents = importer.recognise(file)
-  if contents.kind == 'unknown':
-    raise InputError(f'{file.path} looks like {contents.description}; supported: a PPN or SSD '
-                     "detector of the TF Object Detection API, slim's or Keras' MobileNet-v1")
+  _check_known(file)
   if kind == 'auto':
-    kind = 'backbone' if contents.kind in ('slim', 'keras') else 'detector'
+    kind = 'backbone' if importer.recognise(file).kind in ('slim', 'keras') else 'detector'
   categories, line = (_categories if kind == 'detector' else _fresh_categories)(
       file, config, label_map)
   run = create_run(workdir, config, categories)

@@ -56,6 +56,8 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
   Raises:
     InputError: If there is no such file, or it has an unknown format or is damaged.
   """
+  if not str(path).strip():
+    raise InputError(f'the path of the weights is empty; {LEGAL}')
   path = local_path(path)
   if path.is_dir():
     path = _checkpoint_in(path)

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 pytest.importorskip('tflite')
-from tflite_writer import write_ssd
+from tflite_writer import TFLiteWriter, write_ssd
 
 from ppn_jax.config_files import load_config
 from ppn_jax.detection.structures import Category
@@ -48,6 +48,17 @@ def test_settings_of_a_detector(tmp_path, options, line, anchors):
   assert imported.report.matched == 199 and not imported.report.unused
   assert len(detector.anchors.boxes) == len(file.postprocessing.anchors) == anchors
   assert f'of {anchors:,}, most by' in compare(file.postprocessing, detector.anchors, {})[0]
+
+
+def test_another_network_is_named_whatever_the_config(tmp_path):
+  writer = TFLiteWriter('FLOAT32')
+  image = writer.image(32)
+  x = writer.layer('a', image, 8, side=3, stride=2, name='mobilenetv2_1.00_32/Conv1')
+  writer.write(tmp_path / 'x.tflite', [image], [x])
+  file = read_weights(tmp_path / 'x.tflite')
+  for make in (config_of, lambda f: import_run(f, load_config('quickstart'), tmp_path / 'run')):
+    with pytest.raises(InputError, match=r'MobileNet-v2 .network., not MobileNet-v1; supported: a'):
+      make(file)
 
 
 def test_what_is_given_is_kept(tmp_path):
