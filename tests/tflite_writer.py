@@ -133,10 +133,13 @@ class TFLiteWriter:
         tflite.QuantizationParametersAddZeroPoint(b, zeros)
         tflite.QuantizationParametersAddQuantizedDimension(b, axis)
         quantization = tflite.QuantizationParametersEnd(b)
-      text, sides = b.CreateString(name), b.CreateNumpyVector(np.array(shape, np.int32))
+      text, sides = b.CreateString(name), b.CreateNumpyVector(np.abs(np.array(shape, np.int32)))
+      signature = b.CreateNumpyVector(np.array(shape, np.int32)) if min(shape, default=0) < 0 else 0
       tflite.TensorStart(b)
       tflite.TensorAddName(b, text)
       tflite.TensorAddShape(b, sides)
+      if signature:
+        tflite.TensorAddShapeSignature(b, signature)
       tflite.TensorAddType(b, getattr(tflite.TensorType, kind))
       tflite.TensorAddBuffer(b, next(used) if data is not None else 0)
       if quantization is not None:
@@ -252,10 +255,10 @@ def write_classifier(path, *, weights='UINT8', classes=4, size=64, labels=None, 
 
 def write_ssd(path, *, weights='UINT8', classes=5, size=300, multiplier=0.25, anchors=None,
               scales=(10.0, 10.0, 5.0, 5.0), post=True, background=True, labels=None,
-              activation='LOGISTIC', change=None, **options):
+              activation='LOGISTIC', change=None, counts=(3, 6), image=None, **options):
   """Writes an SSD detector as export_tflite_ssd_graph makes it; returns its writer."""
   writer = TFLiteWriter(weights)
-  image = writer.image(size)
+  image = writer.activation('image', image or (1, size, size, 3), -1.0, 1.0)
   scope = 'FeatureExtractor/MobilenetV1'
   ends = add_mobilenet(writer, image, multiplier=multiplier, scope=scope, **options)
   levels = [ends[11], ends[13]]
@@ -268,7 +271,7 @@ def write_ssd(path, *, weights='UINT8', classes=5, size=300, multiplier=0.25, an
   rows, columns = {'box': [], 'class': []}, classes + background
   for level, x in enumerate(levels):
     _, h, w, _ = writer._tensors[x][1]
-    count = 3 if level == 0 else 6
+    count = counts[level > 0]
     for kind, scope, width in (('box', 'BoxEncodingPredictor', 4),
                                ('class', 'ClassPredictor', columns)):
       y = writer.layer(f'BoxPredictor_{level}/{scope}', x, count * width, activation='NONE',

@@ -1,19 +1,22 @@
 """Creates a run from weights of TensorFlow or Keras."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
-from ppn_jax import storage
+from ppn_jax import registry, storage
+from ppn_jax.config import GIVEN, hard_negative_mining
 from ppn_jax.detection.structures import Category
 from ppn_jax.distributed import sharding
 from ppn_jax.distributed.ownership import Ownership
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.export.weights_file import is_weights_file
+from ppn_jax.models.network import BACKBONES, HEADS, NECKS
 from ppn_jax.run import Run, create_run
 from ppn_jax.training.state import first_state
 from ppn_jax.training.train_step import abstract_state, jit_init
@@ -44,10 +47,19 @@ def config_of(file: WeightFile) -> str:
     InputError: If the file holds no whole detector.
   """
   kind = importer.recognise(file).kind
+  _check_known(file)
   if kind not in ('ppn', 'ssd'):
     raise InputError(f'{file.path} looks like {importer.recognise(file).description}, for which '
                      'there is no config; give --config')
   return f'{kind}_mobilenet_v1_coco_reference'
+
+
+def _check_known(file: WeightFile) -> None:
+  """Raises InputError for a network of another kind."""
+  contents = importer.recognise(file)
+  if contents.kind == 'unknown':
+    raise InputError(f'{file.path} looks like {contents.description}; supported: a PPN or SSD '
+                     "detector of the TF Object Detection API, slim's or Keras' MobileNet-v1")
 
 
 def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
@@ -58,28 +70,72 @@ def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
     config: a config of a model of the same kind.
     file: the weights.
     given: dotted keys, or blocks of them, that stay as they are.
+
+  Raises:
+    InputError: If the file is of a detector whose images are not square, and `model.image_size` is
+      not given.
   """
+  def is_given(key: str) -> bool:
+    return any(key == other or key.startswith(f'{other}.') for other in given)
+
   settings = model_settings({name: tensor.shape for name, tensor in file.tensors.items()})
-  if file.image_size and importer.recognise(file).kind == 'ssd':
-    settings['model.image_size'] = file.image_size
   if file.postprocessing is not None:
-    columns = importer.class_columns(file)
-    settings['model.background_column'] = (
-        file.postprocessing.options.get('num_classes', columns - 1) < columns)
-    if file.postprocessing.score_activation:
-      settings['model.score_activation'] = file.postprocessing.score_activation
+    settings |= _settings_of_detector(file, is_given('model.image_size'))
   changed = {}
   config = config.copy_and_resolve_references()
   with config.unlocked():
     for key, value in settings.items():
       block, _, name = key.rpartition('.')
-      holder = config
-      for part in block.split('.'):
-        holder = holder[part]
-      kept = any(key == other or key.startswith(f'{other}.') for other in given)
-      if not kept and name in holder and holder[name] != value:
+      holder = functools.reduce(lambda inner, part: inner[part], block.split('.'), config)
+      options = _defaults(block, holder) | holder.to_dict()
+      if not is_given(key) and name in options and options[name] != value:
         holder[name] = changed[key] = value
+    if config.model.score_activation == 'softmax' and config.loss.name == 'focal' and (
+        not is_given('loss.name')):
+      hard_negative_mining(config)
+      changed['loss.name'] = config.loss.name
+    if _repeats_1x1(config) and not is_given('model.neck.repeat_1x1'):
+      config.model.neck.repeat_1x1 = changed['model.neck.repeat_1x1'] = True
   return config.lock(), f'set from the file: {describe(changed)}' if changed else ''
+
+
+def _settings_of_detector(file: WeightFile, has_size: bool) -> dict[str, Any]:
+  """Returns the config entries that the input and the outputs of an SSD in a TFLite file imply."""
+  settings: dict[str, Any] = {}
+  if not file.image_size and not has_size:
+    raise InputError(f'{file.path} is {file.description}, but detectors here read square images of '
+                     'one size; choose it with --config.model.image_size=N')
+  if file.image_size:
+    settings['model.image_size'] = file.image_size
+  settings['model.background_column'] = not _has_no_background(file)
+  if file.postprocessing.score_activation:
+    settings['model.score_activation'] = file.postprocessing.score_activation
+  return settings
+
+
+def _has_no_background(file: WeightFile) -> bool:
+  """Returns whether a file says that it has as many classes as class columns."""
+  options = file.postprocessing.options if file.postprocessing else {}
+  return 'num_classes' in options and options['num_classes'] == importer.class_columns(file)
+
+
+def _defaults(block: str, given: ConfigDict) -> dict[str, Any]:
+  """Returns the defaults of the component that a block selects; {} for other blocks."""
+  known = {'model.backbone': BACKBONES, 'model.neck': NECKS, 'model.head': HEADS}.get(block)
+  if known is None:
+    return {}
+  component = registry.resolve(block, given.name, known)
+  return dict(registry.options_of(component, given=GIVEN).defaults)
+
+
+def _repeats_1x1(config: ConfigDict) -> bool:
+  """Returns whether the neck of an SSD would have a level after a 1x1 one."""
+  neck = config.model.neck
+  options = _defaults('model.neck', neck) | neck.to_dict()
+  if neck.name != 'conv_pyramid' or not options['depths']:
+    return False
+  # Each level, and each stride of the backbone, halves the side, rounded up.
+  return config.model.image_size <= max(options['strides']) * 2 ** (len(options['depths']) - 1)
 
 
 def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,
@@ -115,12 +171,9 @@ def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,
     raise InputError(f'{checkpoint} is a weights file, which needs no import; use it as it is by '
                      f'--model, or train from it with --config.init.weights={checkpoint}')
   file = checkpoint if isinstance(checkpoint, WeightFile) else read_weights(checkpoint)
-  contents = importer.recognise(file)
-  if contents.kind == 'unknown':
-    raise InputError(f'{file.path} looks like {contents.description}; supported: a PPN or SSD '
-                     "detector of the TF Object Detection API, slim's or Keras' MobileNet-v1")
+  _check_known(file)
   if kind == 'auto':
-    kind = 'backbone' if contents.kind in ('slim', 'keras') else 'detector'
+    kind = 'backbone' if importer.recognise(file).kind in ('slim', 'keras') else 'detector'
   categories, line = (_categories if kind == 'detector' else _fresh_categories)(
       file, config, label_map)
   run = create_run(workdir, config, categories)
@@ -167,6 +220,8 @@ def _categories(file: WeightFile, config: ConfigDict, label_map: str | pathlib.P
                 ) -> tuple[tuple[Category, ...], str]:
   """Returns the classes of a whole detector, and a line on their names."""
   count = config.model.num_classes
+  if not count and not config.model.background_column and _has_no_background(file):
+    count = importer.class_columns(file)
   if not count:
     if not config.model.background_column:
       columns = importer.class_columns(file)

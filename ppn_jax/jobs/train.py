@@ -42,7 +42,7 @@ from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import EarlyStopping
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.folded_norm import check_epsilon, folded_layers
-from ppn_jax.weights.initial import initial_weights, with_weights
+from ppn_jax.weights.initial import check_norm_images, initial_weights, with_weights
 from ppn_jax.weights.transfer import TransferredWeights
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
         contextlib.nullcontext(_latest_or_initial(run, initialize, abstract)) as (latest, initial),
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
         failures.fail_together(except_for=Preempted), contextlib.ExitStack() as closing):
+    if initial:
+      check_epsilon(folded_layers(initial.variables), config.model.layers.norm_epsilon)
     if latest is None:
       run = _with_init(run, config.init, report=initial.report.lines() if initial else ())
     elif earlier:  # Its weights started from this, whatever the config says now.
@@ -237,10 +239,11 @@ def _with_batch_norm(run: Run, state: TrainState, source: Source, count: int
   if not layers:
     return run, state
   what = f'batch norm of {len(layers)} layers was folded into their kernels'
-  if not count:
-    logger.warning(f'{what}, and with init.norm_images=0 batch statistics will rescale them')
-    return run, state
   check_epsilon(layers, run.config.model.layers.norm_epsilon)
+  if not count:
+    if run.config.model.layers.norm != 'frozen':
+      logger.warning(f'{what}, and with init.norm_images=0 batch statistics will rescale them')
+    return run, state
   restored = restore_batch_norm(_in_float32(run), state.variables, layers,
                                 sample_images(run.config, source, count))
   line = (f'{what}: put back from {count:,} training images; {restored.still:,} of '
@@ -298,6 +301,7 @@ def _check_numbers(config: ConfigDict) -> None:
                      "'continue', 'stop'")
   if not 0 <= config.seed < 2**31:
     raise InputError(f'seed={config.seed} must be at least 0 and below 2**31')
+  check_norm_images(config.init.norm_images)
   train = config.train
   EarlyStopping(train.stop_metric, train.patience, train.min_improvement)
   if train.patience and not train.evaluate_every:

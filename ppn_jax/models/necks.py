@@ -65,10 +65,13 @@ class ConvPyramid(nn.Module):
   Attributes:
     strides: strides of the backbone's maps to use, in input pixels per cell, finest first.
     depths: depth of each further level; half of it is rounded down.
+    repeat_1x1: whether levels may follow a 1x1 one, 1x1 as well, as in detectors of the Object
+      Detection API for images of up to 256 px; otherwise they are an error.
     policy: see LayerPolicy.
   """
   strides: tuple[int, ...] = (16, 32)
   depths: tuple[int, ...] = (512, 256, 256, 128)
+  repeat_1x1: bool = False
   policy: LayerPolicy = LayerPolicy()
 
   def __post_init__(self):
@@ -85,13 +88,15 @@ class ConvPyramid(nn.Module):
       len(strides) + len(depths) maps, finest first.
 
     Raises:
-      InputError: If the backbone lacks one of `strides`, or a map is 1x1 before the last level.
+      InputError: If the backbone lacks one of `strides`, or a map is 1x1 before the last level
+        without `repeat_1x1`.
     """
     levels = [_feature_map(features, stride) for stride in self.strides]
     # Numbered as in the model zoo, where Conv2d_13_pointwise_2_Conv2d_2 is the first.
     for i, depth in enumerate(self.depths, start=2):
-      _check_shrinkable(levels, f'depths {tuple(self.depths)}',
-                        f'keep the first {len(levels) - len(self.strides)} of model.neck.depths')
+      if not self.repeat_1x1:
+        _check_shrinkable(levels, f'depths {tuple(self.depths)}',
+                          f'keep the first {len(levels) - len(self.strides)} of model.neck.depths')
       levels.append(_Shrink(depth, self.policy, name=f'extra_{i}')(levels[-1], train=train))
     return tuple(levels)
 

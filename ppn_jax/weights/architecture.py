@@ -82,9 +82,14 @@ def _ssd_settings(shapes: Mapping[str, tuple[int, ...]], root: str) -> dict[str,
   settings: dict[str, Any] = {}
   if depths:
     settings['model.neck.depths'] = tuple(depths[i] for i in sorted(depths))
-  box = shapes.get(f'{root}BoxPredictor_0/BoxEncodingPredictor/weights')
-  if box is not None and len(box) == 4:
-    settings['model.head.side'] = int(box[0])
+  boxes = [shapes.get(f'{root}BoxPredictor_{level}/BoxEncodingPredictor/weights')
+           for level in (0, 1)]
+  if boxes[0] is not None and len(boxes[0]) == 4:
+    settings['model.head.side'] = int(boxes[0][0])
+    if boxes[1] is not None and len(boxes[1]) == 4:
+      counts = [int(box[-1]) // 4 for box in boxes]
+      if counts[0] in (3, counts[1]):
+        settings['model.anchors.reduce_lowest_level'] = counts[0] < counts[1]
   return settings
 
 

@@ -60,12 +60,12 @@ def folded_layers(variables: Mapping[str, Any]) -> tuple[Path, ...]:
   Training changes all of these values in its first step, and new layers have variance 1.
 
   Args:
-    variables: the detector's variables.
+    variables: the detector's variables, or some of them.
 
   Returns:
     Paths such as ('backbone', 'conv2d_0'), below which there are 'kernel' and 'norm'.
   """
-  params, stats = flatten_dict(variables['params']), flatten_dict(variables['batch_stats'])
+  params, stats = (flatten_dict(variables.get(name, {})) for name in ('params', 'batch_stats'))
   layers = [path[:-2] for path in stats if path[-2:] == ('norm', 'var')
             and (*path[:-2], 'kernel') in params and (*path[:-1], 'scale') in params]
 

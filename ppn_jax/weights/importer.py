@@ -263,6 +263,9 @@ def _check_shapes(file: WeightFile, sources: Mapping[names.Path, str],
         line += _columns_hint(class_columns(file), path, shapes)
       elif wanted := _settings_that_differ(file, shapes):
         line += f'; set {describe(wanted)}'
+      elif path[1] == 'head' and path[-1].startswith('box') and there[-1] != here[-1]:
+        line += (f', for {there[-1] // 4} and {here[-1] // 4} anchors per cell; there is one for '
+                 'each of model.anchors.aspect_ratios, and one more')
       raise InputError(line)
 
 

@@ -17,7 +17,7 @@ from ppn_jax.export.formats import exported_format
 from ppn_jax.export.weights_file import is_weights_file
 from ppn_jax.training.state import TrainState
 from ppn_jax.weights import importer, workdir
-from ppn_jax.weights.read import WeightFile, read_weights
+from ppn_jax.weights.read import LEGAL, WeightFile, read_weights
 from ppn_jax.weights.shared import read_shared
 from ppn_jax.weights.transfer import (
   PartialValues,
@@ -26,8 +26,8 @@ from ppn_jax.weights.transfer import (
   transfer_weights,
 )
 
-_OR_OURS = (', or the workdir of a run (WORKDIR, WORKDIR@STEP or WORKDIR@best), or a weights file '
-            '(.safetensors)')
+_OURS = ('the workdir of a run (WORKDIR, WORKDIR@STEP or WORKDIR@best), or a weights file '
+         '(.safetensors)')
 
 
 def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, weights: str = '',
@@ -60,8 +60,7 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
       `read_workdir`, `read_shared` and `import_backbone`.
   """
   del report
-  if norm_images < 0:
-    raise InputError(f'init.norm_images={norm_images} must be a number of images, or 0')
+  check_norm_images(norm_images)
   for key, path in (('weights', weights), ('backbone', backbone)):
     if not isinstance(path, str):
       raise InputError(f'init.{key}={path!r} is not a path')
@@ -73,6 +72,12 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
     return None
   return transfer_weights(_read(f'init.{key}', path, like), like, categories,
                           part='' if weights else 'backbone')
+
+
+def check_norm_images(count: int) -> None:
+  """Raises InputError if `init.norm_images` is not a number of images."""
+  if count < 0:
+    raise InputError(f'init.norm_images={count} must be a number of images, or 0')
 
 
 def _read(key: str, text: str, like: Mapping[str, Any]) -> PretrainedWeights:
@@ -120,7 +125,8 @@ def _read_file(key: str, path: str) -> WeightFile:
   except InputError as e:
     if pathlib.Path(path).is_file():
       raise
-    raise InputError(f'{key}={path}: {e}{_OR_OURS}') from e
+    more = f', or {_OURS}' if LEGAL in str(e) else f'; {LEGAL}, or {_OURS}'
+    raise InputError(f'{key}={path}: {e}{more}') from e
 
 
 def with_weights(state: TrainState, variables: Mapping[str, Any],

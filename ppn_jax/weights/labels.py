@@ -93,7 +93,8 @@ def detector_categories(count: int, label_map: str | pathlib.Path | None, *,
     return (_of_ids(count, COCO_NAMES, 'N/A'),
             "90 classes, taken to be COCO's; others need --label_map")
   return (_of_ids(count, {}, 'class'),
-          f"{count} classes without names: 'class 1' and so on; --label_map names them")
+          f"{count} class{'' if count == 1 else 'es'} without names: 'class 1' and so on; "
+          '--label_map names them')
 
 
 def _of_ids(count: int, names: Mapping[int, str], unnamed: str) -> tuple[Category, ...]:

@@ -56,15 +56,18 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
   Raises:
     InputError: If there is no such file, or it has an unknown format or is damaged.
   """
+  if not str(path).strip():
+    raise InputError(f'the path of the weights is empty; {LEGAL}')
   path = local_path(path)
   if path.is_dir():
     path = _checkpoint_in(path)
-  if path.suffix == '.pb':
+  suffix = path.suffix.lower()
+  if suffix == '.pb':
     return WeightFile(str(path), 'frozen graph', unfold(_single_scopes(read_frozen_graph(path))))
-  if path.suffix in ('.tflite', '.lite'):
+  if suffix in ('.tflite', '.lite') or _is_tflite(path):
     network = read_tflite_network(path)
     return WeightFile(str(path), 'TFLite file', unfold(network.tensors), *network[:1], *network[2:])
-  if path.suffix in ('.h5', '.hdf5', '.keras'):
+  if suffix in ('.h5', '.hdf5', '.keras'):
     return WeightFile(str(path), 'Keras file', read_keras_file(path))
   prefix = path.with_name(re.sub(r'\.(index|meta|data-\d{5}-of-\d{5})$', '', path.name))
   if prefix == path and path.is_file():
@@ -106,6 +109,15 @@ def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
                    f'{folder}: {len(there)} checkpoints in this folder; give one of them: {names}')
 
 
+def _is_tflite(path: pathlib.Path) -> bool:
+  """Returns whether a file is one of TFLite, whatever its name."""
+  try:
+    with path.open('rb') as file:
+      return file.read(8)[4:] == TFLITE_MAGIC
+  except OSError:
+    return False
+
+
 def _looks_like(path: pathlib.Path) -> str:
   """Describes a file whose format is not supported."""
   with path.open('rb') as file:
@@ -115,8 +127,6 @@ def _looks_like(path: pathlib.Path) -> str:
   if end == MAGIC:
     return ("a TensorFlow V1 checkpoint, which is not supported; save it again with "
             'tf.train.Saver(write_version=tf.train.SaverDef.V2)')
-  if start[4:8] == TFLITE_MAGIC:
-    return 'a TFLite file; rename it to .tflite'
   if start == HDF5_MAGIC:
     return 'an HDF5 file; rename it to .h5'
   if start[:2] == b'\x1f\x8b':

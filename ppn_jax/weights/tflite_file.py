@@ -55,7 +55,7 @@ class Tensor(NamedTuple):
 
   Fields:
     name: name in the file.
-    shape: its axes.
+    shape: its axes; -1 for one of any length.
     type: type in the schema, such as 'UINT8'.
     quantization: how integers stand for real values, None if they do not.
     data: bytes of a constant, None if the graph computes the tensor.
@@ -201,8 +201,12 @@ def _graph(tflite: types.ModuleType, content: bytes, path: pathlib.Path) -> Grap
     found = graph.Tensors(number)
     name = (found.Name() or b'').decode('utf-8', 'replace')
     shape = tuple(int(found.Shape(i)) for i in count(found.ShapeLength()))
+    # Axes of any length have length 1 in the shape, and -1 in its signature.
+    signature = tuple(int(found.ShapeSignature(i)) for i in count(found.ShapeSignatureLength()))
     kind = types_.get(found.Type(), f'type {found.Type()}')
     data = _data(model, found, content)
+    if data is None and len(signature) == len(shape):
+      shape = signature
     if data is not None and kind in _DTYPES:
       limit.claim(name, shape, np.dtype(_DTYPES[kind]).itemsize)
       if found.Sparsity() is not None:
@@ -310,7 +314,8 @@ def _attached(path: pathlib.Path) -> dict[str, str]:
                 if entry.filename.endswith(('.txt', '.json'))
                 and entry.file_size <= _MOST_LABELS_BYTES
                 and entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
-      return {entry.filename: archive.read(entry).decode('utf-8', 'replace') for entry in chosen}
+      return {entry.filename: archive.read(entry).decode('utf-8-sig', 'replace')
+              for entry in chosen}
   except (zipfile.BadZipFile, zipfile.zlib.error, NotImplementedError, EOFError, OSError,
           RuntimeError, ValueError):
     return {}  # Metadata is optional, and so is that it can be read.

@@ -54,7 +54,7 @@ class TFLiteNetwork(NamedTuple):
     description: the network in words, for messages.
     tensors: its weights, float32, by the name that they have in checkpoints. Biases stand where
       batch norm was; see `folded_norm`. {} for other networks.
-    image_size: side of its input in pixels.
+    image_size: side of its input in pixels; 0 if it is not square, or of any size.
     labels: class names in its metadata, '' for ids that are not used; () if there are none.
     postprocessing: what follows the network of a detector; None for others.
   """
@@ -97,8 +97,11 @@ def read_tflite_network(path: str | pathlib.Path) -> TFLiteNetwork:
   if backbone is None:
     return TFLiteNetwork(_family(layers, post), {}, 0)
   tensors = _backbone_tensors(layers, backbone)
-  size = _image_size(layers, backbone.stem)
-  what = (f'MobileNet-v1 with depth multiplier {backbone.multiplier:g}, {size} px, '
+  height, width = _image_sides(layers, backbone.stem)
+  size = height if height == width else 0
+  pixels = (f'{size} px' if size else f'{height}x{width} px' if height and width else
+            'any image size')
+  what = (f'MobileNet-v1 with depth multiplier {backbone.multiplier:g}, {pixels}, '
           f'{_precision(graph, backbone.blocks[-1][1])}')
   if len(backbone.blocks) < 11:
     what += f', the first {len(backbone.blocks)} of its 13 blocks'
@@ -186,9 +189,10 @@ def _named(layers: LayerGraph, scope: str, layer: Layer) -> dict[str, np.ndarray
   return {f'{scope}/{kind}': layers.kernel(layer), f'{scope}/biases': layers.bias(layer)}
 
 
-def _image_size(layers: LayerGraph, stem: Layer) -> int:
+def _image_sides(layers: LayerGraph, stem: Layer) -> tuple[int, int]:
+  """Returns height and width of the input in pixels, 0 for a side of any length."""
   shape = layers.graph.tensors[stem.source].shape
-  return max(shape[1], 0) if len(shape) == 4 else 0
+  return (max(shape[1], 0), max(shape[2], 0)) if len(shape) == 4 else (0, 0)
 
 
 def _precision(graph: Graph, layer: Layer) -> str:
@@ -295,15 +299,15 @@ def _postprocessing(layers: LayerGraph, post: Operation | None, heads: _Heads) -
 def _labels(graph: Graph, columns: int, classes: int) -> tuple[str, ...]:
   """Returns the class names of the first list of labels that has as many as there are classes.
 
-  A list may begin with a name for the background; ids that are not used are called ???.
+  Files that are called labels come first. A list may begin with a name for the background; ids that
+  are not used are called ???.
   """
-  for name, text in graph.attached.items():
-    lines = [line.strip() for line in text.splitlines()]
-    lines = lines[:-1] if lines and not lines[-1] else lines
-    if not name.endswith('.txt') or len(lines) not in (classes, columns):
+  for name in sorted(graph.attached, key=lambda name: 'label' not in name.lower()):
+    lines = [line.strip() for line in graph.attached[name].rstrip().splitlines()]
+    if not name.endswith('.txt') or 'calibration' in name.lower() or (
+        len(lines) not in (classes, columns)):
       continue
-    named = lines[-classes:]
-    return tuple('' if line == _UNUSED_LABEL else line for line in named)
+    return tuple('' if line == _UNUSED_LABEL else line for line in lines[-classes:])
   return ()
 
 

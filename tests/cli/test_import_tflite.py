@@ -100,7 +100,9 @@ def test_an_imported_run_trains_on_with_its_batch_norm(tmp_path, config, backbon
   assert main(['import-tf', config, f'--checkpoint={backbone}', f'--workdir={tmp_path / "run"}',
                f'--label_map={tmp_path / "map.json"}']) == 0
   assert len(folded_layers(variables_of(tmp_path / 'run', 0))) == 11
-  capsys.readouterr()
+  assert main(['train', config, f'--workdir={tmp_path / "run"}',
+               '--config.init.norm_images=-1']) == 2
+  assert 'init.norm_images=-1 must be a number of images' in capsys.readouterr().err
   for workdir, extra in (('new', [f'--config.init.weights={tmp_path / "run"}']), ('run', [])):
     assert main(['train', config, *STEPS, f'--workdir={tmp_path / workdir}', *extra]) == 0
     assert 'put back from 8 training images' in capsys.readouterr().err
@@ -111,9 +113,12 @@ def test_an_imported_run_trains_on_with_its_batch_norm(tmp_path, config, backbon
 
 @pytest.mark.parametrize('entry, message', [
     ('init.norm_images=-1', 'init.norm_images=-1 must be a number of images'),
-    ('model.layers.norm_epsilon=0.01', 'model.layers.norm_epsilon=0.01; set it to 0.001')])
-def test_what_does_not_fit_is_refused(tmp_path, config, backbone, capsys, entry, message):
+    ('model.layers.norm_epsilon=0.01', 'model.layers.norm_epsilon=0.01; set it to 0.001'),
+    ('model.layers.norm_epsilon=0.01 init.norm_images=0', 'norm_epsilon=0.01; set it to 0.001')])
+def test_what_does_not_fit_is_refused(tmp_path, config, backbone, capsys, monkeypatch, entry,
+                                      message):
+  monkeypatch.setattr('ppn_jax.jobs.train.jit_init', None)  # Nothing is compiled before.
   assert main(['train', config, *STEPS, f'--config.init.backbone={backbone}',
-               f'--workdir={tmp_path / "run"}', f'--config.{entry}']) == 2
+               f'--workdir={tmp_path / "run"}', *(f'--config.{e}' for e in entry.split())]) == 2
   assert message in capsys.readouterr().err
   assert not (tmp_path / 'run' / 'config.json').exists()

@@ -16,6 +16,8 @@ from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.jobs.evaluate import evaluate
 from ppn_jax.run import open_run
+from ppn_jax.storage import folder_path
+from ppn_jax.weights.workdir import read_workdir
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(TESTS.parent / 'benchmarks'))
@@ -124,6 +126,57 @@ def test_evaluation_gives_the_scores_of_one_process(pod):
   assert result.stdout.count('detections on 6 images') == 1
   two = json.loads((workdir / 'evaluation' / '6' / 'scores.json').read_text())['figures']
   assert two == pytest.approx(one, abs=1e-6, nan_ok=True)
+
+
+# Prints what each process holds after batch norm is put back, and may end before the first step.
+PUT_BACK = """
+import hashlib, os, sys
+import jax
+from ppn_jax.cli.main import main
+from ppn_jax.jobs import train
+put_back = train._with_batch_norm
+
+def tell(*args):
+  run, state = put_back(*args)
+  values = b''.join(bytes(leaf.addressable_data(0)) for leaf in jax.tree.leaves(state.variables))
+  print('holds', hashlib.sha256(values).hexdigest(), flush=True)
+  return run, state
+
+train._with_batch_norm = tell
+if '--kill' in sys.argv:
+  sys.argv.remove('--kill')
+  train.TrainLoop.run_steps = lambda *_: os._exit(9)
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_batch_norm_is_put_back_with_the_same_bits_in_all_processes_and_after_a_kill(tmp_path):
+  pytest.importorskip('tflite')
+  from tflite_writer import write_classifier
+  write_classifier(tmp_path / 'x.tflite')
+  (tmp_path / 'put_back.py').write_text(PUT_BACK)
+  launch = pod_launcher(tmp_path, tmp_path / 'put_back.py')
+
+  def train(name, codes, *options):
+    result = launch('train', f'--config={tmp_path}/config.py', f'--workdir={tmp_path / name}',
+                    f'--config.init.backbone={tmp_path / "x.tflite"}', '--config.train.steps=3',
+                    # More images than there are.
+                    '--config.init.norm_images=20', '--config.optim.ema_decay=0.9', *SMALLER,
+                    *options)
+    assert f'exit codes {codes}' in result.stderr, result.stderr
+    held = re.findall(r'\[(\d)\] holds (\w+)', result.stdout)
+    assert sorted(process for process, _ in held) == ['0', '1']
+    assert 'put back from 20 training images' in result.stderr
+    return {digest for _, digest in held}
+
+  held = [train('whole', '0 0'), train('killed', '9 9', '--kill'), train('killed', '0 0')]
+  assert held[0] == held[1] == held[2] and len(held[0]) == 1
+  whole, killed = (read_workdir(folder_path(tmp_path / name)).values
+                   for name in ('whole', 'killed'))
+  assert len(whole) > 40 and whole.keys() == killed.keys()
+  for path, value in whole.items():
+    np.testing.assert_array_equal(killed[path], value, err_msg=str(path))
 
 
 # The first process has a clock that runs faster and faster, so that a run is slower than it was

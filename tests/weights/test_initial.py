@@ -55,6 +55,14 @@ def test_ninety_classes_of_a_file_are_those_of_coco(tmp_path):
   assert "taken to be COCO's" in str(found.report)
 
 
+@pytest.mark.parametrize('name', ['a.tflite', 'a.h5', 'a.pb', 'a.ckpt', 'a'])
+def test_a_path_to_nothing_names_all_that_is_legal(tmp_path, name):
+  message = rf'{name}: no .*; give the PREFIX .*\.keras\), or the workdir of a run .*, or a weights'
+  with pytest.raises(InputError, match=message) as e:
+    initial_weights({}, (), weights=str(tmp_path / name))
+  assert str(e.value).count('give the PREFIX') == 1
+
+
 def test_no_weights():
   assert initial_weights({}, (), backbone='') is None
   with pytest.raises(InputError, match=r'init\.backbone=3 is not a path'):

@@ -56,3 +56,9 @@ def test_other_files_are_rejected(tmp_path, name, content, message):
 def test_empty_folder(tmp_path):
   with pytest.raises(InputError, match='no checkpoint in this folder; give the PREFIX'):
     read_weights(tmp_path)
+
+
+@pytest.mark.parametrize('path', ['', ' '])
+def test_an_empty_path(path):
+  with pytest.raises(InputError, match='the path of the weights is empty; give the PREFIX'):
+    read_weights(path)

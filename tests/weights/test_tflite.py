@@ -69,7 +69,8 @@ def test_any_multiplier_and_number_of_classes(tmp_path, multiplier, classes):
   settings = model_settings(sizes(file))
   assert settings == {
       'model.backbone.depth_multiplier': multiplier, 'model.head.side': 1,
-      'model.neck.depths': tuple(int(d * multiplier) for d in (512, 256, 256, 128))}
+      'model.neck.depths': tuple(int(d * multiplier) for d in (512, 256, 256, 128)),
+      'model.anchors.reduce_lowest_level': True}
   assert importer.class_columns(file) == classes + 1
   like = shapes_of(ssd, num_classes=classes, **{
       key.removeprefix('model.'): value for key, value in settings.items()})
@@ -124,6 +125,15 @@ def test_labels_of_the_metadata(tmp_path, text, expected):
                                           'neck.depths': (128, 64, 64, 32)})
   named = [c.name for c in importer.import_matching(file, like).categories]
   assert named == [name or f'N/A {i}' for i, name in enumerate(expected, start=1)]
+
+
+@pytest.mark.parametrize('attached, expected', [
+    ({'score_calibration.txt': '1,2\n3,4\n', 'labelmap.txt': 'cat\ndog\n'}, ('cat', 'dog')),
+    ({'a.txt': '1\n2\n', 'labels.txt': 'cat\ndog\n'}, ('cat', 'dog')),
+    ({'dict.txt': '\ufeffcat\r\ndog\r\n\r\n\n'}, ('cat', 'dog'))])
+def test_lists_of_labels(tmp_path, attached, expected):
+  write_ssd(tmp_path / 'x.tflite', classes=2, labels=attached)
+  assert read_tflite_network(tmp_path / 'x.tflite').labels == expected
 
 
 def placed():
@@ -319,11 +329,15 @@ def test_files_without_readable_weights(tmp_path):
       read_weights(tmp_path / f'{name}.tflite')
   (tmp_path / 'text.tflite').write_text('not a flatbuffer')
   (tmp_path / 'empty.tflite').write_bytes(b'')
-  (tmp_path / 'own.bin').write_bytes((tmp_path / 'own.tflite').read_bytes())
-  for name, message in [('text.tflite', 'not a TFLite file'), ('empty.tflite', 'empty'),
-                        ('own.bin', 'a TFLite file; rename it to .tflite')]:
+  for name, message in [('text.tflite', 'not a TFLite file'), ('empty.tflite', 'empty')]:
     with pytest.raises(InputError, match=message):
       read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize('name', ['x.TFLITE', 'x.bin', 'detect'])
+def test_files_are_known_by_their_contents(tmp_path, name):
+  write_classifier(tmp_path / name)
+  assert len(read_weights(tmp_path / name).tensors) == 5 * 27
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
