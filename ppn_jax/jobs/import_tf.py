@@ -108,7 +108,7 @@ def _settings_of_detector(file: WeightFile, has_size: bool) -> dict[str, Any]:
   if file.image_size:
     settings['model.image_size'] = file.image_size
   settings['model.background_column'] = not _has_no_background(file)
-  if file.postprocessing.score_activation:
+  if file.postprocessing and file.postprocessing.score_activation:
     settings['model.score_activation'] = file.postprocessing.score_activation
   return settings
 
