@@ -112,6 +112,7 @@ def _get_config(path: pathlib.Path, *arguments: str) -> Any:
   spec = importlib.util.spec_from_file_location(_MODULE_NAME, path, loader=loader)
   assert spec is not None
   module = importlib.util.module_from_spec(spec)
+  outer = sys.modules.get(_MODULE_NAME)  # A config file may load another one.
   sys.modules[_MODULE_NAME] = module  # Dataclasses of the file look for their module there.
   try:
     loader.exec_module(module)
@@ -119,6 +120,8 @@ def _get_config(path: pathlib.Path, *arguments: str) -> Any:
     return get_config(*arguments) if callable(get_config) else None
   finally:
     del sys.modules[_MODULE_NAME]
+    if outer is not None:
+      sys.modules[_MODULE_NAME] = outer
 
 
 @contextlib.contextmanager

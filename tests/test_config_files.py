@@ -362,6 +362,17 @@ def test_a_config_json_of_0_1_means_the_same():
   assert now == written
 
 
+def test_a_config_file_may_load_another(tmp_path):
+  (tmp_path / 'mine.py').write_text(
+      'from ppn_jax.config_files import load_config\n'
+      'def get_config():\n'
+      "  config = load_config('own_data:pascal_voc').copy_and_resolve_references().unlock()\n"
+      '  config.train.steps = 7\n'
+      '  return config\n')
+  config = load_config(tmp_path / 'mine.py')
+  assert (config.train.steps, config.data.train.name) == (7, 'pascal_voc')
+
+
 # Blocks of the optimizer.
 
 
