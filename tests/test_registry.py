@@ -75,7 +75,8 @@ def test_allowed_components(allow, allowed):
   assert isinstance(name, registry.BlockedName) is not allowed
 
 
-def typed(*, rate: float = 0.1, count: int = 3, nesterov: bool = False, where: str = '', other=None):
+def typed(*, rate: float = 0.1, count: int = 3, nesterov: bool = False, where: str = '',
+          other=None):
   return rate
 
 

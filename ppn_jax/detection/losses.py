@@ -59,8 +59,8 @@ def focal_loss(outputs: Outputs, targets: Targets, *, class_spec: ClassLogitsSpe
     localization_weight: w. The reference's PPN config has 1.5.
     label_smoothing: e, 0 to below 1: the cross-entropy is that of the targets y (1 - e) + e / 2, as
       in EfficientDet; alpha and the factor of gamma are those of y.
-    class_weights: factors of the positive logits of each class, as `pos_weight` in PyTorch: by
-      name, {'person': 2.0}, where others have 1, as pairs, or one for each label; above 0. Empty: none.
+    class_weights: factors above 0 of the positive logits of each class, as `pos_weight` in PyTorch:
+      by name, {'person': 2.0}, where others have 1, as pairs, or one for each label; empty: none.
       Negative logits and boxes have no such factor.
     group_size: images that n is counted over: 0 for the whole batch; otherwise the loss is the mean
       over groups of this size, as the reference's replicas compute it (see `batch_groups`).

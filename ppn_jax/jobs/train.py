@@ -155,8 +155,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
         plan = time_budget.Plan(config.train.minutes, start, 0.0, 0.0)
       else:
         plan = time_budget.make_plan(
-            config, budget, state, start, pipeline.jit_step(detector, optimizer), pipeline,
-            evaluator, notice, Progress(config.train.steps))
+            config, run.workdir, budget, state, start, pipeline.jit_step(detector, optimizer),
+            pipeline, evaluator, notice, Progress(config.train.steps))
       config = time_budget.with_planned_steps(asked, plan)
       run = _with_steps(run, config.train.steps)
       optimizer = run.optimizer()
@@ -216,6 +216,7 @@ def _clean_up(run: Run) -> None:
     storage.remove_partial(folder)
   for step in retention.steps_in(run.workdir / 'evaluation'):
     storage.remove_partial(run.workdir / 'evaluation' / str(step))
+  time_budget.remove_scratch(run.workdir / time_budget.SCRATCH)
 
 
 def _first_loss(run: Run, start: int) -> float | None:
@@ -300,6 +301,8 @@ def _with_steps(run: Run, steps: int) -> Run:
   config = run.config.copy_and_resolve_references().unlock()
   config.train.steps = steps
   return dataclasses.replace(run, config=config.lock())
+
+
 def _with_batch_norm(run: Run, state: TrainState, source: Source, count: int
                      ) -> tuple[Run, TrainState]:
   """Puts batch norm back into layers that it is folded into; returns the run with a report of it.
