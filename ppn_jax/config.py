@@ -8,6 +8,7 @@ The functions at the end turn PPN's config into that of a baseline. They change 
 in place and leave data and schedule alone.
 """
 
+import math
 import numbers
 import os
 from collections.abc import Mapping
@@ -210,6 +211,9 @@ def _complete_block(given: Any, base: dict[str, Any], path: str, unknown: list[s
   if not isinstance(given, dict):
     raise InputError(f'config.{path}={given!r} must be a block, dict(key=value, ...)')
   if path in MAPPINGS:
+    for key in given:
+      if '.' in str(key):  # A ConfigDict takes no such keys.
+        raise InputError(f"config.{path}[{key!r}] has a '.', which no parameter's name has")
     return {str(key): _checked(value, MAPPINGS[path], f'{path}[{key!r}]')
             for key, value in given.items()}
   if path in COMPONENTS:
@@ -243,6 +247,8 @@ def _checked(value: Any, default: Any, path: str) -> Any:
       if not isinstance(value, legal) or (isinstance(value, bool) and kind is not bool):
         words += ' or None' if optional else ''
         raise InputError(f'config.{path}={value!r} must be {words}')
+      if isinstance(value, numbers.Real) and not math.isfinite(value):
+        raise InputError(f'config.{path}={value!r} must be a finite number')
       return convert(value)
   raise TypeError(f'default {default!r} of {path}')
 

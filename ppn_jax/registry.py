@@ -3,11 +3,20 @@
 import functools
 import importlib
 import inspect
+import math
+import numbers
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ppn_jax.errors import InputError, did_you_mean
+
+# Types of options -> what their values must be, in Python and in words.
+_SIMPLE_TYPES: dict[Any, tuple[Any, str]] = {
+    float: (numbers.Real, 'a number'), int: (numbers.Real, 'a number'),
+    bool: ((bool, np.bool_), 'True, False'), str: (str, 'text')}
 
 
 class BlockedName(str):
@@ -131,10 +140,11 @@ def bind(what: str, function: Callable[..., Any], options: Mapping[str, Any], *,
   """Binds a config block's options to `function`; the caller passes the arguments `given`.
 
   Raises:
-    InputError: If `function` does not have an option, with the nearest that it has, or needs one
-      that is missing.
+    InputError: If `function` does not have an option, with the nearest that it has, needs one that
+      is missing, or an option has a value of another type.
   """
   check_options(what, function, options, given=given)
+  check_values(what, function, options)
   parameters = inspect.signature(function).parameters
   required = {n for n, p in parameters.items()
               if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -163,6 +173,22 @@ def check_options(what: str, function: Callable[..., Any], options: Iterable[str
   for option in options:
     if option not in legal:
       raise InputError(f'{what} has no option {option!r}; {did_you_mean(str(option), legal)}')
+
+
+def check_values(what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+  """Checks that options which are a number, truth value or text by their type have such a value.
+
+  Raises:
+    InputError: If one has not, or is not a finite number.
+  """
+  types = options_of(function).types
+  for option, value in options.items():
+    legal, words = _SIMPLE_TYPES.get(types.get(option), (object, ''))
+    is_bool = isinstance(value, (bool, np.bool_))
+    if not isinstance(value, legal) or (is_bool and legal is numbers.Real):
+      raise InputError(f'{what}: {option} is {value!r}, legal: {words}')
+    if isinstance(value, numbers.Real) and not math.isfinite(value):
+      raise InputError(f'{what}: {option} is {value!r}, legal: a finite number')
 
 
 class ComponentOptions(typing.NamedTuple):

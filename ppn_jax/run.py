@@ -102,9 +102,11 @@ class Run(TrainedModel):
   def ending(self) -> Ending | None:
     """Returns why training ended before `train.steps`; None if it did not, or continues."""
     try:
-      return Ending(**json.loads(storage.read_text(self.workdir / 'ended.json')))
+      ending = Ending(**json.loads(storage.read_text(self.workdir / 'ended.json')))
     except (FileNotFoundError, ValueError, TypeError):
       return None
+    # Training writes it again, if something else is there.
+    return ending if type(ending.step) is int and isinstance(ending.reason, str) else None
 
   def note_ending(self, ending: Ending | None) -> None:
     """Writes why training ended before `train.steps`; None if it continues."""

@@ -395,6 +395,9 @@ def test_the_optimizer_on_the_command_line(entries, expected):
 
 @pytest.mark.parametrize('text, message', [
     ("optim.rate_scale={'head': 'much'}", r"optim.rate_scale\['head'\]='much' must be a number"),
+    ("optim.rate_scale={'head.kernel': 2}", r"\['head.kernel'\] has a '.', which no param"),
+    ('optim.learning_rate=inf', 'config.optim.learning_rate=inf must be a finite number'),
+    ('train.minutes=nan', 'config.train.minutes=nan must be a finite number'),
     ('optim.rate_scale.head=much', 'optim.rate_scale.head=much: it must be a number'),
     ('optim.rate_scale=0.1', 'it is a block'),
     ('optim.optimizer.momentm=0.1', "momentm; did you mean 'momentum'"),

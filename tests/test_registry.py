@@ -75,6 +75,21 @@ def test_allowed_components(allow, allowed):
   assert isinstance(name, registry.BlockedName) is not allowed
 
 
+def typed(*, rate: float = 0.1, count: int = 3, nesterov: bool = False, where: str = '',
+          other=None):
+  return rate
+
+
+@pytest.mark.parametrize('options, words', [
+    ({'rate': 'x'}, r"thing 'typed': rate is 'x', legal: a number"), ({'rate': None}, 'a number'),
+    ({'rate': float('nan')}, 'rate is nan, legal: a finite number'), ({'rate': True}, 'a number'),
+    ({'other': float('inf')}, 'a finite number'), ({'count': '3'}, "count is '3', legal: a number"),
+    ({'nesterov': 'no'}, 'True, False'), ({'where': 3}, 'where is 3, legal: text')])
+def test_values_of_another_type_are_refused(options, words):
+  with pytest.raises(InputError, match=words):
+    registry.build('thing', {'name': 'typed', **options}, {'typed': f'{__name__}:typed'})
+
+
 def options(a, b: int = 3, *, c: 'float | None' = None, d=(1, 2), **others):
   pass
 

@@ -162,6 +162,10 @@ class Checkpoints:
     self._saving = step
     self._write = self._pool.submit(write)
 
+  def is_saving(self) -> bool:
+    """Returns whether a save is in progress."""
+    return self._write is not None and not self._write.done()
+
   def notes(self, step: int) -> dict[str, Any]:
     """Returns the notes of a saved step; {} for one of an earlier version."""
     found = _retried(lambda: _description(self._folder_of(step)))

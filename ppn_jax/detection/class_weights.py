@@ -56,7 +56,7 @@ def check_class_weights(weights: ClassWeights, num_classes: int) -> tuple[float,
   """Returns the weight of each of C labels, or () if none are given.
 
   Raises:
-    InputError: If weights are given by name, are not C, or not finite numbers of at least 0.
+    InputError: If weights are given by name, are not C, or not finite numbers above 0.
   """
   if not isinstance(weights, (Mapping, Sequence)) or isinstance(weights, str):
     raise InputError(f"loss.class_weights={weights!r} must be weights by name, {{'person': 2.0}}")
@@ -67,8 +67,8 @@ def check_class_weights(weights: ClassWeights, num_classes: int) -> tuple[float,
     return ()
   for weight in weights:
     if (not isinstance(weight, numbers.Real) or isinstance(weight, bool)
-        or not 0 <= weight < math.inf):
-      raise InputError(f'loss.class_weights: {weight!r} is no weight; legal: a number, at least 0')
+        or not 0 < weight < math.inf):
+      raise InputError(f'loss.class_weights: {weight!r} is no weight; legal: a number above 0')
   if len(weights) != num_classes:
     raise InputError(f'loss.class_weights has {len(weights)} weights, but there are {num_classes} '
                      "classes; give one for each, or by name, {'person': 2.0}")

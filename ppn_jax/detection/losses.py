@@ -59,8 +59,8 @@ def focal_loss(outputs: Outputs, targets: Targets, *, class_spec: ClassLogitsSpe
     localization_weight: w. The reference's PPN config has 1.5.
     label_smoothing: e, 0 to below 1: the cross-entropy is that of the targets y (1 - e) + e / 2, as
       in EfficientDet; alpha and the factor of gamma are those of y.
-    class_weights: factors of the positive logits of each class, as `pos_weight` in PyTorch: by
-      name, {'person': 2.0}, where others have 1, as pairs, or one for each label; empty: none.
+    class_weights: factors above 0 of the positive logits of each class, as `pos_weight` in PyTorch:
+      by name, {'person': 2.0}, where others have 1, as pairs, or one for each label; empty: none.
       Negative logits and boxes have no such factor.
     group_size: images that n is counted over: 0 for the whole batch; otherwise the loss is the mean
       over groups of this size, as the reference's replicas compute it (see `batch_groups`).
@@ -68,7 +68,7 @@ def focal_loss(outputs: Outputs, targets: Targets, *, class_spec: ClassLogitsSpe
   Raises:
     InputError: If a value is outside its range, or the logits are scored by softmax.
   """
-  if not 0 <= alpha <= 1 or gamma < 0 or localization_weight < 0:
+  if not (0 <= alpha <= 1 and gamma >= 0 and localization_weight >= 0):
     raise InputError(f'loss: alpha={alpha} must lie in 0 to 1, gamma={gamma} and '
                      f'localization_weight={localization_weight} must be at least 0')
   _check_options(localization, anchors, label_smoothing)
@@ -123,7 +123,7 @@ def hard_negative_mining_loss(
   Raises:
     InputError: If a value is below 0.
   """
-  if negatives_per_positive < 0 or localization_weight < 0:
+  if not (negatives_per_positive >= 0 and localization_weight >= 0):
     raise InputError(f'loss: negatives_per_positive={negatives_per_positive} and '
                      f'localization_weight={localization_weight} must be at least 0')
   _check_options(localization, anchors, label_smoothing)

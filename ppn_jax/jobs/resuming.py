@@ -46,6 +46,7 @@ def clean_up(run: Run) -> None:
     storage.remove_partial(folder)
   for step in retention.steps_in(run.workdir / 'evaluation'):
     storage.remove_partial(run.workdir / 'evaluation' / str(step))
+  time_budget.remove_scratch(run.workdir / time_budget.SCRATCH)
 
 
 def first_loss(run: Run, start: int) -> float | None:

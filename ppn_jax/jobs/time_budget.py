@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from ml_collections import ConfigDict
 
 from ppn_jax import storage
+from ppn_jax.checkpoints.manager import Checkpoints
 from ppn_jax.distributed import coordination
 from ppn_jax.distributed.preemption import PreemptionNotice
 from ppn_jax.errors import InputError
@@ -29,7 +31,7 @@ from ppn_jax.jobs.evaluator import Evaluator
 from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
-from ppn_jax.training.stopping import is_timed, mean_step_seconds, steps_that_fit
+from ppn_jax.training.stopping import is_timed, slow_step_seconds, steps_that_fit
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +40,15 @@ FILE = 'time_budget.json'
 # Note of a checkpoint: seconds that its steps took, over all starts.
 SPENT = 'training_seconds'
 
-# Share of the time left that is not planned, for steps that turn out slower and for saves.
-RESERVE = 0.03
+# Share of the time left that is not planned, for a machine that becomes slower.
+RESERVE = 0.1
 
-# Steps are timed for this share of the time left, but not longer than this, in chunks of this
-# size. The chunks that do not count are more steps than batches are prepared ahead.
-_TIMING_SHARE, _MAX_TIMING_SECONDS, _STEPS_PER_CHUNK = 0.05, 30.0, 4
+# Steps are timed for this share of the time left, within these bounds and in chunks of this size.
+# The chunks that do not count are more steps than batches are prepared ahead.
+_TIMING_SHARE, _TIMING_SECONDS, _STEPS_PER_CHUNK = 0.1, (10.0, 60.0), 4
+
+# Folder in the workdir for the checkpoints that are saved to measure how long it takes.
+SCRATCH = 'measuring'
 
 # Steps of a run whose number is not known yet.
 _UNKNOWN_STEPS = 10**6
@@ -62,17 +67,21 @@ class Plan(NamedTuple):
     steps: Last step that fits.
     step_seconds: Measured time of a step.
     evaluation_seconds: Measured time of an evaluation; 0 if there are none.
+    save_seconds: Measured time by which a save delays the steps; 0 in plans of earlier versions.
   """
   minutes: float
   steps: int
   step_seconds: float
   evaluation_seconds: float
+  save_seconds: float = 0.0
 
   def describe(self, config: ConfigDict) -> str:
     """Returns a line for the start of the run."""
     fit = f'{self.steps:,} steps fit, {self.step_seconds:.3g} s each'
     if self.evaluation_seconds:
-      fit += f' and {self.evaluation_seconds:.3g} s for an evaluation'
+      fit += f', {self.evaluation_seconds:.3g} s for an evaluation'
+    if self.save_seconds:
+      fit += f', {self.save_seconds:.3g} s for a save'
     planned = config.train.steps
     return f'train.minutes={self.minutes:g}: {fit}; ' + (
         f'train.steps={planned:,} ends the run before' if planned < self.steps else
@@ -141,6 +150,9 @@ def recorded_plan(workdir: storage.Path, minutes: float) -> Plan | None:
   if minutes and jax.process_index() == 0 and path.is_file():
     try:
       plan = Plan(**json.loads(storage.read_text(path)))
+      if type(plan.steps) is not int or plan.steps < 1 or not all(
+          math.isfinite(value) and value >= 0 for value in plan):
+        raise ValueError(f'{tuple(plan)} is no plan')
     except (ValueError, TypeError) as e:
       raise InputError(f'{path} cannot be read: {e}; delete it to plan the rest of the run '
                        'anew') from e
@@ -173,15 +185,16 @@ def with_planned_steps(config: ConfigDict, plan: Plan | None) -> ConfigDict:
   return config.lock()
 
 
-def make_plan(config: ConfigDict, budget: TimeBudget, state: TrainState, start: int,
-              train_step: Callable, pipeline: InputPipeline, evaluator: Evaluator | None,
-              notice: PreemptionNotice, progress: Progress) -> Plan:
+def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, state: TrainState,
+              start: int, train_step: Callable, pipeline: InputPipeline,
+              evaluator: Evaluator | None, notice: PreemptionNotice, progress: Progress) -> Plan:
   """Measures how many steps fit into the time left. All processes call it together.
 
-  Takes steps, which are discarded, and evaluates once.
+  Takes steps, evaluates and saves, and discards the results. Waiting for batches counts.
 
   Args:
     config: Config of the run.
+    workdir: Its folder, for a temporary checkpoint.
     budget: Its budget.
     state: State after step `start`; steps are taken on a copy.
     start: Number of steps taken before.
@@ -204,9 +217,12 @@ def make_plan(config: ConfigDict, budget: TimeBudget, state: TrainState, start: 
   state = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)
   compiled = train_step.lower(state, *pipeline.arguments()).compile()
   coordination.wait_for_all()
-  limit = min(_TIMING_SHARE * budget.left, _MAX_TIMING_SECONDS)
+  least, most = _TIMING_SECONDS
+  limit = min(max(_TIMING_SHARE * budget.left, least), most, budget.left)
   with pipeline.open(start, progress) as batches:
     state, step_seconds = _time_steps(compiled, state, batches, limit, check_notice)
+    state, save_seconds = _time_save(compiled, state, batches, step_seconds, workdir / SCRATCH,
+                                     check_notice)
   evaluation_seconds = 0.0
   if evaluator:
     evaluator.compile(state.best_variables())
@@ -216,16 +232,17 @@ def make_plan(config: ConfigDict, budget: TimeBudget, state: TrainState, start: 
   seconds = _of_first(budget.left)
   fit = steps_that_fit(
       (1 - RESERVE) * seconds, step_seconds=step_seconds, evaluation_seconds=evaluation_seconds,
-      evaluate_every=config.train.evaluate_every, start=start)
+      evaluate_every=config.train.evaluate_every, save_seconds=save_seconds,
+      checkpoint_every=config.train.checkpoint_every, start=start)
   if fit == start:
-    needed = step_seconds + evaluation_seconds
+    needed = step_seconds + evaluation_seconds + save_seconds
     least = config.train.minutes + (needed / (1 - RESERVE) - seconds) / 60
     raise InputError(
         f'train.minutes={config.train.minutes:g} is too short: {seconds:.3g} s are left, and a '
-        f'step{" with its evaluation" if evaluator else ""} takes {needed:.3g} s; give at least '
-        f'{math.ceil(100 * least) / 100:g}')
+        f'step with {"evaluation and " if evaluator else ""}save takes {needed:.3g} s; give at '
+        f'least {math.ceil(100 * least) / 100:g}')
   return Plan(config.train.minutes, min(fit, (2**32 - 1) // config.train.batch_size),
-              step_seconds, evaluation_seconds)
+              step_seconds, evaluation_seconds, save_seconds)
 
 
 def _time_steps(train_step: Callable, state: TrainState, batches: Prefetcher | Constant,
@@ -239,7 +256,44 @@ def _time_steps(train_step: Callable, state: TrainState, batches: Prefetcher | C
       state, metrics = train_step(state, *next(batches))
     jax.block_until_ready(metrics)
     chunks.append(_of_first(now() - began))  # All processes take equally many.
-  return state, mean_step_seconds(chunks, _STEPS_PER_CHUNK)
+  return state, slow_step_seconds(chunks, _STEPS_PER_CHUNK)
+
+
+def _time_save(train_step: Callable, state: TrainState, batches: Prefetcher | Constant,
+               step_seconds: float, folder: storage.Path, check_notice: Callable[[], None]
+               ) -> tuple[TrainState, float]:
+  """Saves a state while steps are taken, as a run does; returns the last state and the delay.
+
+  The first save compiles and is not timed.
+  """
+  with _removed_at_end(folder), Checkpoints(folder, keep_last=1) as checkpoints:
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    check_notice()
+    began, count = now(), 0
+    checkpoints.save(2, state)
+    while _of_first(checkpoints.is_saving()):
+      state, metrics = train_step(state, *next(batches))
+      jax.block_until_ready(metrics)
+      count += 1
+    checkpoints.wait()
+    return state, max(_of_first(now() - began) - count * step_seconds, 0.0)
+
+
+@contextlib.contextmanager
+def _removed_at_end(folder: storage.Path) -> Iterator[None]:
+  """Removes a folder, in the first process, when no process needs it any more."""
+  try:
+    yield
+    coordination.wait_for_all()
+  finally:
+    remove_scratch(folder)
+
+
+def remove_scratch(folder: storage.Path) -> None:
+  """Removes a folder of `make_plan`, which a kill may have left, in the first process."""
+  if jax.process_index() == 0:
+    epath.Path(folder).rmtree(missing_ok=True)
 
 
 def _of_first(value: float) -> float:

@@ -154,8 +154,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
         plan = time_budget.Plan(config.train.minutes, start, 0.0, 0.0)
       else:
         plan = time_budget.make_plan(
-            config, budget, state, start, pipeline.jit_step(detector, optimizer), pipeline,
-            evaluator, notice, Progress(config.train.steps))
+            config, run.workdir, budget, state, start, pipeline.jit_step(detector, optimizer),
+            pipeline, evaluator, notice, Progress(config.train.steps))
       config = time_budget.with_planned_steps(asked, plan)
       run = _with_steps(run, config.train.steps)
       optimizer = run.optimizer()

@@ -201,8 +201,9 @@ def first_loss(workdir: storage.Path) -> float | None:
 
 def _lines_up_to(path: storage.Path, step: int | None) -> Iterator[str]:
   for line in storage.read_text(path).splitlines():
-    # A killed run may leave an incomplete last line.
+    # A killed run may leave an incomplete last line, a damaged disk anything.
     with contextlib.suppress(ValueError):
-      at = json.loads(line)['step']
-      if step is None or at <= step:
+      found = json.loads(line)
+      at = found.get('step') if isinstance(found, dict) else None
+      if type(at) is int and (step is None or at <= step):
         yield f'{line}\n'

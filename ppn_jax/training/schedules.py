@@ -7,6 +7,7 @@ end_value=0.01, power=2, transition_steps=10_000).
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,7 +96,7 @@ def step(*, steps: int, boundaries: Sequence[float] = (2 / 3, 8 / 9), factor: fl
 
   Args:
     steps: steps of the run.
-    boundaries: where: shares of the run's steps below 1, or numbers of steps.
+    boundaries: where, ascending: shares of the run's steps below 1, or numbers of steps.
     factor: what the rate is multiplied by at each of them.
 
   Raises:
@@ -106,8 +107,9 @@ def step(*, steps: int, boundaries: Sequence[float] = (2 / 3, 8 / 9), factor: fl
     _check('step', 'boundaries', tuple(boundaries), 0 < at < 1 or (at >= 1 and at == int(at)),
            'shares of the steps, between 0 and 1, or whole numbers of steps')
   places = [round(at * steps) if at < 1 else int(at) for at in boundaries]
-  _check('step', 'boundaries', tuple(boundaries), len({*places}) == len(places),
-         f'different steps, not {places}')
+  _check('step', 'boundaries', tuple(boundaries),
+         all(a < b for a, b in itertools.pairwise(places)),
+         f'in ascending order, of different steps, but they are the steps {places}')
   return optax.piecewise_constant_schedule(1.0, dict.fromkeys(places, factor))
 
 

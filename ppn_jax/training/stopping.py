@@ -2,6 +2,8 @@
 
 import bisect
 import dataclasses
+import itertools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -9,7 +11,10 @@ from ppn_jax.errors import InputError
 from ppn_jax.metrics.coco import DESCRIPTIONS, format_metric
 
 # Steps are timed in this many chunks at most, however short they are. The first ones do not count.
-MAX_CHUNKS, WARM_UP_CHUNKS = 250, 2
+MAX_CHUNKS, WARM_UP_CHUNKS = 10_000, 2
+
+_WINDOWS = 10  # See `slow_step_seconds`.
+_MOST_STEPS = 2**32  # More than any run takes, see `time_budget`.
 
 
 class BestStep(NamedTuple):
@@ -95,25 +100,35 @@ class EarlyStopping:
 
 
 def steps_that_fit(seconds: float, *, step_seconds: float, evaluation_seconds: float = 0.0,
-                   evaluate_every: int = 0, start: int = 0) -> int:
-  """Returns the last step that can be taken and evaluated within a time.
+                   evaluate_every: int = 0, save_seconds: float = 0.0, checkpoint_every: int = 0,
+                   start: int = 0) -> int:
+  """Returns the last step that can be taken, evaluated and saved within a time.
 
   Args:
     seconds: The time.
     step_seconds: Time of a step, above 0.
     evaluation_seconds: Time of an evaluation.
     evaluate_every: Steps between two evaluations; the last step is evaluated too. 0 for none.
+    save_seconds: Time of a save.
+    checkpoint_every: Steps between two saves; evaluated steps and the last one are saved too. 0 for
+      none but these.
     start: Number of steps taken before.
 
   Returns:
     The number of that step, or `start` if none fits.
   """
   def needed(last: int) -> float:
-    evaluations = (last - 1) // evaluate_every - start // evaluate_every + 1 if (
-        evaluate_every) else 0
-    return (last - start) * step_seconds + evaluations * evaluation_seconds
+    def multiples(every: int) -> int:
+      return (last - 1) // every - start // every if every else 0
 
-  candidates = range(start + 1, start + 1 + max(int(seconds / step_seconds), 0))
+    evaluations = multiples(evaluate_every) + 1 if evaluate_every else 0
+    both = math.lcm(evaluate_every, checkpoint_every)
+    saves = multiples(evaluate_every) + multiples(checkpoint_every) - multiples(both) + 1
+    return ((last - start) * step_seconds + evaluations * evaluation_seconds
+            + saves * save_seconds)
+
+  most = min(max(seconds / step_seconds, 0), _MOST_STEPS)
+  candidates = range(start + 1, start + 1 + int(most))
   return start + bisect.bisect_right(candidates, seconds, key=needed)
 
 
@@ -129,8 +144,16 @@ def is_timed(chunks: list[float], limit: float) -> bool:
   return bool(counted) and (sum(counted) >= limit or len(counted) >= MAX_CHUNKS)
 
 
-def mean_step_seconds(chunks: list[float], steps_per_chunk: int) -> float:
-  """Returns the time of a step from chunks that `is_timed`, at least a microsecond."""
+def slow_step_seconds(chunks: list[float], steps_per_chunk: int) -> float:
+  """Returns the mean time of a step in the slower half of what `is_timed`, at least a microsecond.
+
+  A plan by the mean of everything would be too optimistic for half of the runs on a machine whose
+  speed varies. Chunks are first joined to `_WINDOWS`, since neighbours differ by how batches
+  arrive.
+  """
   counted = chunks[WARM_UP_CHUNKS:]
-  return max(sum(counted) / (steps_per_chunk * len(counted)), 1e-6)
+  bounds = [len(counted) * n // _WINDOWS for n in range(_WINDOWS + 1)]
+  means = sorted(sum(counted[a:b]) / (b - a) for a, b in itertools.pairwise(bounds) if a < b)
+  slower = means[len(means) // 2:]
+  return max(sum(slower) / (steps_per_chunk * len(slower)), 1e-6)
 

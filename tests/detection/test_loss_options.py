@@ -17,7 +17,7 @@ from ppn_jax.detection.structures import Anchors, Category, Outputs, Targets
 from ppn_jax.errors import InputError
 from ppn_jax.run import build_detector, create_run, resolve_classes, without_class_weights
 
-SMOOTHING, WEIGHTS = 0.1, (1.0, 2.0, 0.0, 0.5)
+SMOOTHING, WEIGHTS = 0.1, (1.0, 2.0, 0.25, 0.5)
 
 
 def problem(seed, spec):
@@ -150,6 +150,8 @@ def test_localization(function, spec, by_code, name, of_boxes):
     ({'localization': 'iou'}, "did you mean '[gc]iou'"), ({'localization': 'giou'}, 'anchors'),
     ({'class_weights': (1.0, 2.0)}, '2 weights, but there are 4'),
     ({'class_weights': (1.0, -2.0, 1.0, 1.0)}, '-2.0 is no weight'),
+    ({'class_weights': (1.0, 0.0, 1.0, 1.0)}, '0.0 is no weight; legal: a number above 0'),
+    ({'localization_weight': float('nan')}, 'localization_weight=nan'),
     ({'class_weights': 'cat'}, "'cat' must be weights by name"),
     ({'class_weights': (('cat', 1.0),)}, "such as 'cat'")])
 def test_options_out_of_range(function, options, words):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 
 import jax
@@ -206,6 +207,7 @@ class FakeTime:
 
   def __init__(self, monkeypatch, step=1.0, evaluation=5.0):
     self.seconds, self.step, self.evaluation = 0.0, step, evaluation
+    monkeypatch.setattr(time_budget, 'RESERVE', 0.03)  # That the examples are made for.
     monkeypatch.setattr(time_budget, 'now', lambda: self.seconds)
     self._advance(monkeypatch, Prefetcher, '__next__', 'step')
     self._advance(monkeypatch, Evaluator, 'rows', 'evaluation')
@@ -242,7 +244,7 @@ def test_takes_the_steps_that_fit(clock, tmp_path, log_lines):
   scores = train_job.train(timed_config(), tmp_path / 'timed')
   assert scores is not None and steps_of(tmp_path / 'timed')[-1] == 14
   assert open_run(tmp_path / 'timed').config.train.steps == 14
-  assert ('train.minutes=0.5: 14 steps fit, 1 s each and 5 s for an evaluation; the learning rate '
+  assert ('train.minutes=0.5: 14 steps fit, 1 s each, 5 s for an evaluation; the learning rate '
           'is planned for them') in log_lines
   assert log_lines[-1] == 'took 29s of train.minutes=0.5'
   assert notes(tmp_path / 'timed', 14) == {'training_seconds': 29.0}
@@ -320,6 +322,45 @@ def test_steps_are_an_upper_bound_of_a_budget(clock, tmp_path, log_lines):
 
 def test_a_budget_without_a_step_is_refused(clock, tmp_path):
   with pytest.raises(InputError, match=r'train.minutes=0.05 is too short: 3 s are left, and a step '
-                     r'with its evaluation takes 6 s; give at least 0.11'):
+                     r'with evaluation and save takes 6 s; give at least 0.11'):
     train_job.train(timed_config(minutes=0.05), tmp_path)
   assert not (tmp_path / 'config.json').exists()
+
+
+def test_a_save_is_measured_while_steps_are_taken_and_leaves_no_trace(clock, tmp_path, monkeypatch,
+                                                                      log_lines):
+  """A save that delays the steps by 2 s: 11 steps, 4 saves and 2 evaluations fit into 29.1 s."""
+  save = time_budget.Checkpoints.save
+
+  def slow(self, *args):
+    save(self, *args)
+    clock.seconds += 2.0
+
+  monkeypatch.setattr(time_budget.Checkpoints, 'save', slow)
+  (tmp_path / time_budget.SCRATCH / '1').mkdir(parents=True)  # As a kill may leave it.
+  train_job.train(timed_config(), tmp_path)
+  assert any(', 5 s for an evaluation, 2 s for a save;' in line for line in log_lines)
+  assert steps_of(tmp_path) == [4, 6, 8, 11] and open_run(tmp_path).ending() is None
+  assert log_lines[-1] == 'took 29s of train.minutes=0.5'
+  assert not (tmp_path / time_budget.SCRATCH).exists()
+
+
+@pytest.mark.parametrize('text', [
+    '{', '[]', '{"minutes": 0.5}', *(json.dumps(dict(
+        minutes=0.5, steps=8, step_seconds=1.0, evaluation_seconds=0.0) | wrong) for wrong in [
+            {'steps': '8'}, {'steps': -1}, {'steps': 8.5}, {'step_seconds': math.nan},
+            {'evaluation_seconds': None}, {'steps': True}])])
+def test_a_damaged_plan_is_named(patient, text):
+  (patient / time_budget.FILE).write_text(text)
+  with pytest.raises(InputError, match=r'time_budget\.json cannot be read: .*; delete it to plan'):
+    train_job.train(small_config(minutes=0.5), patient)
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"step": "6", "reason": "x"}', '{"step": 6}',
+                                  '{"step": 6, "reason": null}'])
+def test_a_damaged_end_is_written_again(patient, curve, text):
+  whole = (patient / 'ended.json').read_text()
+  (patient / 'ended.json').write_text(text)
+  assert open_run(patient).ending() is None
+  train_job.train(small_config(patience=3), patient)
+  assert (patient / 'ended.json').read_text() == whole

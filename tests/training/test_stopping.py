@@ -7,7 +7,7 @@ from ppn_jax.training.stopping import (
   EarlyStopping,
   best_step,
   is_timed,
-  mean_step_seconds,
+  slow_step_seconds,
   steps_that_fit,
   without_improvement,
 )
@@ -51,12 +51,15 @@ def test_the_best_step_is_the_last_of_equal_ones():
   assert EarlyStopping().describe_best() == ''
 
 
-def simulated(seconds, step_seconds, evaluation_seconds, every, start):
+def simulated(seconds, step_seconds, evaluation_seconds, every, start, save=0.0, save_every=0):
   """Returns the last step by taking them one by one, for all ends."""
   best = start
   for last in range(start + 1, start + 200):
     evaluated = [s for s in range(start + 1, last + 1) if every and (s % every == 0 or s == last)]
-    if (last - start) * step_seconds + len(evaluated) * evaluation_seconds <= seconds:
+    saved = [s for s in range(start + 1, last + 1)
+             if s == last or s in evaluated or (save_every and s % save_every == 0)]
+    if ((last - start) * step_seconds + len(evaluated) * evaluation_seconds + len(saved) * save
+        <= seconds):
       best = last
   return best
 
@@ -64,11 +67,17 @@ def simulated(seconds, step_seconds, evaluation_seconds, every, start):
 @pytest.mark.parametrize('start', [0, 3, 8])
 @pytest.mark.parametrize('every', [0, 1, 4, 7])
 @pytest.mark.parametrize('evaluation', [0.0, 0.5, 8.0])
-def test_steps_that_fit_are_those_of_a_simulation(start, every, evaluation):
+@pytest.mark.parametrize('save, save_every', [(0.0, 0), (1.0, 3), (0.25, 14)])
+def test_steps_that_fit_are_those_of_a_simulation(start, every, evaluation, save, save_every):
   for seconds in [0.0, 0.25, 1.0, 8.25, 9.0, 16.0, 30.5, 64.0]:
     fit = steps_that_fit(seconds, step_seconds=0.5, evaluation_seconds=evaluation,
-                         evaluate_every=every, start=start)
-    assert fit == simulated(seconds, 0.5, evaluation, every, start), seconds
+                         evaluate_every=every, save_seconds=save, checkpoint_every=save_every,
+                         start=start)
+    assert fit == simulated(seconds, 0.5, evaluation, every, start, save, save_every), seconds
+
+
+def test_an_endless_budget():
+  assert steps_that_fit(1e300, step_seconds=1e-6) == 2**32
 
 
 def test_no_time_is_left():
@@ -79,5 +88,13 @@ def test_enough_is_timed():
   assert not is_timed([], 1.0) and not is_timed([9.0, 9.0], 1.0)  # The first do not count.
   assert not is_timed([9.0, 9.0, 0.5], 1.0) and is_timed([9.0, 9.0, 0.5, 0.5], 1.0)
   assert is_timed([1e-6] * (stopping.WARM_UP_CHUNKS + stopping.MAX_CHUNKS), 1.0)
-  assert mean_step_seconds([9.0, 9.0, 0.5, 1.5], 4) == 0.25
-  assert mean_step_seconds([0.0] * 3, 4) > 0  # A clock that is too coarse.
+  assert slow_step_seconds([0.0] * 3, 4) > 0  # A clock that is too coarse.
+
+
+def test_steps_are_planned_as_slow_as_in_the_slower_half():
+  assert slow_step_seconds([9.0, 9.0, 0.5], 4) == 0.125
+  assert slow_step_seconds([9.0, 9.0, 1.5, 0.5], 4) == 0.375
+  assert slow_step_seconds([9.0, 9.0] + [2.0] * 57, 4) == 0.5
+  # Chunks that alternate are no noise, a machine that is slower for a while is.
+  assert slow_step_seconds([9.0, 9.0] + [1.0, 3.0] * 30, 4) == 0.5
+  assert slow_step_seconds([9.0, 9.0] + [3.0] * 30 + [1.0] * 30, 4) == 0.75
