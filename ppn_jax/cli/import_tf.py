@@ -39,9 +39,8 @@ def run(args: argparse.Namespace) -> int:
   if args.config:
     load_config(args.config, args.overrides)  # Errors in it come first; it takes no time.
   from ppn_jax.checkpoints.manager import SaveFailed
-  from ppn_jax.jobs.import_tf import config_of, fit_config, import_run
-  from ppn_jax.weights.read import read_weights
-  file = read_weights(args.checkpoint)
+  from ppn_jax.jobs.import_tf import config_of, fit_config, import_run, read_checkpoint
+  file = read_checkpoint(args.checkpoint)
   config, line = fit_config(
       load_config(args.config or config_of(file), args.overrides), file,
       [entry.removeprefix('--config.').partition('=')[0] for entry in args.overrides])

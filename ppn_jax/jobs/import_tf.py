@@ -40,6 +40,18 @@ class Import(NamedTuple):
   report: str
 
 
+def read_checkpoint(path: str | pathlib.Path) -> WeightFile:
+  """Reads the weights to import, see `weights.read.read_weights`.
+
+  Raises:
+    InputError: If they cannot be read, or need no import.
+  """
+  if is_weights_file(path):
+    raise InputError(f'{path} is a weights file, which needs no import; use it as it is by '
+                     f'--model, or train from it with --config.init.weights={path}')
+  return read_weights(path)
+
+
 def config_of(file: WeightFile) -> str:
   """Returns the name of the config for a file's detector.
 
@@ -149,7 +161,7 @@ def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,
   `training.batch_norm`.
 
   Args:
-    checkpoint: the weights, or their path, see `weights.read.read_weights`.
+    checkpoint: the weights, or their path, see `read_checkpoint`.
     config: config of the model; `model.num_classes` 0 uses the number of classes in the file.
     workdir: a new folder.
     kind: 'detector' imports every variable; 'backbone' only the backbone's and initialises the
@@ -167,10 +179,7 @@ def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,
       raise InputError(f'init.{key}={config.init[key]} is for new runs of `ppn train`; an import '
                        'reads --checkpoint only')
   _check_new(storage.folder_path(workdir))
-  if not isinstance(checkpoint, WeightFile) and is_weights_file(checkpoint):
-    raise InputError(f'{checkpoint} is a weights file, which needs no import; use it as it is by '
-                     f'--model, or train from it with --config.init.weights={checkpoint}')
-  file = checkpoint if isinstance(checkpoint, WeightFile) else read_weights(checkpoint)
+  file = checkpoint if isinstance(checkpoint, WeightFile) else read_checkpoint(checkpoint)
   _check_known(file)
   if kind == 'auto':
     kind = 'backbone' if importer.recognise(file).kind in ('slim', 'keras') else 'detector'
