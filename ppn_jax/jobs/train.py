@@ -311,5 +311,5 @@ def _check_numbers(config: ConfigDict) -> None:
     raise InputError(f'train.minutes={train.minutes} must be at least 0')
   for name, least in [('steps', 0 if train.minutes else 1), ('batch_size', 1), ('log_every', 1),
                       ('checkpoint_every', 1), ('evaluate_every', 0)]:
-    if train[name] < least:
-      raise InputError(f'train.{name}={train[name]} must be at least {least}')
+    if not least <= train[name] < 2**31:  # Steps are counted in 32 bits.
+      raise InputError(f'train.{name}={train[name]} must be at least {least} and below 2**31')

@@ -49,7 +49,7 @@ def build_schedule(block: Mapping[str, Any], *, base_rate: float, steps: int, wa
             'warmup_factor': warmup_rate / base_rate if base_rate else 1.0}
   try:
     factor = function(**{name: value for name, value in values.items() if name in takes})
-    jax.eval_shape(factor, jnp.zeros((), jnp.int32))
+    jax.eval_shape(factor, jnp.zeros((), jnp.float32))
   except InputError:
     raise
   except Exception as e:  # Whatever a function of another package raises.

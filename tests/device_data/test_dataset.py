@@ -215,7 +215,8 @@ def test_free_memory_of_a_device_with_its_own():
     ({'data.resident.size': -1}, 'data.resident.size is -1'),
     ({'data.transforms': ({'name': 'mosaic', 'size': 64},)},
      "'mosaic' is not available on the device"),
-    ({'train.steps': 2**31}, 'more than 2\\*\\*32 images')])
+    ({'train.steps': 2**31}, 'train.steps=2147483648 must be at least 1 and below'),
+    ({'train.steps': 2**31 - 1}, 'more than 2\\*\\*32 images')])
 def test_unsupported_options_are_rejected_at_once(change, message, tmp_path):
   config = resident_config().unlock()
   config.update_from_flattened_dict(change)
