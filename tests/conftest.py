@@ -1,5 +1,6 @@
 """Fixtures and settings of all tests."""
 
+import contextlib
 import functools
 import json
 import os
@@ -124,3 +125,37 @@ def shared() -> pathlib.Path:
       pytest.fail(message)
     pytest.skip(message)
   return folder
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch):
+  """Returns a context in which a training must be interrupted after a step, as by Ctrl-C."""
+  from ppn_jax.jobs.train_loop import TrainLoop
+
+  @contextlib.contextmanager
+  def context(step):
+    report = TrainLoop._report
+
+    def interrupt(self, reported):
+      report(self, reported)
+      if reported == step:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+      patch.setattr(TrainLoop, '_report', interrupt)
+      with pytest.raises(KeyboardInterrupt):
+        yield
+
+  return context
+
+
+@pytest.fixture
+def steps_not_taken(monkeypatch):
+  """Collects the states from which training would start its steps."""
+  import jax
+
+  from ppn_jax.jobs.train_loop import TrainLoop
+  states = []
+  monkeypatch.setattr(TrainLoop, 'run_steps', lambda self, state, *_: states.append(
+      jax.device_get(state)))
+  return states

@@ -96,7 +96,7 @@ def measure(detector: Detector, variables: Variables, layers: Sequence[Path],
 
   One pass suffices for all layers, since putting back a batch norm changes no layer's output.
   """
-  wanted = frozenset(layers)
+  chosen = frozenset(layers)
 
   @jax.jit
   def moments(variables: Variables, images: Array) -> dict[str, tuple[Array, Array]]:
@@ -104,7 +104,7 @@ def measure(detector: Detector, variables: Variables, layers: Sequence[Path],
 
     def intercept(call, args, kwargs, context):
       layer = context.module.path[:-1]
-      if isinstance(context.module, BatchNorm) and layer in wanted:
+      if isinstance(context.module, BatchNorm) and layer in chosen:
         x = args[0].astype(jnp.float32)
         axes = tuple(range(x.ndim - 1))
         found['/'.join(layer)] = jnp.mean(x, axes), jnp.var(x, axes)

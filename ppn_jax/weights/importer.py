@@ -134,10 +134,10 @@ def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeig
   if _is_folded(file, missing) and not any(path[-2] == 'norm' for path in sources):
     raise InputError(_missing(file, contents, missing, len(shapes)))
   values = {path: _value(file, name, path) for path, name in sources.items()}
-  wanted = _settings_that_differ(file, shapes)
-  if any(key.startswith('model.backbone.') for key in wanted):
+  settings = _settings_that_differ(file, shapes)
+  if any(key.startswith('model.backbone.') for key in settings):
     raise InputError(f'{file.path} ({contents.description}) does not fit the backbone of this '
-                     f'config; set {describe(wanted)}')
+                     f'config; set {describe(settings)}')
   categories, unnamed = (), ''
   if contents.kind in ('ppn', 'ssd', 'fpn'):
     unnamed = ('the file does not name its classes: import it with a --label_map and start from '
@@ -150,7 +150,7 @@ def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeig
       elif columns == labels.COCO_CLASSES + 1:
         categories, _ = labels.detector_categories(labels.COCO_CLASSES, None)
         unnamed = "the file's 90 classes are taken to be COCO's"
-  description = contents.description + (f'; to use all of it set {describe(wanted)}' if wanted
+  description = contents.description + (f'; to use all of it set {describe(settings)}' if settings
                                         else '')
   return PretrainedWeights(file.path, description, values, categories, unnamed,
                            _unused(file, sources.values()))
@@ -261,8 +261,8 @@ def _check_shapes(file: WeightFile, sources: Mapping[names.Path, str],
               f'{"/".join(path)} of the config\'s model is {list(here)}')
       if path[1] == 'head' and path[-1].startswith('class'):
         line += _columns_hint(class_columns(file), path, shapes)
-      elif wanted := _settings_that_differ(file, shapes):
-        line += f'; set {describe(wanted)}'
+      elif settings := _settings_that_differ(file, shapes):
+        line += f'; set {describe(settings)}'
       elif path[1] == 'head' and path[-1].startswith('box') and there[-1] != here[-1]:
         line += (f', for {there[-1] // 4} and {here[-1] // 4} anchors per cell; there is one for '
                  'each of model.anchors.aspect_ratios, and one more')

@@ -22,7 +22,6 @@ from ppn_jax.device_data.transforms import build_augmentation
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import train as train_job
-from ppn_jax.jobs import train_loop
 from ppn_jax.run import open_run
 from ppn_jax.training import input_pipeline
 from ppn_jax.training.train_step import abstract_state
@@ -169,18 +168,9 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
-  report = train_loop.TrainLoop._report
-
-  def interrupt(self, step):
-    report(self, step)
-    if step == 4:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(train_loop.TrainLoop, '_report', interrupt)
-  with pytest.raises(KeyboardInterrupt):
+def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, interrupted_after):
+  with interrupted_after(4):
     train_job.train(resident_config(), tmp_path)
-  monkeypatch.undo()
   train_job.train(resident_config(), tmp_path)
   ours, theirs = final_state(tmp_path), final_state(undisturbed)
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)

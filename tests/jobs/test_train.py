@@ -83,19 +83,10 @@ def test_another_seed_gives_another_run(undisturbed, tmp_path):
   assert not np.array_equal(*kernels)
 
 
-def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, interrupted_after):
   workdir, config, _ = undisturbed
-  report = train_loop.TrainLoop._report
-
-  def break_off(self, step):
-    report(self, step)
-    if step == 4:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(train_loop.TrainLoop, '_report', break_off)
-  with pytest.raises(KeyboardInterrupt):
+  with interrupted_after(4):
     train_job.train(config, tmp_path)
-  monkeypatch.undo()
   assert metrics(tmp_path)[-1]['step'] == 4
   train_job.train(config, tmp_path)
   assert_same_bits(final_state(workdir), final_state(tmp_path))

@@ -10,7 +10,6 @@ from tiny import tiny_config
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import train as train_job
-from ppn_jax.jobs import train_loop
 from ppn_jax.run import open_run
 from ppn_jax.training.train_step import abstract_state
 
@@ -37,19 +36,10 @@ def final_state(workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('resident', [False, True])
-def test_a_killed_run_ends_with_the_same_bits(resident, tmp_path, monkeypatch):
+def test_a_killed_run_ends_with_the_same_bits(resident, tmp_path, interrupted_after):
   train_job.train(config_with(resident), tmp_path / 'whole')
-  report = train_loop.TrainLoop._report
-
-  def interrupt(self, step):
-    report(self, step)
-    if step == 4:
-      raise KeyboardInterrupt
-
-  monkeypatch.setattr(train_loop.TrainLoop, '_report', interrupt)
-  with pytest.raises(KeyboardInterrupt):
+  with interrupted_after(4):
     train_job.train(config_with(resident), tmp_path / 'killed')
-  monkeypatch.undo()
   train_job.train(config_with(resident), tmp_path / 'killed')
   jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path / 'killed'),
                final_state(tmp_path / 'whole'))

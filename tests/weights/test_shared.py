@@ -60,14 +60,6 @@ def test_half_precision_becomes_float32(earlier, tmp_path):
   assert found.report.lines()[0].endswith('step 6, float16')
 
 
-@pytest.fixture
-def steps_not_taken(monkeypatch):
-  states = []
-  monkeypatch.setattr(train_job.TrainLoop, 'run_steps', lambda self, state, *_: states.append(
-      jax.device_get(state)))
-  return states
-
-
 def test_training_starts_from_it_and_its_file_says_so(earlier, tmp_path, steps_not_taken):
   run, file = earlier
   config = tiny_config().copy_and_resolve_references().unlock()

@@ -138,15 +138,6 @@ def test_mistakes(earlier, tmp_path, options, message):
   assert '\n' not in str(error.value)
 
 
-@pytest.fixture
-def steps_not_taken(monkeypatch):
-  """Collects the states from which training would start its steps."""
-  states = []
-  monkeypatch.setattr(train_job.TrainLoop, 'run_steps', lambda self, state, *_: states.append(
-      jax.device_get(state)))
-  return states
-
-
 def test_training_starts_from_a_run_and_records_it(earlier, tmp_path, steps_not_taken, log_lines):
   config = tiny_config().copy_and_resolve_references().unlock()
   config.init.weights, config.optim.ema_decay = str(earlier), 0.9

@@ -118,10 +118,10 @@ class CopyPaste:
                draw: Callable[[], Example]) -> Example:
     if rng.random() >= self.probability:
       return example
-    other, wanted = draw(), int(rng.integers(1, self.max_objects + 1))
+    other, num_pasted = draw(), int(rng.integers(1, self.max_objects + 1))
     canvas = resize(example, self.size, self.size, self.method, self.reduced_decoding)
     image, tiles, room = np.array(canvas.image), [], len(other.boxes)
-    for index in rng.permutation(np.flatnonzero(~other.crowd))[:wanted]:
+    for index in rng.permutation(np.flatnonzero(~other.crowd))[:num_pasted]:
       tile, window = self._cut(other, other.boxes[index], rng)
       if len(tile.boxes) > room:
         continue
