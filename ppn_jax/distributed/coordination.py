@@ -71,6 +71,11 @@ def broadcast(data: bytes) -> bytes:
   return data
 
 
+def broadcast_json(value: Any) -> Any:
+  """Returns the plain value of the first process in all of them, as JSON; see `broadcast`."""
+  return json.loads(broadcast(json.dumps(value).encode()))
+
+
 def _put(key: str, data: bytes) -> None:
   chunks = [data[i:i + _CHUNK_BYTES] for i in range(0, len(data), _CHUNK_BYTES)]
   for i, chunk in enumerate(chunks):

@@ -3,8 +3,6 @@
 All processes call these functions together and get the same results.
 """
 
-import json
-
 import jax
 from jax.sharding import Mesh
 
@@ -52,7 +50,7 @@ def clean_up(run: Run) -> None:
 def first_loss(run: Run, start: int) -> float | None:
   """Returns the loss of the run's first step, the same in all processes; None at its start."""
   known = metrics.first_loss(run.workdir) if start and jax.process_index() == 0 else None
-  return json.loads(coordination.broadcast(json.dumps(known).encode()))
+  return coordination.broadcast_json(known)
 
 
 def time_spent(checkpoints: Checkpoints, start: int) -> float:
@@ -62,7 +60,7 @@ def time_spent(checkpoints: Checkpoints, start: int) -> float:
   """
   known = checkpoints.notes(start).get(time_budget.SPENT) if (
       start and jax.process_index() == 0) else None
-  return json.loads(coordination.broadcast(json.dumps(known or 0.0).encode()))
+  return coordination.broadcast_json(known or 0.0)
 
 
 def early_stopping(run: Run, start: int) -> EarlyStopping:
@@ -75,7 +73,7 @@ def early_stopping(run: Run, start: int) -> EarlyStopping:
     name = f'eval/{train.stop_metric}'
     known = {line['step']: line[name] for line in metrics.read(run.workdir / 'metrics.jsonl')
              if line['step'] <= start and name in line}
-  known = json.loads(coordination.broadcast(json.dumps([*known.items()]).encode()))
+  known = coordination.broadcast_json([*known.items()])
   return EarlyStopping(train.stop_metric, train.patience, train.min_improvement,
                        {int(step): value for step, value in known})
 

@@ -128,7 +128,7 @@ class TimeBudget:
 
     All processes call it together.
     """
-    return bool(self.minutes) and _of_first(self.left) <= 0
+    return bool(self.minutes) and coordination.broadcast_json(self.left) <= 0
 
   def over(self, step: int) -> bool:
     """Returns whether to end after `step`, see `is_spent`.
@@ -155,8 +155,8 @@ def recorded_plan(workdir: storage.Path, minutes: float) -> Plan | None:
         raise ValueError(f'{tuple(plan)} is no plan')
     except (ValueError, TypeError) as e:
       raise InputError(f'{path} cannot be read: {e}; delete it to plan the rest of the run '
-                       'anew') from e
-  found = json.loads(coordination.broadcast(json.dumps(plan).encode()))
+                       'again') from e
+  found = coordination.broadcast_json(plan)
   return Plan(*found) if found and found[0] == minutes else None
 
 
@@ -228,8 +228,8 @@ def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, sta
     evaluator.compile(state.best_variables())
     began = now()
     evaluator.score(evaluator.rows(state.best_variables(), on_images=check_notice))
-    evaluation_seconds = _of_first(now() - began)
-  seconds = _of_first(budget.left)
+    evaluation_seconds = coordination.broadcast_json(now() - began)
+  seconds = coordination.broadcast_json(budget.left)
   fit = steps_that_fit(
       (1 - RESERVE) * seconds, step_seconds=step_seconds, evaluation_seconds=evaluation_seconds,
       evaluate_every=config.train.evaluate_every, save_seconds=save_seconds,
@@ -255,7 +255,7 @@ def _time_steps(train_step: Callable, state: TrainState, batches: Prefetcher | C
     for _ in range(_STEPS_PER_CHUNK):
       state, metrics = train_step(state, *next(batches))
     jax.block_until_ready(metrics)
-    chunks.append(_of_first(now() - began))  # All processes take equally many.
+    chunks.append(coordination.broadcast_json(now() - began))  # All processes take equally many.
   return state, slow_step_seconds(chunks, _STEPS_PER_CHUNK)
 
 
@@ -272,12 +272,12 @@ def _time_save(train_step: Callable, state: TrainState, batches: Prefetcher | Co
     check_notice()
     began, count = now(), 0
     checkpoints.save(2, state)
-    while _of_first(checkpoints.is_saving()):
+    while coordination.broadcast_json(checkpoints.is_saving()):
       state, metrics = train_step(state, *next(batches))
       jax.block_until_ready(metrics)
       count += 1
     checkpoints.wait()
-    return state, max(_of_first(now() - began) - count * step_seconds, 0.0)
+    return state, max(coordination.broadcast_json(now() - began) - count * step_seconds, 0.0)
 
 
 @contextlib.contextmanager
@@ -294,8 +294,3 @@ def remove_scratch(folder: storage.Path) -> None:
   """Removes a folder of `make_plan`, which a kill may have left, in the first process."""
   if jax.process_index() == 0:
     epath.Path(folder).rmtree(missing_ok=True)
-
-
-def _of_first(value: float) -> float:
-  """Returns the value of the first process in all of them."""
-  return float(coordination.broadcast(repr(float(value)).encode()))
