@@ -11,8 +11,8 @@ import sys
 import pytest
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# Test programs compile for seconds and run for milliseconds, so XLA optimises little; `make
-# test-all` keeps its defaults.
+# Test programs compile for seconds and run for milliseconds, so XLA optimises little; the slow
+# tests of `make test-all` keep its defaults.
 os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0 '
                                    '--xla_cpu_use_fusion_emitters=false '
                                    '--xla_cpu_parallel_codegen_split_count=1')

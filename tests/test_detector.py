@@ -22,6 +22,7 @@ def ppn_300(num_classes=90, **model):
   return build_detector(config)
 
 
+@pytest.mark.slow
 def test_ppn_at_300_px():
   detector = ppn_300()
   assert detector.anchors.boxes.shape == (3000, 4)

@@ -191,6 +191,7 @@ def test_commands_are_found():
   assert {command for page in PAGES for command, _ in commands(page)} >= {*COMMANDS}
 
 
+@pytest.mark.slow
 def test_the_site_builds_strictly(tmp_path):
   missing = [name for name in SITE_PACKAGES if importlib.util.find_spec(name) is None]
   if missing:

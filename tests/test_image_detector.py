@@ -217,6 +217,7 @@ def test_export_detects_what_its_run_does(detector, exported, tmp_path):
   assert len(loaded(images[0], threshold=1.0).names) == 0
 
 
+@pytest.mark.slow
 def test_export_is_loaded_without_models_and_training(exported):
   code = ('import sys, numpy, ppn_jax\n'
           'found = ppn_jax.load(sys.argv[1])(numpy.zeros((9, 9, 3), numpy.uint8))\n'

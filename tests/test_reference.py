@@ -53,6 +53,7 @@ def forward(request, shared):
   return detector, variables, np.load(golden / f'forward_{request.param}_s1.npz')
 
 
+@pytest.mark.slow
 def test_feature_maps_of_all_levels(forward):
   detector, variables, golden = forward
   pyramid = jax.jit(lambda v, x: detector.network.apply(v, x, train=False, method='pyramid'))
@@ -71,6 +72,7 @@ def test_box_encodings_and_logits(forward):
                              atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_detections(forward):
   detector, variables, golden = forward
   found = jax.device_get(jax.jit(detector.detect)(variables, golden['images_uint8']))

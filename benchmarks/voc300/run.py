@@ -4,8 +4,9 @@
 
 trains both from the same backbone trained on ImageNet (--backbone: any file or workdir that
 `init.backbone` reads; by default weights/mobilenet_v1_1.0_224_quant_embedding_extractor.tflite in
-the folder PPN_SHARED), first at 224 and then at 300 px. A run takes hours on two CPU cores. From
-random weights,
+the folder PPN_SHARED), at 160, 224 and at last 300 px. A run takes more than an hour on two CPU
+cores. --profile=coco starts from the backbone of a detector that was trained on COCO. From random
+weights,
 
   python benchmarks/voc300/run.py --profile=gpu --workdir=runs/voc300_random --minutes=9
 

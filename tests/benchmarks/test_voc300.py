@@ -14,6 +14,7 @@ import time
 import html_page
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS, wait_until
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / 'benchmarks'))
@@ -290,20 +291,13 @@ def test_sigterm_ends_a_piece_and_so_does_its_time(minutes):
   with Piece(minutes, interval=0.02) as piece:
     if not minutes:
       os.kill(os.getpid(), signal.SIGTERM)
-    _wait_for(lambda: piece.stopping)
+    wait_until(lambda: piece.stopping)
     assert not piece.has(0)
     # A handler that is installed only now, as by training, also gets the signal.
     ours = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
-    _wait_for(lambda: heard)
+    wait_until(lambda: heard)
     signal.signal(signal.SIGTERM, ours)
   assert signal.getsignal(signal.SIGTERM) is before
-
-
-def _wait_for(condition):
-  end = time.monotonic() + 30
-  while not condition():
-    assert time.monotonic() < end
-    time.sleep(0.01)
 
 
 def test_files_left_by_a_kill_are_not_results(tmp_path):
@@ -375,23 +369,33 @@ def test_models_have_the_same_levels(tmp_path):
     assert len(set(shapes)) == 1, shapes
 
 
+@pytest.mark.parametrize('model', recipes.MODELS)
+def test_the_detector_of_every_phase_can_be_built(tmp_path, model):
+  for profile in (recipes.PROFILES['imagenet'], recipes.PROFILES['coco']):
+    for i in range(len(profile.phases)):
+      config = recipes.make_config(tmp_path, profile, model, recipes.RECIPES['average'], seed=0,
+                                   images=3200, epochs=40, batch_size=16, phase=i).unlock()
+      config.model.num_classes = 20
+      assert build_detector(config).num_levels == (6 if model == 'ssd' or i == 2 else 5)
+
+
 def test_phases_differ_in_size_and_rate_alone(tmp_path):
   profile, recipe = recipes.PROFILES['imagenet'], recipes.RECIPES['average']
   for model in recipes.MODELS:
-    first, last = (recipes.make_config(tmp_path, profile, model, recipe, seed=0, images=3200,
-                                       epochs=40, batch_size=16, phase=i, weights='w' * i)
-                   for i in (0, 1))
-    assert [c.model.image_size for c in (first, last)] == [224, 300]
-    assert [c.train.steps for c in (first, last)] == [6400, 1600]
-    assert last.optim.learning_rate == pytest.approx(0.3 * first.optim.learning_rate)
-    assert last.init.weights == 'w'
+    phases = [recipes.make_config(tmp_path, profile, model, recipe, seed=0, images=3200, epochs=40,
+                                  batch_size=16, phase=i, weights='w' * i) for i in range(3)]
+    assert [c.model.image_size for c in phases] == [160, 224, 300]
+    assert [c.train.steps for c in phases] == [4000, 2400, 1600]
+    rates = [c.optim.learning_rate / phases[0].optim.learning_rate for c in phases]
+    assert rates == pytest.approx([1, 0.5, 0.3])
+    assert [c.init.weights for c in phases] == ['', 'w', 'ww']
 
 
-def test_anchors_of_the_first_phase_are_those_of_the_last(tmp_path):
-  """The scales of five levels at 224 px equal the first five of six at 300 px."""
+def test_anchors_of_all_phases_have_the_same_sizes(tmp_path):
+  """The scales of five levels equal the first five of six at 300 px."""
   profile, recipe = recipes.PROFILES['imagenet'], recipes.RECIPES['average']
   sizes = []
-  for i in (0, 1):
+  for i in range(3):
     config = recipes.make_config(tmp_path, profile, 'ppn', recipe, seed=0, images=3200, epochs=2,
                                  batch_size=4, phase=i).unlock()
     config.model.num_classes = 20
@@ -399,8 +403,9 @@ def test_anchors_of_the_first_phase_are_those_of_the_last(tmp_path):
     boxes, level = np.asarray(anchors.boxes), np.asarray(anchors.level)
     sizes.append([np.unique(np.round(boxes[level == k][:, 2:] - boxes[level == k][:, :2], 5),
                             axis=0) for k in range(4)])
-  for a, b in zip(*sizes, strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-5)
+  for phase in zip(*sizes, strict=True):
+    for other in phase[1:]:
+      np.testing.assert_allclose(phase[0], other, atol=2e-5)
 
 
 def test_tuning_sees_nothing_of_val(tmp_path):
@@ -565,7 +570,7 @@ def test_a_killed_comparison_ends_like_an_undisturbed_one(data, tmp_path):
     while process.poll() is None and not list(killed.glob(pattern)):
       time.sleep(0.05)
     process.send_signal(signal_sent)
-    codes.append(process.wait(timeout=300))
+    codes.append(process.wait(timeout=HANG_SECONDS))
     assert not list((killed / 'results').glob('*'))
   assert codes == [-signal.SIGKILL, run.INCOMPLETE, -signal.SIGKILL]
   last = subprocess.run([*flags, f'--workdir={killed}'], env=env, capture_output=True, text=True,

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from gcs_server import serve
+from time_limits import HANG_SECONDS
 from tiny import CONFIG_FILE, tiny_config, untrained_run
 
 from ppn_jax import storage
@@ -45,7 +46,7 @@ def store(tmp_path_factory):
 
 def python(environment, code, *arguments):
   return subprocess.run([sys.executable, '-c', code, *arguments], env=environment, text=True,
-                        capture_output=True, timeout=300, check=False)
+                        capture_output=True, timeout=HANG_SECONDS, check=False)
 
 
 @pytest.fixture(scope='module')
@@ -62,7 +63,7 @@ def runs(store, tmp_path_factory):
   with subprocess.Popen([sys.executable, '-m', 'ppn_jax.cli.main', *arguments], env=environment,
                         stderr=subprocess.DEVNULL) as process:
     try:
-      deadline = time.monotonic() + 300
+      deadline = time.monotonic() + HANG_SECONDS
       while not (root / 'bucket/run/checkpoints/10/commit_success.txt').exists():
         assert process.poll() is None and time.monotonic() < deadline, 'no checkpoint to kill after'
         time.sleep(0.02)
@@ -267,6 +268,7 @@ except InputError as e:
 """
 
 
+@pytest.mark.slow
 def test_a_weights_file_in_the_bucket(store, tmp_path):
   root, environment = store
   run = untrained_run(tmp_path / 'run', (6,))

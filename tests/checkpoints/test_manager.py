@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.checkpoints import integrity
 from ppn_jax.checkpoints.manager import Checkpoints, SaveFailed
@@ -188,10 +189,11 @@ for found, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state(3))):
 """
 
 
+@pytest.mark.slow
 def test_saving_in_several_processes_uses_no_collective(tmp_path):
   with socket.socket() as probe:
     probe.bind(('', 0))
     port = probe.getsockname()[1]
   processes = [subprocess.Popen([sys.executable, '-c', TOGETHER, f'localhost:{port}', str(process),
                                  str(tmp_path / 'c')]) for process in range(2)]
-  assert [process.wait(timeout=180) for process in processes] == [0, 0]
+  assert [process.wait(timeout=HANG_SECONDS) for process in processes] == [0, 0]

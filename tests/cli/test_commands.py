@@ -76,6 +76,7 @@ def test_help_answers_without_the_heavy_libraries():
   assert '--workdir' in result.stdout and 'resumed' in result.stdout
 
 
+@pytest.mark.slow
 def test_training_on_own_images_as_the_config_describes(coco_folder, tmp_path, capsys):
   small = ['--config.model.image_size=64', '--config.model.neck.num_levels=3',
            '--config.model.neck.stride=8', '--config.model.backbone.last_block=5',
@@ -103,6 +104,7 @@ def test_evaluate_draws_and_takes_a_step(run, capsys):
   assert np.asarray(Image.open(run / 'evaluation' / '3' / 'pictures.png')).shape[-1] == 3
 
 
+@pytest.mark.slow
 def test_evaluate_reports_on_calibration(run, tmp_path, capsys):
   argv = ['evaluate', f'--workdir={run}', '--calibration', f'--output={tmp_path / "out"}',
           '--calibration_floor=0.001', '--calibration_images=5']
@@ -273,6 +275,7 @@ def test_checkpoints_that_are_missing_or_of_another_model(run, config, tmp_path,
           '(16,) there and (8,)')
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_devices_cannot_share(config, tmp_path):
   result = subprocess.run(
       [sys.executable, '-m', 'ppn_jax.cli.main', 'train', f'--config={config}',

@@ -82,6 +82,7 @@ def test_exported_file(run, tmp_path, capsys):
     assert message in line and not (tmp_path / 'new').exists()
 
 
+@pytest.mark.slow
 def test_patterns_folders_and_files_each_once(run, tmp_path, capsys):
   for name in ('a.png', 'b.jpg', 'deep/er/c.png', 'notes[1].png'):
     draw(tmp_path / 'in' / name)
@@ -96,6 +97,7 @@ def test_patterns_folders_and_files_each_once(run, tmp_path, capsys):
   assert f'none scores --threshold=0.3 or more, the best has {best:.2g}\n' in printed
 
 
+@pytest.mark.slow
 def test_other_files_in_a_folder_are_reported(run, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('HOME', str(tmp_path))
   monkeypatch.setattr(decoding, '_without_end', set())
@@ -134,6 +136,7 @@ def test_json_agrees_with_load(run, tmp_path):
     assert row['category_id'] == {'circle': 0, 'square': 10, 'star': 20}[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'threshold'), [('clip.mp4', 0.001), ('clip.avi', 1)])
 def test_video(run, tmp_path, name, threshold, capsys):
   film(tmp_path / name)
@@ -156,6 +159,7 @@ def test_video(run, tmp_path, name, threshold, capsys):
   assert '1 picture, 1 video' in printed and ('no box is drawn' in printed) == (threshold == 1)
 
 
+@pytest.mark.slow
 def test_video_that_cannot_be_read(run, tmp_path, capfd):
   (tmp_path / 'bad.mp4').write_bytes(film(tmp_path / 'good.mp4').read_bytes()[:300])
   argv = ['detect', f'--workdir={run}', f'--output={tmp_path / "out"}', str(tmp_path / 'bad.mp4')]

@@ -10,6 +10,7 @@ import time
 
 import jax
 import pytest
+from time_limits import HANG_SECONDS
 from tiny import tiny_config
 
 from ppn_jax.cli.main import main
@@ -58,7 +59,7 @@ def test_a_sweep_of_the_raw_weights_and_one_step_again(run, tmp_path, capsys):
 def test_a_killed_follower_goes_on_where_it_was(run):
   folder = run / 'evaluation'
   first = start(f'--workdir={run}', '--follow', '--poll=0.2')
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + HANG_SECONDS
   while not list(folder.glob('*/scores.json')) and time.monotonic() < deadline:
     time.sleep(0.01)
   first.send_signal(signal.SIGKILL)
@@ -71,7 +72,7 @@ def test_a_killed_follower_goes_on_where_it_was(run):
   ports.close()
   together = [start(f'--workdir={run}', '--follow', '--poll=0.2', '--num_processes=2',
                     f'--coordinator=localhost:{port}', f'--process_id={i}') for i in range(2)]
-  (out, said), (other, _) = [process.communicate(timeout=200) for process in together]
+  (out, said), (other, _) = [process.communicate(timeout=HANG_SECONDS) for process in together]
   assert [process.returncode for process in together] == [0, 0], said
   table, nothing = ([line.split()[0] for line in text.splitlines() if 'Gloo' not in line]
                     for text in (out, other))
@@ -83,6 +84,7 @@ def test_a_killed_follower_goes_on_where_it_was(run):
   assert [line['eval/AP'] for line in curve] == [figures(folder, s)['AP'] for s in range(1, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, said', [
     (['--steps=9:'], 'no checkpoint'),
     (['--steps=x'], '--steps=x is not a range'),

@@ -105,6 +105,7 @@ def test_imported_run_evaluates_and_trains_on(foreign, config, imported, tmp_pat
   assert_same(variables_of(tmp_path / 'run', 2), foreign[1])
 
 
+@pytest.mark.slow
 def test_it_accounts_for_every_name(foreign, config, tmp_path, capsys):
   assert main(importing(foreign, config, tmp_path / 'run')) == 0
   count = len(foreign[1])

@@ -93,6 +93,7 @@ def test_training_puts_batch_norm_back(tmp_path, config, backbone, capsys):
   assert not same(variables_of(tmp_path / 'a', 2), variables_of(tmp_path / 'd', 2))
 
 
+@pytest.mark.slow
 def test_an_imported_run_trains_on_with_its_batch_norm(tmp_path, config, backbone, capsys):
   (tmp_path / 'map.json').write_text(json.dumps({'categories': [
       category._asdict() for category in build_source(

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.cli.main import main
 from ppn_jax.data.images.decoding import encode_jpeg
@@ -145,7 +146,7 @@ def test_killed_without_warning_it_leaves_no_data(tmp_path):
           f'--config.data.train.annotations={tmp_path}/in/truth.json', '--splits=train',
           '--shards=40', '--threads=1', '--max_side=200']
   process = subprocess.Popen([sys.executable, '-m', 'ppn_jax.cli.main', *argv], cwd=REPOSITORY)
-  made, end = tmp_path / 'out' / 'noise', time.time() + 60
+  made, end = tmp_path / 'out' / 'noise', time.time() + HANG_SECONDS
   while len(list(made.glob('incomplete.*_1.0.0/*.array_record-*'))) < 4 and time.time() < end:
     time.sleep(0.005)
   process.send_signal(signal.SIGKILL)

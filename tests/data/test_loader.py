@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.data import loader
 from ppn_jax.data.images import decoding
@@ -182,6 +183,7 @@ def test_rows_of_processes_make_the_global_batch():
         np.testing.assert_array_equal(got, wanted[order])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SOURCES)
 def test_every_op_for_any_number_of_threads_and_hosts_and_from_any_step(name):
   """Checks that batches are bit-equal for any number of threads, with mosaics too."""
@@ -376,7 +378,7 @@ def test_threads_end_with_the_iterator(how):
   if how == 'close':
     stream.close()
   del stream
-  deadline = time.monotonic() + 10
+  deadline = time.monotonic() + HANG_SECONDS
   while started() and time.monotonic() < deadline:
     time.sleep(0.01)
   assert not started()
@@ -396,7 +398,7 @@ dry = list(loader.eval_batches(source, **options))
 print(json.dumps(first))
 '''
   done = subprocess.run([sys.executable, '-X', 'dev', '-c', script], capture_output=True,
-                        text=True, timeout=120)
+                        text=True, timeout=HANG_SECONDS)
   assert (done.returncode, done.stderr) == (0, '')
   source = SyntheticShapes(10, image_size=32)
   assert json.loads(done.stdout) == [  # And another process sees the same order.

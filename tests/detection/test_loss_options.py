@@ -196,6 +196,7 @@ def test_unknown_names():
   assert check_class_weights((2, 1), 2) == (2.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_trained_step_takes_the_options():
   config = tiny_config().unlock()
   config.model.num_classes = 3

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS
 from tiny import tiny_config
 
 from ppn_jax.config_files import load_config
@@ -120,7 +121,7 @@ def digests_of(processes):
       [sys.executable, '-c', PROGRAM, str(TESTS), str(number), str(processes), str(port)],
       env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
       for number in range(processes)]
-  finished = [process.communicate(timeout=120) for process in started]
+  finished = [process.communicate(timeout=HANG_SECONDS) for process in started]
   assert not any(p.returncode for p in started), '\n'.join(errors for _, errors in finished)
   return [json.loads(line) for output, _ in finished for line in output.splitlines()
           if line.startswith('{')]
@@ -177,6 +178,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, inter
   assert int(ours.step) == 6
 
 
+@pytest.mark.slow
 def test_no_step_waits_for_data(undisturbed):
   lines = [json.loads(line) for line in (undisturbed / 'metrics.jsonl').read_text().splitlines()]
   assert lines and all(line['train/data_wait'] < 0.01 for line in lines)

@@ -85,6 +85,7 @@ CASES = {
     'rare flip': [FLIP | {'probability': 0.1}]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_distributed_as_on_the_host(case):
   ours, theirs = views(CASES[case]), host_draws(CASES[case])
@@ -180,6 +181,7 @@ def test_boxes_follow_pixels():
   assert checked > 75
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('last', [
     {'name': 'expand', 'probability': 1.0, 'fill': (0, 0, 0)},
     {'name': 'large_scale_jitter', 'size': 64, 'scale': (0.3, 0.6), 'fill': (0, 0, 0)}])

@@ -59,6 +59,7 @@ def test_the_whole_image_at_its_own_size_is_untouched(kernel):
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.slow
 def test_pixels_beyond_the_image_are_not_seen():
   image, frame = picture(40), np.float32([-20, -30, 60, 50]) / 40
   # A canvas of 80 with the image at (20, 30), which mirroring moves to (20, 10).

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from time_limits import HANG_SECONDS
 from tiny import CONFIG_FILE
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
@@ -61,7 +62,7 @@ def start(command, count=2, devices=1, **environment):
 
 def ends(processes):
   """Returns exit code and stderr of each process."""
-  outputs = [p.communicate(timeout=150)[1] for p in processes]
+  outputs = [p.communicate(timeout=HANG_SECONDS)[1] for p in processes]
   return [p.returncode for p in processes], outputs
 
 
@@ -74,6 +75,7 @@ def misbehave(culprit, failure, wait):
   return *ends(processes), time.monotonic() - at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('culprit, failure, wait, code, line', [
     (1, 'mistake', 'barrier', 2, 'image 7 is damaged'),
     (0, 'mistake', 'collective', 2, 'image 7 is damaged'),

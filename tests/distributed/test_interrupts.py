@@ -10,6 +10,7 @@ import types
 import weakref
 
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.cli import main as cli
 from ppn_jax.distributed import interrupts
@@ -146,8 +147,8 @@ sys.exit(cli.main())
 
 
 def test_the_second_interrupt_ends_training_inside_native_code():
-  done = subprocess.run([sys.executable, '-c', NATIVE], capture_output=True, text=True, timeout=60,
-                        check=False)
+  done = subprocess.run([sys.executable, '-c', NATIVE], capture_output=True, text=True,
+                        timeout=HANG_SECONDS, check=False)
   assert done.returncode == 130, done.stderr
   assert done.stderr.splitlines() == [
       'interrupted: ending after this step, which is saved first; press Ctrl-C again to end at '

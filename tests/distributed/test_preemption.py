@@ -9,11 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import jax
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS, wait_until
 from tiny import CONFIG_FILE, tiny_config
 
 from ppn_jax.checkpoints.manager import Checkpoints, SaveFailed
@@ -211,13 +211,6 @@ def test_notice_of_maintenance_acts_like_sigterm(
   jax.tree.map(np.testing.assert_array_equal, final_state(tmp_path), uninterrupted)
 
 
-def wait_until(condition):
-  deadline = time.monotonic() + 30
-  while not condition():
-    assert time.monotonic() < deadline, 'waited for in vain'
-    time.sleep(0.01)
-
-
 def noticed(values, monkeypatch, before, *changes):
   """Returns whether there is a notice at first and after each change, after several polls."""
   monkeypatch.setattr(preemption, '_POLL_SECONDS', 0.01)
@@ -277,7 +270,7 @@ def train_in_two_processes(tmp_path, workdir, on_line=None, steps=400):
     lines.append(line)
     if on_line:
       on_line(line, processes)
-  codes = [p.wait(timeout=120) for p in processes]
+  codes = [p.wait(timeout=HANG_SECONDS) for p in processes]
   tail.join()
   return codes, ''.join(lines)
 

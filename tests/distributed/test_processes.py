@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS
 from tiny import CONFIG_FILE
 
 from ppn_jax.distributed import sharding
@@ -83,7 +84,8 @@ def pod_launcher(folder, program='-m ppn_jax.cli.main'):
 
   def launch(*arguments):
     command = ['bash', str(LOCAL_POD), '--processes=2', '--devices=2', '--', *arguments]
-    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=400)
+    return subprocess.run(command, env=environment, text=True, capture_output=True,
+                          timeout=HANG_SECONDS)
 
   return launch
 
@@ -247,7 +249,7 @@ def test_missing_processes_end_in_one_line(process, code):
       [sys.executable, '-c', 'from ppn_jax.distributed import sharding\nsharding.join_processes('
        f'coordinator="localhost:{_free_port()}", num_processes=2, process_id={process}, '
        'timeout=2)'],
-      text=True, capture_output=True, timeout=60)
+      text=True, capture_output=True, timeout=HANG_SECONDS)
   assert result.returncode == code
   assert result.stderr.splitlines()[-1].startswith('ppn: error: not all processes at localhost:')
 
@@ -255,5 +257,6 @@ def test_missing_processes_end_in_one_line(process, code):
 def test_auto_on_a_machine_outside_a_slice():
   result = subprocess.run(
       [sys.executable, '-c', 'from ppn_jax.distributed import sharding\n'
-       'sharding.join_processes(distributed="auto")'], text=True, capture_output=True, timeout=60)
+       'sharding.join_processes(distributed="auto")'], text=True, capture_output=True,
+      timeout=HANG_SECONDS)
   assert 'InputError: --distributed=auto finds no TPU slice' in result.stderr

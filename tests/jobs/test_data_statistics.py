@@ -99,6 +99,7 @@ def test_boxes_without_anchors_if_force_match_is_off(found):
   assert data_statistics.summarize(found)['all']['without'] < 0.2
 
 
+@pytest.mark.slow
 def test_the_matching_is_that_of_the_detector():
   config = tiny_config()
   detector = build_detector(resolve_classes(config, range(5)))
@@ -147,6 +148,7 @@ def test_the_command_prints_and_writes(config_file, tmp_path, capsys):
   assert len(pictures) == 6 + 3 and all(np.asarray(p).std() > 5 for p in pictures)
 
 
+@pytest.mark.slow
 def test_evaluation_data_images_without_boxes_and_crowds(tmp_path, capsys):
   truth = {'images': [{'id': i, 'file_name': f'{i}.png', 'width': 64, 'height': 48}
                       for i in range(1, 4)],

@@ -90,6 +90,7 @@ def patient(trained, curve, tmp_path):
   return shutil.copytree(trained, tmp_path / 'patient')
 
 
+@pytest.mark.slow
 def test_ends_when_a_metric_does_not_improve(patient, curve, log_lines):
   assert steps_of(patient) == [1, 2, 3, 4, 5, 6]
   ending = open_run(patient).ending()
@@ -174,6 +175,7 @@ def test_more_patience_continues(patient, curve, tmp_path, log_lines):
   assert_same_bits(saved_state(patient, 8), saved_state(whole, 8))
 
 
+@pytest.mark.slow
 def test_later_evaluations_do_not_count_after_a_step_back(patient, curve):
   """The newest checkpoints are lost; their evaluations are of steps that are taken again."""
   run = open_run(patient)
@@ -256,6 +258,7 @@ def test_takes_the_steps_that_fit(clock, tmp_path, log_lines):
   assert 'is trained to step 14 already' in log_lines[-1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_plan_and_the_time_of_its_steps(clock, tmp_path, monkeypatch,
                                                                 log_lines):
   train_job.train(timed_config(), tmp_path / 'whole')
@@ -278,6 +281,7 @@ def test_a_resumed_run_keeps_its_plan_and_the_time_of_its_steps(clock, tmp_path,
   assert_same_bits(saved_state(tmp_path / 'killed', 14), saved_state(tmp_path / 'whole', 14))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_slower_than_planned_ends_in_time(clock, tmp_path, monkeypatch, log_lines):
   make = time_budget.make_plan
 
@@ -327,6 +331,7 @@ def test_a_budget_without_a_step_is_refused(clock, tmp_path):
   assert not (tmp_path / 'config.json').exists()
 
 
+@pytest.mark.slow
 def test_a_save_is_measured_while_steps_are_taken_and_leaves_no_trace(clock, tmp_path, monkeypatch,
                                                                       log_lines):
   """A save that delays the steps by 2 s: 11 steps, 4 saves and 2 evaluations fit into 29.1 s."""

@@ -117,6 +117,7 @@ assert not [m for m in sys.modules if m.startswith(('ppn_jax', 'flax'))]
 """
 
 
+@pytest.mark.slow
 def test_stablehlo_runs_without_this_package(workdir, exported, tmp_path):
   images = some_images(3)
   np.save(tmp_path / 'images.npy', images)
@@ -144,6 +145,7 @@ def test_metadata_says_how_to_use_it(exported):
   assert metadata['model']['backbone']['name'] == 'mobilenet_v1'
 
 
+@pytest.mark.slow
 def test_opened_export_takes_any_number_of_images(workdir, exported):
   detect = open_export(exported)
   images = some_images(3, seed=1)
@@ -154,6 +156,7 @@ def test_opened_export_takes_any_number_of_images(workdir, exported):
     detect(np.zeros((1, 32, 32, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_a_file_with_wrong_detections_is_not_kept(workdir, pictures, tmp_path, monkeypatch,
                                             capsys):
   """Users of the reference got boxes with swapped coordinates from converted files."""

@@ -101,6 +101,7 @@ def test_the_metrics_are_those_of_the_run(run, shared, tmp_path, capsys):
       (run / 'evaluation' / '6' / 'scores.json').read_text())['figures']
 
 
+@pytest.mark.slow
 def test_data_of_a_config_file(shared, tmp_path):
   """The data come from the config file, the resizing from the weights file."""
   (tmp_path / 'data_of_mine.py').write_text(
@@ -259,6 +260,7 @@ def test_a_file_that_does_not_fit_its_own_config(shared, tmp_path, monkeypatch, 
   assert '\n' not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_keys_of_a_newer_version_are_ignored(shared, tmp_path, capsys):
   path = rewritten(shared, tmp_path / 'a.safetensors', lambda c, v: c['data'].update(colour=1))
   assert main(['summary', f'--model={path}']) == 0

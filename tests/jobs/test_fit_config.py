@@ -87,6 +87,7 @@ def test_another_number_of_anchors_is_named(tmp_path):
     importer.import_detector(file, like)
 
 
+@pytest.mark.slow
 def test_a_detector_without_background_is_imported(tmp_path):
   file, config, _ = fitted(tmp_path, background=False, classes=3,
                            labels={'labels.txt': 'cat\ncow\ndog\n'})

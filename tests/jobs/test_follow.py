@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from log_lines import logged
 from tensorboardX.proto import event_pb2
+from time_limits import HANG_SECONDS
 from tiny import tiny_config
 
 from ppn_jax import storage
@@ -142,6 +143,7 @@ def checkpoint(job, step):
   return job.run.workdir / 'checkpoints' / str(step)
 
 
+@pytest.mark.slow
 def test_follows_a_training_that_is_running(followed):
   job, outcome, messages = followed
   workdir = job.run.workdir
@@ -157,6 +159,7 @@ def test_follows_a_training_that_is_running(followed):
   assert job.evaluator.detect._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', ['before the record', 'after the record', 'half a line'])
 def test_a_restart_scores_no_step_twice_and_skips_none(job, where, monkeypatch):
   root = job.root
@@ -214,6 +217,7 @@ def test_another_model_is_an_error_at_once(job):
     follow.score_steps(wrong, polling=FakeTime().polling())
 
 
+@pytest.mark.slow
 def test_waits_for_the_last_step_of_the_present_config(job):
   final = job.run.workdir / 'config.json'
   config = json.loads(final.read_text())
@@ -402,7 +406,7 @@ def test_a_reader_updates_its_heartbeat(tmp_path, monkeypatch):
   reader = Reader(tmp_path)
   reader.hold(3)
   path, = tmp_path.iterdir()
-  first, deadline = json.loads(path.read_text())['beat'], time.monotonic() + 30
+  first, deadline = json.loads(path.read_text())['beat'], time.monotonic() + HANG_SECONDS
   while json.loads(path.read_text())['beat'] == first and time.monotonic() < deadline:
     time.sleep(0.01)
   assert json.loads(path.read_text())['beat'] > first
@@ -443,6 +447,7 @@ def resave(job, step):
   shutil.copytree(checkpoint(job, 2), checkpoint(job, step))
 
 
+@pytest.mark.slow
 def test_scores_of_an_earlier_attempt_are_not_reused(job):
   first = follow.score_steps(job).metrics
   job.notes.evaluated.clear()

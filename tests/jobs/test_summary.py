@@ -97,6 +97,7 @@ def test_a_model_that_is_not_in_the_paper(summaries):
   assert 'not known' in format_summary(summaries['fpn'])
 
 
+@pytest.mark.slow
 def test_background_column_is_one_of_the_columns(summaries):
   background = summarize(config_of('ppn', 'background_column=True'))
   assert background.num_classes == 90 and background.columns == 91
@@ -108,6 +109,7 @@ def test_background_column_is_one_of_the_columns(summaries):
   assert without.detection_flops - background.totals.detection_flops == 3000
 
 
+@pytest.mark.slow
 def test_blocks_that_no_output_depends_on(summaries):
   whole = summarize(config_of('ppn', 'backbone.last_block=13', 'background_column=True'))
   assert whole.totals.trainable + whole.totals.unused == 3_767_674  # docs/reference.md 14.
@@ -206,6 +208,7 @@ def test_command_takes_classes_from_the_data_and_models_from_runs(tmp_path, caps
   assert capsys.readouterr().out.startswith('64 px, 2 classes in 2 columns')
 
 
+@pytest.mark.slow
 def test_command_tells_that_a_run_ended_early(tmp_path, capsys):
   run = create_run(tmp_path, tiny_config(), (Category(3, 'cat'), Category(7, 'dog')))
   run.save()

@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS
 from tiny import CONFIG_FILE, tiny_config
 
 from ppn_jax import storage
@@ -52,6 +53,7 @@ def undisturbed(tmp_path_factory):
   return workdir, config, scores
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_that_others_need(undisturbed):
   workdir, _, scores = undisturbed
   run = open_run(workdir)
@@ -67,6 +69,7 @@ def test_a_run_leaves_everything_that_others_need(undisturbed):
       scores.metrics)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
   workdir, config, _ = undisturbed
   train_job.train(config, tmp_path)
@@ -83,6 +86,7 @@ def test_another_seed_gives_another_run(undisturbed, tmp_path):
   assert not np.array_equal(*kernels)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_bits(undisturbed, tmp_path, interrupted_after):
   workdir, config, _ = undisturbed
   with interrupted_after(4):
@@ -105,15 +109,15 @@ def test_sigkill_and_restart_end_with_the_same_bits(tmp_path):
   killed, undisturbed_run = tmp_path / 'killed', tmp_path / 'undisturbed_run'
   process = subprocess.Popen([*command, f'--workdir={killed}'], env=environment,
                              stderr=subprocess.DEVNULL)
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + HANG_SECONDS
   while not (killed / 'checkpoints' / '10').exists():
     assert process.poll() is None and time.monotonic() < deadline, 'no checkpoint to kill after'
     time.sleep(0.02)
   process.send_signal(signal.SIGKILL)
   process.wait()
   for workdir in (killed, undisturbed_run):
-    subprocess.run([*command, f'--workdir={workdir}'], env=environment, check=True, timeout=120,
-                   stderr=subprocess.DEVNULL)
+    subprocess.run([*command, f'--workdir={workdir}'], env=environment, check=True,
+                   timeout=HANG_SECONDS, stderr=subprocess.DEVNULL)
   assert int(final_state(killed).step) == 30
   assert_same_bits(final_state(killed), final_state(undisturbed_run))
 

@@ -47,6 +47,7 @@ def test_an_interrupted_run_with_resident_data_ends_with_the_same_bits(
   jax.tree.map(np.testing.assert_array_equal, variables_of(undisturbed), variables_of(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('changes, message', [
     ({'optimizer': {'name': 'sgd'}}, "optim.optimizer.name='optax:lion', which cannot be changed"),
     ({'freeze': ('backbone/conv2d_0',)}, 'optim.freeze cannot be changed within a run'),
@@ -58,6 +59,7 @@ def test_what_may_not_change_is_refused_before_anything_is_written(undisturbed, 
   assert contents(undisturbed) == before
 
 
+@pytest.mark.slow
 def test_an_imported_run_takes_any_optimizer_and_frozen_blocks(tmp_path):
   """Nothing but its variables matters before the first step."""
   config = tiny_config()

@@ -13,6 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+from time_limits import HANG_SECONDS
 from tiny import untrained_run
 
 from ppn_jax.data.source import build_source
@@ -53,7 +54,7 @@ def test_every_cell_runs_and_every_picture_is_there(workdir, monkeypatch):
   given[0].source = f'WORKDIR = {str(workdir)!r}'
   monkeypatch.setenv('PYTHONPATH', os.pathsep.join(
       [str(REPOSITORY), os.environ.get('PYTHONPATH', '')]))
-  nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3',
+  nbclient.NotebookClient(notebook, timeout=HANG_SECONDS, kernel_name='python3',
                           resources={'metadata': {'path': str(REPOSITORY)}}).execute()
   pictures = {}
   for cell in notebook.cells:

@@ -9,10 +9,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import stand_in_cloud
+from time_limits import HANG_SECONDS, wait_until
 from tiny import CONFIG_FILE
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -40,7 +40,7 @@ exit "$code"
 
 def script(path, *arguments, **options):
   return subprocess.run(['bash', str(path), *arguments], text=True, capture_output=True,
-                        timeout=120, **options)
+                        timeout=HANG_SECONDS, **options)
 
 
 @pytest.fixture
@@ -130,6 +130,7 @@ def test_mistakes_are_one_line(path, arguments, message):
   assert len(result.stderr.splitlines()) == 1 and message in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_restarts_after_preemption_until_it_is_done(cloud):
   (cloud / 'scenario').write_text('75 75\n75 134\n0 0\n')
   result = script(TPU, 'run', *SLICE, '--type=v5litepod-16', '--local', '--delete', *FAST, '--',
@@ -145,13 +146,14 @@ def test_a_run_restarts_after_preemption_until_it_is_done(cloud):
   assert len(installed) == 3  # Repeating it without changes is fast.
 
 
+@pytest.mark.slow
 def test_a_preempted_slice_is_requested_again(cloud):
   (cloud / 'scenario').write_text('hang hang\n0 0\n')
   process = subprocess.Popen(['bash', str(TPU), 'run', *SLICE, '--type=v6e-16', '--local', '--spot',
                               *FAST, '--', 'train'], stderr=subprocess.PIPE, text=True)
-  _wait_for(lambda: len(list(cloud.glob('ran-0-*'))) == 2)
+  wait_until(lambda: len(list(cloud.glob('ran-0-*'))) == 2)
   stand_in_cloud.preempt()
-  _, output = process.communicate(timeout=60)
+  _, output = process.communicate(timeout=HANG_SECONDS)
   assert process.returncode == 0, output
   assert sum('create' in c for c in calls(cloud)) == 2
   assert (cloud / 'life-1' / 'worker-1' / 'ppn' / 'installed').exists()
@@ -179,6 +181,7 @@ def test_workers_that_hang_after_another_failed_are_ended(cloud):
   assert len(list(cloud.glob('ran-*'))) == 4
 
 
+@pytest.mark.slow
 def test_every_step_can_be_repeated_and_stop_is_for_good(cloud):
   (cloud / 'scenario').write_text('hang hang\n')
   for step in (['create', '--type=v5p-16'], ['wait', '--poll=1'], ['setup', '--local']):
@@ -188,17 +191,17 @@ def test_every_step_can_be_repeated_and_stop_is_for_good(cloud):
   for _ in range(2):
     result = script(TPU, 'start', *SLICE, '--', 'evaluate', '--workdir=w')
     assert result.returncode == 0, result.stderr
-  _wait_for(lambda: len(list(cloud.glob('ran-*'))) == 2)
+  wait_until(lambda: len(list(cloud.glob('ran-*'))) == 2)
   assert script(TPU, 'status', *SLICE).stdout.count(' running\n') == 2
   other = script(TPU, 'start', *SLICE, '--', 'train')
   assert other.returncode == 2 and 'another command is running: ppn evaluate' in other.stderr
   follower = subprocess.Popen(['bash', str(TPU), 'run', *SLICE, '--type=v5p-16', *FAST, '--',
                                'evaluate', '--workdir=w'], stderr=subprocess.PIPE, text=True)
-  _wait_for(lambda: any('follow' in str(call) for call in calls(cloud)))
+  wait_until(lambda: any('follow' in str(call) for call in calls(cloud)))
   for _ in range(2):
     assert script(TPU, 'stop', *SLICE).returncode == 0
   assert script(TPU, 'status', *SLICE).stdout.count(' stopped 75\n') == 2
-  _, output = follower.communicate(timeout=60)
+  _, output = follower.communicate(timeout=HANG_SECONDS)
   assert follower.returncode == 0 and 'stopped' in output
   assert len(list(cloud.glob('ran-*'))) == 2
   assert 'life 0 of worker 1' in script(TPU, 'logs', *SLICE, '--worker=1').stdout
@@ -233,9 +236,9 @@ while :; do sleep 0.1; done
   process = subprocess.Popen(
       ['bash', str(LOCAL_POD), '--grace=1', '--port=1234', '--', 'train'],
       env={**os.environ, 'HERE': str(tmp_path), 'PATH': f'{tmp_path}:{os.environ["PATH"]}'})
-  _wait_for(lambda: len(list(tmp_path.glob('up-*'))) == 2)
+  wait_until(lambda: len(list(tmp_path.glob('up-*'))) == 2)
   process.terminate()
-  assert process.wait(timeout=30) == 75
+  assert process.wait(timeout=HANG_SECONDS) == 75
 
 
 # Environment of a slice on GKE, by which JAX recognises it; `running_in_cloud_tpu_vm` is forced.
@@ -292,7 +295,7 @@ def test_workers_behind_ssh_train_together_through_notice_and_preemption(
   logs = [cloud_with_ssh / 'life-0' / f'worker-{i}' / 'ppn' / 'job' / 'log' for i in range(2)]
 
   def wait_for(condition):
-    _wait_for(lambda: condition() or process.poll() is not None, 240)
+    wait_until(lambda: condition() or process.poll() is not None)
     assert process.poll() is None, process.communicate()
 
   def last_saved():
@@ -306,7 +309,7 @@ def test_workers_behind_ssh_train_together_through_notice_and_preemption(
   wait_for(lambda: last_saved() > warned_at)
   assert f'resuming {workdir} from step {warned_at}' in logs[0].read_text()
   stand_in_cloud.preempt()
-  output, _ = process.communicate(timeout=400)
+  output, _ = process.communicate(timeout=HANG_SECONDS)
   assert process.returncode == 0, output
   assert 'on 2 x cpu' in output and output.count('preempted; resuming') == 2, output
   assert output.count(f'resuming {workdir}') == 2, output
@@ -315,10 +318,3 @@ def test_workers_behind_ssh_train_together_through_notice_and_preemption(
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').open()]
   assert sorted({*range(10, 301, 10), warned_at}) == steps
   assert sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir()) == [280, 290, 300]
-
-
-def _wait_for(condition, seconds=60):
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < deadline, 'timed out'
-    time.sleep(0.1)

@@ -129,6 +129,7 @@ def test_calibrated_scores_have_no_calibration_error():
   assert low < costs['cost']['AP'] < high
 
 
+@pytest.mark.slow
 def test_intervals_have_their_coverage():
   covered, excluded = [], []
   for seed in range(25):
@@ -281,6 +282,7 @@ def test_reports_on_few_or_no_detections(problem, tmp_path):
   assert (found['recalibration']['cost']['AP'] is None) == (not truth['annotations'])
 
 
+@pytest.mark.slow
 def test_names_that_look_like_formulas_are_drawn(tmp_path, recwarn):
   found = run_report(*draw(images=4))
   for group, name in zip(found['by_class'], ('$\\frac{', '猫$', '_' * 200), strict=True):

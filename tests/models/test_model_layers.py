@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.errors import InputError
 from ppn_jax.models import layers
@@ -65,6 +66,7 @@ def test_statistics_stay_float32_in_float64():
   assert {leaf.dtype for leaf in jax.tree.leaves(updates['batch_stats'])} == {jnp.dtype('float32')}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('float64')
 def test_batch_norm_gradient_equals_the_definition():
   x = random((4, 3, 3, 2))
@@ -103,6 +105,7 @@ def test_kernels_are_initialised_by_the_policy():
     assert abs(float(kernel.std()) / expected - 1) < 0.05
 
 
+@pytest.mark.slow
 def test_separable_block_keeps_float32_parameters_and_halves_the_map():
   block = layers.DepthwiseSeparable(6, stride=2, policy=layers.LayerPolicy(dtype=jnp.bfloat16))
   x = random((2, 5, 5, 4), dtype=np.float32)
@@ -140,5 +143,5 @@ def test_batch_over_eight_devices_equals_one_and_gathers_nothing():
   environment = {**os.environ, 'JAX_NUM_CPU_DEVICES': '8',
                  'JAX_PLATFORMS': 'cpu'}
   done = subprocess.run([sys.executable, '-c', SHARDED], env=environment, capture_output=True,
-                        text=True, timeout=300, check=False)
+                        text=True, timeout=HANG_SECONDS, check=False)
   assert done.returncode == 0, done.stderr

@@ -101,6 +101,7 @@ def head_outputs(levels, *, train=False, **options):
                                mutable=['batch_stats'] if train else False)
 
 
+@pytest.mark.slow
 def test_rows_are_ordered_by_level_y_x_anchor():
   levels = (jnp.zeros((1, 3, 3, 4)), jnp.zeros((1, 2, 2, 4)))
   _, base = head_outputs(levels)
@@ -218,6 +219,7 @@ def test_fpn_at_300_pixels_has_ppns_grids_and_one_depth():
   assert [level.shape for level in pyramid] == [(1, n, n, 256) for n in (19, 10, 5, 3, 2, 1)]
 
 
+@pytest.mark.slow
 def test_conv_pyramid_is_the_maps_and_convolutions_of_the_last():
   rng = np.random.default_rng(0)
   maps = {16: jnp.asarray(rng.normal(size=(1, 6, 6, 4)), jnp.float32),

@@ -59,6 +59,7 @@ def test_needed_memory_is_read_from_the_out_of_memory_message(message, needed_by
   assert found == (None if needed_bytes is None else int(needed_bytes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('program', ['train', 'detect'])
 def test_both_programs_lower_for_any_mesh(program):
   lowered = estimation._lower(request(program=program), data_mesh(jax.devices()[:1]), chips=1)

@@ -75,6 +75,7 @@ def test_a_bad_range_touches_nothing(tmp_path, capsys):
   assert not (tmp_path / 'w').exists()
 
 
+@pytest.mark.slow
 def test_training_traces_and_reports(tmp_path, log_lines):
   train(tiny_config(), tmp_path, profile='2:3')
   messages = '\n'.join(log_lines)

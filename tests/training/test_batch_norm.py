@@ -84,6 +84,7 @@ def test_the_function_is_the_same_on_other_images(kind):
       np.testing.assert_allclose(a, b, atol=1e-4 * max(1, float(np.abs(a).max())))
 
 
+@pytest.mark.slow
 def test_training_continues_from_the_function():
   """With batch statistics the identity changes the outputs, batch norm that was put back hardly."""
   detector = detector_of('ppn')

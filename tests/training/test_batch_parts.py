@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from time_limits import HANG_SECONDS
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 
@@ -94,7 +95,7 @@ def found():
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
                  'JAX_NUM_CPU_DEVICES': '4'}
   result = subprocess.run([sys.executable, '-c', PROGRAM, str(TESTS)], env=environment, text=True,
-                          capture_output=True, timeout=300)
+                          capture_output=True, timeout=HANG_SECONDS)
   assert result.returncode == 0, result.stderr
   return json.loads(result.stdout)
 

@@ -81,6 +81,7 @@ def test_frozen_arrays_keep_their_bits_and_the_others_move(case):
   assert not any('conv2d_0' in name for name in held) and any('conv2d_3' in name for name in held)
 
 
+@pytest.mark.slow
 def test_batch_norm_of_frozen_modules_uses_its_averages():
   """Compares with a step of a network whose frozen part is computed as for inference."""
   config = config_of(freeze=BLOCKS)
@@ -143,6 +144,7 @@ def test_norm_frozen_everywhere_trains_the_rest():
     assert not any(np.array_equal(then[path], now[path]) for path in then if path[0] == 'params')
 
 
+@pytest.mark.slow
 def test_norm_frozen_computes_in_training_as_in_inference():
   detector = build_detector(config_of(norm='frozen'))
   variables, (images, _) = detector.init(jax.random.key(0)), batch_of(2)

@@ -60,6 +60,7 @@ def test_detections_are_drawn_on_their_level():
   assert has(right, 1) and not has(left, 1) and not has(drawn, 3)  # That is below the threshold.
 
 
+@pytest.mark.slow
 def test_matched_anchors_have_the_colour_of_their_class(detector, source):
   example = source[1]
   drawn = anchors.draw_assigned_anchors(detector, example.image, example.boxes, example.labels,

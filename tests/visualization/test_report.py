@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from html_page import XHTML, check_self_contained, parse
 from PIL import Image
+from time_limits import HANG_SECONDS
 from tiny import untrained_run
 
 from ppn_jax.cli.main import main
@@ -121,7 +122,7 @@ def test_a_browser_shows_it(report, tmp_path):
     return subprocess.run(
         [BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--window-size=1368,2000',
          f'--user-data-dir={tmp_path / "profile"}', *arguments], capture_output=True, text=True,
-        timeout=120, check=True)
+        timeout=HANG_SECONDS, check=True)
 
   dom = browse('--dump-dom', probe.as_uri()).stdout
   images, decoded, fits, fetched = re.search('data-found="([^"]*)"', dom)[1].split(',')

@@ -1,5 +1,6 @@
 """Names, shapes and layouts, on the reference's checkpoints and modified copies of them."""
 
+import functools
 import re
 
 import jax
@@ -18,6 +19,7 @@ from ppn_jax.weights.read import WeightFile, read_weights
 HEAD = 'WeightSharedConvolutionalBoxPredictor/'
 
 
+@functools.cache
 def shapes_of(*differences, **model):
   config = base_config()
   for difference in (tf_reference, *differences):

@@ -80,6 +80,7 @@ def test_any_multiplier_and_number_of_classes(tmp_path, multiplier, classes):
   assert len(folded_norm.folded_layers(imported.variables)) == 27 + 8
 
 
+@pytest.mark.slow
 def test_an_extractor_is_a_backbone(tmp_path):
   write_classifier(tmp_path / 'x.tflite', classes=0, multiplier=0.25, min_depth=16)
   file = read_weights(tmp_path / 'x.tflite')
@@ -358,6 +359,7 @@ def small(path):
   return writer.write(path, [image], [x], {'labels.txt': 'a\nb\n'})
 
 
+@pytest.mark.slow
 def test_damage_is_an_input_error_or_another_value(tmp_path):
   """A flatbuffer has no checksum: damage may go unnoticed, but must not raise anything else."""
   path, choose = tmp_path / 'x.tflite', random.Random(0)

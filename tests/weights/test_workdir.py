@@ -53,6 +53,7 @@ def test_split_step(text, path, step):
   assert split_step(text) == (path, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step', ['', '3'])
 def test_the_average_of_a_step_without_its_config(earlier, tmp_path, step):
   """The config is not read, so nothing that it names can be imported."""

@@ -10,6 +10,7 @@ import PIL.Image
 import PIL.ImageOps
 import PIL.PngImagePlugin
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.data.images import decoding
 from ppn_jax.data.images.decoding import SUFFIXES, decode, encode_jpeg, read_sizes, to_pixels
@@ -233,6 +234,7 @@ def test_too_many_pixels_is_read_from_the_header():
     decode(bytes(png), name='x')
 
 
+@pytest.mark.slow
 def test_nothing_is_printed():
   """Runs as a command does, in its own process: Pillow warns of all of these."""
   script = '''
@@ -257,7 +259,7 @@ decode(data[:at + 40] + b'\\xee' * 30 + data[at + 70:], name='x')
 '''
   for flags in ([], ['-W', 'error']):
     done = subprocess.run([sys.executable, *flags, '-c', script], capture_output=True, text=True,
-                          timeout=120)
+                          timeout=HANG_SECONDS)
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 

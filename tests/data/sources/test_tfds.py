@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from gcs_server import serve
 from PIL import Image
+from time_limits import HANG_SECONDS
 from tiny import tiny_config
 
 from ppn_jax.data.images.decoding import encode_jpeg
@@ -267,8 +268,8 @@ def test_reading_from_google_cloud_storage(folder, tmp_path):
           'b = Tfds(dataset="toy", data_dir="gs://bucket/sets", split="train")\n'
           'print(*(int(s[i].image.sum()) for s in (a, b) for i in range(3)))\n')
   with serve(tmp_path) as environment:
-    result = subprocess.run([sys.executable, '-c', code], env=os.environ | environment, timeout=60,
-                            capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, '-c', code], env=os.environ | environment,
+                            timeout=HANG_SECONDS, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
   local = Tfds(data_dir=str(folder))
   assert list(map(int, result.stdout.split())) == [

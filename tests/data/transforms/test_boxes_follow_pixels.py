@@ -119,6 +119,7 @@ def test_other_kernels(name, method):
     assert np.abs(errors(out)).max(initial=0) <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['array', 'jpeg'])
 def test_random_chains(kind):
   """Checks any transforms in any order; an image may be enlarged after a pixel was rounded."""
