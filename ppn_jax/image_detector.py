@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 import numpy as np
 
+from ppn_jax import zoo
 from ppn_jax.data.images import decoding as image_files
 from ppn_jax.detection.structures import Array, Category, Detections
 from ppn_jax.errors import InputError, InputTypeError
@@ -120,7 +121,8 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
 
   Args:
     path: the workdir of `ppn train` or `ppn import-tf`, a weights file (.safetensors), another
-      exported file, or the folder of a SavedModel.
+      exported file, the folder of a SavedModel, or the name of a model that comes with the
+      package, such as 'ppn_voc'.
     step: for a run: a saved step; the newest intact one by default.
     ema: for a run: True for the moving average of the weights, False for the weights themselves;
       None for the average if the run keeps one.
@@ -133,7 +135,7 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
     InputError: If the path does not exist, there is no such checkpoint or average, the batch size
       is below 1 or differs from the file's, the file is damaged, or its runtime is not installed.
   """
-  path = expand_home(os.fspath(path))
+  path = zoo.find(expand_home(os.fspath(path)))
   one = 1 if batch_size is None else batch_size
   if is_weights_file(path):
     # Imported here, as below, because other files do not need it.
@@ -142,7 +144,7 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
                                         batch_size=one))
   if not is_export(path):
     if '://' not in path and not os.path.exists(path):
-      raise InputError(f'{path} is neither a workdir nor an exported file')
+      raise InputError(f'{path} is neither a workdir nor an exported file{zoo.suggestion(path)}')
     from ppn_jax.run import open_run
     return ImageDetector(load_predictor(open_run(path, allow=allow), step=step, ema=ema,
                                         batch_size=one))

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax import detector as detector_lib
-from ppn_jax import registry, storage
+from ppn_jax import registry, storage, zoo
 from ppn_jax.checkpoints.manager import Checkpoints, read_stamp
 from ppn_jax.checkpoints.retention import Stamp, read_record, steps_in
 from ppn_jax.config import GIVEN, complete, plain
@@ -270,12 +270,14 @@ def open_model(path: str | pathlib.Path, *, allow: Sequence[str] = ()) -> Traine
   """Opens the run in a workdir, or a weights file.
 
   Args:
-    path: workdir of a run, or a file of `ppn export --format=weights`.
+    path: workdir of a run, a file of `ppn export --format=weights`, or the name of a model that
+      comes with the package.
     allow: see `open_run`.
 
   Raises:
     InputError: If it is neither, or cannot be read; see `open_run` and `open_weights_file`.
   """
+  path = zoo.find(path)
   if is_weights_file(path):
     return open_weights_file(path, allow=allow)
   if '://' not in str(path) and storage.local_path(path).is_file():

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 # From the bottom up: folders, and modules that stand beside them.
 LAYERS = (
     ('errors', 'registry', 'config', 'config_values', 'storage'),
-    ('telemetry', 'distributed'),
+    ('telemetry', 'distributed', 'zoo'),
     ('detection',),
     ('models', 'metrics', 'export', 'data.images'),
     ('detector', 'data'),

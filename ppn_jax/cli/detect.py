@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ppn_jax import zoo
 from ppn_jax.cli.flags import add_model_flags, allowed, keep_programs
 from ppn_jax.errors import InputError
 
@@ -82,7 +83,7 @@ def _load(args: argparse.Namespace) -> 'ImageDetector':
                      f'--model={path}')
   if args.model is not None and not is_weights_file(path) and not is_export(path):
     raise InputError(f'--model={path}: no exported file there; the folder of a run is given '
-                     'by --workdir')
+                     f'by --workdir{zoo.suggestion(path)}')
   if args.model is not None and (args.step is not None or args.ema is not None):
     raise InputError('--step and --ema choose among the checkpoints of a run, and '
                      f'--model={path} is an exported file; leave them out')

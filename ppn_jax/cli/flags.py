@@ -5,6 +5,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
+from ppn_jax import zoo
 from ppn_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def add_model_flags(parser: argparse.ArgumentParser, *, model: str) -> None:
   """
   of = parser.add_mutually_exclusive_group(required=True)
   of.add_argument('--workdir', metavar='DIR', help='folder of a run')
-  of.add_argument('--model', metavar='FILE', help=model)
+  of.add_argument('--model', metavar='FILE', type=zoo.find,
+                  help=f'{model}; or {", ".join(zoo.names())}, which come with the package')
   add_allow_flag(parser)
 
 

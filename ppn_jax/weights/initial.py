@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ppn_jax import storage
+from ppn_jax import storage, zoo
 from ppn_jax.detection.structures import Array, Category
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
@@ -82,7 +82,7 @@ def check_norm_images(count: int) -> None:
 
 def _read(key: str, text: str, like: Mapping[str, Any]) -> PretrainedWeights:
   """Reads the run at a path if it is the workdir of one, otherwise the file."""
-  text = storage.expand_home(text)
+  text = zoo.find(storage.expand_home(text))
   # A folder whose name ends in '@2000' takes precedence over a step.
   path, step = (text, '') if pathlib.Path(text).exists() else workdir.split_step(text)
   folder = sharding.all_or_none(lambda: storage.folder_path(path, key))
@@ -126,7 +126,7 @@ def _read_file(key: str, path: str) -> WeightFile:
     if pathlib.Path(path).is_file():
       raise
     more = f', or {_OURS}' if LEGAL in str(e) else f'; {LEGAL}, or {_OURS}'
-    raise InputError(f'{key}={path}: {e}{more}') from e
+    raise InputError(f'{key}={path}: {e}{more}{zoo.suggestion(path)}') from e
 
 
 def with_weights(state: TrainState, variables: Mapping[str, Any],
