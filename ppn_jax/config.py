@@ -109,7 +109,8 @@ def base_config() -> ConfigDict:
       on_bad_example='raise',  # For an image that cannot be read: 'raise', or 'skip' and report it.
       max_bad_share=0.01,  # Largest share of the images that may be skipped.
       max_boxes=0,  # Boxes that each image's ground truth is padded to; 0: the largest number.
-      threads=0)  # Threads that decode and augment; 0: one for each processor core.
+      workers='auto',  # Decode and augment: 'threads', 'processes'; 'auto': by their number.
+      threads=0)  # Number of these threads or processes; 0: one for each processor core.
   config.optim = dict(  # ppn_jax.training.optimizer.build_optimizer
       optimizer=dict(name='sgd', momentum=0.9, nesterov=False),
       schedule=dict(name='cosine'),

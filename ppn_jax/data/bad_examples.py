@@ -34,6 +34,11 @@ class BadExamples:
     self._reported = 0
     self._lock = threading.Lock()
 
+  @property
+  def skips(self) -> bool:
+    """Whether other examples may take the place of bad ones."""
+    return self._policy == 'skip'
+
   def record(self, error: InputError) -> None:
     """Records an example that could not be read.
 

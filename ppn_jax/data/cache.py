@@ -27,6 +27,7 @@ from ppn_jax.errors import InputError
 from ppn_jax.telemetry.host_memory import available_memory
 
 MEMORY = 'memory'
+_PIXELS = 'images.bin'
 _VERSION = 2  # Increases if the file's layout changes, or the checks before an image is taken.
 _ALIGNMENT = 64  # Bytes; each image's record starts at a multiple of it.
 
@@ -89,10 +90,23 @@ class CachedSource:
     self._header, truth = _record_dtype(source.max_boxes), source.ground_truth()
     self._starts = _record_starts(truth['images'], self._header.itemsize, side)
     size = int(self._starts[-1])
+    self._file = pathlib.Path(where) / _PIXELS
     self._bytes = (_allocate_memory(size, len(source)) if self._in_memory
                    else _open_folder(pathlib.Path(where), _label(source, truth, side), size))
     # Images that this process has checked already.
     self._checked = np.zeros(len(source), bool)
+
+  def __getstate__(self) -> dict[str, Any]:
+    """Leaves out the images, since another process opens the file."""
+    if self._in_memory:
+      raise TypeError('a cache in memory belongs to one process')
+    return {k: v for k, v in vars(self).items() if k not in ('_bytes', '_stamp', '_encoded')}
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    vars(self).update(state)
+    self._stamp = stamp_of(self._source) or (lambda index: b'')
+    self._encoded = encoded_of(self._source)
+    self._bytes = _map(self._file, int(self._starts[-1]))
 
   def __len__(self) -> int:
     return len(self._source)
@@ -244,7 +258,7 @@ def _label(source: Source, truth: dict[str, Any], side: int) -> dict[str, Any]:
 
 def _open_folder(folder: pathlib.Path, about: dict[str, Any], size: int) -> np.ndarray:
   """Opens or creates the cache of a folder; returns a view of its file, u8 [size]."""
-  label, pixels = folder / 'cache.json', folder / 'images.bin'
+  label, pixels = folder / 'cache.json', folder / _PIXELS
   if label.exists():
     _check_label(label, about)
   elif folder.is_dir() and any(folder.iterdir()):
@@ -254,7 +268,11 @@ def _open_folder(folder: pathlib.Path, about: dict[str, Any], size: int) -> np.n
   if not pixels.exists() or pixels.stat().st_size != size:
     _allocate(pixels, size)
   storage.write_text(label, json.dumps(about, indent=2) + '\n')
-  return np.asarray(np.memmap(pixels, np.uint8, 'r+', shape=size))
+  return _map(pixels, size)
+
+
+def _map(path: pathlib.Path, size: int) -> np.ndarray:
+  return np.asarray(np.memmap(path, np.uint8, 'r+', shape=size))
 
 
 def _check_label(label: pathlib.Path, about: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Loads batches of NumPy arrays from a source; the batch of step k is a function of (seed, k).
 
 Order and augmentation are computed from the position of an image in an endless stream, so nothing
-has to be saved: a run that restarts at step k asks for step k. Threads work ahead; their number
-does not change the result.
+has to be saved: a run that restarts at step k asks for step k. Threads or processes work ahead;
+their kind and number do not change the result.
 """
 
 import collections
@@ -12,18 +12,23 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from ppn_jax.data import worker_processes
 from ppn_jax.data.bad_examples import BadExamples
+from ppn_jax.data.batch_memory import BatchShape, empty_batch, fill_row
+from ppn_jax.data.cache import MEMORY
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.reading import read_example
 from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, Transform
-from ppn_jax.detection.structures import Batch, Example, GroundTruth
-from ppn_jax.errors import InputError
+from ppn_jax.data.worker_server import Load, Record
+from ppn_jax.detection.structures import Batch, Example
+from ppn_jax.errors import InputError, did_you_mean
 
 # Separate the random streams of one seed.
 _ORDER_TAG, _AUGMENT_TAG, _REPEAT_TAG = 0x0de4, 0xa063, 0x4e9e
@@ -31,14 +36,19 @@ _ORDER_TAG, _AUGMENT_TAG, _REPEAT_TAG = 0x0de4, 0xa063, 0x4e9e
 # Enough to hide a slow image; more would only cost memory and delay the exit.
 BATCHES_AHEAD = 3
 
+WORKERS = ('auto', 'threads', 'processes')
+# From this number of cores on, threads of one process wait for one another more than they work.
+_MANY_CORES = 16
+
 Rows = Sequence[int] | slice | None
 
 
 def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: int,
                   max_boxes: int, batch_size: int, seed: int, start_step: int = 0,
-                  rows: Rows = None, threads: int = 0, resize: str = 'area',
-                  reduced_decoding: bool = True, bad: BadExamples | None = None,
-                  repeats: Repeats | None = None) -> Iterator[Batch]:
+                  rows: Rows = None, workers: str = 'threads', threads: int = 0,
+                  resize: str = 'area', reduced_decoding: bool = True,
+                  bad: BadExamples | None = None, repeats: Repeats | None = None
+                  ) -> Iterator[Batch]:
   """Yields endless training batches, from step `start_step` on.
 
   Row r of step k shows position p = k * batch_size + r: image order(epoch)[p % N] of epoch
@@ -56,7 +66,8 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
     start_step: The first step to yield; no images of earlier steps are read.
     rows: The rows of the global batch that this process needs, in this order, contiguous or not;
       None is all rows.
-    threads: Number of worker threads; 0 is one for each processor core that this process may use.
+    workers: 'threads' or 'processes', see `worker_processes`.
+    threads: Number of workers; 0 is one for each processor core that this process may use.
     resize, reduced_decoding: As in `transforms.basic.Resize`.
     bad: Decides about examples that cannot be read; if it accepts one, the next of the epoch's
       order takes its place. None raises.
@@ -70,32 +81,17 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
   """
   check_integer('seed', seed, 0)
   check_integer('batch_size', batch_size, 1)
-  rows = _row_numbers(rows, batch_size)
-  ops = (*transforms, Resize(image_size, resize, reduced_decoding))
-  length = repeats.num_shown if repeats else len(source)
-
-  def load(number: int) -> Example:
-    step, row = divmod(number, len(rows))
-    epoch, at = divmod((start_step + step) * batch_size + rows[row], length)
-    for _ in range(length):
-      place = _order(seed, epoch, length)[at]
-      index = int(repeats.image_at(place, _first_point(seed, epoch, repeats.unit)) if repeats
-                  else place)
-      try:
-        # By place, since each showing of an image is augmented in another way.
-        return read_example(source, index, ops,
-                            np.random.default_rng((_AUGMENT_TAG, seed, epoch, int(place))))
-      except InputError as e:
-        _record(bad, e)
-      at = (at + 1) % length
-    raise InputError(f'none of the {len(source):,} images can be read')
-
-  return _batches(load, sys.maxsize // len(rows), len(rows), image_size, max_boxes, threads)
+  load = _TrainingRows(
+      source, (*transforms, Resize(image_size, resize, reduced_decoding)), seed, start_step,
+      batch_size, tuple(_row_numbers(rows, batch_size)), repeats)
+  return _batches(load, sys.maxsize // len(load.rows), BatchShape(
+      len(load.rows), image_size, max_boxes), bad, workers, threads)
 
 
 def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size: int,
-                 rows: Rows = None, threads: int = 0, resize: str = 'area',
-                 reduced_decoding: bool = True, bad: BadExamples | None = None
+                 rows: Rows = None, workers: str = 'threads', threads: int = 0,
+                 resize: str = 'area', reduced_decoding: bool = True,
+                 bad: BadExamples | None = None
                  ) -> Iterator[Batch]:
   """Yields each image once, in order, in `num_eval_batches` batches.
 
@@ -105,29 +101,81 @@ def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size:
   Takes the arguments of `train_batches`.
   """
   check_integer('batch_size', batch_size, 1)
-  rows = _row_numbers(rows, batch_size)
-  ops = [Resize(image_size, resize, reduced_decoding)]
-  rng = np.random.default_rng(0)  # Resizing does not use it.
+  load = _EvaluationRows(source, (Resize(image_size, resize, reduced_decoding),), batch_size,
+                         tuple(_row_numbers(rows, batch_size)))
+  return _batches(load, num_eval_batches(len(source), batch_size), BatchShape(
+      len(load.rows), image_size, max_boxes), bad, workers, threads)
 
-  def load(number: int) -> Example | None:
-    step, row = divmod(number, len(rows))
-    index = step * batch_size + rows[row]
-    if index >= len(source):
+
+class _TrainingRows(NamedTuple):
+  """Function from the number of a row to its example; see `train_batches`."""
+  source: Source
+  ops: tuple[Transform, ...]
+  seed: int
+  start_step: int
+  batch_size: int
+  rows: tuple[int, ...]
+  repeats: Repeats | None
+
+  def __call__(self, number: int, record: Record) -> Example:
+    step, row = divmod(number, len(self.rows))
+    seed, repeats = self.seed, self.repeats
+    length = repeats.num_shown if repeats else len(self.source)
+    epoch, at = divmod((self.start_step + step) * self.batch_size + self.rows[row], length)
+    for _ in range(length):
+      place = _order(seed, epoch, length)[at]
+      index = int(repeats.image_at(place, _first_point(seed, epoch, repeats.unit)) if repeats
+                  else place)
+      try:
+        # By place, since each showing of an image is augmented in another way.
+        return read_example(self.source, index, self.ops,
+                            np.random.default_rng((_AUGMENT_TAG, seed, epoch, int(place))))
+      except InputError as e:
+        record(e)
+      at = (at + 1) % length
+    raise InputError(f'none of the {len(self.source):,} images can be read')
+
+
+class _EvaluationRows(NamedTuple):
+  """Function from the number of a row to its example, None for none; see `eval_batches`."""
+  source: Source
+  ops: tuple[Transform, ...]
+  batch_size: int
+  rows: tuple[int, ...]
+
+  def __call__(self, number: int, record: Record) -> Example | None:
+    step, row = divmod(number, len(self.rows))
+    index = step * self.batch_size + self.rows[row]
+    if index >= len(self.source):
       return None
     try:
-      return read_example(source, index, ops, rng)
+      # Resizing draws no random numbers.
+      return read_example(self.source, index, self.ops, np.random.default_rng(0))
     except InputError as e:
-      _record(bad, e)
+      record(e)
       return None
 
-  steps = num_eval_batches(len(source), batch_size)
-  return _batches(load, steps, len(rows), image_size, max_boxes, threads)
 
+def choose_workers(workers: str, threads: int, *, cache: str = '') -> str:
+  """Returns 'threads' or 'processes' for the config's `data.workers`.
 
-def _record(bad: BadExamples | None, error: InputError) -> None:
-  if bad is None:
-    raise error
-  bad.record(error)
+  Args:
+    workers: One of `WORKERS`; 'auto' is processes for 16 workers and more.
+    threads: The config's `data.threads`, the number of workers; 0 is one for each core.
+    cache: The config's `data.cache.where`.
+
+  Raises:
+    InputError: If there is no such choice, or processes cannot be used.
+  """
+  if workers not in WORKERS:
+    raise InputError(f'data.workers={workers!r}; {did_you_mean(str(workers), WORKERS)}')
+  if workers == 'processes' and cache == MEMORY:
+    raise InputError("data.workers='processes' cannot share images that data.cache.where='memory' "
+                     'keeps in one process; give a folder, or data.workers=threads')
+  if workers == 'auto':
+    many = (threads or available_cores()) >= _MANY_CORES
+    return 'processes' if many and cache != MEMORY and worker_processes.available() else 'threads'
+  return workers
 
 
 def num_eval_batches(num_images: int, batch_size: int) -> int:
@@ -185,25 +233,34 @@ def _first_point(seed: int, epoch: int, unit: int) -> int:
   return int(np.random.default_rng((_REPEAT_TAG, seed, epoch)).integers(unit))
 
 
-def _batches(load: Callable[[int], Example | None], steps: int, rows: int, image_size: int,
-             max_boxes: int, threads: int) -> Iterator[Batch]:
-  """Groups load(0), load(1), ... into batches of `rows`; None becomes a row that is not valid."""
+def _batches(load: Load, steps: int, shape: BatchShape, bad: BadExamples | None, workers: str,
+             threads: int) -> Iterator[Batch]:
+  """Groups load(0), load(1), ... into batches; None becomes a row that is not valid."""
   check_integer('threads', threads, 0)
-  return _generate(load, steps, rows, image_size, max_boxes, threads or _available_cores())
+  threads = threads or available_cores()
+  if workers == 'processes':
+    return worker_processes.generate_batches(load, steps, shape, workers=threads,
+                                             ahead=BATCHES_AHEAD, bad=bad)
+  return _in_threads(load, steps, shape, bad, threads)
 
 
-def _generate(load: Callable[[int], Example | None], steps: int, rows: int, image_size: int,
-              max_boxes: int, threads: int) -> Iterator[Batch]:
+def _in_threads(load: Load, steps: int, shape: BatchShape, bad: BadExamples | None, threads: int
+                ) -> Iterator[Batch]:
   """Yields batches whose rows are filled in place by threads that work ahead."""
   workers = concurrent.futures.ThreadPoolExecutor(threads, 'loader')
   ahead: collections.deque[tuple[Batch, list[concurrent.futures.Future]]] = collections.deque()
   # Rows from this number on are not needed any more. Earlier rows are: they complete earlier
   # batches, and the first error of a batch is raised rather than the one that occurs first.
-  end, lock = [sys.maxsize], threading.Lock()
+  end, lock, rows = [sys.maxsize], threading.Lock(), shape.rows
 
   def stop_at(number: int) -> None:
     with lock:
       end[0] = min(end[0], number)
+
+  def record(error: InputError) -> None:
+    if bad is None:
+      raise error
+    bad.record(error)
 
   def fill(batch: Batch, step: int, chunk: range) -> None:
     for row in chunk:
@@ -211,15 +268,15 @@ def _generate(load: Callable[[int], Example | None], steps: int, rows: int, imag
       if number >= end[0]:
         return
       try:
-        example = load(number)
+        example = load(number, record)
         if example is not None:
-          _fill(batch, row, example, max_boxes)
+          fill_row(batch, row, example)
       except BaseException:
         stop_at(number)
         raise
 
   def begin(step: int) -> None:
-    batch = _empty(rows, image_size, max_boxes)
+    batch = empty_batch(shape)  # In new arrays, since JAX on a CPU may keep those it is given.
     # Small chunks, so that no thread works long on the last few images of a batch.
     size = max(1, rows // (4 * threads))
     chunks = [range(first, min(first + size, rows)) for first in range(0, rows, size)]
@@ -243,32 +300,8 @@ def _generate(load: Callable[[int], Example | None], steps: int, rows: int, imag
     workers.shutdown(wait=False)
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
   """Returns the number of processor cores that this process may use."""
   if hasattr(os, 'sched_getaffinity'):  # On Linux, a container may have only some of the cores.
     return len(os.sched_getaffinity(0))
   return os.cpu_count() or 1
-
-
-def _empty(rows: int, image_size: int, max_boxes: int) -> Batch:
-  """Makes an empty batch, in new arrays since JAX on a CPU may keep using those it is given."""
-  return Batch(
-      images=np.zeros((rows, image_size, image_size, 3), np.uint8),
-      ground_truth=GroundTruth(boxes=np.zeros((rows, max_boxes, 4), np.float32),
-                               labels=np.zeros((rows, max_boxes), np.int32),
-                               crowd=np.zeros((rows, max_boxes), bool),
-                               valid=np.zeros((rows, max_boxes), bool)),
-      image_id=np.zeros(rows, np.int64), size=np.zeros((rows, 2), np.int32),
-      valid=np.zeros(rows, bool))
-
-
-def _fill(batch: Batch, row: int, example: Example, max_boxes: int) -> None:
-  n = len(example.boxes)
-  if n > max_boxes:
-    raise InputError(f'image {example.image_id} has {n} boxes, but max_boxes is {max_boxes}; '
-                     'raise it, or set it to 0 for as many as the data needs')
-  batch.images[row] = example.image
-  for array, values in zip(
-      batch.ground_truth, (example.boxes, example.labels, example.crowd, True), strict=True):
-    array[row, :n] = values
-  batch.image_id[row], batch.size[row], batch.valid[row] = example.image_id, example.size, True

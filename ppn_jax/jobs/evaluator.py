@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ppn_jax.data.bad_examples import BadExamples
-from ppn_jax.data.loader import eval_batches, required_boxes
+from ppn_jax.data.loader import choose_workers, eval_batches, required_boxes
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import open_split
 from ppn_jax.detection.structures import Array, Batch, Category, Detections
@@ -151,4 +151,5 @@ def build_evaluator(run: TrainedModel, detector: Detector, mesh: Mesh, *, scorer
       batch_size=batch_size, scorer=scorer, bad=bad,
       loader={'image_size': detector.image_size, 'resize': data.resize,
               'reduced_decoding': data.reduced_decoding, 'threads': data.threads,
+              'workers': choose_workers(data.workers, data.threads),
               'max_boxes': required_boxes(source)})

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes
 from ppn_jax.data.cache import cache_source
 from ppn_jax.data.checks import check_integer
-from ppn_jax.data.loader import required_boxes, train_batches
+from ppn_jax.data.loader import choose_workers, required_boxes, train_batches
 from ppn_jax.data.repeats import build_repeats
 from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, build_transforms
@@ -258,6 +258,7 @@ def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh
   data, size = config.data, config.model.image_size
   Resize(size, data.resize, data.reduced_decoding)
   check_integer('data.threads', data.threads, 0)
+  workers = choose_workers(data.workers, data.threads, cache=data.cache.where)
   check_integer('data.resident.size', data.resident.size, 0)
   repeats = build_repeats(source, data.repeat_threshold)
   source = cache_source(source, **data.cache, image_size=size)
@@ -270,7 +271,8 @@ def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh
     return HostPipeline(source, mesh, bad, {
         'transforms': transforms, 'resize': data.resize,
         'reduced_decoding': data.reduced_decoding,
-        'image_size': size, 'batch_size': batch_size, 'seed': seed, 'threads': data.threads,
+        'image_size': size, 'batch_size': batch_size, 'seed': seed, 'workers': workers,
+        'threads': data.threads,
         'max_boxes': max_boxes, 'repeats': repeats})
   augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize)
   spec = dataset.ResidentSpec(

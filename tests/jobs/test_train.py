@@ -77,6 +77,15 @@ def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_worker_processes_give_the_same_bits(undisturbed, tmp_path):
+  workdir, config, _ = undisturbed
+  config = config.copy_and_resolve_references().unlock()
+  config.data.workers, config.data.threads = 'processes', 2
+  train_job.train(config.lock(), tmp_path)
+  assert_same_bits(final_state(workdir), final_state(tmp_path))
+
+
+@pytest.mark.slow
 def test_another_seed_gives_another_run(undisturbed, tmp_path):
   workdir, config, _ = undisturbed
   config = config.copy_and_resolve_references()
