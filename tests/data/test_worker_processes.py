@@ -156,7 +156,7 @@ def test_what_cannot_be_sent_to_another_process_is_refused():
   before = children()
   source = Faulty(8)
   source.error = lambda: None
-  with pytest.raises(InputError, match='cannot be sent to another process.*data.workers=threads'):
+  with pytest.raises(InputError, match=r'cannot be sent to another process.*data.workers=threads'):
     next(train(source))
   assert children() == before
 
@@ -218,7 +218,7 @@ def test_the_choice_of_workers():
   assert loader.choose_workers('auto', 2) == 'threads'
   assert loader.choose_workers('auto', 16) == 'processes'
   assert loader.choose_workers('auto', 16, cache='memory') == 'threads'
-  with pytest.raises(InputError, match="data.workers='thread'; did you mean 'threads'"):
+  with pytest.raises(InputError, match=r"data.workers='thread'; did you mean 'threads'"):
     loader.choose_workers('thread', 0)
-  with pytest.raises(InputError, match="data.cache.where='memory'"):
+  with pytest.raises(InputError, match=r"data.cache.where='memory'"):
     loader.choose_workers('processes', 0, cache='memory')
