@@ -6,9 +6,10 @@ RUNS ?= runs
 # A file stays in one worker, which makes its fixtures once. Three workers keep two cores busy.
 PYTEST_ARGS ?= -n 3 --dist loadfile
 LOWEST := .venv-lowest
+LOCK := launch/requirements-tpu.txt
 QUICKSTART := $(RUNS)/quickstart
 
-.PHONY: help setup quickstart test test-all test-lowest lint docs wheel clean
+.PHONY: help setup quickstart test test-all test-lowest lint lock docs wheel clean
 
 help:
 	@echo 'make quickstart  train, evaluate and draw on the embedded data set (a few minutes)'
@@ -17,6 +18,7 @@ help:
 	@echo 'make test-all    also run those that take minutes each'
 	@echo 'make test-lowest run the tests with the lowest versions that requirements.txt allows'
 	@echo 'make lint        check style and types'
+	@echo 'make lock        choose the versions that TPU workers install, launch/requirements-tpu.txt'
 	@echo 'make docs        build the documentation site into site/'
 	@echo 'make wheel       build the wheel into dist/ and try it in an empty environment'
 	@echo 'make clean       remove the environments and the site'
@@ -42,6 +44,12 @@ lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/shellcheck launch/*.sh launch/notebooks/*.sh .ci/*
+
+lock: $(VENV)/dev
+	@$(PIP) uv
+	@echo '# Versions that TPU workers and the image install, written by `make lock`.' > $(LOCK)
+	$(VENV)/bin/uv pip compile --quiet pyproject.toml --extra tpu --extra tfds --universal \
+	  --python-version 3.11 --no-header --no-emit-index-url --no-annotate >> $(LOCK)
 
 docs: $(VENV)/dev
 	$(VENV)/bin/python docs/make_configs.py

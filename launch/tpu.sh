@@ -4,11 +4,11 @@
 #   launch/tpu.sh COMMAND --name=NAME --zone=ZONE [FLAGS] [-- PPN ARGUMENTS]
 #
 # Commands, each of which can be repeated:
-#   run      create, wait, setup, start and logs; restart after every preemption, if necessary on a
-#            new slice, until the command is done
+#   run      check the config, then create, wait, setup, start and logs; restart after every
+#            preemption, if necessary on a new slice, until the command is done
 #   create   request the slice as a queued resource
 #   wait     wait until the slice is ready
-#   setup    install this repository on all workers
+#   setup    install this repository on all workers, and copy the data of --data there
 #   start    start `ppn ARGUMENTS` on all workers, independent of the connection
 #   logs     follow the output of worker 0
 #   status   show the state of the slice and of the command on each worker
@@ -20,16 +20,33 @@
 #   --zone=ZONE        zone, such as us-west4-a
 #   --project=PROJECT  project (default: gcloud's)
 #   --type=TYPE        for create and run: v4-N, v5litepod-N (v5e), v5p-N or v6e-N
+#                      run tries several, as in --type=v6e-16,v5litepod-16 --zone=us-east1-d,us-west4-a,
+#                      in turn: the first type in every zone, then the next one
+#   --data=gs://BUCKET/FOLDER  for run and setup: copy the folder's content to ~/ppn/data of each
+#                      worker, where set-up leaves it alone; name it in the config as ~/ppn/data/...
 #   --runtime=VERSION  software of the VMs (default: depends on the type)
 #   --spot, --reserved use spot or reserved capacity (default: on demand)
+#   --autocheckpoint   have maintenance announced to the command by SIGTERM, so that it saves
+#   --create-flag=FLAG flag of `gcloud compute tpus queued-resources create`, such as
+#                      --create-flag=--network=NET, --subnetwork=, --internal-ips,
+#                      --service-account=EMAIL or --labels=; may be repeated
+#   --ssh-flag=FLAG    flag of `gcloud compute tpus tpu-vm ssh` and `scp`, such as
+#                      --ssh-flag=--internal-ip or, with --track=alpha,
+#                      --ssh-flag=--tunnel-through-iap; may be repeated
+#   --track=alpha|beta use this track of gcloud's commands
 #   --revision=REV     commit to install (default: HEAD)
 #   --local            install the working tree instead of a commit
 #   --worker=N         for logs: another worker, or all (default: 0)
 #   --poll=SECONDS     interval between checks while waiting (default: 30)
+#   --patience=SECONDS how long one of several types and zones may keep run waiting (default: 900)
 #   --grace=SECONDS    time for a worker to end after others have (default: 180)
 #   --retries=N        failures in a row, without preemptions, before run gives up (default: 3)
-#   --delete           for run: delete the slice once the command is done
+#   --delete           for run: delete the slice whenever run ends, except by Ctrl-C
+#   --unchecked        for run: do not check the config and the data before the request
 #   --dry-run          print every command without executing it
+#
+# A request that fails is made again, after a pause that doubles up to 15 minutes; only quota,
+# permissions and mistakes end `run`. A slice that is left says so in a line with STILL BILLS.
 #
 # Exit codes: 0 done, 1 failed, 2 a mistake in the arguments of this script or of ppn.
 set -euo pipefail
@@ -37,12 +54,28 @@ shopt -s extglob # macOS' bash does not enable it inside [[ ]].
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-name='' zone='' project='' type='' runtime='' tier='' revision='HEAD' local_tree='' worker=0
-poll=30 grace=180 retries=3 delete_after='' dry_run=''
-arguments=()
+command=''
+name='' zone='' project='' type='' runtime='' given_runtime='' tier='' revision='HEAD' local_tree=''
+worker=0 data='' track='' poll=30 patience=900 grace=180 retries=3 delete_after='' unchecked=''
+dry_run=''
+arguments=() create_flags=() ssh_flags=() scp_flags=()
+candidates=()     # Pairs of a type and a zone.
+at=0              # Index of the pair that is asked for.
+asked_at=0        # When, in seconds of this script.
+pause=0           # Seconds until the next round of requests.
+requested=''      # Whether there may be a slice or a request.
+continues=''      # Whether the command goes on after this script.
 folder=''         # Temporary folder of the files to copy.
+private_agent=''   # Process of our own ssh-agent.
 assumed='READY'   # State of the slice in a dry run.
 was_ready=''      # Whether the slice was ready at some time.
+
+# shellcheck source-path=SCRIPTDIR
+source "$here/tpu_checks.sh"
+# shellcheck source-path=SCRIPTDIR
+source "$here/tpu_slice.sh"
+# shellcheck source-path=SCRIPTDIR
+source "$here/tpu_workers.sh"
 
 say() { echo "tpu.sh: $1" >&2; }
 
@@ -71,212 +104,27 @@ execute() {
   fi
 }
 
-tpus() {
-  execute gcloud compute tpus "$@" "--zone=$zone" ${project:+"--project=$project"} --quiet
-}
-
-# on_workers all|N CALL...: calls worker.sh.
-on_workers() {
-  local which="$1"
-  shift
-  tpus tpu-vm ssh "$name" "--worker=$which" --ssh-flag=-oServerAliveInterval=15 \
-    --ssh-flag=-oServerAliveCountMax=4 "--command=$(quote bash ppn_worker.sh "$@" | sed 's/ $//')"
-}
-
-# state_of queued-resources|tpu-vm FIELD: prints the state according to the API, NONE or UNKNOWN.
-state_of() {
-  local answer
-  if answer="$(tpus "$1" describe "$name" "--format=value($2)" 2>&1)"; then
-    tail -n 1 <<<"$answer"
-  elif [[ "$answer" == *NOT_FOUND* || "$answer" == *'was not found'* ]]; then
-    echo NONE
-  else
-    say "$(tail -n 1 <<<"$answer")"
-    echo UNKNOWN
-  fi
-}
-
-# Prints NONE, WAITING, READY, GONE (preempted or deleted), FAILED or UNKNOWN.
-slice_state() {
-  local request
-  request="$(state_of queued-resources state.state)"
-  if [[ -n "$dry_run" ]]; then
-    [[ "$assumed" == NONE ]] || state_of tpu-vm state >/dev/null
-    echo "$assumed"
-    return
-  fi
-  case "$request" in
-    NONE | UNKNOWN | FAILED) echo "$request" ;;
-    SUSPENDING | SUSPENDED | DELETING) echo GONE ;;
-    ACTIVE)
-      case "$(state_of tpu-vm state)" in
-        READY) echo READY ;;
-        NONE | PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING) echo GONE ;;
-        *) echo WAITING ;;
-      esac
-      ;;
-    *) echo WAITING ;;
-  esac
-}
-
-create() {
-  case "$(slice_state)" in
-    WAITING | READY) return ;;
-    GONE) delete || return ;;
-    FAILED) fail "the request $name has failed, perhaps for lack of quota; see \`gcloud compute tpus \
-queued-resources describe $name --zone=$zone\`, and delete it" 1 ;;
-    UNKNOWN)
-      # If it was ready before, the network is down; otherwise project or permissions may be wrong.
-      [[ -n "$was_ready" ]] || fail 'the state of the request cannot be read' 1
-      return
-      ;;
-  esac
-  say "requesting $type as $name in $zone"
-  tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
-    "--runtime-version=$runtime" ${tier:+"$tier"} || return
-  assumed='READY'
-}
-
-# Returns 1 if the slice is lost while waiting.
-wait_for_slice() {
-  local state last=''
-  while :; do
-    state="$(slice_state)"
-    case "$state" in
-      READY)
-        was_ready=yes
-        return
-        ;;
-      NONE) fail "there is no request $name in $zone; create it first" ;;
-      GONE) return 1 ;;
-      FAILED) fail "the request $name has failed" 1 ;;
-    esac
-    [[ "$state" == "$last" ]] || say "waiting for $name: $state"
-    last="$state"
-    sleep "$poll"
-  done
-}
-
-setup() {
-  local id='ID' source
-  if [[ -n "$dry_run" ]]; then
-    folder='FOLDER'
-  elif [[ -z "$folder" ]]; then
-    folder="$(mktemp -d)" || return
-    trap 'rm -rf "$folder"' EXIT
-  fi
-  source="$folder/ppn_source.tar.gz"
-  if [[ -n "$local_tree" ]]; then
-    pack_tree "$source" || return
-  else
-    execute git -C "$here/.." archive --format=tar.gz "--output=$source" "$revision" ||
-      fail "--revision=$revision is not a commit of this repository"
-  fi
-  [[ -n "$dry_run" ]] || id="$(git hash-object "$source")" || return
-  execute cp "$here/worker.sh" "$folder/ppn_worker.sh" || return
-  say "installing on all workers of $name"
-  tpus tpu-vm scp "$source" "$folder/ppn_worker.sh" "$name:" --worker=all &&
-    on_workers all install "$id"
-}
-
-# Packs tracked files and new ones that are not ignored.
-pack_tree() {
-  local file files=(git -C "$here/.." ls-files -z --cached --others --exclude-standard)
-  if [[ -n "$dry_run" ]]; then
-    printf '%s| tar -C %s--null -T - -cf - | gzip -n > %s\n' "$(quote "${files[@]}") " \
-      "$(quote "$here/..") " "$1" >&3
-    return
-  fi
-  "${files[@]}" |
-    while IFS= read -r -d '' file; do # Deleted files are still listed.
-      [[ ! -e "$here/../$file" ]] || printf '%s\0' "$file"
-    done | tar -C "$here/.." --null -T - -cf - | gzip -n >"$1"
-}
-
-start() {
-  say "starting ppn ${arguments[*]}"
-  on_workers all start ppn "${arguments[@]}"
-}
-
-logs() {
-  local prefix=()
-  [[ "$worker" != all ]] || prefix=(prefix)
-  on_workers "$worker" follow 20 "${prefix[@]+"${prefix[@]}"}"
-}
-
-# Prints a word per worker: none, running, exit:CODE or stopped:CODE. Fails if one does not answer.
-worker_states() {
-  local lines
-  lines="$(on_workers all status 2>/dev/null)" || return
-  sed -n 's/^ppn-worker [^ ]* //p' <<<"$lines" | tr -d '\r' | tr ' ' ':' | tr '\n' ' '
-}
-
-status() {
-  local state
-  state="$(slice_state)"
-  say "$name: $state"
-  [[ "$state" != READY ]] || on_workers all status
-}
-
-delete() {
-  if [[ -z "$dry_run" && "$(state_of queued-resources state.state)" == NONE ]]; then
-    return
-  fi
-  say "deleting $name"
-  tpus queued-resources delete "$name" --force
-  assumed='NONE'
-}
-
-# Result of one execution of the command: done, mistake, stopped, preempted or failed.
+# Result of one execution of the command: done, mistake, stopped, preempted, refused or failed.
 verdict=''
-
-# Follows the command until it has ended on all workers, and sets `verdict`.
-await_end() {
-  local states waited=0 followed=''
-  while :; do
-    states="$(worker_states)" || return 0
-    case " $states" in
-      *' running'*' '[ens]* | *' '[ens]*' running'*)
-        # The others hang in a collective operation until they notice.
-        if ((waited >= grace)); then
-          on_workers all end 30 || return 0
-        fi
-        waited=$((waited + poll))
-        sleep "$poll"
-        ;;
-      *' running'*)
-        followed=1
-        logs || true
-        sleep 1
-        ;;
-      *) break ;;
-    esac
-  done
-  # A command may end before its first check.
-  [[ -n "$followed" ]] || logs || true
-  say "the command has ended: $states"
-  case " $states" in
-    *' stopped'*) verdict='stopped' ;;
-    *' exit:2 '*) verdict='mistake' ;;
-    *' exit:75 '*) verdict='preempted' ;;
-    *' exit:'[!0]* | *' none'*) verdict='failed' ;;
-    *) verdict='done' ;;
-  esac
-}
 
 # Executes the command once on one slice; sets `verdict`.
 attempt() {
-  local states
+  local states code=0
   verdict='failed'
-  if ! create; then
-    [[ -n "$was_ready" ]] || fail 'the request was refused' 1
+  create || code=$?
+  ((code)) || wait_for_slice || code=$?
+  if ((code)); then
+    ((code != 3)) || verdict='refused'
     return 0
   fi
-  wait_for_slice || return 0
   # A new worker has no worker.sh yet.
   states="$(worker_states)" || states='none'
   if [[ " $states" != *' running'* ]]; then
-    setup && start || return 0
+    { setup && start; } || code=$?
+    if ((code)); then
+      ((code != 2)) || verdict='mistake'
+      return 0
+    fi
   fi
   await_end
 }
@@ -287,16 +135,24 @@ run() {
     dry_run_all
     return
   fi
-  trap 'say "the command continues; \`run\` follows it again, \`stop\` ends it"; exit 130' INT
+  check_config
+  trap 'continues=yes; exit 143' TERM HUP
+  trap 'continues=yes; say "the command continues; \`run\` follows it again, \`stop\` ends it"
+    exit 130' INT
+  choose_existing
   while ((failures <= retries)); do
     attempt
-    if [[ "$verdict" == failed && "$(slice_state)" == @(GONE|NONE) && -n "$was_ready" ]]; then
-      verdict='preempted'
+    if [[ "$verdict" == failed && -n "$was_ready" ]]; then
+      if [[ "$(slice_state)" == @(GONE|NONE) ]]; then
+        verdict='preempted'
+      elif has_lost_a_worker; then
+        say 'a worker does not answer, although the others do; asking for another slice'
+        ! delete || verdict='preempted'
+      fi
     fi
     case "$verdict" in
       done | stopped)
         say "$verdict"
-        [[ -z "$delete_after" || "$verdict" == stopped ]] || delete
         return
         ;;
       mistake) fail 'ppn rejected its arguments; see its last lines above' ;;
@@ -315,6 +171,7 @@ run() {
 }
 
 dry_run_all() {
+  check_config
   create
   wait_for_slice
   setup
@@ -341,18 +198,32 @@ parse() {
       --zone=*) zone="${1#*=}" ;;
       --project=*) project="${1#*=}" ;;
       --type=*) type="${1#*=}" ;;
-      --runtime=*) runtime="${1#*=}" ;;
+      --data=*) data="${1#*=}" ;;
+      --runtime=*) given_runtime="${1#*=}" ;;
       --spot | --reserved)
         [[ -z "$tier" || "$tier" == "$1" ]] || fail 'give either --spot or --reserved'
         tier="$1"
         ;;
+      --autocheckpoint) create_flags+=(--autocheckpoint-enabled) ;;
+      --create-flag=*) create_flags+=("${1#*=}") ;;
+      --ssh-flag=--*)
+        ssh_flags+=("${1#*=}")
+        scp_flags+=("${1#*=}")
+        ;;
+      --ssh-flag=*)
+        ssh_flags+=("--ssh-flag=${1#*=}")
+        scp_flags+=("--scp-flag=${1#*=}")
+        ;;
+      --track=*) track="${1#*=}" ;;
       --revision=*) revision="${1#*=}" ;;
       --local) local_tree=yes ;;
       --worker=*) worker="${1#*=}" ;;
       --poll=*) poll="${1#*=}" ;;
+      --patience=*) patience="${1#*=}" ;;
       --grace=*) grace="${1#*=}" ;;
       --retries=*) retries="${1#*=}" ;;
       --delete) delete_after=yes ;;
+      --unchecked) unchecked=yes ;;
       --dry-run) dry_run=yes ;;
       --)
         shift
@@ -366,29 +237,48 @@ parse() {
 }
 
 check() {
-  local letters='^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$'
+  local letters='^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$' flag zones=() types=()
   [[ "$name" =~ $letters ]] || fail "--name=$name must have lowercase letters, digits and hyphens only"
-  [[ "$zone" =~ $letters ]] || fail "--zone=$zone is not a zone; give one such as us-west4-a"
+  IFS=, read -ra zones <<<"$zone"
+  ((${#zones[@]})) || zones=('')
+  for zone in "${zones[@]}"; do
+    [[ "$zone" =~ $letters ]] || fail "--zone=$zone is not a zone; give one such as us-west4-a"
+  done
+  ((${#zones[@]} == 1)) || [[ "$command" == run ]] ||
+    fail "$command needs one --zone; \`run\` says in which one the slice is"
   [[ -z "$project" || "$project" =~ ^[a-z0-9:.-]+$ ]] || fail "--project=$project is not a project"
+  [[ "$track" == @(|alpha|beta) ]] || fail "--track=$track is unknown; legal: alpha, beta"
+  [[ -z "$data" || "$data" =~ ^gs://[a-z0-9][^*?\ ]*$ ]] ||
+    fail "--data=$data must be gs://BUCKET/FOLDER"
+  for flag in ${create_flags[@]+"${create_flags[@]}"}; do
+    [[ "$flag" == --* ]] || fail "--create-flag=$flag must be a flag, such as --create-flag=--network=NET"
+  done
   [[ "$worker" == all ]] || count --worker "$worker"
   count --poll "$poll"
+  count --patience "$patience"
   count --grace "$grace"
   count --retries "$retries"
   [[ "$revision" != -* ]] || fail "--revision=$revision is not a commit"
+  pause="$poll"
+  [[ "$command" == @(run|create) ]] || return 0
+  IFS=, read -ra types <<<"$type"
+  ((${#types[@]})) || types=('')
+  ((${#types[@]} == 1)) || [[ "$command" == run ]] || fail "create needs one --type"
+  for type in "${types[@]}"; do
+    check_type
+    for zone in "${zones[@]}"; do
+      candidates+=("$type $zone")
+    done
+  done
+  choose 0
 }
 
-# Software by generation: https://cloud.google.com/tpu/docs/runtimes
 check_type() {
-  local default
+  [[ "$type" != @(tpu7x|v7x|ironwood)* ]] ||
+    fail "--type=$type: Cloud TPU's API does not serve TPU7x; use GKE, see launch/README.md"
   [[ "$type" =~ ^(v4|v5litepod|v5p|v6e)-[1-9][0-9]*$ ]] ||
     fail "--type=$type is unknown; legal: v4-N, v5litepod-N (v5e), v5p-N, v6e-N, such as v5litepod-16"
-  case "$type" in
-    v4-*) default='tpu-ubuntu2204-base' ;;
-    v5litepod-*) default='v2-alpha-tpuv5-lite' ;;
-    v5p-*) default='v2-alpha-tpuv5' ;;
-    v6e-*) default='v2-alpha-tpuv6e' ;;
-  esac
-  runtime="${runtime:-$default}"
+  [[ "$type" != @(v4|v5p)-*[13579] ]] || fail "--type=$type: N counts cores, two for each chip"
 }
 
 # The processes find each other through the slice's metadata.
@@ -401,8 +291,14 @@ check_arguments() {
   esac
 }
 
+leave() {
+  [[ "$command" != run ]] || settle || true
+  [[ -z "$folder" || -n "$dry_run" ]] || rm -rf "$folder"
+  [[ -z "$private_agent" ]] || kill "$private_agent" 2>/dev/null || true
+}
+
 main() {
-  local command="${1:-}"
+  command="${1:-}"
   if [[ "$command" == --help || "$command" == -h ]]; then
     sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     return
@@ -414,13 +310,14 @@ delete" ;;
   esac
   parse "$@"
   check
-  [[ "$command" != @(run|create) ]] || check_type
   [[ "$command" != @(run|start) ]] || check_arguments
   [[ "$command" != @(run|create) ]] || assumed='NONE'
   exec 3>&1
   if [[ -z "$dry_run" ]] && ! command -v gcloud >/dev/null; then
     fail 'gcloud is not installed; see https://cloud.google.com/sdk/docs/install'
   fi
+  trap leave EXIT
+  [[ "$command" == @(create|wait|delete) ]] || ensure_agent
   case "$command" in
     create) create || fail 'the request was refused' 1 ;;
     wait) wait_for_slice || fail "$name was preempted or deleted" 1 ;;

@@ -3,6 +3,8 @@
 # The command runs in a separate session, so that it outlives the connection.
 #
 #   install ID        install ~/ppn_source.tar.gz, identified by ID, in ~/ppn/code and ~/ppn/venv
+#   writable URL      fail if this VM's account may not write to a folder of a bucket
+#   fetch URL         copy a folder of a bucket to ~/ppn/data; do nothing if it is there already
 #   start COMMAND...  run a command in ~/ppn/code; do nothing if the same command is running
 #   follow LINES [PREFIX]  print the end of the log, and follow it until the command has ended
 #   status            print one line: ppn-worker HOST none|running|exit CODE|stopped CODE
@@ -34,9 +36,53 @@ install() {
   tar -xzf "$HOME/ppn_source.tar.gz" -C "$root/code.new" || fail 'the copied source is incomplete' 1
   mv "$root/code.new" "$root/code"
   "$root/venv/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
-  "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --editable "$root/code[tpu,gcs]"
+  # The same libraries on every worker and after every preemption, whatever is released meanwhile.
+  if [[ -f "$root/code/launch/requirements-tpu.txt" ]]; then
+    pip_install --no-deps --requirement "$root/code/launch/requirements-tpu.txt"
+    pip_install --no-deps --editable "$root/code"
+  else # A commit before there was such a list.
+    pip_install --editable "$root/code[tpu,tfds]"
+  fi
   echo "$id" >"$root/installed"
+}
+
+pip_install() {
+  "$root/venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+writable() {
+  local object answer
+  object="${1%/}/.ppn-probe-$(hostname)-$$"
+  if ! answer="$(gcloud storage cp - "$object" <<<'' 2>&1)"; then
+    denied "$1 cannot be written" "$answer"
+  fi
+  gcloud storage rm "$object" >/dev/null 2>&1 || denied "$1 cannot be deleted from" "$answer"
+}
+
+fetch() {
+  local answer
+  [[ ! -f "$root/fetched" || "$(<"$root/fetched")" != "$1" ]] || return 0
+  running && fail 'a command is running; stop it before its data change'
+  rm -f "$root/fetched"
+  mkdir -p "$root/data"
+  if ! answer="$(gcloud storage rsync --recursive --delete-unmatched-destination-objects "$1" \
+    "$root/data" 2>&1)"; then
+    denied "$1 cannot be copied" "$answer"
+  fi
+  [[ -n "$(ls -A "$root/data")" ]] || fail "there is nothing at $1"
+  echo "$1" >"$root/fetched"
+}
+
+# Reports what gcloud says, with the account that it concerns. Exit code 2 if trying again is of no
+# use.
+denied() {
+  local code=1 reason account
+  reason="$(grep -m 1 -E 'ERROR|HTTPError|denied' <<<"$2" || tail -n 1 <<<"$2")"
+  account="$(gcloud config get-value account 2>/dev/null || true)"
+  ! grep -qE '40[134]|[Dd]enied|does not have|not found' <<<"$2" || code=2
+  fail "$1 by this VM's account ${account:-(unknown)}: $reason; grant it roles/storage.objectUser \
+and roles/storage.legacyBucketReader on the bucket, or give the VMs another account by \
+--create-flag=--service-account=EMAIL" "$code"
 }
 
 # The images of TPU VMs have Python 3.10; uv installs a newer one.
@@ -133,6 +179,6 @@ stop() {
 }
 
 case "${1:-}" in
-  install | start | supervise | status | follow | end | stop) "$@" ;;
+  install | writable | fetch | start | supervise | status | follow | end | stop) "$@" ;;
   *) fail "unknown call ${1:-}" ;;
 esac

@@ -3,8 +3,13 @@
 import argparse
 import signal
 import sys
+from typing import TYPE_CHECKING
 
 from ppn_jax.cli.flags import CONFIG_HELP, add_process_flags, join_processes, keep_programs
+from ppn_jax.errors import InputError
+
+if TYPE_CHECKING:
+  from ml_collections import ConfigDict
 
 HELP = f"""Train a detector, or resume a run that was stopped.
 
@@ -25,12 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--profile', default='', metavar='START:STOP',
                       help="trace these steps, STOP included, for TensorBoard's profile plugin "
                            'and XProf, to WORKDIR/tensorboard/plugins/profile')
+  parser.add_argument('--check', type=int, metavar='DEVICES',
+                      help='train nothing: check config, data and workdir for so many devices, '
+                           'which need not be here, such as the 16 of a v5litepod-16')
+  parser.add_argument('--without_data', action='store_true',
+                      help='with --check: leave out the data, which are elsewhere')
   add_process_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
   from ppn_jax.config_files import load_config
   config = load_config(args.config, args.overrides)
+  if args.check is not None:
+    return _check(config, args)
+  if args.without_data:
+    raise InputError('--without_data is for --check=DEVICES')
   join_processes(args)
   keep_programs()
   from ppn_jax.distributed import preemption
@@ -42,4 +56,13 @@ def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(f'ppn: preempted: {e}', file=sys.stderr)
     return preemption.EXIT_CODE
+  return 0
+
+
+def _check(config: 'ConfigDict', args: argparse.Namespace) -> int:
+  """Checks the input, and prints what was checked."""
+  import jax
+  jax.config.update('jax_platforms', 'cpu')  # The devices of this machine do not matter.
+  from ppn_jax.jobs.train_check import check_training
+  print(check_training(config, args.workdir, args.check, with_data=not args.without_data))
   return 0

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import logging
-import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -23,13 +22,13 @@ from ppn_jax.detector import Detector
 from ppn_jax.distributed import failures, sharding
 from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
-from ppn_jax.errors import InputError
 from ppn_jax.jobs import resuming, time_budget
 from ppn_jax.jobs.evaluator import build_evaluator
 from ppn_jax.jobs.time_budget import TimeBudget
+from ppn_jax.jobs.train_check import check_fraction, check_numbers, earlier_run
 from ppn_jax.jobs.train_loop import TrainLoop
 from ppn_jax.metrics.coco import Scores
-from ppn_jax.run import Run, check_batch, create_run, is_run, open_run
+from ppn_jax.run import Run, check_batch, create_run
 from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.telemetry.metrics import MetricsWriter
@@ -39,10 +38,9 @@ from ppn_jax.training.input_pipeline import build_input_pipeline, sample_images
 from ppn_jax.training.optimizer import Optimizer
 from ppn_jax.training.parameter_paths import trainable
 from ppn_jax.training.state import TrainState
-from ppn_jax.training.stopping import EarlyStopping
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.folded_norm import check_epsilon, folded_layers
-from ppn_jax.weights.initial import check_norm_images, initial_weights, with_weights
+from ppn_jax.weights.initial import initial_weights, with_weights
 from ppn_jax.weights.transfer import TransferredWeights
 
 logger = logging.getLogger(__name__)
@@ -76,14 +74,14 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   # 1. Check all of the user's input before anything is written.
   config = complete(config)
   check_data(config)
-  _check_numbers(config)
+  check_numbers(config)
   traced = profiling.parse_steps(profile, config.train.steps or sys.maxsize)
   mesh = sharding.data_mesh()
-  earlier = _earlier_run(workdir)
+  earlier = earlier_run(workdir)
   plan = time_budget.recorded_plan(earlier.workdir, config.train.minutes) if earlier else None
   asked, config = config, time_budget.with_planned_steps(config, plan)
   if earlier:
-    _check_fraction(earlier, config)
+    check_fraction(earlier, config)
   splits = ('train', 'eval') if config.train.evaluate_every else ('train',)
   sources = open_splits(config, splits, categories=earlier.categories if earlier else None)
   source, eval_source = sources['train'], sources.get('eval')
@@ -193,11 +191,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     return scores
 
 
-def _earlier_run(workdir: str | pathlib.Path) -> Run | None:
-  """Returns the run to resume, if there is one."""
-  return open_run(workdir) if is_run(workdir) else None
-
-
 def _latest_or_initial(run: Run, initialize: Callable, abstract: TrainState
                        ) -> tuple[int | None, TransferredWeights | None]:
   """Returns the newest step, or else the weights that the run starts from."""
@@ -270,18 +263,6 @@ def _with_init(run: Run, init: ConfigDict, **changes: Any) -> Run:
   return dataclasses.replace(run, config=config.lock())
 
 
-def _check_fraction(earlier: Run, config: ConfigDict) -> None:
-  """Raises InputError if images that the run was trained on would be held out from now on."""
-  then, now = earlier.config, config
-  if now.data.eval_fraction and (then.data.eval_fraction, then.seed) != (
-      now.data.eval_fraction, now.seed):
-    raise InputError(
-        f'workdir {earlier.workdir} was started with data.eval_fraction={then.data.eval_fraction} '
-        f'and seed={then.seed}; with data.eval_fraction={now.data.eval_fraction} and '
-        f'seed={now.seed} it would be evaluated on images that it was trained on; use another '
-        'workdir, or --config.train.evaluate_every=0 --config.data.eval_fraction=0')
-
-
 def _describe(run: Run, state: TrainState, optimizer: Optimizer, source: Source, mesh: Mesh
               ) -> str:
   config, params = run.config, state.variables['params']
@@ -293,23 +274,3 @@ def _describe(run: Run, state: TrainState, optimizer: Optimizer, source: Source,
           f'{count:,} parameters{of_them}, {len(run.categories)} classes, '
           f'{config.model.image_size} px; {len(source):,} images, '
           f'batch {config.train.batch_size}, on {mesh.size} x {device}')
-
-
-def _check_numbers(config: ConfigDict) -> None:
-  if config.train.on_save_error not in ('continue', 'stop'):
-    raise InputError(f"train.on_save_error={config.train.on_save_error!r} is unknown; legal: "
-                     "'continue', 'stop'")
-  if not 0 <= config.seed < 2**31:
-    raise InputError(f'seed={config.seed} must be at least 0 and below 2**31')
-  check_norm_images(config.init.norm_images)
-  train = config.train
-  EarlyStopping(train.stop_metric, train.patience, train.min_improvement)
-  if train.patience and not train.evaluate_every:
-    raise InputError(f'train.patience={train.patience} needs evaluations, but '
-                     'train.evaluate_every=0; set it to the steps between two evaluations')
-  if not 0 <= train.minutes < math.inf:
-    raise InputError(f'train.minutes={train.minutes} must be at least 0')
-  for name, least in [('steps', 0 if train.minutes else 1), ('batch_size', 1), ('log_every', 1),
-                      ('checkpoint_every', 1), ('evaluate_every', 0)]:
-    if not least <= train[name] < 2**31:  # Steps are counted in 32 bits.
-      raise InputError(f'train.{name}={train[name]} must be at least {least} and below 2**31')

@@ -1,15 +1,17 @@
-"""Simulates `gcloud compute tpus`: slices are folders, and workers are SSH servers on loopback.
+"""Simulates `gcloud compute tpus` and `gcloud storage`: slices are folders, workers SSH servers.
 
-It is called like gcloud. `STAND_IN_CLOUD` names its folder:
+It is called like gcloud, and refuses what gcloud refuses. `STAND_IN_CLOUD` names its folder:
 
-  settings.json   {"workers", "server": "sshd", "asyncssh" or "shell", "sshd": path, "environment"}
+  settings.json   see `DEFAULTS`
   calls.jsonl     the arguments of every call
-  slice.json      the current slice: {"state", "life", "ports", "pids"}
+  slice.json      the current slice: {"state", "zone", "life", "ports", "pids"}
   life-K/worker-I the home folder of a worker; a new slice starts with empty ones
+  buckets/NAME    the objects of a bucket
+  vanished-K-I    if it exists, worker I of slice K cannot be reached
 
-`shell` runs commands in a plain shell instead of over ssh, for tests of everything else. `preempt`
-preempts the slice like the cloud: every process on it dies and the request is suspended. `warn`
-gives one worker the notice that may come before.
+The server `shell` runs commands in a plain shell instead of over ssh, for tests of everything else.
+`preempt` preempts the slice like the cloud: every process on it dies and the request is suspended.
+`warn` gives one worker the notice that may come before.
 """
 
 import concurrent.futures
@@ -27,10 +29,39 @@ import time
 
 CLOUD = pathlib.Path(os.environ.get('STAND_IN_CLOUD', '.'))
 
+DEFAULTS = {
+    'workers': 2,
+    'server': 'shell',  # Or 'sshd', whose program is 'sshd', or 'asyncssh'.
+    'sshd': '',
+    'ppn': '',  # Program that workers run as `ppn`.
+    'environment': {},  # Of workers.
+    # States of a request after each look, for each request; the last list also for later ones.
+    # 'FAILED: REASON' is the state FAILED. A slice is CREATING at the first look after ACTIVE.
+    'states': [['WAITING_FOR_RESOURCES', 'ACTIVE']],
+    'refusals': [],  # Errors of the first requests; '' accepts one.
+    'forbidden': [],  # Buckets that the account of the VMs may not use.
+    'failed_connections': 0,  # Of each worker, before ssh works; gcloud tries ten times.
+}
+
+# Flags by command; gcloud rejects others.
+_EVERYWHERE = {'zone', 'project', 'quiet'}
+_SSH = {'worker', 'ssh-key-file', 'internal-ip', 'batch-size', 'strict-host-key-checking'}
+FLAGS = {
+    ('queued-resources', 'create'): {
+        'node-id', 'accelerator-type', 'runtime-version', 'spot', 'reserved', 'network',
+        'subnetwork', 'internal-ips', 'service-account', 'labels', 'autocheckpoint-enabled'},
+    ('queued-resources', 'describe'): {'format'},
+    ('queued-resources', 'delete'): {'force'},
+    ('tpu-vm', 'describe'): {'format'},
+    ('tpu-vm', 'ssh'): {*_SSH, 'ssh-flag', 'command'},
+    ('tpu-vm', 'scp'): {*_SSH, 'scp-flag'},
+}
+
 # Imitates the result of `python -m venv` and `pip install` without the network.
 PYTHON = """#!/bin/sh
 case "$*" in
-  *"pip install"*) printf '#!/bin/sh\\nexec {ppn} "$@"\\n' > "$HOME/ppn/venv/bin/ppn"
+  *"pip install"*) echo "$*" >> "$HOME/pip.log"
+                   printf '#!/bin/sh\\nexec {ppn} "$@"\\n' > "$HOME/ppn/venv/bin/ppn"
                    chmod +x "$HOME/ppn/venv/bin/ppn" ;;
   *"pip --version"*) ;;
   *) exit 1 ;;
@@ -39,7 +70,7 @@ esac
 
 
 def settings():
-  return json.loads((CLOUD / 'settings.json').read_text())
+  return DEFAULTS | json.loads((CLOUD / 'settings.json').read_text())
 
 
 def load():
@@ -63,10 +94,18 @@ def environment_of(found, worker):
           'WORKER': str(worker), 'PATH': os.environ['PATH'], **given}
 
 
-def create():
+def create(zone):
+  refusals = settings()['refusals']
+  requests = CLOUD / 'requests'  # A character for each.
+  count = requests.stat().st_size if requests.exists() else 0
+  requests.write_text('.' * (count + 1))
+  if count < len(refusals) and refusals[count]:
+    return error(refusals[count])
   workers = settings()['workers']
   life = len(list(CLOUD.glob('life-*')))
-  found = {'state': 'WAITING_FOR_RESOURCES', 'life': life, 'ports': [], 'pids': []}
+  lists = settings()['states']
+  found = {'state': '', 'states': lists[min(life, len(lists) - 1)], 'node': 'CREATING',
+           'zone': zone, 'life': life, 'ports': [], 'pids': []}
   for worker in range(workers):
     home = home_of(found, worker)
     (home / 'ppn' / 'venv' / 'bin').mkdir(parents=True)
@@ -77,7 +116,13 @@ def create():
       port, pid = serve(found, worker)
       found['ports'].append(port)
       found['pids'].append(pid)
-  save(found)
+  save(advanced(found))
+
+
+def advanced(found):
+  """Returns a slice in the next state of its request."""
+  state, *later = found['states'] or [found['state']]
+  return {**found, 'state': state, 'states': later}
 
 
 def serve(found, worker):
@@ -135,24 +180,67 @@ def warn(worker):
   os.kill(int((job / 'pid').read_text()), signal.SIGTERM)
 
 
-def describe(queued):
+def error(message):
+  print(f'ERROR: (gcloud.compute.tpus) {message}', file=sys.stderr)
+  return 1
+
+
+def describe(queued, zone, fields):
   found = load()
-  if not found or (not queued and found['state'] != 'ACTIVE'):
-    print('ERROR: (gcloud.compute.tpus) NOT_FOUND: Resource was not found', file=sys.stderr)
-    return 1
-  print(found['state'] if queued else 'READY')
-  if found['state'] == 'WAITING_FOR_RESOURCES':
-    save({**found, 'state': 'ACTIVE'})
+  if not found or found['zone'] != zone or (not queued and found['state'] != 'ACTIVE'):
+    return error('NOT_FOUND: Resource was not found')
+  if not queued:
+    print(found['node'])
+    save({**found, 'node': 'READY' if found['node'] == 'CREATING' else found['node']})
+    return 0
+  state, _, reason = found['state'].partition(': ')
+  if 'failedData' in fields:
+    print(f'{reason}\tSERVICE')
+    return 0
+  print(state)
+  save(advanced(found))
   return 0
 
 
-def delete():
+def delete(zone):
   found = load()
-  if not found:
-    return 1
+  if not found or found['zone'] != zone:
+    return error('NOT_FOUND: Resource was not found')
   take_down(found)
   (CLOUD / 'slice.json').unlink()
   return 0
+
+
+def check_agent():
+  """Returns gcloud's error if an agent runs that does not hold its key (`VerifyKeyInAgent`)."""
+  key = pathlib.Path(os.environ['HOME'], '.ssh', 'google_compute_engine')
+  if not key.exists():
+    key.parent.mkdir(exist_ok=True)
+    subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', key], check=True)
+  fingerprint = subprocess.run(['ssh-keygen', '-lf', key], capture_output=True, text=True,
+                               check=True).stdout.split()[1]
+  held = subprocess.run(['ssh-add', '-l'], capture_output=True, text=True)
+  if held.returncode == 0 and fingerprint not in held.stdout:
+    return error('SSH Key is not present in the SSH agent. Please run "ssh-add '
+                 f'{key}" to add it, and try again.')
+  return 0
+
+
+def connected(found, worker, several):
+  """Imitates gcloud's attempts to reach a worker; returns whether one succeeded."""
+  tries = CLOUD / f'tries-{found["life"]}-{worker}'
+  for _ in range(10):
+    print(f'SSH: Attempting to connect to worker {worker}...', file=sys.stderr)
+    done = int(tries.read_text()) if tries.exists() else 0
+    if (CLOUD / f'vanished-{found["life"]}-{worker}').exists():
+      continue
+    tries.write_text(str(done + 1))
+    if done >= settings()['failed_connections']:
+      return True
+  if several:
+    print('Failed to execute command on multiple workers. This may have happened if you have not '
+          'added your SSH key to your ssh-agent', file=sys.stderr)
+  return False
 
 
 def on_worker(found, worker, flags, command):
@@ -178,35 +266,81 @@ def copy(found, worker, sources):
                          str(found['ports'][worker]), *sources, '127.0.0.1:']).returncode
 
 
+def storage(words, flags):
+  """Imitates `gcloud storage`; on a worker it is called by the account of the VM."""
+  *_, target = [word for word in words if word.startswith('gs://')]
+  bucket, _, path = target.removeprefix('gs://').partition('/')
+  folder = CLOUD / 'buckets' / bucket
+  if not folder.is_dir():
+    return error(f'gs://{bucket} not found: 404.')
+  if 'WORKER' in os.environ and bucket in settings()['forbidden']:
+    return error('HTTPError 403: vm@p.iam.gserviceaccount.com does not have '
+                 'storage.objects.create access to the Google Cloud Storage object.')
+  if words[0] == 'rsync':
+    assert 'recursive' in flags and 'delete-unmatched-destination-objects' in flags
+    shutil.copytree(folder / path, words[-1], dirs_exist_ok=True)
+  elif words[0] == 'cp':
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_text(sys.stdin.read())
+  elif words[0] == 'rm':
+    (folder / path).unlink()
+  elif words[:2] == ['objects', 'list']:
+    assert path.endswith('**') and flags['limit'] == '1'
+    print(next((str(p) for p in folder.rglob('*') if p.is_file() and
+                str(p.relative_to(folder)).startswith(path[:-2])), ''))
+  else:
+    assert words[:2] == ['buckets', 'describe'], words
+    print(bucket)
+  return 0
+
+
 def main(argv):
   with (CLOUD / 'calls.jsonl').open('a') as log:
     fcntl.flock(log, fcntl.LOCK_EX)
     log.write(json.dumps(argv) + '\n')
   words = [a for a in argv if not a.startswith('--')]
   flags = dict(a[2:].partition('=')[::2] for a in argv if a.startswith('--'))
+  if words[0] == 'storage':
+    return storage(words[1:], flags)
+  if words[0] == 'config':
+    print('vm@p.iam.gserviceaccount.com')
+    return 0
+  if words[0] in ('alpha', 'beta'):
+    words.pop(0)
   assert words[:2] == ['compute', 'tpus'] and flags['zone'] and 'quiet' in flags, argv
   kind, verb, *rest = words[2:]
+  if unknown := flags.keys() - FLAGS[kind, verb] - _EVERYWHERE - (
+      {'tunnel-through-iap'} if argv[0] == 'alpha' else set()):
+    print(f'ERROR: (gcloud.compute.tpus) unrecognized arguments: {unknown}', file=sys.stderr)
+    return 2
   if (kind, verb) == ('queued-resources', 'create'):
     assert not load() and flags['accelerator-type'] and flags['runtime-version']
-    return create()
+    return create(flags['zone'])
   if verb == 'describe':
-    return describe(kind == 'queued-resources')
+    return describe(kind == 'queued-resources', flags['zone'], flags['format'])
   if (kind, verb) == ('queued-resources', 'delete'):
-    return delete()
+    return delete(flags['zone'])
   assert kind == 'tpu-vm', argv
   found = load()
-  if not found or found['state'] != 'ACTIVE':
-    print('ERROR: TPU NOT_FOUND', file=sys.stderr)
-    return 1
+  if not found or found['state'] != 'ACTIVE' or found['zone'] != flags['zone']:
+    return error('NOT_FOUND: TPU was not found')
+  if found['node'] != 'READY':
+    return error(f'the TPU is in state {found["node"]}')
   workers = (range(settings()['workers']) if flags['worker'] == 'all' else [int(flags['worker'])])
-  with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+  if len(workers) > 1 and (code := check_agent()):
+    return code
+  ssh_flags = [a.removeprefix('--ssh-flag=') for a in argv if a.startswith('--ssh-flag=')]
+
+  def act(worker):
+    if not connected(found, worker, len(workers) > 1):
+      return 255
     if verb == 'scp':
-      assert rest[-1].endswith(':')
-      codes = pool.map(lambda w: copy(found, w, rest[:-1]), workers)
-    else:
-      ssh_flags = [a.removeprefix('--ssh-flag=') for a in argv if a.startswith('--ssh-flag=')]
-      codes = pool.map(lambda w: on_worker(found, w, ssh_flags, flags['command']), workers)
-    return next((code for code in list(codes) if code), 0)
+      return copy(found, worker, rest[:-1])
+    return on_worker(found, worker, ssh_flags, flags['command'])
+
+  assert verb == 'ssh' or rest[-1].endswith(':')
+  with concurrent.futures.ThreadPoolExecutor(len(workers)) as pool:
+    return next((code for code in list(pool.map(act, workers)) if code), 0)
 
 
 if __name__ == '__main__':

@@ -5,13 +5,18 @@ import json
 import os
 import pathlib
 import pwd
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import stand_in_cloud
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from time_limits import HANG_SECONDS, wait_until
 from tiny import CONFIG_FILE
 
@@ -19,7 +24,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 TPU, LOCAL_POD = REPOSITORY / 'launch' / 'tpu.sh', REPOSITORY / 'launch' / 'local_pod.sh'
 SLICE = ['--name=mine', '--zone=us-west4-a']
-FAST = ['--poll=1', '--grace=2']
+FAST = ['--poll=0', '--unchecked']
+PATIENT = ['--poll=1', '--grace=2', '--unchecked']  # For tests in which something hangs.
 
 # Ends as the scenario says: a line per execution with an exit code per worker; 'hang' waits for a
 # signal. The arguments are recorded.
@@ -35,6 +41,13 @@ if [ "$code" = hang ]; then
 fi
 sleep 0.5
 exit "$code"
+"""
+
+
+# The `ppn` of the user's machine, which checks the config.
+LOCAL_PPN = """#!/bin/sh
+echo "$@" >> "$STAND_IN_CLOUD/checked"
+case "$*" in *--check=24*) echo 'ppn: error: this cannot be split' >&2; exit 2 ;; esac
 """
 
 
@@ -55,10 +68,18 @@ def cloud(tmp_path, monkeypatch):
 
 def _cloud(folder, monkeypatch, **settings):
   (folder / 'bin').mkdir()
+  (folder / 'buckets').mkdir()
+  (folder / 'home' / '.ssh').mkdir(parents=True)
+  subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f',
+                  folder / 'home' / '.ssh' / 'google_compute_engine'], check=True)
+  (folder / 'bin' / 'ppn').write_text(LOCAL_PPN)
+  (folder / 'bin' / 'ppn').chmod(0o755)
   gcloud = folder / 'bin' / 'gcloud'
-  gcloud.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE}/stand_in_cloud.py "$@"\n')
+  gcloud.write_text(f'#!/bin/sh\nexec {sys.executable} -S {HERE}/stand_in_cloud.py "$@"\n')
   gcloud.chmod(0o755)
-  (folder / 'settings.json').write_text(json.dumps({'workers': 2, **settings}))
+  configure(folder, **settings)
+  monkeypatch.setenv('HOME', str(folder / 'home'))
+  monkeypatch.delenv('SSH_AUTH_SOCK', raising=False)
   monkeypatch.setenv('STAND_IN_CLOUD', str(folder))
   monkeypatch.setenv('PATH', f'{folder}/bin:{os.environ["PATH"]}')
   monkeypatch.setattr(stand_in_cloud, 'CLOUD', folder)
@@ -67,8 +88,16 @@ def _cloud(folder, monkeypatch, **settings):
     stand_in_cloud.take_down(stand_in_cloud.load())
 
 
+def configure(cloud, **settings):
+  """Changes settings of the cloud, see `stand_in_cloud.DEFAULTS`."""
+  path = cloud / 'settings.json'
+  before = json.loads(path.read_text()) if path.exists() else {}
+  path.write_text(json.dumps(before | settings))
+
+
 def calls(cloud):
-  return [json.loads(line) for line in (cloud / 'calls.jsonl').read_text().splitlines()]
+  log = cloud / 'calls.jsonl'
+  return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def test_shellcheck():
@@ -79,6 +108,28 @@ def test_shellcheck():
   result = subprocess.run([checker, *map(str, (REPOSITORY / 'launch').glob('*.sh'))], text=True,
                           capture_output=True)
   assert result.returncode == 0, result.stdout
+
+
+def test_workers_install_versions_that_the_project_allows():
+  """A run that is preempted must not come back with other libraries."""
+  locked = {}
+  for line in (REPOSITORY / 'launch' / 'requirements-tpu.txt').read_text().splitlines():
+    if not line.startswith('#'):
+      requirement = Requirement(line)
+      (pin,) = requirement.specifier
+      assert pin.operator == '==', line
+      locked.setdefault(canonicalize_name(requirement.name), []).append(pin.version)
+  project = tomllib.loads((REPOSITORY / 'pyproject.toml').read_text())['project']
+  wanted = [line for line in (REPOSITORY / 'requirements.txt').read_text().splitlines()
+            if line and not line.startswith('#')]
+  for extra in ('tpu', 'tfds', 'gcs'):
+    wanted += project['optional-dependencies'][extra]
+  for requirement in map(Requirement, wanted):
+    name = canonicalize_name(requirement.name)
+    if name != 'ppn-jax':
+      assert all(requirement.specifier.contains(v) for v in locked[name]), (
+          f'{requirement} is not satisfied by {name}=={locked[name]}; run `make lock`')
+  assert 'libtpu' in locked
 
 
 @pytest.mark.parametrize('type, runtime', [
@@ -115,6 +166,12 @@ def _words(line):
     (TPU, ['create', '--zone=z'], '--name='),
     (TPU, ['create', '--name=a;b', '--zone=z'], '--name=a;b'),
     (TPU, ['create', *SLICE, '--type=v3-8'], '--type=v3-8 is unknown; legal: v4-N'),
+    (TPU, ['create', *SLICE, '--type=tpu7x-8'], 'does not serve TPU7x; use GKE'),
+    (TPU, ['create', *SLICE, '--type=v4-9'], '--type=v4-9: N counts cores'),
+    (TPU, ['create', *SLICE, '--type=v4-8,v6e-8'], 'create needs one --type'),
+    (TPU, ['wait', '--name=a', '--zone=a,b'], 'wait needs one --zone'),
+    (TPU, ['create', *SLICE, '--type=v4-8', '--create-flag=spot'], '--create-flag=spot must be'),
+    (TPU, ['setup', *SLICE, '--data=/data'], '--data=/data must be gs://'),
     (TPU, ['create', *SLICE, '--type=v4-8', '--spot', '--reserved'], 'either --spot or --reserved'),
     (TPU, ['start', *SLICE], "give ppn's arguments"),
     (TPU, ['logs', *SLICE, '--worker=-1'], '--worker=-1'),
@@ -132,25 +189,25 @@ def test_mistakes_are_one_line(path, arguments, message):
 
 @pytest.mark.slow
 def test_a_run_restarts_after_preemption_until_it_is_done(cloud):
-  (cloud / 'scenario').write_text('75 75\n75 134\n0 0\n')
+  (cloud / 'scenario').write_text('75 134\n0 0\n')
   result = script(TPU, 'run', *SLICE, '--type=v5litepod-16', '--local', '--delete', *FAST, '--',
                   'train', '--config=a b', "--workdir=it's")
   assert result.returncode == 0, result.stderr
   ran = sorted(p.name for p in cloud.glob('ran-*'))
-  assert ran == [f'ran-{life}-{worker}' for life in range(3) for worker in range(2)]
+  assert ran == [f'ran-{life}-{worker}' for life in range(2) for worker in range(2)]
   assert (cloud / ran[0]).read_text().splitlines() == [
       'train', '--config=a b', "--workdir=it's", '--distributed=auto']
-  assert 'life 2 of worker 0' in result.stdout and '/ppn/code' in result.stdout
+  assert 'life 1 of worker 0' in result.stdout and '/ppn/code' in result.stdout
   assert stand_in_cloud.load() is None
   installed = [c for c in calls(cloud) if 'scp' in c]
-  assert len(installed) == 3  # Repeating it without changes is fast.
+  assert len(installed) == 2  # Repeating it without changes is fast.
 
 
 @pytest.mark.slow
 def test_a_preempted_slice_is_requested_again(cloud):
   (cloud / 'scenario').write_text('hang hang\n0 0\n')
   process = subprocess.Popen(['bash', str(TPU), 'run', *SLICE, '--type=v6e-16', '--local', '--spot',
-                              *FAST, '--', 'train'], stderr=subprocess.PIPE, text=True)
+                              *PATIENT, '--', 'train'], stderr=subprocess.PIPE, text=True)
   wait_until(lambda: len(list(cloud.glob('ran-0-*'))) == 2)
   stand_in_cloud.preempt()
   _, output = process.communicate(timeout=HANG_SECONDS)
@@ -163,20 +220,165 @@ def test_mistakes_of_the_user_end_a_run(cloud):
   (cloud / 'scenario').write_text('2 134\n0 0\n')
   result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', *FAST, '--', 'train')
   assert result.returncode == 2 and not list(cloud.glob('ran-1-*'))
+  assert 'mine is not deleted and STILL BILLS' in result.stderr and stand_in_cloud.load()
+  assert '--name=mine --zone=us-west4-a' in result.stderr
 
 
+@pytest.mark.slow
 def test_failures_in_a_row_end_a_run(cloud):
   (cloud / 'scenario').write_text('1 1\n' * 9)
-  result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', '--retries=0', *FAST, '--',
-                  'train')
+  result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', '--retries=0',
+                  '--delete', *FAST, '--', 'train')
+  assert stand_in_cloud.load() is None and 'BILLS' not in result.stderr
   assert result.returncode == 1 and 'gave up: failed 1 times' in result.stderr
   assert len(list(cloud.glob('ran-*-0'))) == 1
+
+@pytest.mark.slow
+def test_failed_requests_are_made_again_until_one_is_granted(cloud):
+  (cloud / 'scenario').write_text('0 0\n')
+  configure(cloud, states=[
+      ['ACCEPTED', 'FAILED: There is no more capacity in the zone'],
+      ['ACCEPTED', 'PROVISIONING', 'CREATING', 'ACTIVE']],
+      refusals=['', 'RESOURCE_EXHAUSTED: try again later'], failed_connections=2)
+  result = script(TPU, 'run', '--name=mine', '--zone=us-a,us-b', '--type=v6e-16,v5litepod-16',
+                  '--local', '--delete', *FAST, '--', 'train')
+  assert result.returncode == 0, result.stderr
+  assert 'v6e-16 in us-a: the request has failed: There is no more capacity' in result.stderr
+  assert 'v6e-16 in us-b: the request was refused: ERROR: (gcloud.' in result.stderr
+  assert 'requesting v5litepod-16 as mine in us-a' in result.stderr
+  asked = [[a.partition('=')[2] for a in call if a.startswith(('--zone', '--acc', '--run'))]
+           for call in calls(cloud) if 'create' in call]
+  assert asked == [['v6e-16', 'v2-alpha-tpuv6e', 'us-a'], ['v6e-16', 'v2-alpha-tpuv6e', 'us-b'],
+                   ['v5litepod-16', 'v2-alpha-tpuv5-lite', 'us-a']]
+
+
+@pytest.mark.parametrize('reason', [
+    'Quota limit TPUV6EPerProjectPerZone has been exceeded', 'PERMISSION_DENIED: tpu.nodes.create'])
+def test_quota_and_permission_end_a_run(cloud, reason):
+  configure(cloud, refusals=[reason] * 9)
+  result = script(TPU, 'run', *SLICE, '--type=v6e-16', *FAST, '--', 'train')
+  assert result.returncode == 1 and reason in result.stderr.splitlines()[-1]
+  assert sum('create' in c for c in calls(cloud)) == 1 and 'BILLS' not in result.stderr
+
+
+@pytest.mark.slow
+def test_an_agent_with_other_keys_is_left_alone(cloud, monkeypatch):
+  (cloud / 'scenario').write_text('0 0\n')
+  started = subprocess.run(['ssh-agent', '-s'], capture_output=True, text=True, check=True).stdout
+  variables = dict(re.findall(r'(SSH_\w+)=([^;]+);', started))
+  try:
+    for name, value in variables.items():
+      monkeypatch.setenv(name, value)
+    subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', cloud / 'other'],
+                   check=True)
+    subprocess.run(['ssh-add', '-q', cloud / 'other'], check=True)
+    held = subprocess.run(['ssh-add', '-l'], capture_output=True, text=True).stdout
+    # This is what gcloud does without the script's help.
+    stand_in_cloud.create('us-west4-a')
+    assert stand_in_cloud.check_agent() == 1
+    stand_in_cloud.delete('us-west4-a')
+    result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', *FAST, '--', 'train')
+    assert result.returncode == 0, result.stderr
+    assert subprocess.run(['ssh-add', '-l'], capture_output=True, text=True).stdout == held
+  finally:
+    os.kill(int(variables['SSH_AGENT_PID']), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_data_are_copied_to_a_place_that_setup_leaves_alone(cloud):
+  (cloud / 'scenario').write_text('75 75\n0 0\n')
+  (cloud / 'buckets' / 'b' / 'coco' / 'val2017').mkdir(parents=True)
+  (cloud / 'buckets' / 'b' / 'coco' / 'val2017' / '1.jpg').write_text('picture')
+  arguments = ['run', *SLICE, '--type=v5litepod-16', '--local', '--poll=0', '--data=gs://b/coco',
+               '--', 'train', '--config=quickstart', '--workdir=gs://b/run']
+  images = '--config.data.train.images=~/ppn/data/val2017'
+  result = script(TPU, *arguments, images)
+  assert result.returncode == 0, result.stderr
+  for worker in range(2):
+    home = cloud / 'life-0' / f'worker-{worker}'
+    assert (home / 'ppn' / 'data' / 'val2017' / '1.jpg').read_text() == 'picture'
+    pip = (home / 'pip.log').read_text()
+    assert '--no-deps --requirement' in pip and 'code/launch/requirements-tpu.txt' in pip
+    # The worker's shell has not expanded it: `ppn` does, with the worker's home folder.
+    assert images in (cloud / f'ran-1-{worker}').read_text().splitlines()
+  assert sum('rsync' in c for c in calls(cloud)) == 2  # Not again after the restart.
+  assert not list((cloud / 'buckets' / 'b' / 'run').iterdir())
+  (check,) = (cloud / 'checked').read_text().splitlines()
+  assert check.startswith(f'train --config=quickstart {images} --workdir=')
+  assert check.endswith('--check=16 --without_data')
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--type=v6e-16,v6e-24', '--', 'train'], 'does not fit --type=v6e-24; no slice was requested'),
+    (['--type=v4-48', '--', 'train'], 'does not fit --type=v4-48'),
+    (['--type=v6e-16', '--data=gs://b/none', '--', 'train'], 'there is nothing at gs://b/none/'),
+    (['--type=v6e-16', '--', 'train', '--workdir=gs://none/x'], 'gs://none cannot be used: ERROR'),
+    (['--type=v6e-16', '--', 'train', '--config.data.train.images=~/ppn/data/x'], 'needs --data'),
+    (['--type=v6e-16', '--data=gs://b/coco', '--', 'train', '--config.data.train.images='
+      '~/ppn/data/val2018'], 'there is nothing at gs://b/coco/val2018'),
+    (['--type=v6e-16', '--', 'train', '--config=configs/new.py'], 'is not in commit HEAD'),
+])
+def test_what_can_be_checked_here_is_checked_before_a_slice_is_requested(cloud, arguments, message):
+  (cloud / 'buckets' / 'b' / 'coco' / 'val2017').mkdir(parents=True)
+  (cloud / 'buckets' / 'b' / 'coco' / 'val2017' / '1.jpg').write_text('picture')
+  result = script(TPU, 'run', *SLICE, '--poll=0', *arguments)
+  assert result.returncode == 2 and message in result.stderr.splitlines()[-1], result.stderr
+  assert not any('create' in call for call in calls(cloud))
+
+
+def test_a_bucket_that_the_vms_may_not_use_ends_a_run(cloud):
+  (cloud / 'buckets' / 'b').mkdir()
+  configure(cloud, forbidden=['b'])
+  result = script(TPU, 'run', *SLICE, '--type=v6e-16', '--local', '--delete', *FAST, '--', 'train',
+                  '--workdir=gs://b/run')
+  assert result.returncode == 2 and stand_in_cloud.load() is None
+  assert ("gs://b/run cannot be written by this VM's account vm@p.iam.gserviceaccount.com: ERROR"
+          in result.stderr and 'storage.objectUser' in result.stderr)
+
+
+@pytest.mark.slow
+def test_a_slice_that_has_lost_a_worker_is_replaced(cloud):
+  (cloud / 'scenario').write_text('hang hang\n0 0\n')
+  process = subprocess.Popen(['bash', str(TPU), 'run', *SLICE, '--type=v6e-16', '--local',
+                              '--delete', *PATIENT, '--', 'train'], stderr=subprocess.PIPE,
+                             text=True)
+  wait_until(lambda: len(list(cloud.glob('ran-0-*'))) == 2)
+  (cloud / 'vanished-0-1').touch()
+  stand_in_cloud.warn(0)  # So that the one that is followed ends.
+  _, output = process.communicate(timeout=HANG_SECONDS)
+  assert process.returncode == 0 and 'a worker does not answer' in output, output
+  assert sum('create' in c for c in calls(cloud)) == 2
+
+
+def test_ctrl_c_says_that_the_slice_still_bills(cloud):
+  (cloud / 'scenario').write_text('hang hang\n')
+  with (cloud / 'shown').open('w') as shown:
+    process = subprocess.Popen(['bash', str(TPU), 'run', *SLICE, '--type=v6e-16', '--local',
+                                '--delete', *FAST, '--', 'train'], stdout=shown,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+  wait_until(lambda: 'life 0 of worker 0' in (cloud / 'shown').read_text())
+  os.killpg(process.pid, signal.SIGINT)
+  _, output = process.communicate(timeout=HANG_SECONDS)
+  assert process.returncode == 130 and 'STILL BILLS' in output.splitlines()[-1], output
+  assert stand_in_cloud.load()
+
+
+def test_flags_reach_gcloud(tmp_path):
+  result = script(TPU, 'run', *SLICE, '--type=v6e-16', '--dry-run', '--track=alpha',
+                  '--create-flag=--network=net', '--autocheckpoint',
+                  '--ssh-flag=--tunnel-through-iap', '--ssh-flag=-v', '--', 'train')
+  lines = result.stdout.splitlines()
+  create = next(line for line in lines if ' create ' in line)
+  assert create.startswith('gcloud alpha compute tpus') and '--network=net' in create
+  assert '--autocheckpoint-enabled' in create
+  ssh, scp = (next(line for line in lines if f' tpu-vm {verb} ' in line) for verb in ('ssh', 'scp'))
+  assert '--tunnel-through-iap --ssh-flag=-v' in ssh and '--scp-flag=-v' in scp
 
 
 @pytest.mark.slow
 def test_workers_that_hang_after_another_failed_are_ended(cloud):
   (cloud / 'scenario').write_text('134 hang\n0 0\n')
-  result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', *FAST, '--', 'train')
+  result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', *PATIENT, '--', 'train')
   assert result.returncode == 0, result.stderr
   assert len(list(cloud.glob('ran-*'))) == 4
 
@@ -289,7 +491,8 @@ def test_workers_behind_ssh_train_together_through_notice_and_preemption(
   config.write_text(CONFIG_FILE.format(folder=str(HERE.parent)))
   process = subprocess.Popen(
       ['bash', str(TPU), 'run', *SLICE, '--type=v5litepod-8', '--spot', '--local', '--poll=1',
-       '--', 'train', f'--config={config}', f'--workdir={workdir}', '--config.train.steps=300',
+       '--unchecked', '--', 'train', f'--config={config}', f'--workdir={workdir}',
+       '--config.train.steps=300',
        '--config.train.checkpoint_every=10', '--config.train.log_every=10'],
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
   logs = [cloud_with_ssh / 'life-0' / f'worker-{i}' / 'ppn' / 'job' / 'log' for i in range(2)]

@@ -1,0 +1,48 @@
+"""Tests that the input of a training can be checked for devices that are not here."""
+
+import jax
+import pytest
+from tiny import tiny_config
+
+from ppn_jax.cli.main import main
+from ppn_jax.errors import InputError
+from ppn_jax.jobs.train_check import check_training
+
+
+def changed(**entries):
+  config = tiny_config(evaluate_every=6).copy_and_resolve_references().unlock()
+  config.update_from_flattened_dict({key.replace('__', '.'): v for key, v in entries.items()})
+  return config.lock()
+
+
+def test_devices_that_are_not_here_can_share_a_batch(tmp_path):
+  assert jax.device_count() != 4
+  assert check_training(changed(), tmp_path / 'run', 4) == (
+      'the config fits 4 devices, 1 images each; 10 images to train on, 6 images to evaluate on')
+  assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('entries, devices, message', [
+    ({}, 3, 'train.batch_size=4 cannot be split over 3'),
+    ({'eval__batch_size': 6}, 4, 'eval.batch_size=6 cannot be split over 4'),
+    ({'model__layers__norm_group_size': 3}, 4, 'norm_group_size=3 does not divide'),
+    ({'data__train__num_images': 0}, 4, 'num_images'),
+    ({'model__backbone__name': 'vgg'}, 4, 'vgg'),
+    ({'train__log_every': 0}, 4, 'train.log_every=0'),
+    ({}, 0, '--check=0'),
+])
+def test_mistakes_are_found(tmp_path, entries, devices, message):
+  with pytest.raises(InputError, match=message):
+    check_training(changed(**entries), tmp_path / 'run', devices)
+
+
+def test_without_data_the_rest_is_checked(tmp_path):
+  elsewhere = {'data__train__num_images': 0}
+  assert 'not checked' in check_training(changed(**elsewhere), tmp_path, 4, with_data=False)
+  with pytest.raises(InputError, match='vgg'):
+    check_training(changed(**elsewhere, model__backbone__name='vgg'), tmp_path, 4, with_data=False)
+
+
+def test_without_data_needs_check(tmp_path, capsys):
+  assert main(['train', '--config=quickstart', f'--workdir={tmp_path}/run', '--without_data']) == 2
+  assert '--without_data is for --check' in capsys.readouterr().err
