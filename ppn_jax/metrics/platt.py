@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
 from ppn_jax.detection.structures import Array
 from ppn_jax.metrics.matching import MatchedDetections
@@ -31,6 +30,7 @@ class Platt(NamedTuple):
 
   def __call__(self, scores: Array) -> np.ndarray:
     """Returns calibrated scores, 0 to 1, which have the same order as `scores`."""
+    from scipy import special  # SciPy here and below, so that loading a detector stays fast.
     return special.expit(np.exp(self.log_slope) * (_logit(scores) - self.centre) + self.intercept)
 
   def centred(self, centre: float) -> 'Platt':
@@ -43,6 +43,7 @@ class Platt(NamedTuple):
 
   def inverse(self, precision: float) -> float:
     """Returns the score that the map takes to a precision."""
+    from scipy import special
     return float(special.expit(
         (special.logit(precision) - self.intercept) * np.exp(-self.log_slope) + self.centre))
 
@@ -114,7 +115,7 @@ def _fit(matched: MatchedDetections, prior: Platt, deviation: tuple[float, float
   """Fits one map, with a Gaussian prior of this deviation around the parameters of `prior`."""
   if not len(matched.score):
     return prior
-  from scipy import optimize  # Here, since a detector that applies maps does not need it.
+  from scipy import optimize, special
   x, y = _logit(matched.score), matched.correct.astype(float)
   if with_intercept:
     prior = prior.centred(float(x.mean()))
@@ -150,4 +151,5 @@ def detections_to_fit(matched: MatchedDetections, floor: float, num_levels: int
 
 
 def _logit(scores: Array) -> np.ndarray:
+  from scipy import special
   return special.logit(np.clip(np.asarray(scores, np.float64), _EPSILON, 1 - _EPSILON))

@@ -139,17 +139,18 @@ def count_objects(ground_truth: Mapping[str, Any]) -> list[int]:
   return [counts[i] for i in ids]
 
 
-def format_table(analysis: ThresholdAnalysis, voc_ap50: Mapping[str, float | None]) -> str:
+def format_table(analysis: ThresholdAnalysis, voc_ap50: Sequence[float | None]) -> str:
   """Formats the thresholds of all classes as aligned text; '-' where there is no value.
 
   Args:
     analysis: to show.
-    voc_ap50: VOC's AP50 by class name.
+    voc_ap50: VOC's AP50 of each class, and of all.
   """
   show = lambda value: f'{"-" if value is None else format(value, ".3f"):>9}'
   choices = (*analysis.classes, analysis.every)
   width = max(len('class'), *(len(c.name) for c in choices))
   lines = [f'{"class":<{width}}  threshold  precision     recall         F1    VOC AP50']
-  lines += [f'{c.name:<{width}}  ' + '  '.join(show(v) for v in (
-      c.threshold, c.precision, c.recall, c.f1, voc_ap50.get(c.name))) for c in choices]
+  lines += [f'{c.name:<{width}}  ' + '  '.join(
+      show(v) for v in (c.threshold, c.precision, c.recall, c.f1, ap))
+      for c, ap in zip(choices, voc_ap50, strict=True)]
   return '\n'.join(lines)
