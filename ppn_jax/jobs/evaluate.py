@@ -210,7 +210,8 @@ class EvaluationJob:
         f'{self.run.name}, step {step:,}', gallery, scores,
         [line for line in self.run.metrics() if line['step'] <= step],
         num_levels=self.detector.num_levels, scorer=self.options.scorer, more=[
-            class_page.thresholds(classes.names, classes.analysis),
+            class_page.thresholds(classes.names, classes.analysis,
+                                  (*classes.voc_by_class, classes.voc_ap50)),
             class_page.confusion(classes.names, classes.matrix),
             class_page.images(classes.images)])
     storage.write_text(folder / 'report.html', page)

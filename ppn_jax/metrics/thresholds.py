@@ -140,7 +140,7 @@ def count_objects(ground_truth: Mapping[str, Any]) -> list[int]:
 
 
 def format_table(analysis: ThresholdAnalysis, voc_ap50: Sequence[float | None]) -> str:
-  """Formats the thresholds of all classes as aligned text; '-' where there is no value.
+  """Formats the thresholds of classes with objects as aligned text; '-' where there is no value.
 
   Args:
     analysis: to show.
@@ -152,5 +152,5 @@ def format_table(analysis: ThresholdAnalysis, voc_ap50: Sequence[float | None]) 
   lines = [f'{"class":<{width}}  threshold  precision     recall         F1    VOC AP50']
   lines += [f'{c.name:<{width}}  ' + '  '.join(
       show(v) for v in (c.threshold, c.precision, c.recall, c.f1, ap))
-      for c, ap in zip(choices, voc_ap50, strict=True)]
+      for c, ap in zip(choices, voc_ap50, strict=True) if c.objects or c is analysis.every]
   return '\n'.join(lines)

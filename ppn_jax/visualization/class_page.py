@@ -17,22 +17,25 @@ if TYPE_CHECKING:
 
 _SHOWN_CLASSES = 7  # Drawn in colour and named; the others are grey.
 _WITH_NUMBERS = 25  # Up to so many classes, the cells of the matrix show their numbers.
+_DRAWN = 80  # Classes of the matrix, at most.
 _LISTED = 20  # Confusions and images.
 _NOTHING = 'nothing'
 
 
-def thresholds(names: Sequence[str], analysis: ThresholdAnalysis) -> Section:
+def thresholds(names: Sequence[str], analysis: ThresholdAnalysis,
+               voc_ap50: Sequence[float | None]) -> Section:
   """Builds the section on precision, recall and F1 over score thresholds.
 
   Args:
     names: of the classes, in order of label.
     analysis: see `metrics.thresholds`.
+    voc_ap50: VOC's AP50 of each class, and of all.
   """
   choices = (*analysis.classes, analysis.every)
   table = Table(
-      ('class', 'threshold', 'precision', 'recall', 'F1', 'objects'),
-      [(c.name, *(format_metric(v) for v in (c.threshold, c.precision, c.recall, c.f1)),
-        f'{c.objects:,}') for c in choices],
+      ('class', 'threshold', 'precision', 'recall', 'F1', 'VOC AP50', 'objects'),
+      [(c.name, *(format_metric(v) for v in (c.threshold, c.precision, c.recall, c.f1, ap)),
+        f'{c.objects:,}') for c, ap in zip(choices, voc_ap50, strict=True)],
       'Best thresholds; the last line is one for all classes',
       (*class_swatches(range(len(names))), '#ffffff'))
   return Section(
@@ -55,7 +58,7 @@ def _draw_curves(names: Sequence[str], analysis: ThresholdAnalysis) -> np.ndarra
         shown = at < _SHOWN_CLASSES
         curve, best = analysis.curves[k], analysis.classes[k]
         colour = class_rgb(k) if shown else MUTED
-        axes.step(curve.scores, getattr(curve, field), where='pre', color=colour,
+        axes.step(curve.scores, getattr(curve, field), where='post', color=colour,
                   linewidth=1.6 if shown else 0.7, alpha=1 if shown else 0.35,
                   label=short(names[k]) if shown else None)
         if shown and getattr(best, field) is not None:
@@ -74,10 +77,12 @@ def confusion(names: Sequence[str], matrix: np.ndarray) -> Section:
     names: of the classes, in order of label.
     matrix: see `confusion.confusion_matrix`.
   """
-  every = [*names, _NOTHING]
-  off = np.where(np.eye(len(every), dtype=bool), 0, matrix)[:-1, :-1]
+  off = np.where(np.eye(len(matrix), dtype=bool), 0, matrix)[:-1, :-1]
   order = np.argsort(-off, axis=None, kind='stable')[:_LISTED]
   pairs = [(int(k) // len(names), int(k) % len(names)) for k in order if off.flat[k]]
+  involved = np.flatnonzero(matrix.sum(axis=0)[:-1] + matrix.sum(axis=1)[:-1])
+  most = sorted(involved.tolist(), key=lambda k: -matrix[k].sum())[:_DRAWN]
+  shown = sorted(most)
   table = Table(('object', 'found as', 'times', 'of its objects'),
                 [(names[a], names[b], f'{matrix[a, b]:,}', f'{matrix[a, b] / matrix[a].sum():.1%}')
                  for a, b in pairs], 'Most frequent confusions', words=(1,))
@@ -85,8 +90,11 @@ def confusion(names: Sequence[str], matrix: np.ndarray) -> Section:
       'Confusion of classes', 'At the best thresholds. Objects by row, what they were found as by '
       'column, at IoU 0.5, one to one; detections of the right class are assigned first. The last '
       'column counts missed objects, the last row detections where there is no object. Colours are '
-      'shares of the row.', tables=[table] if pairs else (),
-      groups=[plot(_draw_matrix(every, matrix), 'confusion matrix')])
+      'shares of the row.' + (f' The picture shows the {len(shown)} classes with the most objects.'
+                             if len(shown) < len(names) else ''),
+      tables=[table] if pairs else (),
+      groups=[plot(_draw_matrix([*(names[k] for k in shown), _NOTHING],
+                                matrix[np.ix_([*shown, -1], [*shown, -1])]), 'confusion matrix')])
 
 
 def _draw_matrix(names: Sequence[str], matrix: np.ndarray) -> np.ndarray:
