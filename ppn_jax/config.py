@@ -88,7 +88,8 @@ def base_config() -> ConfigDict:
   config.loss = dict(  # ppn_jax.detection.losses.LOSSES
       name='focal', alpha=0.25, gamma=2.0, localization_weight=1.0, group_size=0)
   config.postprocess = dict(  # ppn_jax.detection.nms.postprocess
-      score_threshold=1e-8, iou_threshold=0.6, max_per_class=100, max_detections=100)
+      score_threshold=1e-8, iou_threshold=0.6, cross_class_iou=1.0, max_per_class=100,
+      max_detections=100)
 
   config.init = dict(  # ppn_jax.weights.initial.initial_weights
       weights='', backbone='', norm_images=256, report=())

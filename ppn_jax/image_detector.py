@@ -61,7 +61,33 @@ class ImageDetector:
     """Returns the step of the run that it comes from, None if unknown."""
     return self.predictor.step
 
-  def __call__(self, images: Image | Iterable[Image], *, threshold: float = 0.0
+  @property
+  def thresholds(self) -> dict[str, float] | None:
+    """Returns the best threshold of each class by name, None if none are kept with the detector.
+
+    `ppn evaluate` and the evaluation in training find them.
+    """
+    point = self.predictor.point
+    return None if point is None else dict(zip(point.names, point.thresholds, strict=True))
+
+  def thresholds_by_label(self, threshold: float | None, default: float = 0.0) -> np.ndarray:
+    """Returns the least score of a detection of each class, f32 [C].
+
+    Args:
+      threshold: one for all classes, 0 to 1; None for the best of each class.
+      default: instead of those, if none are kept with the detector.
+
+    Raises:
+      InputError: If the threshold is not in 0 to 1.
+    """
+    if threshold is None and self.predictor.point is not None:
+      return np.float32(self.predictor.point.thresholds)
+    value = default if threshold is None else threshold
+    if not 0 <= value <= 1:
+      raise InputError(f'threshold={value} must lie between 0 and 1')
+    return np.full(len(self.categories), value, np.float32)
+
+  def __call__(self, images: Image | Iterable[Image], *, threshold: float | None = None
                ) -> ImageDetections | list[ImageDetections]:
     """Detects objects.
 
@@ -70,7 +96,8 @@ class ImageDetector:
         both of which are rotated as their EXIF data says, or an array u8 [H, W, 3] RGB, [H, W, 4]
         RGBA or [H, W] grey. Several images are a list, tuple, generator or other iterable of
         these, mixed or not, or an array u8 [B, H, W, 3].
-      threshold: lowest score of a detection that is returned, 0 to 1.
+      threshold: lowest score of a detection that is returned, 0 to 1. By default the best of its
+        class, see `thresholds`; if there are none, all detections are returned.
 
     Returns:
       The detections of the image, or for several images a list in their order.
@@ -81,29 +108,29 @@ class ImageDetector:
     """
     if _is_several(images):
       return list(self.stream(images, threshold=threshold))
-    return next(self._in_batches([(images, 'the image')], _checked(threshold)))
+    return next(self._in_batches([(images, 'the image')], self.thresholds_by_label(threshold)))
 
-  def stream(self, images: Iterable[Image], *, threshold: float = 0.0
+  def stream(self, images: Iterable[Image], *, threshold: float | None = None
              ) -> Iterator[ImageDetections]:
     """Detects objects in several images, reading no more than one batch of them at a time."""
     if not _is_several(images):
       raise InputTypeError(f'images is of type {type(images).__name__}; give a list or another '
                            'iterable of images')
     named = ((image, f'image {number}') for number, image in enumerate(images))
-    return self._in_batches(named, _checked(threshold))
+    return self._in_batches(named, self.thresholds_by_label(threshold))
 
-  def _in_batches(self, named: Iterable[tuple[Image, str]], threshold: float
+  def _in_batches(self, named: Iterable[tuple[Image, str]], thresholds: np.ndarray
                   ) -> Iterator[ImageDetections]:
     """Detects objects in images that are given with their names for error messages."""
     named = iter(named)
     while group := [image_files.to_pixels(*pair)
                     for pair in itertools.islice(named, self.predictor.batch_size)]:
       for image, found in zip(group, self.predictor(group), strict=True):
-        yield self._in_pixels(found, image.shape[:2], threshold)
+        yield self._in_pixels(found, image.shape[:2], thresholds)
 
-  def _in_pixels(self, found: Detections, size: tuple[int, int], threshold: float
+  def _in_pixels(self, found: Detections, size: tuple[int, int], thresholds: np.ndarray
                  ) -> ImageDetections:
-    kept = found.scores >= threshold
+    kept = found.scores >= thresholds[found.labels]
     labels = found.labels[kept]
     return ImageDetections(
         found.boxes[kept] * np.float32([*size, *size]), found.scores[kept], labels,
@@ -152,13 +179,6 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
     raise InputError(f'step and ema choose a checkpoint of a run, but {path} is an exported file; '
                      'leave them out')
   return ImageDetector(open_predictor(path, batch_size=batch_size))
-
-
-def _checked(threshold: float) -> float:
-  """Returns a threshold; raises InputError if it is not in 0 to 1."""
-  if not 0 <= threshold <= 1:
-    raise InputError(f'threshold={threshold} must lie between 0 and 1')
-  return threshold
 
 
 def _is_several(images: Any) -> bool:

@@ -12,6 +12,8 @@ from ppn_jax.data.transforms.basic import Resize
 from ppn_jax.detection.structures import Array, Category, Detections, unlabelled_example
 from ppn_jax.errors import InputError
 from ppn_jax.export.runtimes import open_export
+from ppn_jax.metrics import operating_point
+from ppn_jax.metrics.operating_point import OperatingPoint
 
 if TYPE_CHECKING:
   from ppn_jax.trained_model import TrainedModel
@@ -30,12 +32,14 @@ class Predictor:
     batch_size: B, number of images that are processed at a time.
     resize: resizes an image to the side S that the detector takes.
     detect: maps u8 [B, S, S, 3] to Detections.
+    point: thresholds, and the calibration that scores are returned with; None if none are kept.
   """
   categories: tuple[Category, ...]
   step: int | None
   batch_size: int
   resize: Resize
   detect: Callable[[np.ndarray], Detections]
+  point: OperatingPoint | None = None
 
   def __call__(self, images: Sequence[np.ndarray]) -> list[Detections]:
     """Detects objects in images.
@@ -63,8 +67,9 @@ class Predictor:
     for row, image in enumerate(images):
       pixels[row] = self.resize(unlabelled_example(image)).image
     found = Detections(*map(np.asarray, self.detect(pixels)))
-    return [Detections(*(field[row][found.valid[row]] for field in found))
+    each = [Detections(*(field[row][found.valid[row]] for field in found))
             for row in range(len(images))]
+    return each if self.point is None else [self.point.calibrated(one) for one in each]
 
 
 def load_predictor(model: 'TrainedModel', *, step: int | None = None, ema: bool | None = None,
@@ -94,7 +99,8 @@ def load_predictor(model: 'TrainedModel', *, step: int | None = None, ema: bool 
   step, variables = model.load_variables(detector, mesh, step=step, ema=ema)
   return Predictor(model.categories, step, batch_size,
                    Resize(detector.image_size, model.config.data.resize),
-                   functools.partial(jax.jit(detector.detect), variables))
+                   functools.partial(jax.jit(detector.detect), variables),
+                   model.operating_point(step, ema=ema))
 
 
 def open_predictor(path: str | os.PathLike[str], *, batch_size: int | None = None) -> Predictor:
@@ -117,8 +123,12 @@ def open_predictor(path: str | os.PathLike[str], *, batch_size: int | None = Non
     raise InputError(f'batch_size={batch_size}: {path} takes {fixed} images at a time; leave '
                      f'batch_size out, or export with --batch_size={batch_size}')
   categories = map(Category, metadata['category_ids'], metadata['labels'])
+  try:
+    point = operating_point.parse(metadata.get('operating_point'), metadata['labels'])
+  except ValueError as e:
+    raise InputError(f'{path}: its thresholds are damaged: {e}; export it again') from e
   return Predictor(tuple(categories), metadata['step'], fixed or batch_size or 1,
-                   Resize(exported.image_size, metadata['input']['resize']), exported)
+                   Resize(exported.image_size, metadata['input']['resize']), exported, point)
 
 
 def _check_batch_size(batch_size: int) -> None:

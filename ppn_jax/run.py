@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from ppn_jax import detector as detector_lib
 from ppn_jax import registry, storage, zoo
-from ppn_jax.checkpoints.manager import Checkpoints, read_stamp
+from ppn_jax.checkpoints.manager import Checkpoints, read_notes, read_stamp
 from ppn_jax.checkpoints.retention import Stamp, read_record, steps_in
 from ppn_jax.config import GIVEN, complete, plain
 from ppn_jax.data.source import check_categories
@@ -37,6 +37,8 @@ from ppn_jax.detector import Detector, Variables
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError, StoreError
 from ppn_jax.export.weights_file import is_weights_file
+from ppn_jax.metrics import operating_point
+from ppn_jax.metrics.operating_point import OperatingPoint
 from ppn_jax.models.network import BACKBONES, HEADS, NECKS
 from ppn_jax.telemetry import metrics
 from ppn_jax.trained_model import (
@@ -47,6 +49,9 @@ from ppn_jax.trained_model import (
 )
 from ppn_jax.training.optimizer import Optimizer, build_optimizer
 from ppn_jax.training.train_step import abstract_state_to_read
+
+# File of an evaluated step, see `jobs.class_report`, and key of the notes of a checkpoint.
+THRESHOLDS, OPERATING_POINT = 'thresholds.json', 'operating_point'
 
 
 class Ending(NamedTuple):
@@ -135,6 +140,42 @@ class Run(TrainedModel):
       return not saved or step < max(saved)
     found = read_record(evaluations, step)
     return found is None or found.fits(self.stamp(step))
+
+  def operating_point(self, step: int, *, ema: bool | None = None) -> OperatingPoint | None:
+    """Returns the thresholds and calibration of a step.
+
+    They are those of its evaluation by `ppn evaluate`, or else of the evaluation in training.
+
+    Args:
+      step: a saved step.
+      ema: False for the weights themselves, otherwise those of the average if the run keeps one.
+
+    Raises:
+      InputError: If they are damaged.
+    """
+    raw = ema is False and bool(self.config.optim.ema_decay)
+    folder = self.evaluations(raw) / str(step)
+    names, stamp = [c.name for c in self.categories], self.stamp(step)
+    if stamp is None:
+      return None
+    try:
+      found = json.loads(storage.read_text(folder / THRESHOLDS))
+      if found['scored']['checkpoint'] == stamp.checkpoint:
+        return operating_point.parse(found, names)
+    except (FileNotFoundError, NotADirectoryError):
+      pass
+    except (ValueError, KeyError, TypeError) as e:
+      raise InputError(f'{folder / THRESHOLDS} is damaged ({e!r}); evaluate the step again') from e
+    noted = {} if raw else read_notes(self.workdir / 'checkpoints' / str(step))
+    return operating_point.parse(noted.get(OPERATING_POINT), names)
+
+  def evaluations(self, raw: bool) -> storage.Path:
+    """Returns the folder of evaluated steps.
+
+    Raw weights of a run that keeps an average have a separate one, since the trainer decides which
+    checkpoints to keep by the scores in `evaluation`.
+    """
+    return self.workdir / ('evaluation_raw' if raw else 'evaluation')
 
   def saved_steps(self) -> set[int]:
     """Returns the steps that have a checkpoint."""

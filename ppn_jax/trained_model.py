@@ -23,6 +23,8 @@ from ppn_jax.detector import Detector, Variables
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
 from ppn_jax.export.weights_file import Path, read_weights_file
+from ppn_jax.metrics import operating_point
+from ppn_jax.metrics.operating_point import OperatingPoint
 
 
 class TrainedModel(abc.ABC):
@@ -68,6 +70,14 @@ class TrainedModel(abc.ABC):
     """Returns (step, variables) on the mesh; see `run.load_variables`."""
 
   @abc.abstractmethod
+  def operating_point(self, step: int, *, ema: bool | None = None) -> OperatingPoint | None:
+    """Returns the thresholds and calibration kept with a step, None if there are none.
+
+    Raises:
+      InputError: If they are damaged.
+    """
+
+  @abc.abstractmethod
   def metrics(self) -> list[dict[str, float | None]]:
     """Returns recorded metrics, in order of step."""
 
@@ -82,6 +92,7 @@ class SharedModel(TrainedModel):
     step: of the run that the weights come from.
     values: arrays by path.
     provenance: where the weights come from, see `jobs.export_weights`.
+    point: thresholds and calibration, None if the file has none.
   """
   path: storage.Path
   config: ConfigDict
@@ -90,6 +101,7 @@ class SharedModel(TrainedModel):
   values: Mapping[Path, np.ndarray]
   provenance: Mapping[str, Any]
   unknown_keys: tuple[str, ...] = ()
+  point: OperatingPoint | None = None
 
   @property
   def name(self) -> str:
@@ -115,6 +127,10 @@ class SharedModel(TrainedModel):
     placed = {path: np.asarray(self.values[path], leaf.dtype)  # pyright: ignore
               for path, leaf in like.items()}
     return self.step, jax.device_put(unflatten_dict(placed), sharding.replicated(mesh))
+
+  def operating_point(self, step: int, *, ema: bool | None = None) -> OperatingPoint | None:
+    """See `TrainedModel`."""
+    return self.point
 
   def metrics(self) -> list[dict[str, float | None]]:
     """See `TrainedModel`; a file has no curves."""
@@ -156,13 +172,18 @@ def open_weights_file(path: str | storage.Path, *, allow: Sequence[str] = ()) ->
   # Whatever a config with unexpected content leads to.
   except (ValueError, TypeError, AttributeError, RecursionError) as e:
     raise InputError(f'{path}: its config cannot be used: {e}') from e
+  try:
+    point = operating_point.parse(file.header.get('operating_point'),
+                                  [c.name for c in file.categories])
+  except ValueError as e:
+    raise InputError(f'{path}: its thresholds are damaged: {e}; export it again') from e
   if config.model.num_classes != len(file.categories):
     raise InputError(f'{path}: a model of {config.model.num_classes} classes with '
                      f'{len(file.categories)} names')
   provenance = file.header.get('provenance')
   return SharedModel(storage.folder_path(file.path, 'the file'), config, file.categories,
                      file.step, file.values, provenance if isinstance(provenance, dict) else {},
-                     tuple(unknown))
+                     tuple(unknown), point)
 
 
 def trusted_config(written: Mapping[str, Any], allow: Sequence[str], origin: str,

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from scipy import special
-from voc300.voc_ap import voc_ap50
 
 from ppn_jax.metrics import calibration, coco, matching
 from ppn_jax.metrics.intervals import JACKKNIFE_GROUPS, jackknife_interval, jackknife_masks
+from ppn_jax.metrics.voc import voc_ap50
 
 SIZES = ('AP_small', 'AP_medium', 'AP_large')
 ACCURACY = ('AP', 'AP50', 'AP75', 'VOC_AP50', *SIZES)

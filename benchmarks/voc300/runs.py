@@ -9,7 +9,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from voc300 import comparison
 from voc300.pieces import Diverged, Plain, Rows
-from voc300.voc_ap import voc_ap50
 
 from ppn_jax.data.splits import open_split
 from ppn_jax.distributed.preemption import Preempted
@@ -19,6 +18,7 @@ from ppn_jax.jobs.evaluate import EvaluationOptions, prepare_evaluation
 from ppn_jax.jobs.summary import summarize
 from ppn_jax.jobs.train import train
 from ppn_jax.jobs.train_loop import TrainingDiverged
+from ppn_jax.metrics.voc import voc_ap50
 from ppn_jax.run import build_detector, open_run, resolve_classes
 
 _CURVES = ('step', 'train/loss', 'train/classification', 'train/localization', 'eval/AP',

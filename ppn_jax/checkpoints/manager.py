@@ -168,8 +168,7 @@ class Checkpoints:
 
   def notes(self, step: int) -> dict[str, Any]:
     """Returns the notes of a saved step; {} for one of an earlier version."""
-    found = _retried(lambda: _description(self._folder_of(step)))
-    return found.get('custom_metadata', {}).get(_NOTES, {})
+    return _retried(lambda: read_notes(self._folder_of(step)))
 
   def restore(self, like: TrainState | None, step: int) -> TrainState:
     """Restores the state of `step`, with the shapes, types and shardings of `like`.
@@ -380,6 +379,11 @@ def read_stamp(checkpoint: storage.Path) -> Stamp | None:
     return Stamp(integrity.digest(sums) if sums else f'saved at {saved}', saved / 1e9)
   except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError, AttributeError):
     return None
+
+
+def read_notes(checkpoint: storage.Path) -> dict[str, Any]:
+  """Returns the notes of the checkpoint in a folder; {} for one of an earlier version."""
+  return _description(checkpoint).get('custom_metadata', {}).get(_NOTES, {})
 
 
 def _description(checkpoint: storage.Path) -> dict[str, Any]:

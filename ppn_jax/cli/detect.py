@@ -27,6 +27,7 @@ Boxes in the JSON are COCO's: [x, y, width, height] in pixels. It has all detect
 picture, and of each frame of a video those that are drawn. Videos are written as MP4,
 without sound."""
 
+DEFAULT_THRESHOLD = 0.3  # If none are kept with the model.
 VIDEOS = frozenset({'.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv'})
 
 TAKES_CONFIG = False
@@ -42,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
                       help='use the moving average of the weights, or the weights themselves '
                            '(default: the average if the run keeps one)')
-  parser.add_argument('--threshold', type=float, default=0.3, metavar='SCORE',
-                      help='lowest score of a box that is drawn, 0 to 1 (default: %(default)s)')
+  parser.add_argument('--threshold', type=float, metavar='SCORE',
+                      help='lowest score of a box that is drawn, 0 to 1 (default: the best of its '
+                           f'class, if the model was evaluated, otherwise {DEFAULT_THRESHOLD})')
   parser.add_argument('--batch_size', type=int, metavar='N',
                       help='images at a time (default: 4, or the batch size of the exported file)')
 
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
   output = folder_path(args.output, '--output')
   files = _find(args.images)
   drawings = _drawing_paths(files, output)
-  if not 0 <= args.threshold <= 1:
+  if args.threshold is not None and not 0 <= args.threshold <= 1:
     raise InputError(f'--threshold={args.threshold} must be between 0 and 1')
   import json
 
@@ -61,12 +63,13 @@ def run(args: argparse.Namespace) -> int:
   keep_freed_memory()
   keep_programs()
   detector = _load(args)
-  entries, broken = _detect_all(detector, files, drawings, args.threshold)
+  thresholds = detector.thresholds_by_label(args.threshold, DEFAULT_THRESHOLD)
+  entries, broken = _detect_all(detector, files, drawings, thresholds)
   if len(files) == 1 and broken:
     raise broken[files[0]]
   write_text(output / 'detections.json', json.dumps(entries, indent=1) + '\n')
   print(f'{_count(entries)} and detections.json in {output} (step {detector.step:,})')
-  _note_if_none(entries, args.threshold)
+  _note_if_none(detector, entries, thresholds)
   if broken:
     raise InputError(f'{len(broken)} of {len(files)} files could not be read, such as '
                      f'{next(iter(broken))}')
@@ -100,17 +103,22 @@ def _count(entries: Sequence[dict]) -> str:
           + (f', {videos} video{"s" * (videos != 1)}' if videos else ''))
 
 
-def _note_if_none(entries: Sequence[dict], threshold: float) -> None:
+def _note_if_none(detector: 'ImageDetector', entries: Sequence[dict], thresholds: 'np.ndarray'
+                  ) -> None:
   """Prints the best score if no box is drawn: is the detector bad, or the threshold too high?"""
-  scores = [found['score'] for entry in entries for frame in entry.get('frames', [entry])
-            for found in frame['detections']]
-  if max(scores, default=-1.0) < threshold:
-    best = f', the best has {max(scores):.2g}' if scores else ''
-    print(f'no box is drawn: none scores --threshold={threshold:g} or more{best}')
+  least = {c.id: t for c, t in zip(detector.categories, thresholds.tolist(), strict=True)}
+  scores = [(found['score'], least[found['category_id']]) for entry in entries
+            for frame in entry.get('frames', [entry]) for found in frame['detections']]
+  if not any(score >= threshold for score, threshold in scores):
+    low, high = thresholds.min(), thresholds.max()
+    what = (f'--threshold={low:g} or more' if low == high else
+            f'the threshold of its class, {low:.2g} to {high:.2g}; give a lower --threshold')
+    best = f', the best has {max(scores)[0]:.2g}' if scores else ''
+    print(f'no box is drawn: none scores {what}{best}')
 
 
 def _detect_all(detector: 'ImageDetector', files: Sequence[pathlib.Path],
-                drawings: Sequence[pathlib.Path], threshold: float
+                drawings: Sequence[pathlib.Path], thresholds: 'np.ndarray'
                 ) -> tuple[list[dict], dict[pathlib.Path, InputError]]:
   """Returns the entries of detections.json in order of the files, and the errors of the others."""
   entries: dict[pathlib.Path, dict] = {}
@@ -124,10 +132,10 @@ def _detect_all(detector: 'ImageDetector', files: Sequence[pathlib.Path],
   drawing_of = dict(zip(files, drawings, strict=True))
   opened = _open_pictures([f for f in files if not _is_video(f)], skip)
   for file, image, found in _detect_stream(detector, opened):
-    entries[file] = _draw_picture(detector, file, drawing_of[file], image, found, threshold)
+    entries[file] = _draw_picture(detector, file, drawing_of[file], image, found, thresholds)
   for file in filter(_is_video, files):
     try:
-      entries[file] = _draw_video(detector, file, drawing_of[file], threshold)
+      entries[file] = _draw_video(detector, file, drawing_of[file], thresholds)
     except InputError as e:
       skip(file, e)
   return [entries[file] for file in files if file in entries], broken
@@ -156,21 +164,21 @@ def _detect_stream(detector: 'ImageDetector', images: Iterator[tuple[Any, 'np.nd
       waiting.append((key, image))
       yield image
 
-  for found in detector.stream(pixels()):
+  for found in detector.stream(pixels(), threshold=0.0):
     yield *waiting.pop(0), found
 
 
 def _draw_picture(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.Path,
-                  image: 'np.ndarray', found: 'ImageDetections', threshold: float) -> dict:
+                  image: 'np.ndarray', found: 'ImageDetections', thresholds: 'np.ndarray') -> dict:
   from ppn_jax.visualization.drawing import save_png
   height, width = image.shape[:2]
-  save_png(drawing, _draw(detector, image, found, threshold))
+  save_png(drawing, _draw(detector, image, found, thresholds))
   return {'file': str(file), 'picture': str(drawing), 'width': width, 'height': height,
           'detections': _entries(detector, found)}
 
 
 def _draw_video(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.Path,
-                threshold: float) -> dict:
+                thresholds: 'np.ndarray') -> dict:
   from rich.console import Console
   from rich.progress import track
 
@@ -182,9 +190,9 @@ def _draw_video(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.
       for number, image, found in track(
           _detect_stream(detector, enumerate(reader)), str(file), total=reader.stated or None,
           console=console, transient=True, disable=not console.is_terminal):
-        writer.write(_draw(detector, image, found, threshold))
+        writer.write(_draw(detector, image, found, thresholds))
         frames.append({'frame': number, 'seconds': round(number / rate, 3),
-                       'detections': _entries(detector, found, threshold)})
+                       'detections': _entries(detector, found, thresholds)})
     if reader.cut_short:
       logger.warning(f'{file} ends after {reader.count} of {reader.stated} frames')
     height, width = reader.size
@@ -193,20 +201,20 @@ def _draw_video(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.
 
 
 def _draw(detector: 'ImageDetector', image: 'np.ndarray', found: 'ImageDetections',
-          threshold: float) -> 'np.ndarray':
+          thresholds: 'np.ndarray') -> 'np.ndarray':
   import numpy as np
 
   from ppn_jax.visualization.drawing import draw_boxes
-  shown = found.scores >= threshold
+  shown = found.scores >= thresholds[found.labels]
   size = np.float32([*image.shape[:2]] * 2)
   return draw_boxes(image, found.boxes[shown] / size, found.labels[shown],
                     [c.name for c in detector.categories], found.scores[shown])
 
 
-def _entries(detector: 'ImageDetector', found: 'ImageDetections', threshold: float = 0.0
-             ) -> list[dict]:
+def _entries(detector: 'ImageDetector', found: 'ImageDetections',
+             thresholds: 'np.ndarray | None' = None) -> list[dict]:
   """Returns detections as COCO rows, with the class's name in place of the image's id."""
-  shown = found.scores >= threshold
+  shown = slice(None) if thresholds is None else found.scores >= thresholds[found.labels]
   return [{'category': detector.categories[label].name,
            'category_id': detector.categories[label].id, 'score': score,
            'bbox': [xmin, ymin, xmax - xmin, ymax - ymin]}

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 HELP = f"""Score a checkpoint with COCO's metrics.
 
-Prints COCO's twelve metrics and a table by class; writes results.json (COCO's
-results format) and scores.json to WORKDIR/evaluation/STEP. --calibration adds
-how far scores can be trusted, especially across pyramid levels.
+Prints COCO's twelve metrics, and by class AP, the best threshold and VOC's AP50;
+writes results.json (COCO's results format), scores.json, thresholds.json,
+confusion_matrix.csv and images.csv (most errors first) to WORKDIR/evaluation/STEP.
+--calibration adds how far scores can be trusted, especially across pyramid levels.
 
 --follow scores every checkpoint when training, here or on another machine, saves
 it, until the last one; --steps scores existing ones. Both skip checkpoints that
@@ -77,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='compare scores with precision by level, size and class, and report '
                            'the cost of differences between levels: calibration.json and .png '
                            'there')
+  parser.add_argument('--calibrate', default='', metavar='METHOD',
+                      help='fit the scores to the share of correct detections, and keep the maps '
+                           'with the step: `temperature` (one for all pyramid levels, which leaves '
+                           "AP as it is) or `platt` (slope and intercept for each level); `ppn "
+                           'detect` and ppn_jax.load then return calibrated scores')
   parser.add_argument('--calibration_floor', type=float, default=0.05, metavar='SCORE',
                       help='lowest score that enters this report (default: %(default)s)')
   parser.add_argument('--calibration_images', type=int, default=2000, metavar='N',
@@ -105,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
   calibration = calibration_report.CalibrationOptions(
       floor=args.calibration_floor, train_images=args.calibration_images)
   options = EvaluationOptions(scorer=args.scorer, ema=args.ema, pictures=args.pictures,
-                              report=args.report,
+                              report=args.report, calibrate=args.calibrate,
                               calibration=calibration if args.calibration else None)
   polling = follow.Polling(args.poll, args.timeout)
   selected = follow.parse_steps('all' if args.steps is None else args.steps)
@@ -130,9 +136,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(evaluation: 'Evaluation', report: bool) -> None:
-  from ppn_jax.jobs import calibration_report
+  from ppn_jax.jobs import calibration_report, class_report
   from ppn_jax.metrics.coco import format_table
   print(format_table(evaluation.scores))
+  if evaluation.classes:
+    print(f'\n{class_report.format_table(evaluation.classes)}\n')
   if evaluation.calibration:
     print(f'\n{calibration_report.format_table(evaluation.calibration)}\n')
   print(f'{evaluation.scores.num_detections:,} detections on {evaluation.scores.num_images:,} '

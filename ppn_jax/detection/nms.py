@@ -6,6 +6,7 @@ round nearly always suffices. Shapes are static and the pairs are never sorted i
 result always equals that of the plain algorithm.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ _SUPPRESSED = -1.0  # Replaces the score of a pair that is no candidate; scores 
 
 def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSpec,
                 score_threshold: float = 1e-8, iou_threshold: float = 0.6,
-                max_per_class: int = 100, max_detections: int = 100,
+                cross_class_iou: float = 1.0, max_per_class: int = 100, max_detections: int = 100,
                 candidates: int = 256) -> Detections:
   """Decodes and scores boxes, and suppresses all but the best of those that show the same object.
 
@@ -30,6 +31,9 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSp
   `iou_threshold`; unclipped boxes are compared. The kept boxes of all classes are merged by score
   and clipped to the image, and those without area inside it are dropped. An anchor may be reported
   for several classes. Ties go to the lower anchor, then the lower label.
+
+  With `cross_class_iou` below 1, a box is also suppressed if its IoU with a kept box of any class
+  and higher score exceeds that, so that an object is not reported as two classes.
 
   Boxes that are not finite (if the network diverged or `exp` overflowed) and scores that are NaN
   are ignored: they are not reported and suppress nothing.
@@ -40,6 +44,7 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSp
     class_spec: layout of the class logits; a background takes no part.
     score_threshold: only pairs with a score above this are considered; 0 to 1.
     iou_threshold: 0 to 1; at 1 nothing is suppressed.
+    cross_class_iou: 0 to 1; at 1 classes do not suppress one another.
     max_per_class: largest number of boxes of a class that are kept.
     max_detections: K of the result.
     candidates: number of pairs that a round looks at. It changes the time, never the result; 256
@@ -51,12 +56,15 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSp
   Raises:
     InputError: If a threshold is outside its range, or a count is below 1.
   """
-  _check(score_threshold, iou_threshold, max_per_class, max_detections, candidates)
+  _check(dict(score_threshold=score_threshold, iou_threshold=iou_threshold,
+              cross_class_iou=cross_class_iou),
+         dict(max_per_class=max_per_class, max_detections=max_detections, candidates=candidates))
   scores = class_spec.scores(outputs.class_logits.astype(jnp.float32))
   boxes = box_ops.decode(outputs.box_codes.astype(jnp.float32), jnp.asarray(anchors.boxes))
   found = _batched_nms(
-      boxes, scores, score_threshold=score_threshold, iou_threshold=iou_threshold,
-      max_per_class=max_per_class, max_detections=max_detections, candidates=candidates)
+      boxes, scores, score_threshold=score_threshold, limits=_Limits(
+          iou_threshold, cross_class_iou, max_per_class),
+      max_detections=max_detections, candidates=candidates)
   kept = jnp.take_along_axis(boxes, found.anchor[..., None], axis=1)
   valid = jnp.arange(max_detections) < found.count[:, None]
   return Detections(
@@ -65,6 +73,18 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSp
       labels=jnp.where(valid, found.label, 0),
       level=jnp.where(valid, jnp.asarray(anchors.level)[found.anchor], 0),
       valid=valid)
+
+
+class _Limits(NamedTuple):
+  """What decides whether a pair is suppressed; see `postprocess`."""
+  iou_threshold: float
+  cross_class_iou: float
+  max_per_class: int
+
+  @property
+  def across_classes(self) -> bool:
+    """Whether classes suppress one another."""
+    return self.cross_class_iou < 1
 
 
 class _Pairs(NamedTuple):
@@ -91,8 +111,8 @@ class _State(NamedTuple):
   found: _Found
 
 
-def _batched_nms(boxes: Array, scores: Array, *, score_threshold: float, iou_threshold: float,
-                 max_per_class: int, max_detections: int, candidates: int) -> _Found:
+def _batched_nms(boxes: Array, scores: Array, *, score_threshold: float, limits: _Limits,
+                 max_detections: int, candidates: int) -> _Found:
   """Finds the best `max_detections` of boxes [B, A, 4] with scores [B, A, C] in each image."""
   visible = box_ops.area(box_ops.clip(boxes)) > 0
   is_candidate = (scores > score_threshold) & jnp.isfinite(boxes).all(-1, keepdims=True)
@@ -101,11 +121,11 @@ def _batched_nms(boxes: Array, scores: Array, *, score_threshold: float, iou_thr
   def run_round(scores: Array, per_class: Array, found: _Found, boxes: Array,
                 visible: Array) -> _State:
     pairs = _best_pairs(scores, candidates)
-    pairs, per_class = _greedy_nms(pairs, boxes, per_class, iou_threshold, max_per_class)
+    pairs, per_class = _greedy_nms(pairs, boxes, per_class, limits)
     return _State(scores, per_class, pairs, _collect(found, pairs, visible))
 
   def next_round(state: _State) -> _State:
-    scores = _suppress(state, boxes, iou_threshold, max_per_class)
+    scores = _suppress(state, boxes, limits)
     return jax.vmap(run_round)(scores, state.per_class, state.found, boxes, visible)
 
   def unfinished(state: _State) -> Array:
@@ -138,8 +158,8 @@ def _best_pairs(scores: Array, candidates: int) -> _Pairs:
   return _Pairs(rows[at // num_classes], at % num_classes, best, kept=best > _SUPPRESSED)
 
 
-def _greedy_nms(pairs: _Pairs, boxes: Array, per_class: Array, iou_threshold: float,
-                max_per_class: int) -> tuple[_Pairs, Array]:
+def _greedy_nms(pairs: _Pairs, boxes: Array, per_class: Array, limits: _Limits
+                ) -> tuple[_Pairs, Array]:
   """Suppresses greedily among the pairs of a round; returns them with the new counts per class.
 
   A pair is kept if no earlier kept pair of its class overlaps it. Applying this rule to all pairs
@@ -148,17 +168,26 @@ def _greedy_nms(pairs: _Pairs, boxes: Array, per_class: Array, iou_threshold: fl
   of passes.
   """
   position = jnp.arange(pairs.anchor.size)
-  ranks_below = (pairs.label[:, None] == pairs.label) & (position[:, None] > position)
+  is_later = position[:, None] > position
+  ranks_below = (pairs.label[:, None] == pairs.label) & is_later
   pair_boxes = boxes[pairs.anchor]
-  suppressed_by = ranks_below & (box_ops.iou(pair_boxes, pair_boxes) > iou_threshold)
+  overlap = box_ops.iou(pair_boxes, pair_boxes)
+  suppressed_by = ranks_below & (overlap > limits.iou_threshold)
+  if limits.across_classes:
+    suppressed_by |= is_later & (overlap > limits.cross_class_iou)
+
+  def has_room(kept: Array) -> Array:
+    return per_class[pairs.label] + _count(ranks_below, kept) < limits.max_per_class
 
   def settle(state: tuple[Array, Array]) -> tuple[Array, Array]:
     kept, _ = state
-    return pairs.kept & (_count(suppressed_by, kept) == 0), kept
+    settled = pairs.kept & (_count(suppressed_by, kept) == 0)
+    # A pair that its full class leaves out suppresses no other class.
+    return settled & has_room(kept) if limits.across_classes else settled, kept
 
   kept, _ = lax.while_loop(lambda state: (state[0] != state[1]).any(), settle,
                            settle((pairs.kept, pairs.kept)))
-  kept &= per_class[pairs.label] + _count(ranks_below, kept) < max_per_class
+  kept &= has_room(kept)
   of_class = pairs.label == jnp.arange(per_class.size)[:, None]
   return pairs._replace(kept=kept), per_class + _count(of_class, kept)
 
@@ -187,7 +216,7 @@ def _collect(found: _Found, pairs: _Pairs, visible: Array) -> _Found:
                 jnp.minimum(found.count + kept.sum(dtype=jnp.int32), room))
 
 
-def _suppress(state: _State, boxes: Array, iou_threshold: float, max_per_class: int) -> Array:
+def _suppress(state: _State, boxes: Array, limits: _Limits) -> Array:
   """Removes from the scores [B, A, C] what cannot be detected after the last round.
 
   These are the pairs of that round, those that its kept pairs suppress, and classes that are full.
@@ -200,7 +229,7 @@ def _suppress(state: _State, boxes: Array, iou_threshold: float, max_per_class: 
   end = pairs.score[:, -1, None, None]
   end_index = (pairs.anchor * num_classes + pairs.label)[:, -1, None, None]
   taken = (scores > end) | ((scores == end) & (index <= end_index))
-  full = (state.per_class >= max_per_class)[:, None]
+  full = (state.per_class >= limits.max_per_class)[:, None]
 
   # Kept pairs are moved to the front and handled 32 at a time. In an anchor's word, bit j means
   # that kept pair j overlaps it; in a class's word, that kept pair j belongs to it.
@@ -215,26 +244,27 @@ def _suppress(state: _State, boxes: Array, iou_threshold: float, max_per_class: 
     block_anchor, block_label, block_kept = (
         lax.dynamic_slice_in_dim(x, i * block, block, 1) for x in (anchor, label, kept))
     block_boxes = jnp.take_along_axis(boxes, block_anchor[..., None], 1)
-    overlaps = box_ops.iou(boxes, block_boxes) > iou_threshold
+    overlap = box_ops.iou(boxes, block_boxes)
     members = block_kept[:, None] & (
         block_label[:, None] == jnp.arange(num_classes)[:, None])
-    of_anchor, of_class = (
-        jnp.where(table, bits, 0).sum(-1, dtype=jnp.uint32) for table in (overlaps, members))
-    return suppressed | (of_anchor[:, :, None] & of_class[:, None] != 0)
+    of_anchor, of_class = (jnp.where(table, bits, 0).sum(-1, dtype=jnp.uint32)
+                           for table in (overlap > limits.iou_threshold, members))
+    suppressed |= of_anchor[:, :, None] & of_class[:, None] != 0
+    if limits.across_classes:
+      overlaps_kept = (overlap > limits.cross_class_iou) & block_kept[:, None]
+      suppressed |= overlaps_kept.any(-1)[:, :, None]
+    return suppressed
 
   blocks = (pairs.kept.sum(axis=1).max() + block - 1) // block
   suppressed = lax.fori_loop(0, blocks, suppress_block, taken | full)
   return jnp.where(suppressed, _SUPPRESSED, scores)
 
 
-def _check(score_threshold: float, iou_threshold: float, max_per_class: int,
-           max_detections: int, candidates: int) -> None:
+def _check(shares: Mapping[str, float], counts: Mapping[str, int]) -> None:
   """Raises InputError if an option of `postprocess` is outside its range."""
-  for name, value in (('score_threshold', score_threshold), ('iou_threshold', iou_threshold)):
+  for name, value in shares.items():
     if not 0 <= value <= 1:
       raise InputError(f'postprocess: {name} is {value!r}; legal: 0 to 1')
-  counts = (('max_per_class', max_per_class), ('max_detections', max_detections),
-            ('candidates', candidates))
-  for name, value in counts:
+  for name, value in counts.items():
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
       raise InputError(f'postprocess: {name} is {value!r}; legal: an integer of at least 1')

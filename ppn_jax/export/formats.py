@@ -76,7 +76,8 @@ def load_library(name: str, output_format: str):
 
 
 def make_metadata(options: ExportOptions, *, image_size: int, resize: str, labels: list[str],
-                  category_ids: list[int], step: int, model: dict[str, Any]) -> dict[str, Any]:
+                  category_ids: list[int], step: int, model: dict[str, Any],
+                  operating_point: dict[str, Any] | None = None) -> dict[str, Any]:
   """Returns the metadata of an export: what one needs to know to use the file.
 
   Args:
@@ -87,6 +88,8 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
     category_ids: category ids of the data set, in order of label.
     step: step of the run.
     model: `config.model`, so that archived weights can be used again.
+    operating_point: thresholds by class and calibration, see `metrics.operating_point`; the scores
+      of the file itself are not calibrated.
   """
   return {
       'format': options.format, 'precision': options.precision, 'step': step,
@@ -97,7 +100,8 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
           'labels': 'int32 [batch, K]: index into labels',
           'level': 'int32 [batch, K]: pyramid level, 0 the finest',
           'valid': 'bool [batch, K]: false pads, and the other outputs are zero there'},
-      'labels': labels, 'category_ids': category_ids, 'model': model}
+      'labels': labels, 'category_ids': category_ids, 'operating_point': operating_point,
+      'model': model}
 
 
 def describe_input(batch_size: int | None, image_size: int, resize: str) -> dict[str, Any]:

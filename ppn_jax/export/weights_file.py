@@ -10,6 +10,8 @@ else is JSON under one key of the file's metadata, since the library writes seve
   categories       [{'id': 1, 'name': 'cat'}, ...], in order of label
   preprocessing    what the input is and how it is resized, in words
   thresholds       scores and overlaps of post-processing, by name
+  operating_point  best threshold of each class and calibration, if the step was evaluated; see
+                   `metrics.operating_point`
   provenance       where the weights come from
   sha256           of all of the above and of the tensors
 

@@ -20,14 +20,16 @@ from ppn_jax.detector import Detector, Variables
 from ppn_jax.distributed import coordination, sharding
 from ppn_jax.distributed.ownership import Ownership
 from ppn_jax.errors import InputError
-from ppn_jax.jobs import calibration_report
+from ppn_jax.jobs import calibration_report, class_report
 from ppn_jax.jobs.calibration_report import CalibrationOptions
+from ppn_jax.jobs.class_report import ClassReport
 from ppn_jax.jobs.evaluator import Evaluator, build_evaluator
 from ppn_jax.metrics import coco
 from ppn_jax.metrics.coco import write_scores
 from ppn_jax.run import Run, open_model
 from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.trained_model import SharedModel, TrainedModel
+from ppn_jax.visualization import class_page
 from ppn_jax.visualization.drawing import contact_sheet, draw_boxes, save_png
 from ppn_jax.visualization.gallery import Gallery
 from ppn_jax.visualization.report import evaluation_page
@@ -52,12 +54,18 @@ class EvaluationOptions:
     pictures: number of images to draw on a contact sheet, `pictures.png`; 0 for none.
     calibration: writes a calibration report, `calibration.json` and `calibration.png`, if given.
     report: writes an HTML report, `report.html`.
+    calibrate: fits a calibration of the scores, 'temperature' or 'platt', and keeps it with the
+      step; '' for none.
   """
   scorer: str = 'hotcoco'
   ema: bool | None = None
   pictures: int = 0
   calibration: CalibrationOptions | None = None
   report: bool = False
+  calibrate: str = ''
+
+  def __post_init__(self):
+    class_report.check_method(self.calibrate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +75,9 @@ class Evaluation:
   Attributes:
     step: that was evaluated.
     scores: COCO's metrics, also by class.
-    folder: has `results.json` (COCO's results format) and `scores.json`.
+    folder: has `results.json` (COCO's results format), `scores.json`, `thresholds.json`,
+      `confusion_matrix.csv` and `images.csv`.
+    classes: thresholds, confusion and VOC's AP; None in all processes but the first.
     calibration: see `calibration_report.build_report`; None if it was not requested, and in all
       processes but the first.
   """
@@ -75,6 +85,7 @@ class Evaluation:
   scores: coco.Scores
   folder: storage.Path
   calibration: dict[str, Any] | None = None
+  classes: ClassReport | None = None
 
   @property
   def metrics(self) -> dict[str, float | None]:
@@ -99,10 +110,7 @@ class EvaluationJob:
 
   @property
   def root(self) -> storage.Path:
-    """Folder that holds a folder for each step.
-
-    Raw weights of a run that keeps an average have a separate one, since the trainer decides which
-    checkpoints to keep by the scores in `evaluation`.
+    """Folder that holds a folder for each step, see `Run.evaluations`.
 
     Raises:
       InputError: If a weights file is evaluated, which has no such folder.
@@ -110,8 +118,8 @@ class EvaluationJob:
     if not isinstance(self.run, Run):
       raise InputError(f'{self.run.name} is a weights file, so there is no workdir to write to; '
                        'give a folder by --output=DIR, in Python output=DIR')
-    raw = self.options.ema is False and self.run.config.optim.ema_decay
-    return self.run.workdir / ('evaluation_raw' if raw else 'evaluation')
+    return self.run.evaluations(
+        self.options.ema is False and bool(self.run.config.optim.ema_decay))
 
   def load(self, step: int | None = None) -> tuple[int, Variables]:
     """Restores the variables of a step, by default the newest; see `run.load_variables`."""
@@ -154,7 +162,7 @@ class EvaluationJob:
     `results.json` and `scores.json` are written before anything is drawn, so that a failure to draw
     loses no metrics.
     """
-    evaluator, options, calibration = self.evaluator, self.options, None
+    evaluator, options, calibration, classes = self.evaluator, self.options, None, None
     stamp = (self.run.stamp(step) if isinstance(self.run, Run) and jax.process_index() == 0
              else None)
     total = len(evaluator.source)
@@ -168,16 +176,20 @@ class EvaluationJob:
         storage.remove_partial(folder)
         coco.write_results(folder / 'results.json',
                            coco.renumber(rows, file_ids(evaluator.source)))
-        write_scores(folder / 'scores.json', scores,
-                     {'checkpoint': stamp and stamp.checkpoint, **self.conditions()})
+        scored = {'checkpoint': stamp and stamp.checkpoint, **self.conditions()}
+        write_scores(folder / 'scores.json', scores, scored)
+        classes = class_report.build_report(
+            evaluator.source.ground_truth(), rows, self.run.categories,
+            num_levels=self.detector.num_levels, method=options.calibrate, scorer=options.scorer)
+        class_report.write_report(folder, classes, scored)
         if options.pictures:
           save_png(folder / 'pictures.png', draw_contact_sheet(
               evaluator.source, rows, self.run.categories, count=options.pictures))
         if options.calibration:
           calibration = self._write_calibration(step, rows, folder)
         if options.report:
-          self._write_report(step, rows, scores, folder)
-    return Evaluation(step, scores, folder, calibration)
+          self._write_report(step, rows, scores, classes, folder)
+    return Evaluation(step, scores, folder, calibration, classes)
 
   def _write_calibration(self, step: int, rows: list[dict[str, Any]], folder: storage.Path
                          ) -> dict[str, Any]:
@@ -190,14 +202,18 @@ class EvaluationJob:
     return report
 
   def _write_report(self, step: int, rows: list[dict[str, Any]], scores: coco.Scores,
-                    folder: storage.Path) -> None:
+                    classes: ClassReport, folder: storage.Path) -> None:
     logger.info('drawing the report')
     source = self.evaluator.source
     gallery = Gallery(source, source.ground_truth(), rows, self.run.categories)
     page = evaluation_page(
         f'{self.run.name}, step {step:,}', gallery, scores,
         [line for line in self.run.metrics() if line['step'] <= step],
-        num_levels=self.detector.num_levels, scorer=self.options.scorer)
+        num_levels=self.detector.num_levels, scorer=self.options.scorer, more=[
+            class_page.thresholds(classes.names, classes.analysis,
+                                  (*classes.voc_by_class, classes.voc_ap50)),
+            class_page.confusion(classes.names, classes.matrix),
+            class_page.images(classes.images)])
     storage.write_text(folder / 'report.html', page)
 
 

@@ -17,7 +17,9 @@ from ppn_jax.detection.structures import Array, Batch, Category, Detections
 from ppn_jax.detector import Detector, Variables, jit_detect
 from ppn_jax.distributed import coordination, sharding
 from ppn_jax.errors import InputError
+from ppn_jax.jobs.class_report import find_operating_point
 from ppn_jax.metrics import coco
+from ppn_jax.metrics.operating_point import OperatingPoint
 from ppn_jax.trained_model import TrainedModel
 
 # The fields of a detection that processes send to the first one.
@@ -101,6 +103,12 @@ class Evaluator:
         coordination.broadcast(json.dumps(scores).encode()))
     return scores or coco.Scores(
         metrics, tuple(coco.ClassScore(*c) for c in per_class), *counts)
+
+  def operating_point(self, rows: list[dict[str, Any]]) -> OperatingPoint | None:
+    """Returns the best threshold of each class; None in other processes than the first."""
+    if jax.process_index():
+      return None
+    return find_operating_point(self.source.ground_truth(), rows, self.categories)
 
 
 def _pack(detections: Detections, batch: Batch, positions: Array) -> Array:

@@ -92,7 +92,7 @@ def export(run: TrainedModel, output: pathlib.Path, options: ExportOptions, *,
   with storage.partial_folder(output) as temporary:
     path = temporary / output.name
     _write(path, detector, variables, options, images)
-    write_metadata(path, _make_metadata(run, detector, options, step))
+    write_metadata(path, _make_metadata(run, detector, options, step, ema))
     logger.info(f'checking it on {len(checked)} images')
     exported = open_export(path)
     measured = check(exported, jax.jit(reference.detect), variables, checked, options)
@@ -171,12 +171,14 @@ def _write(path: pathlib.Path, detector: Detector, variables: Any,
   tensorflow.write(path, lambda x: detector.detect(variables, x), shape, options, calibration)
 
 
-def _make_metadata(run: TrainedModel, detector: Detector, options: ExportOptions, step: int
-                   ) -> dict[str, Any]:
+def _make_metadata(run: TrainedModel, detector: Detector, options: ExportOptions, step: int,
+                   ema: bool | None) -> dict[str, Any]:
+  point = run.operating_point(step, ema=ema)
   return make_metadata(
       options, image_size=detector.image_size, resize=run.config.data.resize,
       labels=[c.name for c in run.categories], category_ids=[c.id for c in run.categories],
-      step=step, model=run.config.model.to_dict())
+      step=step, model=run.config.model.to_dict(),
+      operating_point=point and point.describe())
 
 
 @dataclasses.dataclass(frozen=True)

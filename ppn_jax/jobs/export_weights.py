@@ -88,6 +88,8 @@ def export_weights(model: TrainedModel, output: pathlib.Path, options: ExportOpt
       'thresholds': {key: config['postprocess'][key] for key in (
           'score_threshold', 'iou_threshold') if key in config['postprocess']},
       'provenance': _provenance(model, step, ema)}
+  if point := model.operating_point(step, ema=ema):
+    header['operating_point'] = point.describe()
   output.parent.mkdir(parents=True, exist_ok=True)
   with storage.partial_folder(output) as temporary:
     path = temporary / output.name

@@ -17,10 +17,12 @@ from ppn_jax.distributed import coordination
 from ppn_jax.distributed.ownership import Ownership
 from ppn_jax.distributed.preemption import Interrupted, Preempted, PreemptionNotice
 from ppn_jax.errors import Stopped
+from ppn_jax.jobs import class_report
 from ppn_jax.jobs.evaluator import Evaluator
 from ppn_jax.jobs.time_budget import SPENT, TimeBudget
 from ppn_jax.metrics.coco import Scores, format_headline, write_scores
-from ppn_jax.run import Run
+from ppn_jax.metrics.operating_point import OperatingPoint
+from ppn_jax.run import OPERATING_POINT, Run
 from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter
 from ppn_jax.telemetry.progress import Progress, Stopwatch, duration
@@ -70,6 +72,7 @@ class TrainLoop:
     pending: Steps that have not been reported yet, and their metrics.
     stopwatch: Times them.
     warned: Whether the user knows that metrics cannot be written at the moment.
+    point: Thresholds of the last evaluation; None before it, and in other processes.
   """
   run: Run
   mesh: Mesh
@@ -88,6 +91,7 @@ class TrainLoop:
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
   stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
   warned: bool = False
+  point: OperatingPoint | None = None
 
   def __post_init__(self):
     self.last_step = self.last_step or self.run.config.train.steps
@@ -163,7 +167,10 @@ class TrainLoop:
 
   def _start_save(self, step: int, state: TrainState, metrics: dict[str, float | None] | None
                   ) -> None:
-    self.checkpoints.save(step, state, metrics, {SPENT: self.budget.seconds})
+    notes = {SPENT: self.budget.seconds}
+    if metrics is not None and self.point is not None:
+      notes[OPERATING_POINT] = self.point.describe()
+    self.checkpoints.save(step, state, metrics, notes)
 
   def _complete_save(self, step: int, state: TrainState, scores: Scores | None) -> None:
     """Waits until the last step is on disk. No other save follows, so it is tried twice."""
@@ -301,9 +308,11 @@ class TrainLoop:
     if self.writer:
       with self._tolerate_write_errors():
         stamp = self.checkpoints.stamp(step)
-        write_scores(self.run.workdir / 'evaluation' / str(step) / 'scores.json', scores, {
-            'checkpoint': stamp and stamp.checkpoint,
-            'average': bool(self.run.config.optim.ema_decay), 'images': scores.num_images})
+        folder = self.run.evaluations(raw=False) / str(step)
+        scored = {'checkpoint': stamp and stamp.checkpoint,
+                  'average': bool(self.run.config.optim.ema_decay), 'images': scores.num_images}
+        write_scores(folder / 'scores.json', scores, scored)
+        class_report.write_operating_point(folder, self.point, scored)
     return scores
 
   def evaluate(self, step: int, state: TrainState) -> Scores:
@@ -320,6 +329,7 @@ class TrainLoop:
     rows = self.evaluator.rows(state.best_variables(), on_images=on_images)
     self._report_bad_examples(self.evaluator.bad)
     scores = self.evaluator.score(rows)
+    self.point = self.evaluator.operating_point(rows)
     self.stopping.values[step] = scores.metrics[self.stopping.metric]
     if self.writer:
       with self._tolerate_write_errors():

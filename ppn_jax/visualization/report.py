@@ -32,7 +32,8 @@ _DESCRIPTIONS = {
 
 def evaluation_page(title: str, gallery: Gallery, scores: coco.Scores,
                     metrics: Sequence[Mapping[str, float | None]], *, num_levels: int,
-                    floor: float = 0.05, scorer: str = 'hotcoco') -> str:
+                    floor: float = 0.05, scorer: str = 'hotcoco',
+                    more: Sequence[Section] = ()) -> str:
   """Builds a page of metrics, curves, errors, example images and reliability of a step.
 
   Args:
@@ -43,6 +44,7 @@ def evaluation_page(title: str, gallery: Gallery, scores: coco.Scores,
     num_levels: L, of the pyramid.
     floor: least score that counts in the plots of reliability.
     scorer: see `coco.score`.
+    more: further sections, shown after the curves; see `class_page`.
 
   Returns:
     HTML, complete in itself.
@@ -56,6 +58,7 @@ def evaluation_page(title: str, gallery: Gallery, scores: coco.Scores,
           plot(curves.precision_recall(table, names), 'precision against recall')]),
       Section('By class and size', groups=[
           plot(curves.average_precision(table, names), 'average precision by class and size')]),
+      *more,
       _mistakes(gallery),
       _images('Worst images', gallery.worst(_IMAGES)),
       _images('Best images', gallery.best(_IMAGES)),

@@ -14,6 +14,7 @@ import time
 import html_page
 import numpy as np
 import pytest
+from detections import random_problem, to_rows
 from time_limits import HANG_SECONDS, wait_until
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -21,12 +22,12 @@ sys.path.append(str(ROOT / 'benchmarks'))
 
 from voc300 import comparison, page, recipes, report, run  # noqa: E402
 from voc300.pieces import Diverged, Folder, Piece, RunKey, pack, work  # noqa: E402
-from voc300.voc_ap import area_under_curve, voc_ap50  # noqa: E402
 
 from ppn_jax.data.transforms.basic import build_transforms  # noqa: E402
 from ppn_jax.device_data.transforms import build_augmentation  # noqa: E402
 from ppn_jax.errors import InputError  # noqa: E402
 from ppn_jax.metrics import calibration, coco, matching  # noqa: E402
+from ppn_jax.metrics.voc import voc_ap50  # noqa: E402
 from ppn_jax.run import build_detector  # noqa: E402
 
 
@@ -38,84 +39,6 @@ class Clock:
 
   def __call__(self):
     return self.now
-
-
-# VOC's average precision.
-
-
-def _truth(boxes, images=2):
-  return {'images': [{'id': i, 'width': 100, 'height': 100} for i in range(images)],
-          'categories': [{'id': 3, 'name': 'cat'}, {'id': 7, 'name': 'dog'}],
-          'annotations': [{'id': k, 'image_id': i, 'category_id': 3, 'bbox': box, 'iscrowd': hard,
-                           'area': box[2] * box[3]} for k, (i, box, hard) in enumerate(boxes)]}
-
-
-def _rows(found):
-  return [{'image_id': i, 'category_id': 3, 'bbox': box, 'score': score, 'level': 0}
-          for i, box, score in found]
-
-
-def test_voc_ap_by_hand():
-  truth = _truth([(0, [0, 0, 10, 10], 0), (0, [50, 50, 20, 20], 1), (1, [0, 0, 10, 10], 0),
-                  (1, [30, 30, 10, 10], 0)])
-  rows = _rows([(0, [0, 0, 10, 10], .9),    # Right.
-                (0, [0, 0, 10, 9], .8),     # A second detection: wrong.
-                (0, [50, 50, 20, 20], .7),  # Difficult: ignored.
-                (1, [0, 0, 10, 11], .6),    # Right.
-                (1, [80, 80, 10, 10], .5),  # Wrong.
-                (1, [30, 30, 10, 5], .4)])  # An IoU of 0.5 is not above 0.5: wrong.
-  mean, by_class = voc_ap50(truth, rows)
-  assert by_class == {'cat': pytest.approx((1 + 2 / 3) / 3), 'dog': None}
-  assert mean == by_class['cat']
-
-
-def test_voc_ap_takes_the_best_box_where_coco_takes_a_free_one():
-  truth = _truth([(0, [0, 0, 10, 10], 0), (0, [0, 0, 10, 8], 0)])
-  rows = _rows([(0, [0, 0, 10, 10], .9), (0, [0, 0, 10, 9.5], .8)])
-  assert voc_ap50(truth, rows)[0] == pytest.approx(0.5)
-  assert coco.score(truth, rows).metrics['AP50'] == pytest.approx(1, abs=1e-6)
-
-
-def test_voc_ap_without_truth_or_detections():
-  assert voc_ap50(_truth([]), _rows([(0, [0, 0, 9, 9], .5)])) == (None, {'cat': None, 'dog': None})
-  assert voc_ap50(_truth([(0, [0, 0, 9, 9], 0)]), [])[0] == 0
-
-
-def test_area_is_the_devkits():
-  rng = np.random.default_rng(0)
-  for _ in range(20):
-    right, total = rng.random(30) < 0.4, 25
-    hits = np.cumsum(right)
-    recall = np.concatenate([[0], hits / total, [1]])
-    precision = np.concatenate([[0], hits / np.arange(1, 31), [0]])
-    for i in range(len(precision) - 1, 0, -1):  # VOCap.m, line by line.
-      precision[i - 1] = max(precision[i - 1], precision[i])
-    at = np.flatnonzero(recall[1:] != recall[:-1])
-    devkit = np.sum((recall[at + 1] - recall[at]) * precision[at + 1])
-    assert area_under_curve(right, total) == pytest.approx(devkit)
-
-
-def _random_problem(seed, images=40):
-  """Returns ground truth, and detections of two qualities on several levels."""
-  rng = np.random.default_rng(seed)
-  boxes = [(i, [*rng.uniform(0, 60, 2), *rng.uniform(10, 40, 2)], int(rng.random() < 0.2))
-           for i in range(images) for _ in range(rng.integers(1, 4))]
-  truth = _truth(boxes, images)
-  found = [(i, (np.array(box) * rng.normal(1, 0.1, 4)).tolist(), float(rng.beta(5, 2)))
-           for i, box, _ in boxes if rng.random() < 0.8]
-  found += [(int(rng.integers(images)), [*rng.uniform(0, 60, 2), *rng.uniform(5, 40, 2)],
-             float(rng.beta(2, 4))) for _ in range(4 * images)]
-  rows = _rows(found)
-  return truth, [r | {'level': k % 3} for k, r in enumerate(rows)]
-
-
-def test_voc_ap_is_close_to_cocos_where_nothing_is_difficult():
-  for seed in range(3):
-    truth, rows = _random_problem(seed)
-    for annotation in truth['annotations']:
-      annotation['iscrowd'] = 0
-    assert voc_ap50(truth, rows)[0] == pytest.approx(coco.score(truth, rows).metrics['AP50'],
-                                                     abs=0.015)
 
 
 # Metrics over seeds and images.
@@ -153,7 +76,7 @@ def test_differences_are_paired_by_seed_and_by_image():
 
 
 def test_metrics_without_groups_equal_those_of_fewer_images():
-  truth, rows = _random_problem(0)
+  truth, rows = random_problem(0)
   parts = comparison.without_groups(truth, rows, num_levels=3, floor=0.05)
   assert {len(p) for p in parts.values()} == {20} and parts['cost_AP'] == [None] * 20
   place = np.random.default_rng(0).permutation(40)
@@ -220,10 +143,10 @@ class Worker:
   def detect(self, key):
     self.clock.now += 20
     self.done['detect', key] = self.done.get(('detect', key), 0) + 1
-    return {'step': 100}, _rows([(key.seed, [0, 0, 9, 9], 0.5)])
+    return {'step': 100}, to_rows([(key.seed, [0, 0, 9, 9], 0.5)])
 
   def score(self, key, rows):
-    assert rows == _rows([(key.seed, [0, 0, 9, 9], 0.5)])
+    assert rows == to_rows([(key.seed, [0, 0, 9, 9], 0.5)])
     assert all(self.done['train', k] == 100 for k in KEYS)
     self.clock.now += 40
     self.done['score', key] = self.done.get(('score', key), 0) + 1
@@ -302,7 +225,7 @@ def test_sigterm_ends_a_piece_and_so_does_its_time(minutes):
 
 def test_files_left_by_a_kill_are_not_results(tmp_path):
   folder, key = Folder(tmp_path), KEYS[0]
-  rows = _rows([(5, [1.5, 2, 3, 4], 0.25), (6, [0, 0, 0.5, 1], 0.125)])
+  rows = to_rows([(5, [1.5, 2, 3, 4], 0.25), (6, [0, 0, 0.5, 1], 0.125)])
   (folder.run(key) / 'checkpoints').mkdir(parents=True)
   (tmp_path / 'trained').mkdir()
   (tmp_path / 'trained' / f'{key.name}.npz').write_bytes(pack(rows))
@@ -492,7 +415,7 @@ def test_a_report_without_finished_runs(tmp_path):
 @functools.cache
 def _scored_run(model, seed, recipe='decay'):
   """Returns a run as from `runs.score`, with random detections."""
-  truth, rows = _random_problem(seed + 10 * len(model + recipe))
+  truth, rows = random_problem(seed + 10 * len(model + recipe))
   measured = calibration.measure(matching.match_detections(truth, rows), num_images=40,
                                  num_levels=3, class_names=['cat', 'dog'])
   cost = {'cost': {'AP': 0.01, 'AP50': 0.02}, 'cost_interval': {'AP': [0, 0.02], 'AP50': None}}

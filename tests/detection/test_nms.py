@@ -25,20 +25,21 @@ def iou(a, b) -> float:
 
 
 def plain_nms(boxes, scores, *, score_threshold=1e-8, iou_threshold=0.6, max_per_class=100,
-           max_detections=100):
+           max_detections=100, cross_class_iou=1.0):
   """Runs the plain algorithm on one image; returns rows (anchor, label, score, clipped box)."""
-  survivors = []
-  for label in range(scores.shape[1]):
-    kept = []
-    for anchor in np.argsort(-scores[:, label], kind='stable'):
-      if not scores[anchor, label] > score_threshold or not np.isfinite(boxes[anchor]).all():
-        continue
-      if len(kept) < max_per_class and all(
-          iou(boxes[anchor], boxes[k]) <= iou_threshold for k in kept):
-        kept.append(anchor)
-    survivors += [(-scores[anchor, label], anchor, label) for anchor in kept]
+  kept = []
+  pairs = sorted((-score, anchor, label) for (anchor, label), score in np.ndenumerate(scores))
+  for negative_score, anchor, label in pairs:
+    if not -negative_score > score_threshold or not np.isfinite(boxes[anchor]).all():
+      continue
+    of_class = [k for _, k, its in kept if its == label]
+    if len(of_class) < max_per_class and all(
+        iou(boxes[anchor], boxes[k]) <= iou_threshold for k in of_class) and (
+            cross_class_iou >= 1 or all(
+                iou(boxes[anchor], boxes[k]) <= cross_class_iou for _, k, _ in kept)):
+      kept.append((negative_score, anchor, label))
   rows = []
-  for negative_score, anchor, label in sorted(survivors):
+  for negative_score, anchor, label in kept:
     clipped = np.clip(boxes[anchor], 0, 1)
     if (clipped[2] - clipped[0]) * (clipped[3] - clipped[1]) > 0:
       rows.append((anchor, label, -negative_score, clipped))
@@ -59,8 +60,8 @@ def postprocess(outputs, anchors, *, background=False, **options):
 
 # One compilation serves all problems of the same shape and options.
 compiled = jax.jit(postprocess, static_argnames=(
-    'background', 'score_threshold', 'iou_threshold', 'max_per_class', 'max_detections',
-    'candidates'))
+    'background', 'score_threshold', 'iou_threshold', 'cross_class_iou', 'max_per_class',
+    'max_detections', 'candidates'))
 
 
 def detect(outputs, anchors, **options) -> Detections:
@@ -109,6 +110,9 @@ CASES = {
     'nothing reaches the threshold': dict(score_threshold=1.0),
     'suppress on any overlap': dict(iou_threshold=0.0),
     'suppress nothing': dict(duplicates=True, iou_threshold=1.0),
+    'across classes': dict(clusters=8, cross_class_iou=0.8),
+    # A full class must not suppress others.
+    'across classes, cap binds': dict(clusters=8, cross_class_iou=0.3, max_per_class=2),
 }
 
 
@@ -230,6 +234,7 @@ def test_results_are_float32_of_static_shape(dtype):
 
 @pytest.mark.parametrize('option', [
     dict(iou_threshold=1.1), dict(iou_threshold=-0.1), dict(score_threshold=2),
+    dict(cross_class_iou=1.5),
     dict(score_threshold=float('nan')), dict(max_per_class=0), dict(max_detections=-1),
     dict(candidates=0), dict(candidates=2.5), dict(max_detections=True)])
 def test_options_out_of_range_are_named(option):

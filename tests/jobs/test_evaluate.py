@@ -49,7 +49,7 @@ def test_scores_are_written_before_anything_is_drawn(tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate_job, 'draw_contact_sheet', fail)
   run = SimpleNamespace(categories=source.categories, stamp=lambda step: None,
                         config=SimpleNamespace(optim=SimpleNamespace(ema_decay=0)))
-  job = evaluate_job.EvaluationJob(run, None, evaluator,
+  job = evaluate_job.EvaluationJob(run, SimpleNamespace(num_levels=1), evaluator,
                                    evaluate_job.EvaluationOptions(pictures=2))
   with pytest.raises(MemoryError):
     job.evaluate(3, None, tmp_path / '3')

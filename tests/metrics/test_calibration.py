@@ -14,7 +14,7 @@ from ppn_jax.data.source import build_source
 from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import calibration_report
-from ppn_jax.metrics import calibration, coco, matching, recalibration
+from ppn_jax.metrics import calibration, coco, matching, platt, recalibration
 from ppn_jax.run import build_detector, resolve_classes
 
 CLASSES = ('a', 'b', 'c')
@@ -243,9 +243,9 @@ def test_uninformative_scores_do_not_reverse_a_level():
   zeros = np.zeros(4000, int)
   matched = matching.MatchedDetections(zeros, zeros, zeros, score, score, rng.random(4000) > score,
                                       np.zeros(4000, bool))
-  whole, levels = recalibration.fit_levels(matched, 2)
-  for platt in (whole, *levels):
-    assert (np.diff(platt(np.linspace(0.01, 0.99, 50))) >= 0).all()
+  whole, levels = platt.fit_levels(matched, 2)
+  for fitted in (whole, *levels):
+    assert (np.diff(fitted(np.linspace(0.01, 0.99, 50))) >= 0).all()
 
 
 def run_report(truth, rows, train_images=0, **train):

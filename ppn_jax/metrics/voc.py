@@ -20,8 +20,8 @@ def voc_ap50(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
              min_iou: float = 0.5) -> tuple[float | None, dict[str, float | None]]:
   """Computes VOC's AP50: the mean over classes, and by class name; None without ground truth.
 
-  Boxes are continuous, without the devkit's extra pixel, because those of voc300 are scaled down
-  from the originals and no longer whole pixels.
+  Boxes are continuous, without the devkit's extra pixel, because data sets may hold scaled copies
+  whose boxes are no whole pixels.
 
   Args:
     ground_truth: COCO instances dict; `iscrowd` marks VOC's difficult objects.
@@ -33,7 +33,7 @@ def voc_ap50(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
     truth[a['category_id']].setdefault(a['image_id'], []).append(a)
   for r in rows:
     found[r['category_id']].append(r)
-  by_class = {c['name']: _class_ap(truth[c['id']], found[c['id']], min_iou)
+  by_class = {str(c.get('name', c['id'])): _class_ap(truth[c['id']], found[c['id']], min_iou)
               for c in sorted(ground_truth['categories'], key=lambda c: c['id'])}
   scored = [ap for ap in by_class.values() if ap is not None]
   return (float(np.mean(scored)) if scored else None), by_class
@@ -48,19 +48,32 @@ def _class_ap(truth: Mapping[int, list[Mapping]], rows: list[Mapping], min_iou: 
   if not total:
     return None
   taken = {i: np.zeros(len(d), bool) for i, d in difficult.items()}
+  rows = sorted(rows, key=lambda r: -r['score'])
+  which, overlap = _best_boxes(boxes, rows)
   right = []
-  for row in sorted(rows, key=lambda r: -r['score']):
+  for row, best, iou in zip(rows, which.tolist(), overlap.tolist(), strict=True):
     image = row['image_id']
-    if image not in boxes:
-      right.append(False)
+    hit = iou > min_iou
+    if hit and difficult[image][best]:
       continue
-    overlap = box_ops.iou(corners([row['bbox']]), boxes[image])[0]
-    best = int(np.argmax(overlap))
-    if overlap[best] > min_iou and difficult[image][best]:
-      continue
-    right.append(bool(overlap[best] > min_iou and not taken[image][best]))
-    taken[image][best] |= right[-1]
+    right.append(hit and not taken[image][best])
+    if right[-1]:
+      taken[image][best] = True
   return area_under_curve(np.array(right, bool), total)
+
+
+def _best_boxes(boxes: Mapping[int, np.ndarray], rows: Sequence[Mapping]
+                ) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the box of its image that each detection overlaps most, and that IoU; 0 without any."""
+  which, overlap = np.zeros(len(rows), int), np.zeros(len(rows))
+  of_image = collections.defaultdict(list)
+  for i, row in enumerate(rows):
+    of_image[row['image_id']].append(i)
+  for image in of_image.keys() & boxes.keys():
+    at = of_image[image]
+    table = box_ops.iou(corners([rows[i]['bbox'] for i in at]), boxes[image])
+    which[at], overlap[at] = table.argmax(axis=1), table.max(axis=1)
+  return which, overlap
 
 
 def area_under_curve(right: np.ndarray, total: int) -> float:
