@@ -1,4 +1,4 @@
-"""Your own images in one of four formats, which is the argument of the config.
+"""Your own images in one of nine formats, which is the argument of the config.
 
   ppn train --config=own_data:coco_json --workdir=W \\
     --config.data.train.images=DIR --config.data.train.annotations=JSON \\
@@ -10,10 +10,20 @@ The other formats take these flags in place of images and annotations, for data.
   own_data:pascal_voc  --config.data.train.folder=DIR, with Annotations, ImageSets/Main and
                        JPEGImages. Objects marked difficult are neither trained on nor scored.
   own_data:yolo_txt    --config.data.train.data=data.yaml
+  own_data:labelme     --config.data.train.folder=DIR, with LabelMe's JSON files and the images
+  own_data:cvat_xml    --config.data.train.annotations=XML --config.data.train.images=DIR
+  own_data:label_studio  --config.data.train.annotations=JSON --config.data.train.images=DIR
+  own_data:open_images --config.data.train.annotations=CSV --config.data.train.images=DIR
+                       --config.data.train.class_descriptions=CSV
+  own_data:tf_records  --config.data.train.records="train.record-*"
+                       --config.data.train.label_map=PBTXT: TFRecord files of the TF Object
+                       Detection API, read without TensorFlow
   own_data:tfds        --config.data.train.dataset=NAME --config.data.train.data_dir=DIR, where DIR
                        may be in gs://: ArrayRecord files of TensorFlow Datasets or `ppn prepare`.
                        For a data set that TFDS made, such as voc/2007, add
                        --config.data.eval.split=validation.
+
+`ppn data FOLDER` finds out which format a folder has, and writes such a config.
 
 Runs on a laptop, a GPU or a TPU. The classes are read from the data. The learning rate scales with
 the batch size, and the warm-up with the rate and the number of steps, so each can be changed alone.
@@ -31,7 +41,12 @@ FORMATS = {
     # exclude_ids and include_ids: text files of image ids to leave out, or to keep alone.
     'coco_json': (dict(images='', annotations='', on_bad_box='clip', exclude_ids='',
                        include_ids=''), {}),
+    'cvat_xml': (dict(annotations='', images='', on_bad_box='clip'), {}),
+    'label_studio': (dict(annotations='', images='', on_bad_box='clip'), {}),
+    'labelme': (dict(folder='', on_bad_box='clip'), {}),
+    'open_images': (dict(annotations='', images='', class_descriptions='', on_bad_box='clip'), {}),
     'pascal_voc': (dict(folder='', split='train', on_bad_box='clip'), dict(split='val')),
+    'tf_records': (dict(records='', label_map='', on_bad_box='clip'), {}),
     'tfds': (dict(dataset='', data_dir='', split='train', on_bad_box='clip'), dict(split='eval')),
     # polygons='box' takes the bounding boxes of outlines.
     'yolo_txt': (dict(data='', split='train', on_bad_box='clip', polygons='raise'),

@@ -14,8 +14,13 @@ from ppn_jax.storage import expand_home
 
 SOURCES = {
     'coco_json': 'ppn_jax.data.sources.coco:CocoJson',
+    'cvat_xml': 'ppn_jax.data.sources.cvat:Cvat',
+    'label_studio': 'ppn_jax.data.sources.label_studio:LabelStudio',
+    'labelme': 'ppn_jax.data.sources.labelme:LabelMe',
+    'open_images': 'ppn_jax.data.sources.open_images:OpenImages',
     'pascal_voc': 'ppn_jax.data.sources.voc:PascalVoc',
     'synthetic_shapes': 'ppn_jax.data.sources.synthetic:SyntheticShapes',
+    'tf_records': 'ppn_jax.data.sources.tf_records:TfRecords',
     'tfds': 'ppn_jax.data.sources.tfds:Tfds',
     'yolo_txt': 'ppn_jax.data.sources.yolo:YoloTxt',
 }

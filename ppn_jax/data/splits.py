@@ -21,8 +21,11 @@ from ppn_jax.errors import InputError
 SPLITS = ('train', 'eval')
 
 # Options that say where the images are. A block in which all of them are empty names no data.
-_PLACES = {'coco_json': ('images', 'annotations'), 'pascal_voc': ('folder',),
-           'tfds': ('dataset', 'data_dir'), 'yolo_txt': ('data', 'images')}
+_PLACES = {'coco_json': ('images', 'annotations'), 'cvat_xml': ('annotations',),
+           'label_studio': ('annotations',), 'labelme': ('folder',),
+           'open_images': ('images', 'annotations'), 'pascal_voc': ('folder',),
+           'tf_records': ('records',), 'tfds': ('dataset', 'data_dir'),
+           'yolo_txt': ('data', 'images')}
 _DRAW = 0xE7A1  # Separates this random stream from others of the same seed.
 
 
@@ -165,7 +168,7 @@ def _check_names_data(config: ConfigDict) -> None:
     return
   name = config.data.eval.name
   places = _PLACES.get(name, ('name',))
-  every = name == 'coco_json'  # The other sources need only one of them.
+  every = name in ('coco_json', 'open_images')  # The other sources need only one of them.
   raise InputError(
       'data.eval names no data to evaluate on: give '
       + (' and ' if every else ' or ').join(f'--config.data.eval.{place}=...' for place in places)

@@ -8,12 +8,10 @@ import json
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from google.protobuf import text_format
-
+from ppn_jax.data.label_map import ordered_categories, parse_items
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 from ppn_jax.storage import local_path
-from ppn_jax.weights.tf_protos import LabelMap
 
 COCO_CLASSES = 90
 # COCO's 80 classes by id. Ten of the ids up to 90 were never used.
@@ -49,20 +47,11 @@ def read_label_map(path: str | pathlib.Path) -> tuple[Category, ...]:
     if path.suffix == '.json':
       pairs = [(c['id'], c['name']) for c in json.loads(path.read_text('utf-8'))['categories']]
     else:
-      items = text_format.Parse(path.read_text('utf-8'), LabelMap(), allow_unknown_field=True).item
-      pairs = [(i.id, i.display_name or i.name) for i in items]
-  except (ValueError, KeyError, TypeError, RecursionError, text_format.ParseError) as e:
+      pairs = [(number, shown or name)
+               for number, name, shown in parse_items(path.read_text('utf-8'))]
+  except (ValueError, KeyError, TypeError, RecursionError) as e:
     raise InputError(f'{path}: neither a label map (.pbtxt) nor a COCO file (.json): {e!r}') from e
-  for number, name in pairs:
-    if type(number) is not int or number < 1 or not isinstance(name, str) or not name:
-      raise InputError(f'{path}: class {name!r} has id {number!r}; each class needs a name, and an '
-                       'integer of at least 1 as its id')
-  names = dict(pairs)
-  if not names:
-    raise InputError(f'{path}: it contains no classes')
-  if len(names) < len(pairs):
-    raise InputError(f'{path}: an id occurs twice among its {len(pairs)} classes')
-  return tuple(Category(*pair) for pair in sorted(names.items()))
+  return ordered_categories(pairs, path)
 
 
 def detector_categories(count: int, label_map: str | pathlib.Path | None, *,

@@ -19,8 +19,8 @@ _SHAPE = '.tensorboardX.TensorShapeProto'
 _VERSION = '.tensorboardX.VersionDef'
 
 # Message -> {field: (number, type, repeated)}; a type with a dot is a message's or an enum's name.
-# From tensorflow/core/protobuf/tensor_bundle.proto, python/training/checkpoint_state.proto and
-# object_detection/protos/string_int_label_map.proto. Their other fields are left out.
+# From tensorflow/core/protobuf/tensor_bundle.proto and python/training/checkpoint_state.proto.
+# Other fields are left out.
 _MESSAGES = {
     'BundleHeaderProto': {
         'num_shards': (1, _FIELD.TYPE_INT32, False), 'endianness': (2, _FIELD.TYPE_INT32, False),
@@ -33,10 +33,6 @@ _MESSAGES = {
     'CheckpointState': {
         'model_checkpoint_path': (1, _FIELD.TYPE_STRING, False),
         'all_model_checkpoint_paths': (2, _FIELD.TYPE_STRING, True)},
-    'StringIntLabelMapItem': {
-        'name': (1, _FIELD.TYPE_STRING, False), 'id': (2, _FIELD.TYPE_INT32, False),
-        'display_name': (3, _FIELD.TYPE_STRING, False)},
-    'StringIntLabelMap': {'item': (1, '.ppn_jax.weights.StringIntLabelMapItem', True)},
 }
 
 
@@ -65,7 +61,6 @@ _CLASSES = _define()
 BundleHeader = _CLASSES['BundleHeaderProto']
 BundleEntry = _CLASSES['BundleEntryProto']
 CheckpointState = _CLASSES['CheckpointState']
-LabelMap = _CLASSES['StringIntLabelMap']
 
 
 def type_name(number: int) -> str:

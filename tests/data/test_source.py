@@ -76,7 +76,7 @@ def test_by_dotted_path(monkeypatch):
 
 @pytest.mark.parametrize('block, message', [
     ({'name': 'coco_jsn'}, "unknown source 'coco_jsn'; did you mean 'coco_json'"),
-    ({}, 'legal: coco_json, pascal_voc, '),
+    ({}, 'legal: coco_json, cvat_xml, '),
     ({'name': 'synthetic_shapes', 'num_image': 3}, "no option 'num_image'; did you mean"),
     ({'name': 'nowhere:Source'}, 'cannot be loaded'),
     ({'name': 'yolo_txt', 'on_bad_example': 'skip'}, 'of all data: data.on_bad_example=skip'),

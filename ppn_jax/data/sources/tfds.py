@@ -11,13 +11,8 @@ from ppn_jax.data.images import decoding as image_files
 from ppn_jax.data.images.lazy import LazyImage
 from ppn_jax.data.sources import coco_json, tfds_records
 from ppn_jax.data.sources.annotations import (
-  AnnotatedImages,
-  AnnotationTable,
-  Images,
-  check_boxes,
   check_choices,
   check_paths,
-  fill_in_sizes,
   join,
   join_findings,
   join_names,
@@ -25,11 +20,12 @@ from ppn_jax.data.sources.annotations import (
   reader_pool,
 )
 from ppn_jax.data.sources.coco import read_boxes, read_file
+from ppn_jax.data.sources.record_images import NOTHING, Record, RecordImages
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, install_command
 
 
-class Tfds(AnnotatedImages):
+class Tfds(RecordImages):
   """Split of a TFDS data set with the features of object detection.
 
   Images are one feature, and objects are a sequence with a BBoxFeature and a ClassLabel. The
@@ -164,7 +160,7 @@ class Tfds(AnnotatedImages):
         Category(i, name) for i, name in enumerate(self._schema.classes, 1))
     unreadable = {}
 
-    def read_one(index: int) -> tfds_records.Record:
+    def read_one(index: int) -> Record:
       record = None
       try:
         record = self._parse(index, tfds_records.read_record)
@@ -174,37 +170,16 @@ class Tfds(AnnotatedImages):
         if on_bad_example == 'raise':
           raise InputError(f'{e}; {SKIP_IMAGES}') from e
         unreadable[index], name, size = str(e), f'record {index}', None
-      return (record or tfds_records.NOTHING)._replace(image=b'', file_name=name, size=size)
+      return (record or NOTHING)._replace(image=b'', file_name=name, size=size)
 
     with reader_pool() as pool:
       read = list(pool.map(read_one, range(len(self._records))))
     names = [record.file_name for record in read]
     ids = self._distinct(self._number(read, names))
-    sizes = fill_in_sizes([record.size for record in read], unreadable)
-    images = Images(ids, names, [f'{self._where}: {name}' for name in names], sizes)
-    owners = np.repeat(np.arange(len(read)), [len(record.labels) for record in read])
-    corners = np.concatenate([record.boxes for record in read]).astype(np.float64)
-    with np.errstate(invalid='ignore', over='ignore'):
-      ymin, xmin, ymax, xmax = corners.T
-      bboxes = np.stack([xmin, ymin, xmax - xmin, ymax - ymin], axis=-1)
-      bboxes *= sizes[owners][:, [1, 0, 1, 0]]
-    boxes, findings = check_boxes(
-        bboxes, np.zeros(len(bboxes), int), owners, images, on_bad_box=on_bad_box,
-        show=lambda i: f'box {corners[i].tolist()} (ymin, xmin, ymax, xmax)')
+    self._take(read, ids, [f'{self._where}: {name}' for name in names], on_bad_box=on_bad_box,
+               duplicates=duplicates, unreadable=unreadable)
 
-    def column(field: str) -> np.ndarray:
-      return np.concatenate([getattr(record, field) for record in read])[boxes.rows]
-
-    areas = boxes.bboxes[:, 2:].prod(axis=-1)
-    if self._schema.area:
-      cut = (boxes.bboxes != bboxes[boxes.rows]).any(axis=-1)
-      areas = np.where(cut, np.minimum(column('areas'), areas), column('areas'))
-    table = AnnotationTable(images, boxes, column('labels').astype(np.int32), column('crowd'),
-                            areas)
-    self._set_data(table, findings, duplicates=duplicates, no_boxes='without objects',
-                   unreadable=dict(sorted(unreadable.items())))
-
-  def _number(self, read: list[tfds_records.Record], names: list[str]) -> np.ndarray:
+  def _number(self, read: list[Record], names: list[str]) -> np.ndarray:
     """Returns image ids, i64 [N]; records that cannot be read get the next free ones."""
     if not self._schema.image_id:
       return number_images(names) if self._schema.file_name else np.arange(1, len(read) + 1)

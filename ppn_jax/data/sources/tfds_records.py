@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ppn_jax.data.sources.record_images import Record
 from ppn_jax.errors import InputError, install_command
 
 
@@ -28,23 +29,6 @@ class Schema(NamedTuple):
   height: str
   width: str
   classes: tuple[str, ...]
-
-
-class Record(NamedTuple):
-  """Contents of a record with N boxes."""
-  image: bytes  # The image file.
-  boxes: np.ndarray  # f32 [N, 4], [ymin, xmin, ymax, xmax] in 0 to 1.
-  labels: np.ndarray  # i64 [N].
-  crowd: np.ndarray  # bool [N].
-  areas: np.ndarray | None  # f64 [N], in pixels.
-  image_id: int | None
-  file_name: str
-  size: tuple[int, int] | None  # (height, width) in pixels of the original image.
-
-
-# Stands for a record that cannot be read.
-NOTHING = Record(b'', np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool),
-                 np.zeros(0), None, '', None)
 
 
 def load_tfds() -> ModuleType:

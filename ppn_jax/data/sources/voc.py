@@ -349,7 +349,7 @@ def _read_xml(file: str) -> _Annotation:
   Raises:
     InputError: If it is not XML or not an annotation, or has an object without a name.
   """
-  root = _parse_xml(file)
+  root = parse_xml(file)
   if root.tag != 'annotation':
     raise InputError(f'{file}: its outermost element is <{root.tag[:100]}>, legal: <annotation>')
   result = _Annotation(file, _stated_size(root), [], [], [])
@@ -368,15 +368,18 @@ def _read_xml(file: str) -> _Annotation:
   return result
 
 
-def _parse_xml(file: str) -> ElementTree.Element:
+def parse_xml(file: str, max_bytes: int = _MAX_XML_BYTES) -> ElementTree.Element:
   """Parses an XML file with the standard library.
 
   It never fetches external entities, and Expat since 2.4.1 limits their expansion. As no annotation
   needs entities, they are rejected altogether.
+
+  Raises:
+    InputError: If it cannot be read, is too large or is not XML.
   """
   data = image_files.read(file)
-  if len(data) > _MAX_XML_BYTES:
-    raise InputError(f'{file}: {len(data):,} bytes, legal: up to {_MAX_XML_BYTES:,}')
+  if len(data) > max_bytes:
+    raise InputError(f'{file}: {len(data):,} bytes, legal: up to {max_bytes:,}')
   # Zeros are removed because of encodings with two and four bytes.
   if re.search(rb'<!(DOCTYPE|ENTITY)', data.replace(b'\0', b'')):
     raise InputError(f'{file}: has a document type or entities, which no annotation needs')

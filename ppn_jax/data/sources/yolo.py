@@ -121,7 +121,7 @@ class YoloTxt(AnnotatedImages):
     self.categories = _name_categories(names, data or 'yolo_txt')
     if found.missing and on_bad_example == 'raise':
       raise InputError(f'{found.missing}; {SKIP_IMAGES}')
-    self._read(found, _label_files(found.files, images, labels), on_bad_box, polygons, duplicates,
+    self._read(found, label_files(found.files, images, labels), on_bad_box, polygons, duplicates,
                on_bad_example)
 
   def _read(self, found: _Found, label_files: Sequence[str], on_bad_box: str, polygons: str,
@@ -180,8 +180,13 @@ def _to_xywh(centred: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return corners * sizes[:, [1, 0, 1, 0]]
 
 
-def _label_files(files: Sequence[str], images: str, labels: str) -> list[str]:
-  """Returns the path of the text file of every image file, which may not exist."""
+def label_files(files: Sequence[str], images: str = '', labels: str = '') -> list[str]:
+  """Returns the path of the text file of every image file, which may not exist.
+
+  Args:
+    files: The image files.
+    images, labels: See `YoloTxt`.
+  """
   stems = [os.path.splitext(f)[0] for f in files]
   if labels:
     if not os.path.isdir(labels):
@@ -229,8 +234,12 @@ def _number(text: str) -> float | None:
     return None
 
 
-def _read_yaml(file: str, split: str) -> tuple[Any, _Found]:
-  """Reads `names` of a data.yaml and finds the images of one of its splits."""
+def load_yaml(file: str) -> dict:
+  """Reads a data.yaml.
+
+  Raises:
+    InputError: If it cannot be read, or has no `names`.
+  """
   text = _read_text(file, _MAX_YAML_BYTES)
   try:
     content = yaml.load(text, _Loader)
@@ -238,6 +247,12 @@ def _read_yaml(file: str, split: str) -> tuple[Any, _Found]:
     raise InputError(f'{file}: not valid yaml: {" ".join(str(e).split())}') from e
   if not isinstance(content, dict) or 'names' not in content:
     raise InputError(f"{file}: not a data.yaml: it has no 'names'")
+  return content
+
+
+def _read_yaml(file: str, split: str) -> tuple[Any, _Found]:
+  """Reads `names` of a data.yaml and finds the images of one of its splits."""
+  content = load_yaml(file)
   places = content.get(split) if isinstance(split, str) else None
   if not places:
     splits = [k for k in content if isinstance(content[k], (str, list)) and k != 'names']

@@ -8,6 +8,7 @@ import os
 import random
 import re
 
+import data_formats
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,12 +16,14 @@ from PIL import Image
 from ppn_jax.data.images.decoding import encode_jpeg
 from ppn_jax.data.prepare import Options, prepare
 from ppn_jax.data.report import report
+from ppn_jax.data.source import SOURCES
 from ppn_jax.data.sources.coco import CocoJson
 from ppn_jax.data.sources.synthetic import SyntheticShapes
 from ppn_jax.data.sources.tfds import Tfds
 from ppn_jax.data.sources.voc import PascalVoc
 from ppn_jax.data.sources.yolo import YoloTxt
 from ppn_jax.errors import InputError
+from ppn_jax.registry import load
 
 OUTLINES = [[[1.5, 2, 21.5, 2, 21.5, 12]], {'size': [30, 40], 'counts': 'j37g0000ln0'}]
 MUTATIONS = int(os.environ.get('PPN_FUZZ', 60))
@@ -113,6 +116,26 @@ def tfds(folder):
       lambda **options: Tfds(data_dir=str(made), **options))
 
 
+def tool_files(name):
+  """Returns a function that makes the files of another format, see `data_formats`."""
+  def make(folder):
+    data_formats.write(folder, name)
+    text = [p for p in folder.iterdir() if p.is_file() and p.suffix != '.jpg']
+    options = {'annotations': str(text[0])} if name in ('cvat_xml', 'label_studio') else {}
+    if name == 'labelme':
+      options = {'folder': str(folder)}
+    elif name == 'tf_records':
+      options = {'records': str(folder / 'train.record-*'),
+                 'label_map': str(folder / 'label_map.pbtxt')}
+    elif name == 'open_images':
+      options = {'annotations': str(folder / 'boxes.csv'),
+                 'class_descriptions': str(folder / 'class-descriptions.csv')}
+    images = {'images': str(folder / 'images')} if (folder / 'images').is_dir() else {}
+    source = load(name, SOURCES[name])
+    return [*text, *folder.rglob('*.jpg')], lambda **more: source(**options, **images, **more)
+  return make
+
+
 def use(source):
   """Reads everything of a source."""
   json.dumps(source.ground_truth(), allow_nan=False)
@@ -135,13 +158,18 @@ def check(error):
   assert '\n' not in message and len(message) < 3000, message[:5000]
 
 
-@pytest.mark.parametrize('make', [voc, yolo, coco, tfds])
-def test_damaged_files(make, tmp_path):
+OTHERS = ('cvat_xml', 'label_studio', 'labelme', 'open_images', 'tf_records')
+
+
+@pytest.mark.parametrize('make', [voc, yolo, coco, tfds, *map(tool_files, OTHERS)],
+                         ids=['voc', 'yolo', 'coco', 'tfds', *OTHERS])
+def test_damaged_files(make, tmp_path, request):
+  mutations = MUTATIONS // (3 if request.node.callspec.id in OTHERS else 1)
   files, load = make(tmp_path / 'data')
   whole, rng = {f: f.read_bytes() for f in files}, random.Random(0)
   use(load(on_bad_box='raise'))
   used = 0
-  for _ in range(MUTATIONS):
+  for _ in range(mutations):
     file = rng.choice(files)
     file.write_bytes(mutate(whole[file], rng))
     try:
@@ -151,4 +179,4 @@ def test_damaged_files(make, tmp_path):
     except InputError as e:
       check(e)
     file.write_bytes(whole[file])
-  assert 0 < used < MUTATIONS
+  assert 0 < used < mutations
