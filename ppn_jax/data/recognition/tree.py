@@ -138,9 +138,8 @@ def json_kind(path: str) -> str:
   if isinstance(content, dict):
     if isinstance(content.get('shapes'), list) and 'imagePath' in content:
       return 'labelme'
-    tables = [content.get(key) for key in ('images', 'annotations', 'categories')]
-    if all(isinstance(t, list) for t in tables):
-      first = next((a for a in tables[1] if isinstance(a, dict)), {})
+    if all(isinstance(content.get(key), list) for key in ('images', 'annotations', 'categories')):
+      first = next((a for a in content['annotations'] if isinstance(a, dict)), {})
       return '' if {'caption', 'segments_info'} & first.keys() else 'coco'
   if isinstance(content, list) and content and isinstance(content[0], dict):
     task = content[0]
