@@ -133,7 +133,7 @@ def base_config() -> ConfigDict:
       stuck_factor=100.0,  # A step of so many times the usual length has hung; 0: wait for ever.
       stuck_seconds=300.0,  # The least time after which a step has hung.
       xla_options=())  # Compiler options of the step, as 'NAME=VALUE'.
-  config.eval = dict(batch_size=32)  # Images per batch, over all devices.
+  config.eval = dict(batch_size=32)  # Images per batch; as many more as all devices can share.
   return config
 
 

@@ -67,8 +67,6 @@ def check_training(config: ConfigDict, workdir: str | pathlib.Path, devices: int
   train, optimizer = config.train, optimizer_of(config, steps=config.train.steps,
                                                 batch_size=config.train.batch_size)
   check_batch(config, 'train.batch_size', train.batch_size, optimizer.micro_batches, mesh)
-  if train.evaluate_every:
-    sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
   build_detector(without_class_weights(_with_some_class(config)))
   return (f'the config fits {devices:,} device{"s" if devices > 1 else ""}, '
           f'{train.batch_size // devices:,} images each; {found}')
