@@ -38,9 +38,10 @@ def slow_source(tmp_path):
 @pytest.mark.slow
 def test_the_process_that_waits_for_data_is_named(slow_source):
   codes, output, _ = train_in_two_processes(
-      slow_source, slow_source / 'run', steps=40, environments=({}, {'SECONDS_PER_IMAGE': '0.3'}))
+      slow_source, slow_source / 'run', steps=16, environments=({}, {'SECONDS_PER_IMAGE': '2'}),
+      more=['--config.train.log_every=4'])
   assert codes == [0, 0], output
-  assert re.search(r'step 40/40 .* data \d+% \(most \d+%, process 1 on \S+\)', output), output
+  assert re.search(r'step 16/16 .* data \d+% \(most \d+%, process 1 on \S+\)', output), output
   lines = [json.loads(line) for line in (slow_source / 'run' / 'metrics.jsonl').open()]
   assert lines[-1]['train/slowest_process'] == 1
   assert lines[-1]['train/slowest_data_wait'] > 0.3
