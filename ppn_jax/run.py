@@ -20,7 +20,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax import detector as detector_lib
@@ -220,8 +220,11 @@ def optimizer_of(config: ConfigDict, *, steps: int, batch_size: int) -> Optimize
 
 
 def check_batch(config: ConfigDict, name: str, batch_size: int, micro_batches: int,
-                mesh: Mesh) -> None:
+                mesh: Mesh | AbstractMesh) -> None:
   """Checks that a batch can be split equally over the devices and into groups.
+
+  Between TPU slices there is only the data centre's network. Gradients cross it once a step, but
+  batch statistics would cross it in every layer, so their groups must be within a slice.
 
   Args:
     config: Config that sets the size of groups.
@@ -237,7 +240,15 @@ def check_batch(config: ConfigDict, name: str, batch_size: int, micro_batches: i
   for key, block in [('model.layers.norm_group_size', config.model.layers),
                      ('loss.group_size', config.loss)]:
     # A user's own loss may have no groups.
-    check_group_size(key, block.get(key.rpartition('.')[-1], 0), batch_size // micro_batches)
+    group_size = block.get(key.rpartition('.')[-1], 0)
+    check_group_size(key, group_size, batch_size // micro_batches)
+    slices = sharding.num_slices(mesh)
+    images = batch_size // micro_batches // slices
+    if slices > 1 and block is config.model.layers and block.norm == 'batch' and (
+        not group_size or images % group_size):
+      raise InputError(f'{key}={group_size}: batch statistics would be exchanged between '
+                       f'{slices} slices in every layer; give a divisor of the {images} images of '
+                       f'a slice, such as {images * slices // mesh.size}, those of a chip')
 
 
 def create_run(workdir: str | pathlib.Path, config: ConfigDict,

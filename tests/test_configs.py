@@ -5,10 +5,12 @@ import pathlib
 import jax
 import pytest
 
+from ppn_jax.config import plain
 from ppn_jax.config_files import load_config
 from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.detection.structures import Category
 from ppn_jax.distributed.sharding import data_mesh
+from ppn_jax.errors import InputError
 from ppn_jax.run import Run, build_detector, resolve_classes
 from ppn_jax.training.train_step import abstract_batch, abstract_state, train_step
 
@@ -102,3 +104,14 @@ def test_a_baseline_is_a_named_difference(name, base, expected):
 @pytest.mark.parametrize('file', FILES, ids=lambda f: f.stem)
 def test_says_how_to_use_it(file):
   assert f'--config={file.stem}' in file.read_text().split('"""')[1]
+
+
+def test_the_config_for_pods_takes_statistics_by_groups_and_changes_nothing_else():
+  whole, grouped = (plain(load_config(f'ppn_mobilenet_v1_coco{v}')) for v in ('', ':groups=32'))
+  assert grouped['model']['layers'].pop('norm_group_size') == 32
+  assert grouped['loss'].pop('group_size') == 32
+  assert whole['model']['layers'].pop('norm_group_size') == whole['loss'].pop('group_size') == 0
+  assert whole == grouped
+  for wrong in ('groups=0', 'groups=33', 'pod'):
+    with pytest.raises(InputError, match='legal: groups=N'):
+      load_config(f'ppn_mobilenet_v1_coco:{wrong}')

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  ending = None
+  ending = goodput = None
   if args.config is not None:
     from ppn_jax.config_files import load_config
     config = load_config(args.config, args.overrides)
@@ -33,18 +33,25 @@ def run(args: argparse.Namespace) -> int:
     from ppn_jax.run import Run
     opened = open_model(args)
     config = opened.config
-    ending = opened.ending() if isinstance(opened, Run) else None
-  from ppn_jax.jobs.summary import fill_in_classes, format_summary, paper_counts, summarize
-  summary = summarize(fill_in_classes(config))
+    if isinstance(opened, Run):
+      from ppn_jax.telemetry.goodput import read, summarize
+      ending, goodput = opened.ending(), summarize(read(opened.workdir))
+  from ppn_jax.jobs.summary import fill_in_classes, format_summary, paper_counts
+  from ppn_jax.jobs.summary import summarize as summarize_model
+  summary = summarize_model(fill_in_classes(config))
   if args.json:
     print(json.dumps({**summary._asdict(),
                       'layers': [layer._asdict() for layer in summary.layers],
                       'totals': summary.totals._asdict(),
                       'by_columns': {n: t._asdict() for n, t in summary.by_columns.items()},
                       **({'ended': ending._asdict()} if ending else {}),
+                      **({'goodput': {**goodput._asdict(), 'share': goodput.share}}
+                         if goodput else {}),
                       'paper': [r._asdict() for r in paper_counts(summary)]}, indent=1))
   else:
     print(format_summary(summary))
     if ending:
       print(f'\nTraining ended at step {ending.step:,}: {ending.reason}.')
+    if goodput:
+      print(f'\n{goodput.describe()}')
   return 0

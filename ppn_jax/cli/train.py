@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--profile', default='', metavar='START:STOP',
                       help="trace these steps, STOP included, for TensorBoard's profile plugin "
                            'and XProf, to WORKDIR/tensorboard/plugins/profile')
+  parser.add_argument('--xla_option', action='append', default=[], metavar='NAME=VALUE',
+                      help="option of XLA for the training step, recorded with the run as "
+                           'train.xla_options; may be given several times')
   parser.add_argument('--check', type=int, metavar='DEVICES',
                       help='train nothing: check config, data and workdir for so many devices, '
                            'which need not be here, such as the 16 of a v5litepod-16')
@@ -41,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   from ppn_jax.config_files import load_config
   config = load_config(args.config, args.overrides)
+  if args.xla_option:
+    with config.unlocked():
+      config.train.xla_options = (*config.train.xla_options, *args.xla_option)
   if args.check is not None:
     return _check(config, args)
   if args.without_data:
@@ -50,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.distributed import preemption
   from ppn_jax.jobs.train import train
   try:
-    train(config, args.workdir, profile=args.profile)
+    train(config, args.workdir, profile=args.profile, process_started=_process_started())
   except preemption.Preempted as e:
     # A second SIGTERM must not turn the exit code into that of a kill.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -66,3 +72,9 @@ def _check(config: 'ConfigDict', args: argparse.Namespace) -> int:
   from ppn_jax.jobs.train_check import check_training
   print(check_training(config, args.workdir, args.check, with_data=not args.without_data))
   return 0
+
+
+def _process_started() -> float:
+  """Returns when this process started, in seconds since the epoch."""
+  import psutil
+  return psutil.Process().create_time()

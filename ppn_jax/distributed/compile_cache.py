@@ -7,10 +7,13 @@ import os
 import pathlib
 import platform
 import tempfile
+from collections.abc import Sequence
 
 import filelock
 import jax
 import platformdirs
+
+from ppn_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,37 @@ def keep_compiled_programs() -> pathlib.Path | None:
     if name.upper() not in os.environ:
       jax.config.update(name, value)
   return folder
+
+
+def parse_xla_options(options: Sequence[str]) -> dict[str, str | bool]:
+  """Returns options of XLA, each 'NAME=VALUE', by name.
+
+  Raises:
+    InputError: If one is malformed.
+  """
+  values: dict[str, str | bool] = {}
+  for option in options:
+    name, equals, value = str(option).partition('=')
+    if not equals or not name.startswith('xla'):
+      raise InputError(f'train.xla_options: {option!r} must be NAME=VALUE, such as '
+                       'xla_tpu_scoped_vmem_limit_kib=65536')
+    values[name] = {'true': True, 'false': False}.get(value.lower(), value)
+  return values
+
+
+def compile_with(lowered: jax.stages.Lowered, options: Sequence[str]) -> jax.stages.Compiled:
+  """Compiles a program with options of XLA, each 'NAME=VALUE'.
+
+  Raises:
+    InputError: If an option is malformed, unknown, or has a value of another type.
+  """
+  values = parse_xla_options(options)
+  try:
+    return lowered.compile(compiler_options=values or None)
+  except jax.errors.JaxRuntimeError as e:
+    if values and ('compile option' in str(e) or 'setting option' in str(e)):
+      raise InputError(f'train.xla_options: {" ".join(str(e).split())}') from e
+    raise
 
 
 def _prepare(folder: pathlib.Path) -> None:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ppn_jax.errors import InputError, exit_status
@@ -25,6 +25,7 @@ _GRACE_SECONDS = 10  # For all processes to acknowledge.
 _MAX_REASON = 2000
 
 _watch: '_Watch | None' = None
+_show_stacks: Callable[[], None] = lambda: None
 
 
 def watch_peers() -> None:
@@ -48,10 +49,26 @@ def _stop_watching() -> None:
     _watch.stop()
 
 
-def fail(error: BaseException) -> None:
-  """Reports why this process failed, also to the others, and ends it. Needs `watch_peers`."""
+def fail(error: BaseException, *, hangs: bool = False) -> None:
+  """Reports why this process failed, also to the others, and ends it. Needs `watch_peers`.
+
+  Args:
+    error: Why.
+    hangs: Whether it is unknown which process is to blame, so that all should show where they are.
+  """
   if _watch is not None:
-    _watch.fail(error)
+    _watch.fail(error, hangs)
+
+
+@contextlib.contextmanager
+def shows_stacks(show: Callable[[], None]) -> Iterator[None]:
+  """Calls `show` if another process ends this one within, because a step hangs somewhere."""
+  global _show_stacks
+  before, _show_stacks = _show_stacks, show
+  try:
+    yield
+  finally:
+    _show_stacks = before
 
 
 @contextlib.contextmanager
@@ -94,7 +111,7 @@ class _Watch:
     self._ending.acquire()
     self._repeat(failure)
 
-  def fail(self, error: BaseException) -> None:
+  def fail(self, error: BaseException, hangs: bool) -> None:
     self._ending.acquire()
     code, line = exit_status(error)
     # A user's mistake is reported by every process that finds it. Other errors may only follow from
@@ -107,7 +124,7 @@ class _Watch:
       traceback.print_exception(error)
     reason = line.removeprefix('ppn: ').removeprefix('error: ') if line else (
         f'{type(error).__name__}: {error}')
-    failure = {'process': self._process, 'code': code,
+    failure = {'process': self._process, 'code': code, 'hangs': hangs,
                'reason': ' '.join(reason.split())[:_MAX_REASON]}
     with contextlib.suppress(Exception):  # Another was first, or the service is gone.
       self._client.key_value_set(_REASON, json.dumps(failure))
@@ -121,6 +138,9 @@ class _Watch:
       return None
 
   def _repeat(self, failure: dict[str, Any]) -> None:
+    if failure.get('hangs'):
+      with contextlib.suppress(Exception):
+        _show_stacks()
     _print(f'ppn: process {failure["process"]} stopped: {failure["reason"]}')
     self._end(failure['code'])
 

@@ -1,11 +1,13 @@
 """Early end of a run: by SIGTERM, by notice that the machine will be taken away, or by Ctrl-C."""
 
 import contextlib
+import datetime
 import http.client
+import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -25,6 +27,9 @@ _ATTEMPTS = 3
 
 # Values that announce the end of the machine. Other maintenance migrates VMs while they run.
 _NOTICES = {'maintenance-event': 'TERMINATE_ON_HOST_MAINTENANCE', 'preempted': 'TRUE'}
+_UPCOMING = 'upcoming-maintenance?alt=json'
+# Before the window of upcoming maintenance, which is known for days: time enough to save.
+IMMINENT_SECONDS = 180.0
 
 
 class Preempted(RuntimeError):
@@ -51,6 +56,7 @@ class PreemptionNotice:
   def __init__(self):
     self._terminated = False  # Without a lock: a handler may interrupt itself.
     self._interrupted = False
+    self._calls = 0  # Of `reached`.
     self._before: Any = None
     self._interrupts = InterruptWatch(self._on_interrupt)
     self._maintenance = MaintenanceWatch(self._on_maintenance)
@@ -94,17 +100,16 @@ class PreemptionNotice:
     """Returns the exception to raise when the run ends early; `what` says what was saved."""
     return Interrupted(what) if self._interrupted else Preempted(f'told to end; {what}')
 
-  def reached(self, step: int) -> bool:
-    """Returns whether to end after `step`, the same in all processes.
+  def reached(self) -> bool:
+    """Returns whether to end now, the same in all processes.
 
-    All processes have to call it for each step. It takes about a microsecond.
-
-    Args:
-      step: Must rise with each call.
+    All processes have to call it equally often, such as after each step and after each batch of an
+    evaluation; their calls of the same number get the same answer. It takes about a microsecond.
     """
     if jax.process_count() == 1:
       return self.given()
-    return multihost_utils.reached_preemption_sync_point(step)
+    self._calls += 1  # JAX compares these for equality, so none may be left out.
+    return multihost_utils.reached_preemption_sync_point(self._calls)
 
 
 class MaintenanceWatch:
@@ -113,7 +118,9 @@ class MaintenanceWatch:
   A context manager; it polls each second in a thread, which ends by itself if there is no such
   server. JAX's preemption service receives SIGTERM only, which comes when a VM is already being
   shut down; maintenance of a TPU's host is announced before, and so is the end of a spot VM. See
-  https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice.
+  https://cloud.google.com/compute/docs/metadata/getting-live-migration-notice. Maintenance that is
+  scheduled is announced days before its window: it counts when it is ongoing, or the window opens
+  within `IMMINENT_SECONDS`. Machines that are migrated while they run are not concerned.
 
   The environment variables are those of google-auth: GCE_METADATA_HOST names another server,
   NO_GCE_CHECK=true turns it off.
@@ -155,9 +162,14 @@ class MaintenanceWatch:
     return None
 
   def _notices(self) -> set[str] | None:
-    """Returns the keys of current notices; None if no metadata server answers."""
+    """Returns names of current notices; None if no metadata server answers."""
     try:
-      return {key for key, value in _NOTICES.items() if self._read(key) == value}
+      notices = {key for key, value in _NOTICES.items() if self._read(key) == value}
+      upcoming = upcoming_notices(self._read(_UPCOMING))
+      # 'MIGRATE' for machines that do not notice their maintenance.
+      if upcoming and self._read('scheduling/on-host-maintenance') == 'MIGRATE':
+        upcoming = set()
+      return notices | upcoming
     except (OSError, http.client.HTTPException):
       return None
 
@@ -166,7 +178,60 @@ class MaintenanceWatch:
     with contextlib.closing(connection):
       connection.request('GET', f'/computeMetadata/v1/instance/{key}', headers=_HEADERS)
       answer = connection.getresponse()
-      text = answer.read(1000).decode('ascii', 'replace').strip()
+      text = answer.read(10_000).decode('ascii', 'replace').strip()
     if answer.headers.get('Metadata-Flavor') != 'Google':
       raise ConnectionError(f'{self._host} is not a metadata server of Google Cloud')
     return text if answer.status == 200 else ''
+
+
+def upcoming_notices(text: str, now: datetime.datetime | None = None) -> set[str]:
+  """Returns names of the maintenance that is ongoing or about to begin.
+
+  Args:
+    text: The metadata server's `upcoming-maintenance`, as JSON: an object with
+      `maintenance_status` (PENDING or ONGOING) and `window_start_time`, or nothing.
+    now: The time; by default that of this machine's clock.
+
+  Returns:
+    A name for each, which differs between a window that is imminent and one that has begun.
+  """
+  now = now or datetime.datetime.now(datetime.UTC)
+  try:
+    events = list(_events(json.loads(text or '{}')))
+  except (ValueError, RecursionError):
+    return set()  # 'NONE', or a server that cannot tell.
+  found = set()
+  for event in events:
+    start = _time_of(event.get('windowstarttime'))
+    if event.get('maintenancestatus') == 'ONGOING':
+      found.add(f'ongoing maintenance {start}')
+    elif start and (start - now).total_seconds() <= IMMINENT_SECONDS:
+      found.add(f'imminent maintenance {start}')
+  return found
+
+
+def _events(value: Any) -> Iterator[dict[str, Any]]:
+  """Yields the objects that describe maintenance, however deep they are.
+
+  Google's documentation writes names as `window_start_time` and as `windowStartTime`; those of the
+  result have neither capitals nor underscores.
+  """
+  if isinstance(value, dict):
+    event = {key.replace('_', '').lower(): entry for key, entry in value.items()}
+    if event.keys() & {'windowstarttime', 'maintenancestatus'}:
+      yield event
+    else:
+      for entry in value.values():
+        yield from _events(entry)
+  elif isinstance(value, list):
+    for entry in value:
+      yield from _events(entry)
+
+
+def _time_of(text: Any) -> datetime.datetime | None:
+  """Returns a time in RFC 3339; None if it is not one."""
+  try:
+    found = datetime.datetime.fromisoformat(text)
+  except (TypeError, ValueError):
+    return None
+  return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)

@@ -1,16 +1,17 @@
 """Processes and devices: joins the processes of a run, and places arrays on a mesh and back."""
 
+import collections
 import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ppn_jax.errors import InputError, Stopped, StoreError
 
@@ -132,9 +133,41 @@ def _deadline(seconds: float, message: str, exit_code: int) -> Iterator[None]:
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-  """Returns a one-dimensional mesh of all devices; batches are split along it."""
+  """Returns a one-dimensional mesh of all devices; batches are split along it.
+
+  Devices of a TPU slice are neighbours, so that a batch's rows are split over slices, and then over
+  the chips of each.
+
+  Raises:
+    InputError: If slices differ in size.
+  """
   devices = jax.devices() if devices is None else devices
-  return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+  return Mesh(np.array(by_slice(devices)), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def by_slice(devices: Sequence[jax.Device]) -> list[jax.Device]:
+  """Returns devices in the order of their TPU slices; their order within a slice stays.
+
+  Raises:
+    InputError: If slices differ in size.
+  """
+  sizes = collections.Counter(map(slice_of, devices))
+  if len(set(sizes.values())) > 1:
+    raise InputError(f'the slices have {", ".join(map(str, sizes.values()))} devices; use slices '
+                     'of one type')
+  return sorted(devices, key=slice_of)
+
+
+def slice_of(device: jax.Device) -> int:
+  """Returns the number of the TPU slice that a device belongs to; 0 for other devices."""
+  return getattr(device, 'slice_index', None) or 0
+
+
+def num_slices(mesh: Mesh | AbstractMesh) -> int:
+  """Returns the number of TPU slices in a mesh."""
+  if isinstance(mesh, AbstractMesh):
+    return 1
+  return len({slice_of(device) for device in mesh.devices.flat})
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -159,7 +192,8 @@ def by_largest_axis(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*([None] * largest), AXIS))
 
 
-def check_batch_size(name: str, batch_size: int, mesh: Mesh, micro_batches: int = 1) -> None:
+def check_batch_size(name: str, batch_size: int, mesh: Mesh | AbstractMesh,
+                     micro_batches: int = 1) -> None:
   """Raises InputError unless all devices get equally many rows of each part, at least one."""
   share = mesh.size * micro_batches
   if batch_size < 1 or batch_size % share:
@@ -167,6 +201,11 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, micro_batches: int 
     parts = f' in {micro_batches} micro-batches' if micro_batches > 1 else ''
     raise InputError(f'{name}={batch_size} cannot be split over {mesh.size} device'
                      f'{"s" if mesh.size > 1 else ""}{parts}; use a multiple, such as {near}')
+
+
+def fitting_batch_size(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
+  """Returns the smallest batch of at least `batch_size` rows that the devices can share."""
+  return -(-batch_size // mesh.size) * mesh.size
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:

@@ -145,11 +145,12 @@ def build_evaluator(run: TrainedModel, detector: Detector, mesh: Mesh, *, scorer
     source: evaluation data that are open already; opened here by default.
 
   Raises:
-    InputError: If the data are bad or have other classes than the run, or the devices cannot share
-      `eval.batch_size`.
+    InputError: If the data are bad or have other classes than the run.
   """
   data, batch_size = run.config.data, run.config.eval.batch_size
-  sharding.check_batch_size('eval.batch_size', batch_size, mesh)
+  if batch_size < 1:
+    raise InputError(f'eval.batch_size={batch_size} must be at least 1')
+  batch_size = sharding.fitting_batch_size(batch_size, mesh)
   if source is None:
     source = open_split(run.config, 'eval', categories=run.categories)
   bad = BadExamples('data.eval', len(source), data.on_bad_example, data.max_bad_share)

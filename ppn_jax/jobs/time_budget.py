@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from ppn_jax import storage
 from ppn_jax.checkpoints.manager import Checkpoints
 from ppn_jax.distributed import coordination
+from ppn_jax.distributed.compile_cache import compile_with
 from ppn_jax.distributed.preemption import PreemptionNotice
 from ppn_jax.errors import InputError
 from ppn_jax.jobs.evaluator import Evaluator
@@ -209,13 +210,14 @@ def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, sta
     Preempted, Interrupted: If the run was told to end.
   """
   def check_notice(count: int = 0) -> None:
-    if notice.given():
+    if notice.reached():
       raise notice.end('no step was taken, the workdir is unchanged')
 
   logger.info(f'train.minutes={config.train.minutes:g}: measuring how many steps fit')
   # Steps donate their state.
   state = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)
-  compiled = train_step.lower(state, *pipeline.arguments()).compile()
+  compiled = compile_with(train_step.lower(state, *pipeline.arguments()),
+                          config.train.xla_options)
   coordination.wait_for_all()
   least, most = _TIMING_SECONDS
   limit = min(max(_TIMING_SHARE * budget.left, least), most, budget.left)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import logging
 import pathlib
 import sys
@@ -19,10 +20,10 @@ from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
 from ppn_jax.detector import Detector
-from ppn_jax.distributed import failures, sharding
+from ppn_jax.distributed import coordination, failures, sharding
 from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
-from ppn_jax.jobs import resuming, time_budget
+from ppn_jax.jobs import hangs, resuming, time_budget
 from ppn_jax.jobs.evaluator import build_evaluator
 from ppn_jax.jobs.time_budget import TimeBudget
 from ppn_jax.jobs.train_check import check_fraction, check_numbers, earlier_run
@@ -30,9 +31,11 @@ from ppn_jax.jobs.train_loop import TrainLoop
 from ppn_jax.metrics.coco import Scores
 from ppn_jax.run import Run, check_batch, create_run
 from ppn_jax.telemetry import profiling
+from ppn_jax.telemetry.goodput import Timeline
 from ppn_jax.telemetry.host_memory import keep_freed_memory
 from ppn_jax.telemetry.metrics import MetricsWriter
 from ppn_jax.telemetry.progress import Progress, duration
+from ppn_jax.telemetry.run_log import RunLog
 from ppn_jax.training.batch_norm import restore_batch_norm
 from ppn_jax.training.input_pipeline import build_input_pipeline, sample_images
 from ppn_jax.training.optimizer import Optimizer
@@ -46,8 +49,8 @@ from ppn_jax.weights.transfer import TransferredWeights
 logger = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path, *,
-          profile: str = '') -> Scores | None:
+def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
+          process_started: float | None = None) -> Scores | None:
   """Trains the detector of a config, or resumes its training.
 
   The same config and seed give the same run, bit for bit on one machine, whether or not it was
@@ -57,6 +60,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     config: A config like those in configs/.
     workdir: A new folder, or that of an earlier run of the same model, which is resumed.
     profile: 'START:STOP' traces these steps, both included, to the workdir's TensorBoard folder.
+    process_started: When this process started, in seconds since the epoch, if it exists for this
+      training only, as in `ppn train`. Then a step that hangs ends it with exit code 1; otherwise
+      the hang is only logged.
 
   Returns:
     The scores of the last evaluation, or None if the config asks for none.
@@ -71,6 +77,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
     SaveFailed: If the last step could not be saved, or any with train.on_save_error='stop'.
   """
   keep_freed_memory()
+  timeline = Timeline(process_started)
   # 1. Check all of the user's input before anything is written.
   config = complete(config)
   check_data(config)
@@ -99,7 +106,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
   abstract = abstract_state(detector, optimizer, mesh)
   initialize = registry.bind('init', initial_weights, config.init.to_dict(),
                              given=['like', 'categories'])
-  with (owned_by_first(Ownership(run.workdir, 'training')) as owner,
+  with (RunLog() as run_log, timeline,
+        owned_by_first(Ownership(run.workdir, 'training')) as owner,
         contextlib.nullcontext(_latest_or_initial(run, initialize, abstract)) as (latest, initial),
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
         failures.fail_together(except_for=Preempted), contextlib.ExitStack() as closing):
@@ -164,16 +172,23 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *,
           f'; {duration(budget.seconds)} are spent' if start else ''))
     # 3. The steps.
     writer = None
+    name = coordination.broadcast_json(f'{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S-%f}')
+    run_log.open(run.workdir, f'{name}-process-{jax.process_index()}.log')
     if jax.process_index() == 0:
       if plan:
         time_budget.write_plan(run.workdir, plan)
       run.save()
       writer = closing.enter_context(MetricsWriter(run.workdir, start))
+      timeline.open(run.workdir, f'{name}.json', start, processes=jax.process_count(),
+                    devices=mesh.size, xla_options=list(config.train.xla_options))
     if traced and traced[-1] <= start:
       logger.warning(f'--profile={profile}: these steps were taken before, nothing is traced')
     trace = profiling.StepTrace(traced if writer else range(0), run.workdir / 'tensorboard')
     loop = TrainLoop(run, mesh, checkpoints, Progress(config.train.steps), writer, evaluator,
-                     notice, trace, owner, resuming.first_loss(run, start), stopping, budget)
+                     notice, trace, owner, resuming.first_loss(run, start), stopping, budget,
+                     timeline=timeline, watch=hangs.step_watch(config, run_log,
+                                                               ends=process_started is not None))
+    closing.enter_context(failures.shows_stacks(lambda: hangs.show_stacks(run_log)))
     scores = loop.evaluate_saved(start, state) if must_evaluate else None
     ending = resuming.ending(run, start, budget, stopping)
     if start < config.train.steps and not ending:

@@ -10,6 +10,7 @@ from ppn_jax.config import complete
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.splits import check_data, open_splits
 from ppn_jax.distributed import sharding
+from ppn_jax.distributed.compile_cache import parse_xla_options
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import time_budget
 from ppn_jax.run import (
@@ -22,6 +23,7 @@ from ppn_jax.run import (
   optimizer_of,
   without_class_weights,
 )
+from ppn_jax.telemetry.stuck import check_limits
 from ppn_jax.training.stopping import EarlyStopping
 from ppn_jax.weights.initial import check_norm_images
 
@@ -65,8 +67,6 @@ def check_training(config: ConfigDict, workdir: str | pathlib.Path, devices: int
   train, optimizer = config.train, optimizer_of(config, steps=config.train.steps,
                                                 batch_size=config.train.batch_size)
   check_batch(config, 'train.batch_size', train.batch_size, optimizer.micro_batches, mesh)
-  if train.evaluate_every:
-    sharding.check_batch_size('eval.batch_size', config.eval.batch_size, mesh)
   build_detector(without_class_weights(_with_some_class(config)))
   return (f'the config fits {devices:,} device{"s" if devices > 1 else ""}, '
           f'{train.batch_size // devices:,} images each; {found}')
@@ -107,6 +107,8 @@ def check_numbers(config: ConfigDict) -> None:
     raise InputError(f'seed={config.seed} must be at least 0 and below 2**31')
   check_norm_images(config.init.norm_images)
   train = config.train
+  check_limits(train.stuck_factor, train.stuck_seconds)
+  parse_xla_options(train.xla_options)
   EarlyStopping(train.stop_metric, train.patience, train.min_improvement)
   if train.patience and not train.evaluate_every:
     raise InputError(f'train.patience={train.patience} needs evaluations, but '

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from ppn_jax.checkpoints.manager import Checkpoints, SaveFailed
 from ppn_jax.data.bad_examples import BadExamples
-from ppn_jax.distributed import coordination
+from ppn_jax.distributed import coordination, status
+from ppn_jax.distributed.compile_cache import compile_with
 from ppn_jax.distributed.ownership import Ownership
 from ppn_jax.distributed.preemption import Interrupted, Preempted, PreemptionNotice
 from ppn_jax.errors import Stopped
@@ -24,8 +25,10 @@ from ppn_jax.metrics.coco import Scores, format_headline, write_scores
 from ppn_jax.metrics.operating_point import OperatingPoint
 from ppn_jax.run import OPERATING_POINT, Run
 from ppn_jax.telemetry import profiling
+from ppn_jax.telemetry.goodput import Timeline
 from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter
 from ppn_jax.telemetry.progress import Progress, Stopwatch, duration
+from ppn_jax.telemetry.stuck import StepWatch
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import EarlyStopping
@@ -71,6 +74,8 @@ class TrainLoop:
     num_exploded: How many of the last steps in a row had a loss far above the first one.
     pending: Steps that have not been reported yet, and their metrics.
     stopwatch: Times them.
+    timeline: What the time is spent on.
+    watch: Notices a step that hangs.
     warned: Whether the user knows that metrics cannot be written at the moment.
     point: Thresholds of the last evaluation; None before it, and in other processes.
   """
@@ -90,6 +95,8 @@ class TrainLoop:
   num_exploded: int = 0
   pending: list[tuple[int, StepMetrics]] = dataclasses.field(default_factory=list)
   stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
+  timeline: Timeline = dataclasses.field(default_factory=Timeline)
+  watch: StepWatch = dataclasses.field(default_factory=lambda: StepWatch(0, 1, print))
   warned: bool = False
   point: OperatingPoint | None = None
 
@@ -111,25 +118,28 @@ class TrainLoop:
     scores = None
     if self.notice.given():
       raise self.notice.end(f'no step was taken, and {self.run.workdir} is unchanged')
-    with pipeline.open(start, self.progress) as batches, self.trace, self.budget.counting():
+    with (pipeline.open(start, self.progress) as batches, self.trace, self.budget.counting(),
+          self.watch, self.timeline.during('steps')):
       for step in range(start + 1, train.steps + 1):
-        batch = self._next(batches)
-        with self.trace.step(step, self.pending), self.stopwatch.compute():
-          state, metrics = train_step(state, *batch)
-          self.pending.append((step, metrics))
-          if len(self.pending) > STEPS_IN_FLIGHT:
-            jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT])
+        with self.watch.step(step):
+          batch = self._next(batches)
+          with self.trace.step(step, self.pending), self.stopwatch.compute():
+            state, metrics = train_step(state, *batch)
+            self.pending.append((step, metrics))
+            if len(self.pending) > STEPS_IN_FLIGHT:
+              jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT])
         self.progress.advance(step)
+        self.timeline.reached(step)
 
         if self.budget.over(step):
           self.last_step = step
         last = step == self.last_step
         due = self.evaluator and (last or step % train.evaluate_every == 0)
-        ending = self.notice.reached(step) and (due or not last)
+        ending = self.notice.reached() and (due or not last)
         saving = due or last or ending or step % train.checkpoint_every == 0
         if saving or step % train.log_every == 0:
           self._report(step)  # Raises, before anything is saved, if a state is not finite.
-          self._report_bad_examples(pipeline.bad)
+          self._report_bad_examples(pipeline.bad, wait=bool(saving))
         evaluating = due and not ending and not self.num_exploded
         if evaluating:
           scores = self._evaluate_or_save(step, state)
@@ -139,12 +149,15 @@ class TrainLoop:
           logger.warning(f'step {step:,} is not saved: its loss is more than '
                          f'{DIVERGED_FACTOR:,.0f} times the first, {self.first_loss:.4g}')
         elif saving:
-          self._save(step, state, scores.metrics if evaluating else None)
+          with self.timeline.during('save'):
+            self._save(step, state, scores.metrics if evaluating else None)
         if ending:
-          self._end_early(step, 'is not saved' if self.num_exploded else 'could not be saved')
+          with self.timeline.during('save'):
+            self._end_early(step, 'is not saved' if self.num_exploded else 'could not be saved')
         if step == self.last_step:
           break
-    self._complete_save(step, state, scores)
+    with self.timeline.during('save'):
+      self._complete_save(step, state, scores)
     return scores
 
   def _save(self, step: int, state: TrainState, metrics: dict[str, float | None] | None = None
@@ -203,22 +216,25 @@ class TrainLoop:
     if not batches.ready():
       with self.stopwatch.compute(steps=0):
         jax.block_until_ready(self.pending[-1:])
-    with self.stopwatch.wait():
+    with self.stopwatch.wait(), self.timeline.during('data'):
       return next(batches)
 
   def _compile(self, train_step: Callable, state: TrainState, pipeline: InputPipeline
                ) -> Callable:
     started = time.perf_counter()
     logger.info('compiling the training step (once per start; about a minute on a TPU)')
-    compiled = train_step.lower(state, *pipeline.arguments()).compile()
-    logger.info(f'compiled in {duration(time.perf_counter() - started)}')
-    coordination.wait_for_all()
+    with self.timeline.during('compile'):
+      compiled = compile_with(train_step.lower(state, *pipeline.arguments()),
+                              self.run.config.train.xla_options)
+      logger.info(f'compiled in {duration(time.perf_counter() - started)}')
+      coordination.wait_for_all()
     logger.info(profiling.describe(compiled))
     return compiled
 
   def _report(self, step: int) -> None:
     """Checks and averages the metrics since the last report, then writes and shows them."""
-    with self.stopwatch.compute(steps=0):  # The last steps are still running.
+    # The last steps are still running.
+    with self.watch.step(step, timed=False), self.stopwatch.compute(steps=0):
       steps, metrics = zip(*jax.device_get(self.pending), strict=True)
     self.pending.clear()
     series = StepMetrics(*(np.array(values) for values in zip(*metrics, strict=True)))
@@ -228,6 +244,8 @@ class TrainLoop:
     means = {name: float(np.mean(values)) for name, values in series._asdict().items()}
     means['learning_rate'] = float(series.learning_rate[-1])
     means |= self.stopwatch.rates(self.run.config.train.batch_size) | profiling.peak_memory()
+    status.publish(data_wait=means['data_wait'])
+    means, slowest = self._with_slowest(means)
     left = (self.last_step - step) * self.stopwatch.seconds / self.stopwatch.steps
     self.stopwatch = Stopwatch()
     if self.writer:
@@ -236,12 +254,35 @@ class TrainLoop:
                           ({FIRST_LOSS: self.first_loss} if first else {}))
     self.progress.report(step, [f'left {duration(left)}', *(part.format(**means) for part in (
         'loss {loss:.4g}', '{images_per_second:,.1f} images/s', 'rate {learning_rate:.3g}',
-        'data {data_wait:.0%}', 'class {classification:.4g}', 'box {localization:.4g}',
+        'data {data_wait:.0%}' + slowest, 'class {classification:.4g}', 'box {localization:.4g}',
         'decay {regularization:.3g}')), f'memory {profiling.format_peaks(means)}'])
 
-  def _report_bad_examples(self, bad: BadExamples) -> None:
-    """Reports what any process could not read since the last time, also in the workdir."""
-    for reason in dict.fromkeys(coordination.gather_lines(bad.new_reasons())):
+  def _with_slowest(self, means: dict[str, float]) -> tuple[dict[str, float], str]:
+    """Returns the metrics with those of the process that waits longest for data, and its name.
+
+    In the first of several processes; the others, and one that works alone, have no more to say.
+    """
+    if not self.writer or not (found := status.published()):
+      return means, ''
+    slowest = max(found, key=lambda process: found[process]['data_wait'])
+    wait = found[slowest]['data_wait']
+    return (means | {'slowest_process': slowest, 'slowest_data_wait': wait},
+            f' (most {wait:.0%}, process {slowest} on {found[slowest]["host"]})')
+
+  def _report_bad_examples(self, bad: BadExamples, *, wait: bool = True) -> None:
+    """Reports what any process could not read since the last time, also in the workdir.
+
+    Args:
+      bad: Knows what this process could not read.
+      wait: Whether to wait for the other processes, so that nothing is missing; otherwise theirs
+        may be reported later.
+    """
+    if wait or jax.process_count() == 1:
+      reasons = status.collect_all(bad.new_reasons())
+    else:
+      status.post(bad.new_reasons())
+      reasons = status.collect() if self.writer else []
+    for reason in dict.fromkeys(reasons):
       logger.warning(f'skipped: {reason}')
       if self.writer:
         with self._tolerate_write_errors():
@@ -295,10 +336,12 @@ class TrainLoop:
     try:
       return self.evaluate(step, state)
     except BaseException as e:
-      if jax.process_count() == 1:  # Of several, one that fails alone would wait for the others.
+      told_to_end = isinstance(e, (Preempted, Interrupted))  # All processes at the same batch.
+      # Of several, one that fails alone would wait for the others.
+      if told_to_end or jax.process_count() == 1:
         self._save(step, state)
-        if isinstance(e, (Preempted, Interrupted)):
-          self._end_early(step)
+      if told_to_end:
+        self._end_early(step)
       raise
 
   def evaluate_saved(self, step: int, state: TrainState) -> Scores:
@@ -321,15 +364,16 @@ class TrainLoop:
     total = len(self.evaluator.source)
 
     def on_images(count: int) -> None:
-      if self.notice.given():
+      if self.notice.reached():
         raise self.notice.end(f'step {step:,} is saved in {self.run.workdir}, start again to '
                               'evaluate it and continue')
       self.progress.advance(step, f'evaluating: {count:,}/{total:,} images')
 
-    rows = self.evaluator.rows(state.best_variables(), on_images=on_images)
-    self._report_bad_examples(self.evaluator.bad)
-    scores = self.evaluator.score(rows)
-    self.point = self.evaluator.operating_point(rows)
+    with self.timeline.during('evaluate'):
+      rows = self.evaluator.rows(state.best_variables(), on_images=on_images)
+      self._report_bad_examples(self.evaluator.bad)
+      scores = self.evaluator.score(rows)
+      self.point = self.evaluator.operating_point(rows)
     self.stopping.values[step] = scores.metrics[self.stopping.metric]
     if self.writer:
       with self._tolerate_write_errors():

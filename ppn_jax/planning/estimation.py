@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 
 from ppn_jax.detector import jit_detect
 from ppn_jax.distributed import sharding
+from ppn_jax.distributed.compile_cache import compile_with
 from ppn_jax.errors import InputError, install_command
 from ppn_jax.planning import hlo
 from ppn_jax.run import build_detector, check_batch, optimizer_of, without_class_weights
@@ -199,7 +200,8 @@ def compile_program(request: Request) -> Estimate:
   lowered = _lower(request, mesh, chips)
   started = time.perf_counter()
   try:
-    compiled = lowered.compile()
+    options = request.config.get('train', {}).get('xla_options', ())
+    compiled = compile_with(lowered, options if request.program == 'train' else ())
   except jax.errors.JaxRuntimeError as e:
     compiled, needed = None, _needed_hbm(str(e))
     if needed is None:

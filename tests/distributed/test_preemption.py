@@ -1,24 +1,30 @@
 """SIGTERM, or notice of maintenance: the step is saved, the exit code is 75, and a restart ends
 with the same bits."""
 
+import contextlib
+import datetime
 import http.server
 import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import threading
 
 import jax
 import numpy as np
 import pytest
-from time_limits import HANG_SECONDS, wait_until
-from tiny import CONFIG_FILE, tiny_config
+from time_limits import wait_until
+from tiny import tiny_config
+from two_processes import train_in_two_processes
 
 from ppn_jax.checkpoints.manager import Checkpoints, SaveFailed
 from ppn_jax.distributed import preemption, sharding
-from ppn_jax.distributed.preemption import MaintenanceWatch, Preempted, PreemptionNotice
+from ppn_jax.distributed.preemption import (
+  MaintenanceWatch,
+  Preempted,
+  PreemptionNotice,
+  upcoming_notices,
+)
 from ppn_jax.jobs import train as train_job
 from ppn_jax.jobs import train_loop
 from ppn_jax.jobs.evaluator import Evaluator
@@ -153,7 +159,7 @@ def test_outside_the_main_thread_signals_are_left_to_the_caller():
 
   def use():
     with PreemptionNotice() as notice:
-      after.append((signal.getsignal(signal.SIGTERM), notice.reached(1)))
+      after.append((signal.getsignal(signal.SIGTERM), notice.reached()))
 
   thread = threading.Thread(target=use)
   thread.start()
@@ -161,10 +167,11 @@ def test_outside_the_main_thread_signals_are_left_to_the_caller():
   assert after == [(before, False)]
 
 
-@pytest.fixture
-def metadata(monkeypatch):
-  """Runs a stand-in for the metadata server; tests change the values that it returns."""
-  values = {'maintenance-event': 'NONE', 'preempted': 'FALSE', 'flavor': 'Google', 'asked': 0}
+@contextlib.contextmanager
+def metadata_server(**more):
+  """Runs a stand-in for the metadata server; yields its address and the values that it returns."""
+  values = {'maintenance-event': 'NONE', 'preempted': 'FALSE', 'flavor': 'Google', 'asked': 0,
+            **more}
 
   class Handler(http.server.BaseHTTPRequestHandler):
 
@@ -183,10 +190,17 @@ def metadata(monkeypatch):
 
   with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv('GCE_METADATA_HOST', f'127.0.0.1:{server.server_port}')
+    yield f'127.0.0.1:{server.server_port}', values
+    server.shutdown()
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+  """Runs a stand-in for the metadata server; tests change the values that it returns."""
+  with metadata_server() as (address, values):
+    monkeypatch.setenv('GCE_METADATA_HOST', address)
     monkeypatch.setenv('NO_GCE_CHECK', 'false')
     yield values
-    server.shutdown()
 
 
 @pytest.mark.slow
@@ -235,6 +249,43 @@ def test_only_new_notices_of_termination_count(metadata, monkeypatch):
                  {'preempted': 'TRUE'}) == [False, False, True]
 
 
+def maintenance(seconds, status='PENDING', names='window_start_time maintenance_status'):
+  """Returns what the metadata server says of maintenance that begins in so many seconds."""
+  start = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+  text = start.isoformat(timespec='seconds').replace('+00:00', 'Z')
+  return json.dumps({'can_reschedule': 'false', 'type': 'SCHEDULED',
+                     **dict(zip(names.split(), (text, status), strict=True))})
+
+
+WEEK = 7 * 86_400
+
+
+@pytest.mark.parametrize('text, count', [
+    ('', 0), ('NONE', 0), ('{}', 0), ('"NONE"', 0), ('[1]', 0),
+    ('{ "error": "no notifications have been received yet, try again later" }', 0),
+    ('{"window_start_time": "soon"}', 0),
+    (maintenance(WEEK), 0), (maintenance(3600), 0), (maintenance(60), 1), (maintenance(-60), 1),
+    (maintenance(WEEK, 'ONGOING'), 1),
+    (maintenance(60, names='windowStartTime maintenanceStatus'), 1),
+    (f'{{"upcomingMaintenance": {maintenance(60)}}}', 1),
+    (f'[{maintenance(60)}, {maintenance(WEEK)}]', 1),
+])
+def test_upcoming_maintenance_counts_when_its_window_is_near(text, count):
+  assert len(upcoming_notices(text)) == count
+
+
+def test_maintenance_in_a_week_is_no_notice_until_it_begins(metadata, monkeypatch):
+  key = 'upcoming-maintenance?alt=json'
+  assert noticed(metadata, monkeypatch, {}, {key: maintenance(WEEK)}, {key: maintenance(100)}) == [
+      False, False, True]
+  # The run was started again on the same machine after the first notice.
+  metadata[key] = maintenance(100)
+  assert noticed(metadata, monkeypatch, {}, {key: maintenance(100, 'ONGOING')}) == [False, True]
+  metadata[key] = '{}'
+  assert noticed(metadata, monkeypatch, {'scheduling/on-host-maintenance': 'MIGRATE'},
+                 {key: maintenance(100)}) == [False, False]
+
+
 @pytest.mark.parametrize('environment, output', [
     ({'NO_GCE_CHECK': 'true'}, {}), ({'GCE_METADATA_HOST': '127.0.0.1:9'}, {}),
     ({}, {'flavor': 'other'})])
@@ -250,64 +301,53 @@ def test_without_a_metadata_server_polling_ends(
   assert metadata['asked'] <= preemption._ATTEMPTS
 
 
-def train_in_two_processes(tmp_path, workdir, on_line=None, steps=400):
-  """Runs two processes until both end; `on_line` gets each line of process 0 and the processes."""
-  (tmp_path / 'config.py').write_text(CONFIG_FILE.format(folder=str(TESTS)))
-  port = partition_port()
-  processes = [subprocess.Popen(
-      [sys.executable, '-m', 'ppn_jax.cli.main', 'train', f'--config={tmp_path}/config.py',
-       f'--workdir={workdir}', f'--config.train.steps={steps}',
-       '--config.train.checkpoint_every=100', '--config.train.log_every=10',
-       '--config.model.backbone.last_block=3', '--config.model.neck.stride=4',
-       '--config.model.neck.num_levels=2', f'--coordinator=localhost:{port}', '--num_processes=2',
-       f'--process_id={i}', '--local_devices=1'],
-      stderr=subprocess.PIPE, text=True, cwd=ROOT,
-      env={**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}) for i in range(2)]
-  tail = threading.Thread(target=processes[1].stderr.read)
-  tail.start()
-  lines = []
-  for line in processes[0].stderr:
-    lines.append(line)
-    if on_line:
-      on_line(line, processes)
-  codes = [p.wait(timeout=HANG_SECONDS) for p in processes]
-  tail.join()
-  return codes, ''.join(lines)
-
-
-def partition_port():
-  import socket
-  with socket.socket() as probe:
-    probe.bind(('', 0))
-    return probe.getsockname()[1]
-
-
 @pytest.mark.slow
 def test_sigterm_in_one_of_two_processes_saves_the_same_step_in_both(tmp_path):
   def on_line(line, processes):
     if line.startswith('step 20/'):
       processes[1].send_signal(signal.SIGTERM)
 
-  codes, output = train_in_two_processes(tmp_path, tmp_path / 'run', on_line)
+  codes, output, _ = train_in_two_processes(tmp_path, tmp_path / 'run', on_line)
   assert codes == [preemption.EXIT_CODE] * 2, output
   assert 'ppn: preempted: told to end; step ' in output
   at = steps_of(tmp_path / 'run')[-1]
   assert 20 <= at < 400 and f'step {at} is saved' in output
-  codes, output = train_in_two_processes(tmp_path, tmp_path / 'run')
+  codes, output, _ = train_in_two_processes(tmp_path, tmp_path / 'run')
   assert codes == [0, 0] and f'from step {at}' in output, output
-  codes, output = train_in_two_processes(tmp_path, tmp_path / 'uninterrupted')
+  codes, output, _ = train_in_two_processes(tmp_path, tmp_path / 'uninterrupted')
   assert codes == [0, 0], output
   jax.tree.map(np.testing.assert_array_equal, *map(final_state, (tmp_path / 'run',
                                                                  tmp_path / 'uninterrupted')))
 
 
 @pytest.mark.slow
-def test_notice_on_one_of_two_machines_saves_the_same_step_on_both(tmp_path, metadata):
+def test_workers_find_each_other_on_compute_engine_and_heed_one_notice(tmp_path):
   def on_line(line, processes):
     if line.startswith('step 20/'):
-      metadata['preempted'] = 'TRUE'
+      of_second['upcoming-maintenance?alt=json'] = maintenance(100)
 
-  codes, output = train_in_two_processes(tmp_path, tmp_path / 'run', on_line, steps=4000)
+  attributes = {'attributes/worker-network-endpoints': 'a:b:127.0.0.1,c:d:127.0.0.1',
+                'attributes/tpu-env': "ACCELERATOR_TYPE: 'v5litepod-8'"}
+  key = 'attributes/agent-worker-number'
+  with (metadata_server(**attributes, **{key: '0'}) as (first, _),
+        metadata_server(**attributes, **{key: '1'}) as (second, of_second)):
+    codes, output, _ = train_in_two_processes(tmp_path, tmp_path / 'run', on_line, steps=4000,
+                                           slice_of=(first, second))
   assert codes == [preemption.EXIT_CODE] * 2, output
   at = steps_of(tmp_path / 'run')[-1]
   assert 20 <= at < 4000 and f'ppn: preempted: told to end; step {at:,} is saved' in output
+  assert 'on 2 x cpu' in output
+
+
+@pytest.mark.slow
+def test_notice_in_an_evaluation_of_two_processes_is_heeded_before_it_ends(tmp_path):
+  def on_line(line, processes):
+    if line.startswith('step 20/'):  # Directly before the evaluation of 2,500 batches.
+      processes[1].send_signal(signal.SIGTERM)
+
+  codes, output, _ = train_in_two_processes(
+      tmp_path, tmp_path / 'run', on_line, steps=40, more=[
+          '--config.train.evaluate_every=20', '--config.data.eval.num_images=10000'])
+  assert codes == [preemption.EXIT_CODE] * 2, output
+  assert 'ppn: preempted: told to end; step 20 is saved' in output
+  assert 'evaluated step' not in output and steps_of(tmp_path / 'run') == [20]

@@ -24,7 +24,6 @@ def test_devices_that_are_not_here_can_share_a_batch(tmp_path):
 
 @pytest.mark.parametrize('entries, devices, message', [
     ({}, 3, 'train.batch_size=4 cannot be split over 3'),
-    ({'eval__batch_size': 6}, 4, 'eval.batch_size=6 cannot be split over 4'),
     ({'model__layers__norm_group_size': 3}, 4, 'norm_group_size=3 does not divide'),
     ({'data__train__num_images': 0}, 4, 'num_images'),
     ({'model__backbone__name': 'vgg'}, 4, 'vgg'),
