@@ -86,6 +86,10 @@ class Detector:
     """Applies the network for inference: batch norm uses its moving averages."""
     return self.network.apply(variables, images, train=False)
 
+  def forward_scaled(self, variables: Variables, x: Array) -> Outputs:
+    """Applies the network for inference to images float32 [B, S, S, 3], in [-1, 1]."""
+    return self.network.apply(variables, x, method='predict_scaled')
+
   def forward_train(self, variables: Variables, images: Array, *,
                     frozen: Collection[tuple[str, ...]] = ()) -> tuple[Outputs, Variables]:
     """Applies the network in training; returns (outputs, updated batch_stats).

@@ -42,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--precision', default='float32', metavar='TYPE',
                       help='float32; weights and tflite also float16, tflite also int8 '
                            '(default: %(default)s)')
+  parser.add_argument('--layout', default='detections', metavar='LAYOUT',
+                      help="of tflite: `detections`, or `mediapipe` for MediaPipe's "
+                           'ObjectDetector, whose int8 computes in integers from the first '
+                           'operation to the last (default: %(default)s)')
   parser.add_argument('--calibration_images', type=int, default=100, metavar='N',
                       help='number of training images from which int8 takes its ranges '
                            '(default: %(default)s)')
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.export.formats import WEIGHTS, ExportOptions
   size = args.batch_size or ('free' if args.format == WEIGHTS else '1')
   options = ExportOptions(args.format, _batch_size(size), args.precision,
-                          args.calibration_images)
+                          args.calibration_images, args.layout)
   if args.format == WEIGHTS and args.images is not None:
     raise InputError('--images is for files with a program in them, which are compared with JAX; '
                      'leave it out')

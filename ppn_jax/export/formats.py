@@ -13,6 +13,9 @@ from ppn_jax.errors import InputError, did_you_mean, install_command
 FORMATS = {'stablehlo': 'export', 'saved_model': 'saved_model', 'tflite': 'tflite', 'onnx': 'onnx'}
 WEIGHTS = 'weights'  # A file to share, see `weights_file`; it has no program in it.
 PRECISIONS = ('float32', 'float16', 'int8')
+# Outputs of a tflite file: detections, or predictions for MediaPipe (an extra of this name).
+LAYOUTS = ('detections', 'mediapipe')
+ANCHORS = 'anchors.npz'  # In a tflite file of predictions.
 METADATA_KEY = 'ppn_jax'  # Name of the metadata in an ONNX file.
 _ONNX_START = b'\x08'  # Tag of a protocol buffer's first field.
 _METADATA_IN_FOLDER = pathlib.PurePath('assets.extra', 'metadata.json')  # Of a SavedModel.
@@ -28,6 +31,9 @@ class ExportOptions:
     precision: one of `PRECISIONS`; only tflite and weights have others than float32. 'float16'
       stores weights in half the space, 'int8' computes the convolutions in integers.
     calibration_images: number of training images from which 'int8' takes the ranges of activations.
+    layout: one of `LAYOUTS`; only tflite has others than 'detections'. 'mediapipe' writes box codes
+      and class logits, which MediaPipe's ObjectDetector decodes by the file's own metadata; its
+      'int8' takes uint8 images and has no operation on floats.
 
   Raises:
     InputError: If a name is unknown, or the format does not support an option.
@@ -36,6 +42,7 @@ class ExportOptions:
   batch_size: int | None = 1
   precision: str = 'float32'
   calibration_images: int = 100
+  layout: str = 'detections'
 
   def __post_init__(self):
     if self.format not in (*FORMATS, WEIGHTS):
@@ -44,6 +51,13 @@ class ExportOptions:
     if self.precision not in PRECISIONS:
       raise InputError(f'unknown precision {self.precision!r}; '
                        f'{did_you_mean(self.precision, PRECISIONS)}')
+    if self.layout not in LAYOUTS:
+      raise InputError(f'unknown layout {self.layout!r}; {did_you_mean(self.layout, LAYOUTS)}')
+    if self.layout != 'detections' and self.format != 'tflite':
+      raise InputError(f'layout {self.layout} is for format tflite, not {self.format}')
+    if self.layout == 'mediapipe' and self.batch_size != 1:
+      raise InputError(f'batch_size={self.batch_size}: MediaPipe takes one image at a time; leave '
+                       'it out')
     if self.format == WEIGHTS:
       if self.precision == 'int8':
         raise InputError('precision int8 is for format tflite; weights are float32 or float16')
@@ -71,13 +85,16 @@ def load_library(name: str, output_format: str):
   try:
     return importlib.import_module(name)
   except ImportError as e:
-    raise InputError(f'format {output_format} needs {name.partition(".")[0]}, which cannot be '
-                     f'imported ({e}); {install_command(FORMATS[output_format])}') from e
+    what, extra = (('format', FORMATS[output_format]) if output_format in FORMATS else
+                   ('layout', output_format))
+    raise InputError(f'{what} {output_format} needs {name.partition(".")[0]}, which cannot be '
+                     f'imported ({e}); {install_command(extra)}') from e
 
 
 def make_metadata(options: ExportOptions, *, image_size: int, resize: str, labels: list[str],
                   category_ids: list[int], step: int, model: dict[str, Any],
-                  operating_point: dict[str, Any] | None = None) -> dict[str, Any]:
+                  operating_point: dict[str, Any] | None = None,
+                  decoder: dict[str, Any] | None = None) -> dict[str, Any]:
   """Returns the metadata of an export: what one needs to know to use the file.
 
   Args:
@@ -90,16 +107,28 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
     model: `config.model`, so that archived weights can be used again.
     operating_point: thresholds by class and calibration, see `metrics.operating_point`; the scores
       of the file itself are not calibrated.
+    decoder: options of `nms.postprocess`, for a file of predictions.
   """
+  described = describe_input(options.batch_size, image_size, resize)
+  if decoder is not None:
+    if options.precision != 'int8':
+      described |= {'type': 'float32', 'range': [-1, 1],
+                    'preprocessing': described['preprocessing'].partition(';')[0]
+                    + '; scale by pixel / 127.5 - 1'}
+    outputs = {
+        'boxes': 'float32 [1, A, 4]: ty, tx, th, tw to the anchors, scaled by 10, 10, 5, 5',
+        'logits': 'float32 [1, A, C]: the sigmoid of each is the score of a class',
+        'anchors': f'{ANCHORS} in this archive: boxes [A, 4], ymin, xmin, ymax, xmax; level [A]'}
+  else:
+    outputs = {
+        'boxes': 'float32 [batch, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the image, clipped',
+        'scores': 'float32 [batch, K], 0 to 1, best first',
+        'labels': 'int32 [batch, K]: index into labels',
+        'level': 'int32 [batch, K]: pyramid level, 0 the finest',
+        'valid': 'bool [batch, K]: false pads, and the other outputs are zero there'}
   return {
-      'format': options.format, 'precision': options.precision, 'step': step,
-      'input': describe_input(options.batch_size, image_size, resize),
-      'outputs': {
-          'boxes': 'float32 [batch, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the image, clipped',
-          'scores': 'float32 [batch, K], 0 to 1, best first',
-          'labels': 'int32 [batch, K]: index into labels',
-          'level': 'int32 [batch, K]: pyramid level, 0 the finest',
-          'valid': 'bool [batch, K]: false pads, and the other outputs are zero there'},
+      'format': options.format, 'layout': options.layout, 'precision': options.precision,
+      'step': step, 'input': described, 'outputs': outputs, 'decoder': decoder,
       'labels': labels, 'category_ids': category_ids, 'operating_point': operating_point,
       'model': model}
 

@@ -1,9 +1,12 @@
 """Runs exported files in their own runtimes, without this package's models."""
 
 import dataclasses
+import functools
+import io
 import os
 import pathlib
 import threading
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 
 from ppn_jax.detection.structures import Array, Detections
 from ppn_jax.errors import InputError
-from ppn_jax.export.formats import load_library, read_metadata
+from ppn_jax.export.formats import ANCHORS, load_library, read_metadata
 from ppn_jax.storage import local_path
 
 
@@ -74,12 +77,14 @@ def is_export(path: str | os.PathLike[str]) -> bool:
                             and not (path / 'config.json').exists())
 
 
-def open_export(path: str | os.PathLike[str], *, threads: int | None = None) -> ExportedDetector:
+def open_export(path: str | os.PathLike[str], *, threads: int | None = None,
+                decoder: dict[str, Any] | None = None) -> ExportedDetector:
   """Opens a file or folder that `ppn export` wrote.
 
   Args:
     path: path of the file, or of the folder of a SavedModel.
     threads: number of threads for tflite and onnx; by default the runtime chooses.
+    decoder: options of `nms.postprocess` for a file of predictions, in place of its own.
 
   Returns:
     A detector that several threads may call at the same time.
@@ -92,7 +97,11 @@ def open_export(path: str | os.PathLike[str], *, threads: int | None = None) -> 
   openers = {'stablehlo': _stablehlo, 'saved_model': _saved_model, 'tflite': _tflite,
              'onnx': _onnx}
   try:
-    return ExportedDetector(metadata, openers[metadata['format']](path, threads))
+    opener = openers[metadata['format']]
+    if metadata.get('layout') == 'mediapipe':
+      decoder = metadata['decoder'] if decoder is None else decoder
+      opener = functools.partial(_predictions, options=decoder)
+    return ExportedDetector(metadata, opener(path, threads))
   except InputError:
     raise
   except Exception as e:  # A runtime can raise anything for a damaged file.
@@ -123,6 +132,34 @@ def _tflite(path: pathlib.Path, threads: int | None) -> Callable:
   def run(images: np.ndarray, keep: Any = interpreter) -> dict[str, np.ndarray]:
     with lock:  # An interpreter has only one input buffer.
       return runner(images=images)
+
+  return run
+
+
+def _predictions(path: pathlib.Path, threads: int | None, options: dict[str, Any]) -> Callable:
+  """Opens a tflite file of box codes and class logits, which are decoded here, by JAX."""
+  import jax
+
+  from ppn_jax.detection.class_logits import ClassLogitsSpec
+  from ppn_jax.detection.nms import postprocess
+  from ppn_jax.detection.structures import Anchors, Outputs
+  with zipfile.ZipFile(path) as archive, np.load(io.BytesIO(archive.read(ANCHORS))) as stored:
+    anchors = Anchors(stored['boxes'], stored['level'])
+  library = load_library('ai_edge_litert.interpreter', 'tflite')
+  interpreter = library.Interpreter(model_path=str(path), num_threads=threads)
+  runner, lock = interpreter.get_signature_runner(), threading.Lock()
+  takes_floats = runner.get_input_details()['images']['dtype'] == np.float32
+
+  @jax.jit
+  def decode(boxes: Array, logits: Array) -> Detections:
+    return postprocess(Outputs(boxes, logits), anchors, **options,
+                       class_spec=ClassLogitsSpec(logits.shape[-1], False, 'sigmoid'))
+
+  def run(images: np.ndarray) -> dict[str, np.ndarray]:
+    given = images * np.float32(2 / 255) - 1 if takes_floats else images
+    with lock:
+      found = {name: np.array(value) for name, value in runner(images=given).items()}
+    return jax.device_get(decode(**found))._asdict()
 
   return run
 

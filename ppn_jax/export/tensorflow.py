@@ -31,10 +31,13 @@ def check_libraries(options: ExportOptions) -> None:
   """Raises InputError, with the install command, if a library for `options` is missing."""
   names = {'saved_model': ['tensorflow'], 'onnx': ['tensorflow', 'onnx', 'tf2onnx', 'onnxruntime'],
            'tflite': ['tensorflow', 'ai_edge_litert.interpreter']
-           + ['ai_edge_quantizer.quantizer'] * (options.precision == 'int8')}[options.format]
+           + ['ai_edge_quantizer.quantizer'] * (
+               options.precision == 'int8' and options.layout == 'detections')}[options.format]
   with quiet():
     for name in names:
       load_library(name, options.format)
+    if options.layout == 'mediapipe':
+      load_library('mediapipe.tasks.python.vision', 'mediapipe')
 
 
 def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct,
@@ -62,18 +65,44 @@ def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct,
       path.write_bytes(_tflite(function, options, calibration))
 
 
-def _graph(closed: Any, images: jax.ShapeDtypeStruct, output_format: str) -> Any:
-  """Returns a tf.function of a closed jaxpr, its outputs named by the fields of Detections."""
+def write_heads(path: pathlib.Path, predict: Callable, images: jax.ShapeDtypeStruct,
+                options: ExportOptions, calibration: Sequence[np.ndarray] = ()) -> None:
+  """Writes a TensorFlow Lite file of predictions, for a decoder outside the file.
+
+  With 'int8' the whole network is computed in integers: the input is uint8, and the outputs are
+  converted to float32 at the end.
+
+  Args:
+    path: path of the new file.
+    predict: maps images to (box codes, class logits), with convolutions in their native form.
+    images: float32 [1, S, S, 3], in [-1, 1].
+    options: options of the export.
+    calibration: such images, for 'int8'.
+  """
+  function = _graph(jax.make_jaxpr(predict)(images), images, options.format, ('boxes', 'logits'))
+  import tensorflow as tf
+  with quiet(), _converter(function, options) as converter:
+    if options.precision == 'int8':
+      converter.optimizations = [tf.lite.Optimize.DEFAULT]
+      converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+      converter.inference_input_type = tf.uint8
+      converter.representative_dataset = lambda: ({'images': x} for x in calibration)
+    path.write_bytes(converter.convert())
+
+
+def _graph(closed: Any, images: jax.ShapeDtypeStruct, output_format: str,
+           names: Sequence[str] = Detections._fields) -> Any:
+  """Returns a tf.function of a closed jaxpr with names for its outputs."""
   import tensorflow as tf
 
   from ppn_jax.export import tensorflow_ops
   batch = images.shape[0] if isinstance(images.shape[0], int) else None
-  specification = tf.TensorSpec((batch, *images.shape[1:]), tf.uint8, name='images')
+  specification = tf.TensorSpec((batch, *images.shape[1:]), images.dtype, name='images')
 
   def by_name(images):
     outputs = tensorflow_ops.convert(closed, images, output_format)
     return {name: tf.identity(output, name=name) for name, output in zip(
-        Detections._fields, outputs, strict=True)}
+        names, outputs, strict=True)}
 
   return tf.function(by_name, input_signature=[specification], autograph=False)
 
@@ -85,6 +114,14 @@ def _save(path: pathlib.Path, function: Any) -> None:
 
 
 def _tflite(function: Any, options: ExportOptions, calibration: Sequence[np.ndarray]) -> bytes:
+  with _converter(function, options) as converter:
+    content = converter.convert()
+  return _quantized(content, calibration) if options.precision == 'int8' else content
+
+
+@contextlib.contextmanager
+def _converter(function: Any, options: ExportOptions) -> Iterator[Any]:
+  """Yields the converter of a function to TensorFlow Lite."""
   import tensorflow as tf
   with tempfile.TemporaryDirectory() as folder:
     # Converted from a SavedModel, because otherwise inputs and outputs lose their names.
@@ -94,8 +131,7 @@ def _tflite(function: Any, options: ExportOptions, calibration: Sequence[np.ndar
     if options.precision == 'float16':
       converter.optimizations = [tf.lite.Optimize.DEFAULT]
       converter.target_spec.supported_types = [tf.float16]
-    content = converter.convert()
-  return _quantized(content, calibration) if options.precision == 'int8' else content
+    yield converter
 
 
 def _quantized(content: bytes, calibration: Sequence[np.ndarray]) -> bytes:

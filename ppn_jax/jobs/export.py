@@ -25,6 +25,7 @@ from ppn_jax.export import stablehlo, tensorflow
 from ppn_jax.export.comparison import TOLERANCES, Difference, compare, is_wrong, latency
 from ppn_jax.export.formats import ExportOptions, companion_file, make_metadata, write_metadata
 from ppn_jax.export.runtimes import ExportedDetector, open_export
+from ppn_jax.jobs import mediapipe_file
 from ppn_jax.storage import local_path
 from ppn_jax.trained_model import SharedModel, TrainedModel, build_detector
 
@@ -77,6 +78,8 @@ def export(run: TrainedModel, output: pathlib.Path, options: ExportOptions, *,
       express the model, or the detections of the written file differ from JAX's.
   """
   check_new(output, options)
+  if options.layout == 'mediapipe':
+    mediapipe_file.check_supported(run.config, options)
   output, folder = local_path(output), None if folder is None else local_path(folder)
   run.check_average(ema, '--ema')
   if options.format != 'stablehlo':
@@ -93,9 +96,13 @@ def export(run: TrainedModel, output: pathlib.Path, options: ExportOptions, *,
     path = temporary / output.name
     _write(path, detector, variables, options, images)
     write_metadata(path, _make_metadata(run, detector, options, step, ema))
+    if options.layout == 'mediapipe':
+      mediapipe_file.attach_anchors(path, detector.anchors)
     logger.info(f'checking it on {len(checked)} images')
     exported = open_export(path)
     measured = check(exported, jax.jit(reference.detect), variables, checked, options)
+    if options.layout == 'mediapipe':
+      mediapipe_file.check(path, checked, options.precision)
     size = size_of(path)
     check_new(output, options)
     for part in sorted(temporary.iterdir(), key=lambda p: p.name == output.name):
@@ -163,6 +170,11 @@ def _write(path: pathlib.Path, detector: Detector, variables: Any,
   if options.format == 'stablehlo':
     stablehlo.write(path, detector.detect, shape, variables)
     return
+  if options.layout == 'mediapipe':
+    mediapipe_file.write(
+        path, detector, variables, options,
+        lambda: images.load('train', options.calibration_images))
+    return
   calibration = ()
   if options.precision == 'int8':
     pixels = images.load('train', options.calibration_images)
@@ -174,11 +186,12 @@ def _write(path: pathlib.Path, detector: Detector, variables: Any,
 def _make_metadata(run: TrainedModel, detector: Detector, options: ExportOptions, step: int,
                    ema: bool | None) -> dict[str, Any]:
   point = run.operating_point(step, ema=ema)
+  decoder = run.config.postprocess.to_dict() if options.layout == 'mediapipe' else None
   return make_metadata(
       options, image_size=detector.image_size, resize=run.config.data.resize,
       labels=[c.name for c in run.categories], category_ids=[c.id for c in run.categories],
       step=step, model=run.config.model.to_dict(),
-      operating_point=point and point.describe())
+      operating_point=point and point.describe(), decoder=decoder)
 
 
 @dataclasses.dataclass(frozen=True)

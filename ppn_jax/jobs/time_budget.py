@@ -229,7 +229,9 @@ def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, sta
   if evaluator:
     evaluator.compile(state.best_variables())
     began = now()
-    evaluator.score(evaluator.rows(state.best_variables(), on_images=check_notice))
+    rows = evaluator.rows(state.best_variables(), on_images=check_notice)
+    evaluator.score(rows)
+    evaluator.operating_point(rows)
     evaluation_seconds = coordination.broadcast_json(now() - began)
   seconds = coordination.broadcast_json(budget.left)
   fit = steps_that_fit(

@@ -55,11 +55,24 @@ class Network(nn.Module):
 
     Its shapes are the grid sizes that the anchors need.
     """
+    return self._features(self.scaled(images), train=train)
+
+  def predict_scaled(self, x: Array) -> Outputs:
+    """Predicts, for inference, from images float32 [B, S, S, 3] as `scaled` returns them.
+
+    For files whose input is quantised: they have no operation on floats before the first layer.
+    """
+    return self.head(self._features(x, train=False), train=False)
+
+  def scaled(self, images: Array) -> Array:
+    """Returns images uint8 [B, S, S, 3] as float32 in [-1, 1]; raises InputError for others."""
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] != 3:
       raise InputError(f'images are {images.dtype} {list(images.shape)}; '
                        'the network takes uint8 [B, S, S, 3], 0 to 255')
     # In float32: bfloat16 has eight bits for the 256 levels, and scaling would round them.
-    x = images.astype(jnp.float32) * (2 / 255) - 1
+    return images.astype(jnp.float32) * (2 / 255) - 1
+
+  def _features(self, x: Array, *, train: bool) -> tuple[Array, ...]:
     return self.neck(self.backbone(x.astype(self.policy.dtype), train=train), train=train)
 
 

@@ -116,9 +116,9 @@ def test_an_evaluation_writes_the_ids_of_the_data_s_own_file(sources, tmp_path):
       source=found, bad=BadExamples('data.eval', len(found)), rows=lambda *_, **__: rows,
       score=lambda rows: coco.score(found.ground_truth(), rows))
   optim = types.SimpleNamespace(ema_decay=0)
-  of_run = types.SimpleNamespace(stamp=lambda step: None,
+  of_run = types.SimpleNamespace(stamp=lambda step: None, categories=run,
                                  config=types.SimpleNamespace(optim=optim))
-  job = evaluate_job.EvaluationJob(of_run, None, evaluator,
+  job = evaluate_job.EvaluationJob(of_run, types.SimpleNamespace(num_levels=1), evaluator,
                                    evaluate_job.EvaluationOptions(pictures=0))
   made = job.evaluate(1, {}, tmp_path)
   assert made.scores.metrics['AP'] == pytest.approx(1)

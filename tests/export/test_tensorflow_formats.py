@@ -198,19 +198,20 @@ def crowded_outputs(detector, rows=1):
 
 
 @pytest.mark.parametrize('run', [in_tensorflow, in_lite])
-def test_suppression_in_several_rounds_is_exact(run):
+@pytest.mark.parametrize('cross_class_iou', [1.0, 0.8])
+def test_suppression_in_several_rounds_is_exact(run, cross_class_iou):
   detector, _ = detector_and_variables()
   outputs = crowded_outputs(detector, rows=2)
   from ppn_jax.detection.nms import postprocess
 
   def detect(codes, logits):
     return postprocess(Outputs(codes, logits), detector.anchors, class_spec=detector.class_spec,
-                       candidates=64)
+                       candidates=64, cross_class_iou=cross_class_iou)
   expected = jax.device_get(jax.jit(detect)(*outputs))
   one_round = jax.jit(functools.partial(
       postprocess, anchors=detector.anchors, class_spec=detector.class_spec, max_detections=64,
       candidates=64))(outputs)
-  assert expected.valid.sum() > 60 and one_round.valid.any()
+  assert expected.valid.sum() > (60 if cross_class_iou == 1 else 20) and one_round.valid.any()
   found = run(detect, *outputs)
   for wanted in expected:
     assert any(f.shape == wanted.shape and f.dtype == wanted.dtype
