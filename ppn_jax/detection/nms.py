@@ -54,7 +54,7 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSp
   _check(score_threshold, iou_threshold, max_per_class, max_detections, candidates)
   scores = class_spec.scores(outputs.class_logits.astype(jnp.float32))
   boxes = box_ops.decode(outputs.box_codes.astype(jnp.float32), jnp.asarray(anchors.boxes))
-  found = _batched_nms(
+  found = batched_nms(
       boxes, scores, score_threshold=score_threshold, iou_threshold=iou_threshold,
       max_per_class=max_per_class, max_detections=max_detections, candidates=candidates)
   kept = jnp.take_along_axis(boxes, found.anchor[..., None], axis=1)
@@ -91,9 +91,12 @@ class _State(NamedTuple):
   found: _Found
 
 
-def _batched_nms(boxes: Array, scores: Array, *, score_threshold: float, iou_threshold: float,
+def batched_nms(boxes: Array, scores: Array, *, score_threshold: float, iou_threshold: float,
                  max_per_class: int, max_detections: int, candidates: int) -> _Found:
-  """Finds the best `max_detections` of boxes [B, A, 4] with scores [B, A, C] in each image."""
+  """Finds the best `max_detections` of boxes [B, A, 4] with scores [B, A, C] in each image.
+
+  See `postprocess`.
+  """
   visible = box_ops.area(box_ops.clip(boxes)) > 0
   is_candidate = (scores > score_threshold) & jnp.isfinite(boxes).all(-1, keepdims=True)
   scores = jnp.where(is_candidate, scores, _SUPPRESSED)
