@@ -12,6 +12,7 @@ import numpy as np
 from ppn_jax import zoo
 from ppn_jax.data.images import decoding as image_files
 from ppn_jax.detection.structures import Array, Category, Detections
+from ppn_jax.detection.tiles import check_tiles, merge_tiles, tile_windows
 from ppn_jax.errors import InputError, InputTypeError
 from ppn_jax.export.runtimes import is_export
 from ppn_jax.export.weights_file import is_weights_file
@@ -40,6 +41,19 @@ class ImageDetections(NamedTuple):
   labels: np.ndarray
   names: tuple[str, ...]
   level: np.ndarray
+
+  @property
+  def xyxy(self) -> np.ndarray:
+    """Returns the boxes as most other libraries have them, f32 [N, 4]: xmin, ymin, xmax, ymax."""
+    return self.boxes[:, [1, 0, 3, 2]]
+
+  def at_least(self, thresholds: float | np.ndarray) -> 'ImageDetections':
+    """Returns the detections with a score of at least a threshold, or that of their class [C]."""
+    kept = self.scores >= (thresholds if np.ndim(thresholds) == 0
+                           else np.asarray(thresholds)[self.labels])
+    names = tuple(name for name, keep in zip(self.names, kept.tolist(), strict=True) if keep)
+    return ImageDetections(self.boxes[kept], self.scores[kept], self.labels[kept], names,
+                           self.level[kept])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +101,8 @@ class ImageDetector:
       raise InputError(f'threshold={value} must lie between 0 and 1')
     return np.full(len(self.categories), value, np.float32)
 
-  def __call__(self, images: Image | Iterable[Image], *, threshold: float | None = None
-               ) -> ImageDetections | list[ImageDetections]:
+  def __call__(self, images: Image | Iterable[Image], *, threshold: float | None = None,
+               tiles: int = 1, overlap: float = 0.2) -> ImageDetections | list[ImageDetections]:
     """Detects objects.
 
     Args:
@@ -98,35 +112,55 @@ class ImageDetector:
         these, mixed or not, or an array u8 [B, H, W, 3].
       threshold: lowest score of a detection that is returned, 0 to 1. By default the best of its
         class, see `thresholds`; if there are none, all detections are returned.
+      tiles: number of tiles along the longer side, in which small objects are found as well as in
+        the whole picture; 1 is the picture alone. See `tiles.tile_windows`.
+      overlap: share of a tile that it has in common with the next, 0 to 0.5. Objects that are
+        larger than that are found in the whole picture.
 
     Returns:
       The detections of the image, or for several images a list in their order.
 
     Raises:
       InputTypeError: A TypeError, if an image has another type or its pixels are not uint8.
-      InputError: If an image cannot be read, or the threshold is not in 0 to 1.
+      InputError: If an image cannot be read, or an option is out of range.
     """
     if _is_several(images):
-      return list(self.stream(images, threshold=threshold))
-    return next(self._in_batches([(images, 'the image')], self.thresholds_by_label(threshold)))
+      return list(self.stream(images, threshold=threshold, tiles=tiles, overlap=overlap))
+    check_tiles(tiles, overlap)
+    return next(self._in_batches([(images, 'the image')], self.thresholds_by_label(threshold),
+                                 tiles, overlap))
 
-  def stream(self, images: Iterable[Image], *, threshold: float | None = None
-             ) -> Iterator[ImageDetections]:
+  def stream(self, images: Iterable[Image], *, threshold: float | None = None, tiles: int = 1,
+             overlap: float = 0.2) -> Iterator[ImageDetections]:
     """Detects objects in several images, reading no more than one batch of them at a time."""
+    check_tiles(tiles, overlap)
     if not _is_several(images):
       raise InputTypeError(f'images is of type {type(images).__name__}; give a list or another '
                            'iterable of images')
     named = ((image, f'image {number}') for number, image in enumerate(images))
-    return self._in_batches(named, self.thresholds_by_label(threshold))
+    return self._in_batches(named, self.thresholds_by_label(threshold), tiles, overlap)
 
-  def _in_batches(self, named: Iterable[tuple[Image, str]], thresholds: np.ndarray
-                  ) -> Iterator[ImageDetections]:
+  def _in_batches(self, named: Iterable[tuple[Image, str]], thresholds: np.ndarray, tiles: int,
+                  overlap: float) -> Iterator[ImageDetections]:
     """Detects objects in images that are given with their names for error messages."""
     named = iter(named)
+    if tiles > 1:
+      for pair in named:
+        yield self._in_tiles(image_files.to_pixels(*pair), thresholds, tiles, overlap)
+      return
     while group := [image_files.to_pixels(*pair)
                     for pair in itertools.islice(named, self.predictor.batch_size)]:
       for image, found in zip(group, self.predictor(group), strict=True):
         yield self._in_pixels(found, image.shape[:2], thresholds)
+
+  def _in_tiles(self, image: np.ndarray, thresholds: np.ndarray, tiles: int, overlap: float
+                ) -> ImageDetections:
+    size = image.shape[:2]
+    windows = tile_windows(size, tiles, overlap)
+    found = self.predictor([image[top:bottom, left:right]
+                            for top, left, bottom, right in windows.tolist()])
+    return self._in_pixels(merge_tiles(found, windows, size, len(self.categories)), size,
+                           thresholds)
 
   def _in_pixels(self, found: Detections, size: tuple[int, int], thresholds: np.ndarray
                  ) -> ImageDetections:

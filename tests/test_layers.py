@@ -24,6 +24,7 @@ LAYERS = (
     ('run', 'trained_model', 'weights', 'config_files'),
     ('planning', 'predictor', 'image_detector'),
     ('jobs',),
+    ('serving',),
     ('inspection', 'cli'),
 )
 PLACES = {place for row in LAYERS for place in row}

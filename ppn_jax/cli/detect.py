@@ -1,21 +1,25 @@
 """`ppn detect`."""
 
 import argparse
+import contextlib
 import glob
+import itertools
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ppn_jax import zoo
 from ppn_jax.cli.flags import add_model_flags, allowed, keep_programs
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
   import numpy as np
 
   from ppn_jax.image_detector import ImageDetections, ImageDetector
+  from ppn_jax.jobs.detection_files import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +29,17 @@ A folder stands for the pictures and videos in it, by their suffixes; other file
 Each is written with its boxes drawn to the output folder, and detections.json beside them.
 Boxes in the JSON are COCO's: [x, y, width, height] in pixels. It has all detections of a
 picture, and of each frame of a video those that are drawn. Videos are written as MP4,
-without sound."""
+without sound. A number is a camera, and an address such as rtsp://... a stream, which ends
+with Ctrl-C or after --frames=N.
+
+--format=NAME,NAME chooses what is written (default: pictures,json):
+  pictures  the pictures and videos with their boxes
+  json      detections.json
+  jsonl     a line for each picture or frame on stdout, as it is done; needs no --output
+  csv       detections.csv, a row for each box
+  yolo      labels/NAME.txt and classes.txt
+  crops     crops/CLASS/NAME_K.jpg, the pixels of each box
+All but json have the boxes of at least --threshold."""
 
 DEFAULT_THRESHOLD = 0.3  # If none are kept with the model.
 VIDEOS = frozenset({'.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv'})
@@ -36,9 +50,12 @@ TAKES_CONFIG = False
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('images', nargs='+', metavar='IMAGE',
                       help="pictures, videos, folders of them, or patterns such as 'photos/*.jpg'; "
-                           '** matches folders of any depth')
+                           '** matches folders of any depth; also cameras and streams')
   add_model_flags(parser, model='instead: a file that `ppn export` wrote')
-  parser.add_argument('--output', required=True, metavar='DIR', help='folder to write to')
+  parser.add_argument('--output', metavar='DIR',
+                      help='folder to write to (default: detections)')
+  parser.add_argument('--format', default='pictures,json', metavar='NAMES',
+                      help='what to write (default: %(default)s)')
   parser.add_argument('--step', type=int, metavar='N', help='which checkpoint (default: newest)')
   parser.add_argument('--ema', action=argparse.BooleanOptionalAction,
                       help='use the moving average of the weights, or the weights themselves '
@@ -47,36 +64,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='lowest score of a box that is drawn, 0 to 1 (default: the best of its '
                            f'class, if the model was evaluated, otherwise {DEFAULT_THRESHOLD})')
   parser.add_argument('--batch_size', type=int, metavar='N',
-                      help='images at a time (default: 4, or the batch size of the exported file)')
+                      help='images at a time (default: 4, or the batch size of the exported file; '
+                           '1 for cameras and streams)')
+  parser.add_argument('--tiles', type=int, default=1, metavar='N',
+                      help='also look at N overlapping tiles along the longer side, for small '
+                           'objects in large pictures (default: %(default)s)')
+  parser.add_argument('--overlap', type=float, default=0.2, metavar='SHARE',
+                      help='share of a tile that it has in common with the next, 0 to 0.5 '
+                           '(default: %(default)s)')
+  parser.add_argument('--frames', type=int, metavar='N',
+                      help='end a video, camera or stream after N frames')
+
+
+class _Options(NamedTuple):
+  """Options of the detection.
+
+  Fields:
+    formats: what is written.
+    tiles, overlap, frames: as on the command line.
+    thresholds: f32 [C], lowest score of a box that is shown, by label; set once they are known.
+  """
+  formats: tuple[str, ...]
+  tiles: int
+  overlap: float
+  frames: int | None
+  thresholds: 'np.ndarray' = None  # pyright: ignore
 
 
 def run(args: argparse.Namespace) -> int:
+  from ppn_jax.detection.tiles import check_tiles
+  from ppn_jax.jobs.detection_files import is_live, make_writers
   from ppn_jax.storage import folder_path, write_text
-  output = folder_path(args.output, '--output')
-  files = _find(args.images)
-  drawings = _drawing_paths(files, output)
+  options = _Options(_formats(args.format), args.tiles, args.overlap, args.frames)
   if args.threshold is not None and not 0 <= args.threshold <= 1:
     raise InputError(f'--threshold={args.threshold} must be between 0 and 1')
+  if args.frames is not None and args.frames < 1:
+    raise InputError(f'--frames={args.frames} must be at least 1')
+  check_tiles(args.tiles, args.overlap)
+  writes_files = options.formats != ('jsonl',)
+  output = folder_path(args.output or 'detections', '--output')
+  live = [name for name in args.images if is_live(name)]
+  if len(live) > 1:
+    raise InputError(f'{" and ".join(live)}: one camera or stream at a time')
+  files = _find([name for name in args.images if name not in live]) if live != args.images else []
+  drawings = _drawing_paths(files, output, live, drawn='pictures' in options.formats)
   import json
 
   from ppn_jax.telemetry.host_memory import keep_freed_memory
   keep_freed_memory()
   keep_programs()
-  detector = _load(args)
-  thresholds = detector.thresholds_by_label(args.threshold, DEFAULT_THRESHOLD)
-  entries, broken = _detect_all(detector, files, drawings, thresholds)
-  if len(files) == 1 and broken:
+  detector = _load(args, usual_batch=1 if live else 4)
+  options = options._replace(
+      thresholds=detector.thresholds_by_label(args.threshold, DEFAULT_THRESHOLD))
+  writers = make_writers(options.formats, output, detector.categories)
+  entries, broken, interrupted = _detect_all(detector, files, live, drawings, options, writers)
+  if len(files) == 1 and broken and not live:
     raise broken[files[0]]
-  write_text(output / 'detections.json', json.dumps(entries, indent=1) + '\n')
-  print(f'{_count(entries)} and detections.json in {output} (step {detector.step:,})')
-  _note_if_none(detector, entries, thresholds)
+  for writer in writers:
+    writer.close()
+  # The lines of JSON have stdout for themselves.
+  out = sys.stderr if 'jsonl' in options.formats else sys.stdout
+  if 'json' in options.formats:
+    write_text(output / 'detections.json', json.dumps(entries, indent=1) + '\n')
+  if writes_files:
+    written = {'json': 'detections.json', 'csv': 'detections.csv', 'yolo': 'labels',
+               'crops': 'crops'}
+    names = [written[name] for name in options.formats if name in written]
+    step = '' if detector.step is None else f' (step {detector.step:,})'
+    print(f'{_count(entries)}{"".join(f" and {name}" for name in names)} in {output}{step}',
+          file=out)
+  _note_if_none(detector, entries, options.thresholds, out)
   if broken:
     raise InputError(f'{len(broken)} of {len(files)} files could not be read, such as '
                      f'{next(iter(broken))}')
+  if interrupted:
+    raise KeyboardInterrupt(f'after {len(entries[-1]["frames"])} frames')
   return 0
 
 
-def _load(args: argparse.Namespace) -> 'ImageDetector':
+def _formats(text: str) -> tuple[str, ...]:
+  """Returns the formats that --format names, each once."""
+  from ppn_jax.jobs.detection_files import FORMATS
+  names = tuple(dict.fromkeys(name.strip() for name in text.split(',')))
+  for name in names:
+    if name not in FORMATS:
+      raise InputError(f'--format={text}: {did_you_mean(name, FORMATS)}')
+  return names
+
+
+def _load(args: argparse.Namespace, usual_batch: int) -> 'ImageDetector':
   from ppn_jax.export.runtimes import is_export
   from ppn_jax.export.weights_file import is_weights_file
   from ppn_jax.image_detector import load
@@ -92,7 +168,7 @@ def _load(args: argparse.Namespace) -> 'ImageDetector':
                      f'--model={path} is an exported file; leave them out')
   batch_size = args.batch_size
   if batch_size is None and (args.model is None or is_weights_file(path)):
-    batch_size = 4
+    batch_size = usual_batch
   return load(path, step=args.step, ema=args.ema, batch_size=batch_size, allow=allowed(args))
 
 
@@ -103,8 +179,8 @@ def _count(entries: Sequence[dict]) -> str:
           + (f', {videos} video{"s" * (videos != 1)}' if videos else ''))
 
 
-def _note_if_none(detector: 'ImageDetector', entries: Sequence[dict], thresholds: 'np.ndarray'
-                  ) -> None:
+def _note_if_none(detector: 'ImageDetector', entries: Sequence[dict], thresholds: 'np.ndarray',
+                  out: TextIO) -> None:
   """Prints the best score if no box is drawn: is the detector bad, or the threshold too high?"""
   least = {c.id: t for c, t in zip(detector.categories, thresholds.tolist(), strict=True)}
   scores = [(found['score'], least[found['category_id']]) for entry in entries
@@ -114,13 +190,18 @@ def _note_if_none(detector: 'ImageDetector', entries: Sequence[dict], thresholds
     what = (f'--threshold={low:g} or more' if low == high else
             f'the threshold of its class, {low:.2g} to {high:.2g}; give a lower --threshold')
     best = f', the best has {max(scores)[0]:.2g}' if scores else ''
-    print(f'no box is drawn: none scores {what}{best}')
+    print(f'no box is drawn: none scores {what}{best}', file=out)
 
 
-def _detect_all(detector: 'ImageDetector', files: Sequence[pathlib.Path],
-                drawings: Sequence[pathlib.Path], thresholds: 'np.ndarray'
-                ) -> tuple[list[dict], dict[pathlib.Path, InputError]]:
-  """Returns the entries of detections.json in order of the files, and the errors of the others."""
+def _detect_all(detector: 'ImageDetector', files: Sequence[pathlib.Path], live: Sequence[str],
+                drawings: Sequence[pathlib.Path], options: _Options, writers: Sequence['Writer']
+                ) -> tuple[list[dict], dict[pathlib.Path, InputError], bool]:
+  """Detects objects in files and then in a camera or stream.
+
+  Returns:
+    The entries of detections.json in order of the files, the errors of the others, and whether
+    Ctrl-C has ended the camera or stream.
+  """
   entries: dict[pathlib.Path, dict] = {}
   broken: dict[pathlib.Path, InputError] = {}
 
@@ -129,16 +210,20 @@ def _detect_all(detector: 'ImageDetector', files: Sequence[pathlib.Path],
     if len(files) > 1:
       logger.warning(f'skipped: {error}')
 
-  drawing_of = dict(zip(files, drawings, strict=True))
+  drawing_of = dict(zip([*files, *live], drawings, strict=True))
   opened = _open_pictures([f for f in files if not _is_video(f)], skip)
-  for file, image, found in _detect_stream(detector, opened):
-    entries[file] = _draw_picture(detector, file, drawing_of[file], image, found, thresholds)
+  for file, image, found in _detect_stream(detector, opened, options):
+    entries[file] = _use_picture(detector, file, drawing_of[file], image, found, options, writers)
   for file in filter(_is_video, files):
     try:
-      entries[file] = _draw_video(detector, file, drawing_of[file], thresholds)
+      entries[file], _ = _use_video(detector, str(file), drawing_of[file], options, writers)
     except InputError as e:
       skip(file, e)
-  return [entries[file] for file in files if file in entries], broken
+  done, interrupted = [entries[file] for file in files if file in entries], False
+  for source in live:
+    entry, interrupted = _use_video(detector, source, drawing_of[source], options, writers)
+    done.append(entry)
+  return done, broken, interrupted
 
 
 def _is_video(file: pathlib.Path) -> bool:
@@ -154,8 +239,8 @@ def _open_pictures(files: Sequence[pathlib.Path], skip) -> Iterator[tuple[pathli
       skip(file, e)
 
 
-def _detect_stream(detector: 'ImageDetector', images: Iterator[tuple[Any, 'np.ndarray']]
-                   ) -> Iterator[tuple[Any, 'np.ndarray', 'ImageDetections']]:
+def _detect_stream(detector: 'ImageDetector', images: Iterable[tuple[Any, 'np.ndarray']],
+                   options: _Options) -> Iterator[tuple[Any, 'np.ndarray', 'ImageDetections']]:
   """Yields (key, image, detections) for each (key, image), with one batch in memory at a time."""
   waiting = []
 
@@ -164,63 +249,86 @@ def _detect_stream(detector: 'ImageDetector', images: Iterator[tuple[Any, 'np.nd
       waiting.append((key, image))
       yield image
 
-  for found in detector.stream(pixels(), threshold=0.0):
+  for found in detector.stream(pixels(), threshold=0.0, tiles=options.tiles,
+                               overlap=options.overlap):
     yield *waiting.pop(0), found
 
 
-def _draw_picture(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.Path,
-                  image: 'np.ndarray', found: 'ImageDetections', thresholds: 'np.ndarray') -> dict:
+def _use_picture(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.Path,
+                 image: 'np.ndarray', found: 'ImageDetections', options: _Options,
+                 writers: Sequence['Writer']) -> dict:
+  """Writes what was found in a picture, and returns its entry of detections.json."""
+  from ppn_jax.jobs.detection_files import Shown, rows_of
   from ppn_jax.visualization.drawing import save_png
   height, width = image.shape[:2]
-  save_png(drawing, _draw(detector, image, found, thresholds))
-  return {'file': str(file), 'picture': str(drawing), 'width': width, 'height': height,
-          'detections': _entries(detector, found)}
+  drawn = {}
+  if 'pictures' in options.formats:
+    save_png(drawing, _draw(detector, image, found.at_least(options.thresholds)))
+    drawn = {'picture': str(drawing)}
+  for writer in writers:
+    writer.write(Shown(str(file), drawing.stem, image, found.at_least(options.thresholds)))
+  return {'file': str(file), **drawn, 'width': width, 'height': height,
+          'detections': rows_of(found, detector.categories)}
 
 
-def _draw_video(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib.Path,
-                thresholds: 'np.ndarray') -> dict:
+def _use_video(detector: 'ImageDetector', source: str, drawing: pathlib.Path, options: _Options,
+               writers: Sequence['Writer']) -> tuple[dict, bool]:
+  """Writes what was found in a video, camera or stream.
+
+  Returns:
+    Its entry of detections.json, and whether Ctrl-C has ended it; only of cameras and streams.
+  """
   from rich.console import Console
   from rich.progress import track
 
-  from ppn_jax.data.images.video import VideoReader, VideoWriter
-  frames, console = [], Console(stderr=True)
-  with VideoReader(file) as reader:
+  from ppn_jax.data.images.video import LiveReader, VideoReader, VideoWriter
+  from ppn_jax.jobs.detection_files import Shown, is_live, rows_of
+  frames, console, live, interrupted = [], Console(stderr=True), is_live(source), False
+  with contextlib.ExitStack() as stack:
+    reader = stack.enter_context(LiveReader(source) if live else VideoReader(pathlib.Path(source)))
     rate = reader.frames_per_second
-    with VideoWriter(drawing, reader.size, rate) as writer:
+    total = options.frames if live else min(reader.stated or 0, options.frames or 2**60) or None
+    drawn = stack.enter_context(VideoWriter(drawing, reader.size, rate)
+                                if 'pictures' in options.formats else contextlib.nullcontext())
+    written = 0
+    try:
       for number, image, found in track(
-          _detect_stream(detector, enumerate(reader)), str(file), total=reader.stated or None,
-          console=console, transient=True, disable=not console.is_terminal):
-        writer.write(_draw(detector, image, found, thresholds))
-        frames.append({'frame': number, 'seconds': round(number / rate, 3),
-                       'detections': _entries(detector, found, thresholds)})
-    if reader.cut_short:
-      logger.warning(f'{file} ends after {reader.count} of {reader.stated} frames')
+          _detect_stream(detector, enumerate(itertools.islice(reader, options.frames)), options),
+          source, total=total, console=console, transient=True,
+          disable=not console.is_terminal):
+        seconds = round(reader.seconds if live else number / rate, 3)
+        shown = found.at_least(options.thresholds)
+        # A live picture stays until the next one, so that the video has the right length.
+        repeats = max(1, round(seconds * rate) + 1 - written) if live else 1
+        if drawn is not None:
+          picture = _draw(detector, image, shown)
+          for _ in range(repeats):
+            drawn.write(picture)
+        written += repeats
+        for writer in writers:
+          writer.write(Shown(source, f'{drawing.stem}_{number:06}', image, shown, number, seconds))
+        frames.append({'frame': number, 'seconds': seconds,
+                       'detections': rows_of(shown, detector.categories)})
+    except KeyboardInterrupt:
+      if not live or not frames:
+        raise
+      interrupted = True
+    if live:
+      logger.info(f'{source}: frames: {reader.count} used, {reader.dropped} left out to keep up')
+    elif options.frames is None and reader.cut_short:
+      logger.warning(f'{source} ends after {reader.count} of {reader.stated} frames')
     height, width = reader.size
-  return {'file': str(file), 'video': str(drawing), 'width': width, 'height': height,
-          'frames_per_second': rate, 'frames': frames}
+  return {'file': source, **({'video': str(drawing)} if drawn is not None else {}), 'width': width,
+          'height': height, 'frames_per_second': rate, 'frames': frames}, interrupted
 
 
-def _draw(detector: 'ImageDetector', image: 'np.ndarray', found: 'ImageDetections',
-          thresholds: 'np.ndarray') -> 'np.ndarray':
+def _draw(detector: 'ImageDetector', image: 'np.ndarray', shown: 'ImageDetections') -> 'np.ndarray':
   import numpy as np
 
   from ppn_jax.visualization.drawing import draw_boxes
-  shown = found.scores >= thresholds[found.labels]
   size = np.float32([*image.shape[:2]] * 2)
-  return draw_boxes(image, found.boxes[shown] / size, found.labels[shown],
-                    [c.name for c in detector.categories], found.scores[shown])
-
-
-def _entries(detector: 'ImageDetector', found: 'ImageDetections',
-             thresholds: 'np.ndarray | None' = None) -> list[dict]:
-  """Returns detections as COCO rows, with the class's name in place of the image's id."""
-  shown = slice(None) if thresholds is None else found.scores >= thresholds[found.labels]
-  return [{'category': detector.categories[label].name,
-           'category_id': detector.categories[label].id, 'score': score,
-           'bbox': [xmin, ymin, xmax - xmin, ymax - ymin]}
-          for label, score, (ymin, xmin, ymax, xmax) in zip(
-              found.labels[shown], found.scores[shown].tolist(), found.boxes[shown].tolist(),
-              strict=True)]
+  return draw_boxes(image, shown.boxes / size, shown.labels,
+                    [c.name for c in detector.categories], shown.scores)
 
 
 def _find(paths: Sequence[str]) -> list[pathlib.Path]:
@@ -259,8 +367,13 @@ def _find(paths: Sequence[str]) -> list[pathlib.Path]:
   return list(dict.fromkeys(files))
 
 
-def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[pathlib.Path]:
-  """Returns where to write each drawing: a different name each, and never that of an input."""
+def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path, live: Sequence[str] = (),
+                   *, drawn: bool = True) -> list[pathlib.Path]:
+  """Returns where to write each drawing: a different name each, and never that of an input.
+
+  Cameras and streams come after the files. If nothing is `drawn`, these are just names.
+  """
+  from ppn_jax.jobs.detection_files import file_name
   if output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; give a folder')
   given, taken = {f.resolve() for f in files}, set()
@@ -271,8 +384,13 @@ def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path) -> list[
              *(f'{file.stem}_{n}{end}' for n in range(2, len(files) + 2)))
     # Some file systems do not distinguish A.png from a.png.
     drawing = next(output / n for n in names if n.lower() not in taken)
-    if drawing.resolve() in given:
+    if drawn and drawing.resolve() in given:
       raise InputError(f'--output={output} would overwrite {file}; give another folder')
     taken.add(drawing.name.lower())
     drawings.append(drawing)
+  for source in live:
+    name = f'camera_{source}' if source.isdecimal() else file_name(source)
+    while f'{name}.mp4'.lower() in taken:
+      name += '_'
+    drawings.append(output / f'{name}.mp4')
   return drawings

@@ -26,8 +26,8 @@ from ppn_jax.telemetry.progress import LiveHandler
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (whether it takes --config.key=value),
 # `add_arguments(parser)` and `run(args)`. They import the heavy libraries inside `run`, so that
 # help and error messages appear at once.
-COMMANDS = ('train', 'evaluate', 'detect', 'data', 'summary', 'import-tf', 'prepare', 'plan',
-            'export')
+COMMANDS = ('train', 'evaluate', 'detect', 'serve', 'data', 'summary', 'import-tf', 'prepare',
+            'plan', 'export')
 
 # Loggers of notes, such as on a truncated file, that any command may print between its lines.
 _NOTES = ('ppn_jax.cli.', 'ppn_jax.data.', 'ppn_jax.distributed.compile_cache',

@@ -61,8 +61,8 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSp
          dict(max_per_class=max_per_class, max_detections=max_detections, candidates=candidates))
   scores = class_spec.scores(outputs.class_logits.astype(jnp.float32))
   boxes = box_ops.decode(outputs.box_codes.astype(jnp.float32), jnp.asarray(anchors.boxes))
-  found = _batched_nms(
-      boxes, scores, score_threshold=score_threshold, limits=_Limits(
+  found = batched_nms(
+      boxes, scores, score_threshold=score_threshold, limits=Limits(
           iou_threshold, cross_class_iou, max_per_class),
       max_detections=max_detections, candidates=candidates)
   kept = jnp.take_along_axis(boxes, found.anchor[..., None], axis=1)
@@ -75,7 +75,7 @@ def postprocess(outputs: Outputs, anchors: Anchors, *, class_spec: ClassLogitsSp
       valid=valid)
 
 
-class _Limits(NamedTuple):
+class Limits(NamedTuple):
   """What decides whether a pair is suppressed; see `postprocess`."""
   iou_threshold: float
   cross_class_iou: float
@@ -111,9 +111,12 @@ class _State(NamedTuple):
   found: _Found
 
 
-def _batched_nms(boxes: Array, scores: Array, *, score_threshold: float, limits: _Limits,
+def batched_nms(boxes: Array, scores: Array, *, score_threshold: float, limits: Limits,
                  max_detections: int, candidates: int) -> _Found:
-  """Finds the best `max_detections` of boxes [B, A, 4] with scores [B, A, C] in each image."""
+  """Finds the best `max_detections` of boxes [B, A, 4] with scores [B, A, C] in each image.
+
+  See `postprocess`.
+  """
   visible = box_ops.area(box_ops.clip(boxes)) > 0
   is_candidate = (scores > score_threshold) & jnp.isfinite(boxes).all(-1, keepdims=True)
   scores = jnp.where(is_candidate, scores, _SUPPRESSED)
@@ -158,7 +161,7 @@ def _best_pairs(scores: Array, candidates: int) -> _Pairs:
   return _Pairs(rows[at // num_classes], at % num_classes, best, kept=best > _SUPPRESSED)
 
 
-def _greedy_nms(pairs: _Pairs, boxes: Array, per_class: Array, limits: _Limits
+def _greedy_nms(pairs: _Pairs, boxes: Array, per_class: Array, limits: Limits
                 ) -> tuple[_Pairs, Array]:
   """Suppresses greedily among the pairs of a round; returns them with the new counts per class.
 
@@ -216,7 +219,7 @@ def _collect(found: _Found, pairs: _Pairs, visible: Array) -> _Found:
                 jnp.minimum(found.count + kept.sum(dtype=jnp.int32), room))
 
 
-def _suppress(state: _State, boxes: Array, limits: _Limits) -> Array:
+def _suppress(state: _State, boxes: Array, limits: Limits) -> Array:
   """Removes from the scores [B, A, C] what cannot be detected after the last round.
 
   These are the pairs of that round, those that its kept pairs suppress, and classes that are full.

@@ -1,8 +1,8 @@
 """Draws boxes on images.
 
-Everything scales with the picture: lines, tags and type look the same on 100 and on 4,000
-pixels. Detections are solid in the colour of their class, ground truth is dashed in white, so both
-can be drawn on the same image.
+Everything scales with the picture: lines, tags and type look the same on 100 and on 4,000 pixels,
+unless most boxes are so small that the type would cover them. Detections are solid in the colour of
+their class, ground truth is dashed in white, so both can be drawn on the same image.
 """
 
 import io
@@ -24,6 +24,9 @@ _INK, _PAPER = (16, 16, 16), (255, 255, 255)
 # Okabe and Ito's colours, distinct with any kind of colour vision, bright ones first.
 _FIRST_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66),
                   (204, 121, 167), (213, 94, 0), (0, 114, 178))
+# Type is 6.6 units high. Small boxes lead at least to the unit of a picture of 600 pixels, type of
+# 13 pixels; a box of 13 units is twice as high as the type.
+_SMALLEST_UNIT, _SIDE_OF_UNIT = 2.0, 13.0
 _GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))
 _PHASE = 5.5  # Keeps the colours of later classes far from those of the first.
 
@@ -61,9 +64,9 @@ def draw_boxes(image: Array, boxes: Array, labels: Array, names: Sequence[str],
     u8 [H', W', 3], of the image's size unless enlarged.
   """
   picture = _enlarge(_to_picture(image), min_side)
-  style = _Style.of(picture.size, weight, ground_truth)
   boxes = np.asarray(boxes, np.float32).reshape(-1, 4)
   shown = np.isfinite(boxes).all(axis=1) & (box_ops.area(box_ops.clip(boxes)) > 0)
+  style = _Style.of(picture.size, weight, ground_truth, boxes[shown])
   order = np.arange(len(boxes)) if scores is None else np.argsort(-np.asarray(scores))
   marks, occupied = [], []
   for i in order[shown[order]]:
@@ -127,8 +130,14 @@ class _Style(NamedTuple):
   ground_truth: bool
 
   @classmethod
-  def of(cls, size: tuple[int, int], weight: float, ground_truth: bool) -> '_Style':
+  def of(cls, size: tuple[int, int], weight: float, ground_truth: bool,
+         boxes: Sequence | np.ndarray = ()) -> '_Style':
     unit = weight * math.sqrt(size[0] * size[1]) / 300
+    if len(boxes):
+      # In pixels; type is at most half as high as the usual box, and never too small to read.
+      side = float(np.median(np.sqrt(box_ops.area(box_ops.clip(np.asarray(boxes))))))
+      side *= 300 * unit / weight
+      unit = min(unit, max(_SMALLEST_UNIT * weight, side / _SIDE_OF_UNIT))
     type_size = max(11, round((6.2 if ground_truth else 6.6) * unit))
     line = max(1, round((0.8 if ground_truth else 1.3) * unit))
     return cls(line=line, halo=max(1, round(0.3 * unit)), pad=max(1, round(1.4 * unit)),

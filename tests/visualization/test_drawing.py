@@ -150,3 +150,15 @@ def test_png_holds_the_pixels(tmp_path):
 def test_other_arrays_than_rgb_images_are_refused(image):
   with pytest.raises(ValueError, match='an image is u8'):
     draw(image, [[0, 0, 1, 1]])
+
+
+def test_type_shrinks_with_small_boxes_in_large_pictures():
+  def height(size, side, weight=1.0):
+    boxes = np.float32([[.1, .1, .1 + side, .1 + side]] * 3)
+    return drawing._Style.of(size, weight, False, boxes).font.ascent
+
+  usual = drawing._Style.of((2000, 1500), 1, False).font.ascent
+  assert height((2000, 1500), 0.5) == usual
+  assert usual > 2 * height((2000, 1500), 0.02) > usual / 2
+  assert height((4000, 3000), 0.001) == height((600, 600), 0.9) == height((600, 600), 0.001)
+  assert height((4000, 3000), 0.001, weight=2) > height((4000, 3000), 0.001)

@@ -1,7 +1,9 @@
-"""Reads and writes the frames of video files with OpenCV's FFmpeg, without sound."""
+"""Reads and writes the frames of video files, cameras and streams with OpenCV, without sound."""
 
 import os
 import pathlib
+import threading
+import time
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -60,6 +62,92 @@ class VideoReader:
 
   def __exit__(self, *_) -> None:
     self._capture.release()
+
+
+class LiveReader:
+  """Reads the newest frame of a camera or stream, and leaves out those that came meanwhile.
+
+  Attributes:
+    size: (height, width) in pixels.
+    frames_per_second: The rate that it states, or a usual one.
+    count, dropped: Number of frames that were yielded, and left out, so far.
+    seconds: Time of the last yielded frame since the first one.
+  """
+
+  def __init__(self, source: str):
+    """Opens a camera by its number or a stream by its address.
+
+    Raises:
+      InputError: If there is none.
+    """
+    _quiet()
+    self._source = source
+    if source.isdecimal():
+      self._capture = cv2.VideoCapture(int(source))
+    else:
+      self._capture = _open_stream(source)
+    read, frame = self._capture.read()
+    if not read:
+      self._capture.release()
+      what = f'camera {source}' if source.isdecimal() else source
+      raise InputError(f'{what}: no picture comes from it')
+    self.size = frame.shape[:2]
+    rate = self._capture.get(cv2.CAP_PROP_FPS)
+    self.frames_per_second = rate if 0 < rate < 1000 else _FRAMES_PER_SECOND
+    self.count = self.dropped = 0
+    self.seconds = 0.0
+    self._start = time.monotonic()
+    self._newest, self._ended, self._changed = (frame, self._start), False, threading.Condition()
+    self._closing = threading.Event()
+    self._thread = threading.Thread(target=self._follow, name='ppn live', daemon=True)
+    self._thread.start()
+
+  def __iter__(self) -> Iterator[np.ndarray]:
+    """Yields frames u8 [H, W, 3], RGB, until the stream ends."""
+    while True:
+      with self._changed:
+        self._changed.wait_for(lambda: self._newest is not None or self._ended)
+        if self._newest is None:
+          return
+        (frame, moment), self._newest = self._newest, None
+      self.count += 1
+      self.seconds = moment - self._start
+      yield np.ascontiguousarray(frame[..., ::-1])
+
+  def _follow(self) -> None:
+    """Reads frames as they come; the thread of this object."""
+    read = True
+    while read and not self._closing.is_set():
+      read, frame = self._capture.read()
+      with self._changed:
+        if read:
+          self.dropped += self._newest is not None
+          self._newest = frame, time.monotonic()
+        else:
+          self._ended = True
+        self._changed.notify()
+
+  def __enter__(self) -> 'LiveReader':
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._closing.set()
+    self._thread.join(5)
+    if not self._thread.is_alive():  # A stream that hangs is left to the end of the process.
+      self._capture.release()
+
+
+def _open_stream(address: str) -> cv2.VideoCapture:
+  """Opens a stream; files, which `_quiet` restricts to themselves, stay restricted."""
+  options = 'OPENCV_FFMPEG_CAPTURE_OPTIONS'
+  before = os.environ[options]
+  os.environ[options] = ('protocol_whitelist;http,https,httpproxy,tcp,tls,udp,rtp,rtsp,rtmp,srt,'
+                         'crypto,hls')
+  try:
+    return cv2.VideoCapture(address, cv2.CAP_FFMPEG, [
+        cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 10_000, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 10_000])
+  finally:
+    os.environ[options] = before
 
 
 class VideoWriter:
