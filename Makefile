@@ -43,7 +43,7 @@ test-lowest: $(LOWEST)/dev
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
-	$(VENV)/bin/shellcheck launch/*.sh launch/notebooks/*.sh .ci/*
+	$(VENV)/bin/shellcheck launch/*.sh .ci/*
 
 lock: $(VENV)/dev
 	@$(PIP) uv

@@ -274,7 +274,7 @@ def _blob(path: Path) -> tuple[Any, str]:
 @functools.cache
 def _client() -> Any:
   from google.cloud import storage
-  return storage.Client()
+  return storage.Client(project=None)  # Buckets need none, and credentials may know none.
 
 
 def move_folder(path: Path, to: Path) -> None:
@@ -383,7 +383,7 @@ def _check_bucket(bucket: str) -> None:
   fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False  # pyright: ignore
   try:
     # Orbax makes the same request, so the permission is needed anyway.
-    storage.Client().get_bucket(bucket, timeout=_CHECK_SECONDS / 2,
+    _client().get_bucket(bucket, timeout=_CHECK_SECONDS / 2,
                                 retry=storage.retry.DEFAULT_RETRY.with_timeout(_CHECK_SECONDS))  # pyright: ignore
   except exceptions.NotFound as e:
     raise InputError(f'there is no bucket gs://{bucket}; create it first') from e

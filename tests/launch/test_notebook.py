@@ -95,6 +95,8 @@ def test_it_installs_from_the_repository_and_opens_in_colab():
   assert 'colab-badge.svg' in text and 'blob/main/launch/notebooks/inspect.ipynb' in text
   notebook = nbformat.read(NOTEBOOK, 4)
   code = [cell.source for cell in notebook.cells if cell.cell_type == 'code']
-  assert 'git clone' in code[0] and 'launch/notebooks/setup.sh' in code[0]
-  assert (NOTEBOOK.parent / 'setup.sh').is_file()
+  assert 'git clone' in code[0] and "sys.path.insert(0, 'launch/notebooks')" in code[0]
+  assert (NOTEBOOK.parent / 'install.py').is_file() and 'install.prepare()' in code[0]
+  # The address is asked for in one place.
+  assert sum('github.com' in cell for cell in code) == 1 and "'/OWNER/' not in" in code[0]
   assert all(len(cell.splitlines()) <= 4 for cell in code[1:])
