@@ -129,6 +129,7 @@ def base_config() -> ConfigDict:
       min_improvement=0.0,  # Gain in `stop_metric` above which an evaluation is an improvement.
       keep_last=3,  # Number of newest checkpoints to keep.
       keep_best=1,  # Number of checkpoints of highest AP to keep in addition.
+      loggers=(),  # Beside TensorBoard: 'wandb', 'mlflow', a dotted path, or dict(name=NAME, ...).
       on_save_error='continue')  # If a checkpoint cannot be written: 'continue' or 'stop'.
   config.eval = dict(batch_size=32)  # Images per batch, over all devices.
   return config
