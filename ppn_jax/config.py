@@ -131,6 +131,7 @@ def base_config() -> ConfigDict:
       min_improvement=0.0,  # Gain in `stop_metric` above which an evaluation is an improvement.
       keep_last=3,  # Number of newest checkpoints to keep.
       keep_best=1,  # Number of checkpoints of highest AP to keep in addition.
+      loggers=(),  # Beside TensorBoard: 'wandb', 'mlflow', a dotted path, or dict(name=NAME, ...).
       on_save_error='continue',  # If a checkpoint cannot be written: 'continue' or 'stop'.
       stuck_factor=100.0,  # A step of so many times the usual length has hung; 0: wait for ever.
       stuck_seconds=300.0,  # The least time after which a step has hung.

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax import registry
-from ppn_jax.config import complete
+from ppn_jax.config import complete, plain
 from ppn_jax.data.repeats import describe_repeats
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
@@ -33,6 +33,7 @@ from ppn_jax.run import Run, check_batch, create_run
 from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.goodput import Timeline
 from ppn_jax.telemetry.host_memory import keep_freed_memory
+from ppn_jax.telemetry.loggers import Loggers, check_loggers
 from ppn_jax.telemetry.metrics import MetricsWriter
 from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.telemetry.run_log import RunLog
@@ -82,6 +83,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
   config = complete(config)
   check_data(config)
   check_numbers(config)
+  if jax.process_index() == 0:  # The only one that logs.
+    check_loggers(config.train.loggers)
   traced = profiling.parse_steps(profile, config.train.steps or sys.maxsize)
   mesh = sharding.data_mesh()
   earlier = earlier_run(workdir)
@@ -178,7 +181,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
       if plan:
         time_budget.write_plan(run.workdir, plan)
       run.save()
-      writer = closing.enter_context(MetricsWriter(run.workdir, start))
+      writer = closing.enter_context(MetricsWriter(run.workdir, start, loggers=Loggers(
+          config.train.loggers, run.workdir, plain(config))))
       timeline.open(run.workdir, f'{name}.json', start, processes=jax.process_count(),
                     devices=mesh.size, xla_options=list(config.train.xla_options))
     if traced and traced[-1] <= start:

@@ -17,6 +17,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from ppn_jax import storage
+from ppn_jax.telemetry.loggers import Loggers
 
 FIRST_LOSS = 'train/first_loss'  # Loss of the first step alone; only in the first line.
 
@@ -33,11 +34,13 @@ class MetricsWriter:
       since they will be written again. None keeps all lines, for steps that come in any order.
     tensorboard: Folder of the event files, by default in the workdir.
     keep: Returns whether to keep the lines of a step.
+    loggers: Further loggers, which get the same scalars; closed with this one.
   """
 
   def __init__(self, workdir: storage.Path, step: int | None,
                tensorboard: storage.Path | None = None,
-               keep: Callable[[int], bool] = lambda step: True):
+               keep: Callable[[int], bool] = lambda step: True, loggers: Loggers | None = None):
+    self._loggers = loggers
     path = workdir / 'metrics.jsonl'
     lines = list(_lines_up_to(path, step)) if path.exists() else []
     lines = [line for line in lines if keep(json.loads(line)['step'])]
@@ -52,6 +55,8 @@ class MetricsWriter:
     return self
 
   def __exit__(self, kind: Any, *_: Any) -> None:
+    if self._loggers:
+      self._loggers.close(failed=kind is not None)
     # An error in closing must not hide the one that ended the run.
     with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
       self.close()
@@ -67,6 +72,8 @@ class MetricsWriter:
     self._lines.add(f'{json.dumps({"step": step, **known})}\n'.encode())
     self._events.add_scalars(step, {name: value for name, value in scalars.items()
                                     if value is not None})
+    if self._loggers:
+      self._loggers.write(step, scalars)
     self._write_out()
     for outbox in self._outboxes:
       outbox.offer()

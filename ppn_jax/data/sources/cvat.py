@@ -18,7 +18,7 @@ from ppn_jax.data.sources.labelled_images import (
   stated_size,
   turned_box,
 )
-from ppn_jax.data.sources.voc import parse_xml
+from ppn_jax.data.sources.xml_file import parse_xml
 from ppn_jax.errors import InputError
 
 _MAX_BYTES = 1 << 30

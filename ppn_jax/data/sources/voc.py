@@ -27,11 +27,11 @@ from ppn_jax.data.sources.annotations import (
   reader_pool,
   stays_inside,
 )
+from ppn_jax.data.sources.xml_file import parse_xml
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
 
 _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
-_MAX_XML_BYTES = 16 << 20  # Thousands of times the size of a large file.
 
 
 class _Annotation(NamedTuple):
@@ -366,27 +366,6 @@ def _read_xml(file: str) -> _Annotation:
     texts = () if box is None else [box.findtext(corner) for corner in _CORNERS]
     result.corners.append([n for n in map(_number, texts) if n is not None])
   return result
-
-
-def parse_xml(file: str, max_bytes: int = _MAX_XML_BYTES) -> ElementTree.Element:
-  """Parses an XML file with the standard library.
-
-  It never fetches external entities, and Expat since 2.4.1 limits their expansion. As no annotation
-  needs entities, they are rejected altogether.
-
-  Raises:
-    InputError: If it cannot be read, is too large or is not XML.
-  """
-  data = image_files.read(file)
-  if len(data) > max_bytes:
-    raise InputError(f'{file}: {len(data):,} bytes, legal: up to {max_bytes:,}')
-  # Zeros are removed because of encodings with two and four bytes.
-  if re.search(rb'<!(DOCTYPE|ENTITY)', data.replace(b'\0', b'')):
-    raise InputError(f'{file}: has a document type or entities, which no annotation needs')
-  try:
-    return ElementTree.fromstring(data)
-  except (ElementTree.ParseError, LookupError, ValueError) as e:  # The last two: bad encodings.
-    raise InputError(f'{file}: not valid xml: {e}') from e
 
 
 def _stated_size(root: ElementTree.Element) -> tuple[int, int]:
