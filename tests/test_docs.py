@@ -36,11 +36,15 @@ _FLAG = re.compile(r'(?<![\w-])--([a-z]\w*(?:[-.]\w+)*)')
 _KEY = re.compile(r'--config\.([a-z_]+(?:\.\w+)+)')
 
 
-def make_configs():
-  spec = importlib.util.spec_from_file_location('make_configs', DOCS / 'make_configs.py')
+def script(name):
+  spec = importlib.util.spec_from_file_location(name, DOCS / f'{name}.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+def make_configs():
+  return script('make_configs')
 
 
 @functools.cache
@@ -52,6 +56,11 @@ def test_the_config_reference_is_up_to_date():
   maker = make_configs()
   assert maker.PAGE.read_text(encoding='utf-8') == maker.page(), (
       'run python docs/make_configs.py')
+
+
+def test_the_page_of_models_is_up_to_date():
+  maker = script('make_models')
+  assert maker.PAGE.read_text(encoding='utf-8') == maker.page(), 'run python docs/make_models.py'
 
 
 def test_every_key_has_a_meaning():

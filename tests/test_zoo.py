@@ -1,5 +1,7 @@
 """Models that come with the package, by name."""
 
+from importlib import resources
+
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -33,6 +35,17 @@ def config_from(name):
 def folder(weights_file, monkeypatch, tmp_path):
   monkeypatch.setattr(zoo, '_FOLDER', weights_file.parent)
   monkeypatch.chdir(tmp_path)
+
+
+def test_the_models_of_the_package_can_be_used_and_are_described():
+  folder = resources.files('ppn_jax') / 'zoo'
+  files = {path.name for path in folder.iterdir()}
+  models = {name.removesuffix('.safetensors') for name in files if name.endswith('.safetensors')}
+  assert 'ppn_voc' in models
+  for name in models:
+    assert f'{name}.md' in files
+    model = open_model(folder / f'{name}.safetensors')
+    assert len(model.categories) == 20 and model.metrics() == []
 
 
 def test_a_name_is_that_of_its_file(weights_file):
