@@ -383,8 +383,9 @@ def _check_bucket(bucket: str) -> None:
   fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False  # pyright: ignore
   try:
     # Orbax makes the same request, so the permission is needed anyway.
-    _client().get_bucket(bucket, timeout=_CHECK_SECONDS / 2,
-                                retry=storage.retry.DEFAULT_RETRY.with_timeout(_CHECK_SECONDS))  # pyright: ignore
+    storage.Client(project=None).get_bucket(
+        bucket, timeout=_CHECK_SECONDS / 2,
+        retry=storage.retry.DEFAULT_RETRY.with_timeout(_CHECK_SECONDS))  # pyright: ignore
   except exceptions.NotFound as e:
     raise InputError(f'there is no bucket gs://{bucket}; create it first') from e
   except exceptions.ClientError as e:

@@ -21,9 +21,8 @@ def test_there_are_configs():
   assert {'quickstart.py', 'own_data.py', 'ppn_mobilenet_v1_coco.py'} <= {f.name for f in FILES}
 
 
-# Configs that always run: each neck, head and loss once.
-ALWAYS = ('fpn_mobilenet_v1_coco', 'quickstart',
-          'ssd_mobilenet_v1_coco_mined')
+# Configs that always run; the others are the same at 300 px.
+ALWAYS = ('quickstart', 'quickstart_ssd')
 
 
 @pytest.mark.parametrize('file', [

@@ -283,9 +283,11 @@ def _use_video(detector: 'ImageDetector', source: str, drawing: pathlib.Path, op
 
   from ppn_jax.data.images.video import LiveReader, VideoReader, VideoWriter
   from ppn_jax.jobs.detection_files import Shown, is_live, rows_of
-  frames, console, live, interrupted = [], Console(stderr=True), is_live(source), False
+  frames, console, interrupted = [], Console(stderr=True), False
   with contextlib.ExitStack() as stack:
-    reader = stack.enter_context(LiveReader(source) if live else VideoReader(pathlib.Path(source)))
+    reader = stack.enter_context(LiveReader(source) if is_live(source)
+                                 else VideoReader(pathlib.Path(source)))
+    live = isinstance(reader, LiveReader)
     rate = reader.frames_per_second
     total = options.frames if live else min(reader.stated or 0, options.frames or 2**60) or None
     drawn = stack.enter_context(VideoWriter(drawing, reader.size, rate)

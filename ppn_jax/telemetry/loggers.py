@@ -114,7 +114,7 @@ class WandB:
 
   def __init__(self, workdir: storage.Path, config: Mapping[str, Any], project: str = 'ppn_jax',
                entity: str = '', mode: str = ''):
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
     place = workdir if storage.is_local(workdir) else pathlib.Path(tempfile.mkdtemp())
     place.mkdir(parents=True, exist_ok=True)
     self._run = wandb.init(
@@ -145,8 +145,8 @@ class MLflow:
 
   def __init__(self, workdir: storage.Path, config: Mapping[str, Any], experiment: str = 'ppn_jax',
                tracking_uri: str = ''):
-    from mlflow import MlflowClient
-    from mlflow.entities import Param
+    from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
+    from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
     self._client = MlflowClient(tracking_uri or None)
     found = self._client.get_experiment_by_name(experiment)
     where = found.experiment_id if found else self._client.create_experiment(experiment)
@@ -161,7 +161,7 @@ class MLflow:
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """See `Logger`. A slow server does not hold up the run."""
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
     now = int(time.time() * 1000)
     self._last = self._client.log_batch(
         self._id, [Metric(key, value, now, step) for key, value in scalars.items()],

@@ -292,6 +292,7 @@ def test_models_have_the_same_levels(tmp_path):
     assert len(set(shapes)) == 1, shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', recipes.MODELS)
 def test_the_detector_of_every_phase_can_be_built(tmp_path, model):
   for profile in (recipes.PROFILES['imagenet'], recipes.PROFILES['coco']):

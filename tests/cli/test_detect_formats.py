@@ -76,8 +76,15 @@ def test_lines_alone_need_no_folder(run, tmp_path, monkeypatch, capsys):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'b.avi']
 
 
+def test_without_output_it_writes_to_detections(run, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  draw(tmp_path / 'a.png')
+  assert main(['detect', f'--workdir={run}', 'a.png']) == 0
+  assert {p.name for p in (tmp_path / 'detections').iterdir()} == {'a.png', 'detections.json'}
+
+
 @pytest.mark.parametrize('arguments, message', [
-    (['--format=jsonl,cvs'], "did you mean 'csv'?"), (['--format=csv'], '--output=DIR is needed'),
+    (['--format=jsonl,cvs'], "did you mean 'csv'?"), (['--format='], '--format='),
     (['--tiles=0', '--output=o'], 'tiles=0'), (['--overlap=.9', '--output=o'], 'overlap=0.9'),
     (['--frames=0', '--output=o'], '--frames=0'), (['7', '--output=o'], 'camera 7: no picture'),
     (['7', '8', '--output=o'], 'one camera or stream at a time'),

@@ -48,6 +48,7 @@ def same(a, b):
   return all(np.array_equal(a[path], b[path]) for path in a)
 
 
+@pytest.mark.slow
 def test_a_detector_brings_its_own_settings(tmp_path, capsys):
   write_ssd(tmp_path / 'x.tflite', classes=3, labels={'labels.txt': 'cat\n???\ndog\n'})
   command = ['import-tf', f'--checkpoint={tmp_path / "x.tflite"}']

@@ -225,7 +225,8 @@ def test_wrong_thresholds_and_sources():
     build_repeats(Silent(), 0.1)
 
 
-@pytest.mark.parametrize('resident', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('resident', [False, True])
 def test_training(resident, tmp_path, caplog):
   config = tiny_config(steps=2, log_every=1, checkpoint_every=2).unlock()
   config.data.repeat_threshold = 1.0

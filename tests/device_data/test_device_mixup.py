@@ -78,6 +78,7 @@ def test_both_images_take_the_ops_before_and_the_blend_those_after():
   assert np.abs(shift).max() <= 33
 
 
+@pytest.mark.slow
 def test_batches_blend_what_the_loop_blends():
   """Each image of a batch is a blend of two stored ones, and each row has its own partner."""
   source = build_source({'name': 'synthetic_shapes', 'num_images': 6, 'image_size': 32})

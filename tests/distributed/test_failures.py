@@ -93,6 +93,7 @@ def test_all_end_with_the_reason_and_exit_code_of_the_first(culprit, failure, wa
   assert seconds < 15
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others():
   codes, outputs, seconds = misbehave(1, 'kill', 'barrier')
   assert codes == [-signal.SIGABRT, -signal.SIGKILL], outputs

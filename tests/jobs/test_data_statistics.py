@@ -133,6 +133,7 @@ def test_no_changes_are_suggested_if_boxes_fit(found):
   assert data_statistics._suggest_changes(tiny_config(), detector, none) == ()
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes(config_file, tmp_path, capsys):
   argv = ['data', f'--config={config_file}', f'--output={tmp_path / "new"}', '--samples=6']
   assert main(argv) == 0

@@ -103,6 +103,7 @@ def test_ends_when_a_metric_does_not_improve(patient, curve, log_lines):
   assert {p: p.stat().st_mtime_ns for p in patient.rglob('*') if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_the_end_says_which_step_was_best(curve, tmp_path, log_lines):
   train_job.train(small_config(patience=3, keep_last=1), tmp_path)
   assert log_lines[-1] == (
@@ -115,9 +116,9 @@ class Killed(BaseException):
   """Raised in place of a signal."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where, step', [
-    ('write', 6), ('marker', 6), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-        ('save', 3), ('evaluate', 5), ('save', 6)])])
+    ('write', 6), ('marker', 6), ('save', 3), ('evaluate', 5), ('save', 6)])
 def test_a_killed_run_ends_at_the_same_step_with_the_same_bits(patient, curve, tmp_path,
                                                                monkeypatch, where, step):
   """Killed before a save, before an evaluation, after its metrics are written, or at the end."""
@@ -324,6 +325,7 @@ def test_steps_are_an_upper_bound_of_a_budget(clock, tmp_path, log_lines):
   assert any(line.endswith('train.steps=5 ends the run before') for line in log_lines)
 
 
+@pytest.mark.slow
 def test_a_budget_without_a_step_is_refused(clock, tmp_path):
   with pytest.raises(InputError, match=r'train.minutes=0.05 is too short: 3 s are left, and a step '
                      r'with evaluation and save takes 6 s; give at least 0.11'):

@@ -216,6 +216,7 @@ def test_a_preempted_slice_is_requested_again(cloud):
   assert (cloud / 'life-1' / 'worker-1' / 'ppn' / 'installed').exists()
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_user_end_a_run(cloud):
   (cloud / 'scenario').write_text('2 134\n0 0\n')
   result = script(TPU, 'run', *SLICE, '--type=v4-16', '--local', *FAST, '--', 'train')
@@ -350,6 +351,7 @@ def test_a_slice_that_has_lost_a_worker_is_replaced(cloud):
   assert sum('create' in c for c in calls(cloud)) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_that_the_slice_still_bills(cloud):
   (cloud / 'scenario').write_text('hang hang\n')
   with (cloud / 'shown').open('w') as shown:

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from ppn_jax.detection.structures import Category
-from ppn_jax.image_detector import ImageDetections
+from ppn_jax.image_detector import ImageDetections, ImageDetector
 
 pytest.importorskip('starlette', reason="pip install 'ppn_jax[serve]'")
 uvicorn = pytest.importorskip('uvicorn', reason="pip install 'ppn_jax[serve]'")
@@ -33,13 +33,15 @@ class OneBox:
   """Finds two boxes in each picture, with the share of its brightness as the better score."""
   categories = (Category(7, 'cat'),)
   step = 12
-  predictor = SimpleNamespace(batch_size=4)
+  predictor = SimpleNamespace(batch_size=4, point=None)
+  thresholds_by_label = ImageDetector.thresholds_by_label
 
   def __init__(self):
     self.go = threading.Event()
     self.go.set()
 
-  def __call__(self, images):
+  def __call__(self, images, threshold):
+    assert threshold == 0
     assert self.go.wait(60)
     if any(image.shape[0] == 13 for image in images):
       raise RuntimeError('a bug')

@@ -66,8 +66,8 @@ def merged(variables, restored):
   return unflatten_dict(flatten_dict(variables) | flatten_dict(restored))
 
 
-@pytest.mark.parametrize('kind', [pytest.param('ppn', marks=pytest.mark.slow),
-                                  pytest.param('ssd', marks=pytest.mark.slow), 'fpn'])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['ppn', 'ssd', 'fpn'])
 def test_the_function_is_the_same_on_other_images(kind):
   detector = detector_of(kind)
   variables = folded_variables(detector)
@@ -103,6 +103,7 @@ def test_training_continues_from_the_function():
   assert error(features(after, True)) < 1e-3 < 0.1 < error(features(variables, True))
 
 
+@pytest.mark.slow
 def test_kernels_get_unit_outputs_and_untouched_layers_stay():
   detector = detector_of('ssd')
   variables = folded_variables(detector, parts=('backbone',))

@@ -62,12 +62,11 @@ def is_frozen(path):
   return re.match(r'(params|batch_stats)/backbone/conv2d_[0-2]/', '/'.join(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', [
-    pytest.param({}, marks=pytest.mark.slow), {'micro_batches': 3},
-    pytest.param({'optimizer': {'name': 'adamw'}, 'dtype': 'bfloat16', 'learning_rate': .01},
-                 marks=pytest.mark.slow),
-    pytest.param({'shard_state': True, 'clip_norm': 1.0, 'rate_scale': {'head': .5}},
-                 marks=pytest.mark.slow)],
+    {}, {'micro_batches': 3},
+    {'optimizer': {'name': 'adamw'}, 'dtype': 'bfloat16', 'learning_rate': .01},
+    {'shard_state': True, 'clip_norm': 1.0, 'rate_scale': {'head': .5}}],
     ids=['plain', 'micro_batches', 'adamw_bfloat16', 'sharded'])
 def test_frozen_arrays_keep_their_bits_and_the_others_move(case):
   before, after, metrics = states(config_of(freeze=BLOCKS, ema_decay=.9, **case))

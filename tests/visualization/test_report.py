@@ -93,6 +93,7 @@ def test_no_detections_and_names_with_markup():
   assert '<b>bold</b>' in texts and 'a <run>' in texts and len(pictures) > 6
 
 
+@pytest.mark.slow
 def test_mistakes_are_under_their_kind():
   row = lambda image, category, score, *bbox: {
       'image_id': image, 'category_id': category, 'score': score, 'bbox': list(bbox), 'level': 0}
