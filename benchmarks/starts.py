@@ -64,7 +64,8 @@ def make_config(start: str, args: argparse.Namespace) -> ConfigDict:
     raise SystemExit(f'no {shared}/data/bccd; set PPN_SHARED to the folder that has it')
   config = load_config('own_data:pascal_voc', []).copy_and_resolve_references().unlock()
   config.model.image_size = args.image_size
-  config.data.train.folder = config.data.eval.folder = str(shared / 'data' / 'bccd')
+  for block in (config.data.train, config.data.eval):
+    block.update(folder=str(shared / 'data' / 'bccd'), on_bad_box='drop')  # One has no area.
   config.init.weights = config.init.backbone = ''
   config.model.backbone.depth_multiplier = 1.0 if start == 'imagenet' else 0.75
   if start == 'imagenet':

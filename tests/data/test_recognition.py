@@ -1,8 +1,10 @@
 """Folders as people have them, and the data sets that are found there."""
 
 import json
+import pickle
 import shutil
 
+import numpy as np
 import pytest
 from data_formats import FORMATS, IMAGES, NAMES, instances, picture, write
 
@@ -43,6 +45,9 @@ def test_each_format_is_found_and_opens(tmp_path, data_format):
   files = [names_of(opened[split]) for split in ('train', 'eval')]
   assert len(files[1]) == 1 and not set(files[0]) & set(files[1])
   assert opened['train'][0].image.ndim == 3
+  # Worker processes are sent the source.
+  again = pickle.loads(pickle.dumps(opened['train']))
+  np.testing.assert_array_equal(again[0].image, opened['train'][0].image)
   if data_format == 'pascal_voc':  # It has lists of its own.
     assert files[1] == ['d4.jpg'] and not config.data.eval_fraction
   else:
