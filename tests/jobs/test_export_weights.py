@@ -120,7 +120,7 @@ import numpy as np
 import ppn_jax
 detector = ppn_jax.load(sys.argv[1])
 assert not {'orbax', 'optax', 'hotcoco', 'ppn_jax.run'} & set(sys.modules), sorted(sys.modules)
-found = detector(np.load(sys.argv[2]))
+found = detector(np.load(sys.argv[2]), threshold=0)
 json.dump([detector.step, detector.categories, found.boxes.tolist(), found.scores.tolist()],
           open(sys.argv[3], 'w'))
 """
@@ -134,7 +134,7 @@ def test_a_fresh_process_without_the_run(run, shared, tmp_path):
   subprocess.run([sys.executable, '-c', ALONE, 'copy.safetensors', 'image.npy', 'found.json'],
                  check=True, cwd=tmp_path)
   step, categories, boxes, scores = json.loads((tmp_path / 'found.json').read_text())
-  expected = ppn_jax.load(run)(image)
+  expected = ppn_jax.load(run)(image, threshold=0)
   assert (step, [name for _, name in categories]) == (6, list(SHAPES))
   assert len(scores) > 0 and scores == expected.scores.tolist()
   assert boxes == expected.boxes.tolist()
