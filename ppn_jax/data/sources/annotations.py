@@ -175,6 +175,46 @@ def reader_pool() -> concurrent.futures.ThreadPoolExecutor:
   return concurrent.futures.ThreadPoolExecutor(16)
 
 
+# Legal (height, width) of an image, as stored and upright; the error if its header cannot be read;
+# None if there is no file.
+HeaderSizes = tuple[tuple[int, int], ...] | InputError | None
+
+
+def read_header_sizes(file: str | None) -> HeaderSizes:
+  """Returns what the header of an image file says about its size."""
+  try:
+    return image_files.read_sizes(file) if file else None
+  except InputError as e:
+    return e
+
+
+def sizes_of_boxes(stated: Sequence[tuple[int, int]], where: Sequence[str],
+                   files: Sequence[str | None], stored: Sequence[HeaderSizes]
+                   ) -> tuple[list[tuple[int, int] | None], list[str]]:
+  """Chooses the size that each image's boxes refer to: the stated one, if the image can have it.
+
+  Args:
+    stated: (height, width) that the annotations state; with a zero if they do not.
+    where: The place of each in the annotations, for messages.
+    files: The image files.
+    stored: What `read_header_sizes` returned.
+
+  Returns:
+    The sizes, None where neither is known; and a line for each image whose stated size is wrong.
+  """
+  sizes: list[tuple[int, int] | None] = []
+  wrong = []
+  for size, place, file, legal in zip(stated, where, files, stored, strict=True):
+    size = size if all(size) else None
+    if legal is None or isinstance(legal, InputError) or size in legal:
+      sizes.append(size)
+      continue
+    sizes.append(legal[1])
+    if size:
+      wrong.append(f'{place} says {size[0]} x {size[1]}, {file} has {legal[1][0]} x {legal[1][1]}')
+  return sizes, wrong
+
+
 def parse_boxes(written: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
   """Converts lists of four numbers to f64 [M, 4], and i64 [M] reasons for `check_boxes`."""
   reasons = np.zeros(len(written), np.int64)

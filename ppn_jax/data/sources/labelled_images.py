@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ppn_jax.data.checks import SKIP_IMAGES
-from ppn_jax.data.images import decoding as image_files
 from ppn_jax.data.images import folders
 from ppn_jax.data.sources.annotations import (
   AnnotatedImages,
@@ -21,7 +20,9 @@ from ppn_jax.data.sources.annotations import (
   number_images,
   parse_boxes,
   quote,
+  read_header_sizes,
   reader_pool,
+  sizes_of_boxes,
 )
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
@@ -221,36 +222,19 @@ def _read_sizes(read: Sequence[LabelledImage], files: Sequence[str | None], on_b
                 check_size: bool) -> tuple[list[tuple[int, int] | None], dict[int, str]]:
   """Returns the size that each image's boxes refer to, and image -> reason for unreadable ones."""
   with reader_pool() as pool:
-    stored = list(pool.map(_sizes_or_error, files))
-  sizes: list[tuple[int, int] | None] = []
-  unreadable, wrong = {}, []
-  for i, (image, legal) in enumerate(zip(read, stored, strict=True)):
-    stated = image.size if all(image.size) else None
-    if isinstance(legal, InputError):
-      unreadable[i] = str(legal)
-      # Reading deals with damaged images by its own policy, unless their size is needed here.
-      if on_bad_example == 'raise' and stated is None:
-        raise InputError(f'{legal}; {SKIP_IMAGES}') from legal
-    if legal is None or isinstance(legal, InputError) or stated in legal:
-      sizes.append(stated)
-      continue
-    sizes.append(legal[1])
-    if stated:
-      wrong.append(f'{image.where} says {stated[0]} x {stated[1]}, {files[i]} has '
-                   f'{legal[1][0]} x {legal[1][1]}')
+    stored = list(pool.map(read_header_sizes, files))
+  unreadable = {i: str(e) for i, e in enumerate(stored) if isinstance(e, InputError)}
+  # Reading deals with damaged images by its own policy, unless their size is needed here.
+  for i in unreadable if on_bad_example == 'raise' else ():
+    if not all(read[i].size):
+      raise InputError(f'{unreadable[i]}; {SKIP_IMAGES}') from stored[i]
+  sizes, wrong = sizes_of_boxes([image.size for image in read], [image.where for image in read],
+                                files, stored)
   if wrong and check_size:
     raise InputError(f'{len(wrong)} images have another size (height x width) than is stated: '
                      f'{wrong[0]}; correct that, or set check_size=False if the boxes are in '
                      f'pixels of the image files ({command_line_flag("check_size", False)})')
   return sizes, unreadable if on_bad_example == 'skip' else {}
-
-
-def _sizes_or_error(file: str | None) -> tuple[tuple[int, int], ...] | InputError | None:
-  """Returns (height, width) as stored and upright, the error, or None if there is no file."""
-  try:
-    return image_files.read_sizes(file) if file else None
-  except InputError as e:
-    return e
 
 
 def find_all(finder: ImageFinder, read: Sequence[LabelledImage],

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
-from ppn_jax.data.images import decoding as image_files
 from ppn_jax.data.images import folders
 from ppn_jax.data.sources.annotations import (
   AnnotatedImages,
   AnnotationTable,
+  HeaderSizes,
   Images,
   check_boxes,
   check_choices,
@@ -24,7 +24,9 @@ from ppn_jax.data.sources.annotations import (
   number_images,
   parse_boxes,
   quote,
+  read_header_sizes,
   reader_pool,
+  sizes_of_boxes,
   stays_inside,
 )
 from ppn_jax.data.sources.xml_file import parse_xml
@@ -112,7 +114,7 @@ class PascalVoc(AnnotatedImages):
       more = () if classes else sorted(_listed(lists) & self._stems() - set(names))
       more = list(pool.map(self._read_xml, more))
       files, missing = _find_images(place, names, found, self._folder, on_bad_example)
-      stored = list(pool.map(_header_sizes, files))
+      stored = list(pool.map(read_header_sizes, files))
     broken = [a for a in more if isinstance(a, InputError)]
     if broken:
       notes.append(f'{len(broken)} xml files of other lists cannot be read, so their classes are '
@@ -285,30 +287,13 @@ def _find_images(folder: str, names: Sequence[str], found: Mapping[str, list[str
   return files, missing
 
 
-def _header_sizes(file: str) -> tuple[tuple[int, int], ...] | InputError:
-  """Returns (height, width) as stored and upright, or the error if the header cannot be read."""
-  try:
-    return image_files.read_sizes(file)
-  except InputError as e:
-    return e
-
-
 def _sizes(read: Sequence[_Annotation], files: Sequence[str],
-           stored: Sequence[tuple | InputError], check: bool) -> list[tuple[int, int] | None]:
+           stored: Sequence[HeaderSizes], check: bool) -> list[tuple[int, int] | None]:
   """Returns the size that each image's boxes refer to: that of its XML file, if it is possible.
 
   It is None if the image cannot be read and the XML file states no size.
   """
-  sizes, wrong = [], []
-  for annotation, file, legal in zip(read, files, stored, strict=True):
-    stated = None if 0 in annotation.size else annotation.size
-    if isinstance(legal, InputError) or stated in legal:
-      sizes.append(stated)
-      continue
-    sizes.append(legal[1])
-    if stated:
-      wrong.append(f'{annotation.file} says {stated[0]} x {stated[1]}, '
-                   f'{file} has {legal[1][0]} x {legal[1][1]}')
+  sizes, wrong = sizes_of_boxes([a.size for a in read], [a.file for a in read], files, stored)
   if wrong and check:
     raise InputError(f'{len(wrong)} xml files state another size (height x width) than the image '
                      f'has: {wrong[0]}; correct them, or set check_size=False if the boxes are '
