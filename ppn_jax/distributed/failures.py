@@ -128,7 +128,7 @@ class _Watch:
                'reason': ' '.join(reason.split())[:_MAX_REASON]}
     with contextlib.suppress(Exception):  # Another was first, or the service is gone.
       self._client.key_value_set(_REASON, json.dumps(failure))
-    self._end(code)
+    self._end(code, hangs)
 
   def _failure(self) -> dict[str, Any] | None:
     """Returns what the first process that failed has reported; None if none has."""
@@ -142,19 +142,21 @@ class _Watch:
       with contextlib.suppress(Exception):
         _show_stacks()
     _print(f'ppn: process {failure["process"]} stopped: {failure["reason"]}')
-    self._end(failure['code'])
+    self._end(failure['code'], failure.get('hangs', False))
 
-  def _end(self, code: int) -> None:
+  def _end(self, code: int, hangs: bool) -> None:
     """Ends the process without exit handlers: those of JAX wait for the other processes."""
     with contextlib.suppress(Exception):
       sys.stdout.flush()
       self._client.key_value_set(f'{_ACKNOWLEDGED}/{self._process}', '')
-      if self._process == 0:  # It runs the service, which the others need to read the reason.
+      # The first process runs the service, which the others need to read the reason. And where all
+      # show their stacks, the first to end would break the collectives that the others are in.
+      if self._process == 0 or hangs:
         deadline = time.monotonic() + _GRACE_SECONDS
         while (len(self._client.key_value_dir_get(_ACKNOWLEDGED)) < self._count
                and time.monotonic() < deadline):
           time.sleep(0.1)
-        time.sleep(0.2)
+        time.sleep(1.0 if self._process == 0 and hangs else 0.2)  # The others are still reading.
     os._exit(code)
 
 

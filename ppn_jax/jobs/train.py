@@ -113,6 +113,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
         owned_by_first(Ownership(run.workdir, 'training')) as owner,
         contextlib.nullcontext(_latest_or_initial(run, initialize, abstract)) as (latest, initial),
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
+        failures.shows_stacks(lambda: hangs.show_stacks(run_log)),
         failures.fail_together(except_for=Preempted), contextlib.ExitStack() as closing):
     if initial:
       check_epsilon(folded_layers(initial.variables), config.model.layers.norm_epsilon)
@@ -192,7 +193,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
                      notice, trace, owner, resuming.first_loss(run, start), stopping, budget,
                      timeline=timeline, watch=hangs.step_watch(config, run_log,
                                                                ends=process_started is not None))
-    closing.enter_context(failures.shows_stacks(lambda: hangs.show_stacks(run_log)))
     scores = loop.evaluate_saved(start, state) if must_evaluate else None
     ending = resuming.ending(run, start, budget, stopping)
     if start < config.train.steps and not ending:

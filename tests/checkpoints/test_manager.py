@@ -86,7 +86,7 @@ def test_training_continues_while_a_thread_writes(tmp_path, monkeypatch):
   go_on, checksums = threading.Event(), integrity.checksums
 
   def held_up(state):
-    assert go_on.wait(60)
+    assert go_on.wait(HANG_SECONDS)
     return checksums(state)
 
   monkeypatch.setattr(integrity, 'checksums', held_up)

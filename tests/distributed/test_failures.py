@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 from time_limits import HANG_SECONDS
@@ -22,7 +21,7 @@ from ppn_jax.cli import flags, main, train
 from ppn_jax.errors import InputError
 from ppn_jax.distributed import sharding
 culprit, failure, wait = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-sharding.HEARTBEAT_SECONDS = 6 if failure == 'kill' else 60
+sharding.HEARTBEAT_SECONDS = 6 if failure == 'kill' else 7200  # Longer than the test waits.
 
 def run(args):
   flags.join_processes(args)
@@ -67,12 +66,11 @@ def ends(processes):
 
 
 def misbehave(culprit, failure, wait):
-  """Returns how both end, and the seconds since the failure."""
+  """Returns how both end, which must not take until the heartbeats are missed."""
   processes = start([sys.executable, '-c', PROCESS, str(culprit), failure, wait])
   if not any(line == 'up\n' for line in processes[culprit].stdout):  # Gloo writes there, too.
     pytest.fail(str(ends(processes)))
-  at = time.monotonic()
-  return *ends(processes), time.monotonic() - at
+  return ends(processes)
 
 
 @pytest.mark.slow
@@ -82,7 +80,7 @@ def misbehave(culprit, failure, wait):
     (1, 'bug', 'collective', 1, "KeyError: 'seven'"),
 ])
 def test_all_end_with_the_reason_and_exit_code_of_the_first(culprit, failure, wait, code, line):
-  codes, outputs, seconds = misbehave(culprit, failure, wait)
+  codes, outputs = misbehave(culprit, failure, wait)
   assert codes == [code, code], outputs
   assert f'ppn: process {culprit} stopped: {line}' in outputs[1 - culprit].splitlines()
   assert 'Traceback' not in outputs[1 - culprit]
@@ -90,15 +88,13 @@ def test_all_end_with_the_reason_and_exit_code_of_the_first(culprit, failure, wa
     assert outputs[culprit].splitlines()[-1] == f'ppn: error: {line}'
   else:
     assert 'Traceback' in outputs[culprit] and outputs[culprit].rstrip().endswith(line)
-  assert seconds < 15
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others():
-  codes, outputs, seconds = misbehave(1, 'kill', 'barrier')
+  codes, outputs = misbehave(1, 'kill', 'barrier')
   assert codes == [-signal.SIGABRT, -signal.SIGKILL], outputs
   assert 'stopped sending heartbeats' in outputs[0]
-  assert seconds < 60
 
 
 # A data set whose image 3 only the second host cannot read.

@@ -40,7 +40,7 @@ def test_an_interrupt_wakes_a_waiting_thread_and_handlers_are_restored():
   before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
   threading.Timer(0.1, interrupt).start()
   with pytest.raises(KeyboardInterrupt), raising():
-    threading.Event().wait(60)
+    threading.Event().wait(HANG_SECONDS)
   assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
 
 
@@ -60,7 +60,7 @@ def test_no_callback_swallows_an_interrupt():
     held = type('Held', (), {})()
     reference = weakref.ref(held, callback)
     del held
-    threading.Event().wait(60)
+    threading.Event().wait(HANG_SECONDS)
   assert came == ['through'] and reference() is None
 
 
@@ -71,7 +71,7 @@ def test_an_interrupt_is_not_raised_inside_jax():
   threading.Timer(0.1, interrupt).start()
   with pytest.raises(KeyboardInterrupt), raising():
     space['work']()
-    threading.Event().wait(60)
+    threading.Event().wait(HANG_SECONDS)
   assert space['done'] == [1]
 
 
@@ -100,7 +100,7 @@ def test_an_ignored_signal_stays_ignored():
 
 
 def test_a_command_ends_with_130(monkeypatch, capsys):
-  monkeypatch.setattr(cli, '_run', lambda argv: interrupt() or threading.Event().wait(60))
+  monkeypatch.setattr(cli, '_run', lambda argv: interrupt() or threading.Event().wait(HANG_SECONDS))
   assert cli.main(['data']) == 130
   assert capsys.readouterr().err == 'ppn: interrupted\n'
 
@@ -114,7 +114,7 @@ def test_training_records_the_first_and_passes_on_the_second(monkeypatch, capfd)
       time.sleep(0.01)
     assert notice.reached()
     interrupt()
-    threading.Event().wait(60)
+    threading.Event().wait(HANG_SECONDS)
   assert capfd.readouterr().err.startswith('interrupted: ending after this step')
   end = notice.end('step 3 is saved')
   assert isinstance(end, Interrupted)

@@ -156,7 +156,13 @@ def test_follows_a_training_that_is_running(followed):
   assert event_steps(workdir / 'tensorboard' / 'evaluation', 'eval/AP') == [*STEPS]
   assert not any('eval/AP' in line for line in lines(workdir / 'metrics.jsonl'))
   assert not retention.steps_being_read(job.run.readers) and not [*job.run.readers.iterdir()]
-  assert job.evaluator.detect._cache_size() == 1
+
+
+def test_all_steps_run_one_program(job):
+  programs = []
+  job.notes.disturb = lambda step: programs.append(job.evaluator.detect._cache_size())
+  assert tuple(follow.score_steps(job, polling=FakeTime().polling()).metrics) == STEPS
+  assert job.evaluator.detect._cache_size() == programs[1] == programs[2] > 0, programs
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_a_process_that_hangs_ends_all_with_the_stacks_of_all(slow_source):
   codes, *outputs = train_in_two_processes(
       slow_source, workdir, on_line, steps=100_000, environments=(
           {}, {'HANGS_IF_EXISTS': str(trigger)}),
-      more=['--config.train.stuck_factor=20', '--config.train.stuck_seconds=8'])
+      more=['--config.train.stuck_factor=20', '--config.train.stuck_seconds=20'])
   assert codes == [1, 1], outputs
   for output in outputs:
     assert 'stacks of all threads' in output and 'train_loop.py' in output, output

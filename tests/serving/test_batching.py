@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.errors import InputError
 from ppn_jax.serving.batching import Batcher
@@ -16,12 +17,12 @@ def test_pictures_are_collected_while_the_detector_is_busy():
 
   def detect(images):
     started.set()
-    go.wait(30)
+    go.wait(HANG_SECONDS)
     return [int(image[0]) for image in images]
 
   batcher = Batcher(detect, 3, 0.0, sizes.append)
   futures = [batcher.submit(np.array([0]))]
-  assert started.wait(30)
+  assert started.wait(HANG_SECONDS)
   futures += [batcher.submit(np.array([i])) for i in range(1, 6)]
   futures[2].cancel()
   go.set()

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from time_limits import HANG_SECONDS
 
 from ppn_jax.detection.structures import Category
 from ppn_jax.image_detector import ImageDetections, ImageDetector
@@ -42,7 +43,7 @@ class OneBox:
 
   def __call__(self, images, threshold):
     assert threshold == 0
-    assert self.go.wait(60)
+    assert self.go.wait(HANG_SECONDS)
     if any(image.shape[0] == 13 for image in images):
       raise RuntimeError('a bug')
     return [ImageDetections(np.float32([[1, 2, 11, 22], [0, 0, 5, 5]]),
@@ -74,18 +75,18 @@ def serving(timeout):
     thread = threading.Thread(target=serve, args=(server, '127.0.0.1', 0), kwargs=dict(
         max_connections=50, timeout=timeout, on_start=on_start))
     thread.start()
-    assert started.wait(60)
+    assert started.wait(HANG_SECONDS)
   try:
     yield SimpleNamespace(address=place[0], detector=detector)
   finally:
     listening[0].should_exit = True
-    thread.join(60)
+    thread.join(HANG_SECONDS)
   assert not thread.is_alive()
 
 
 @pytest.fixture(scope='module')
 def running():
-  with serving(timeout=60.0) as server:
+  with serving(timeout=HANG_SECONDS) as server:
     yield server
 
 
@@ -102,7 +103,7 @@ def picture(size=(40, 60), grey=204, form='PNG'):
 
 
 def ask(running, body=b'', path='/detect', method='POST', **headers):
-  connection = http.client.HTTPConnection(running.address, timeout=60)
+  connection = http.client.HTTPConnection(running.address, timeout=HANG_SECONDS)
   connection.request(method, path, body, headers)
   answer = connection.getresponse()
   data = answer.read()
@@ -148,7 +149,7 @@ def test_what_is_refused(running, body, path, headers, status, message):
 
 def test_bodies_of_unknown_length_are_limited(running):
   chunks = iter([bytes(15_000)] * 2)
-  connection = http.client.HTTPConnection(running.address, timeout=60)
+  connection = http.client.HTTPConnection(running.address, timeout=HANG_SECONDS)
   connection.request('POST', '/detect', chunks, encode_chunked=True,
                      headers={'Transfer-Encoding': 'chunked'})
   assert connection.getresponse().status == 413
@@ -157,7 +158,7 @@ def test_bodies_of_unknown_length_are_limited(running):
 
 def test_slow_uploads_are_ended(impatient):
   host, port = impatient.address.split(':')
-  with socket.create_connection((host, int(port)), timeout=60) as client:
+  with socket.create_connection((host, int(port)), timeout=HANG_SECONDS) as client:
     client.sendall(b'POST /detect HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc')
     assert client.recv(100).startswith(b'HTTP/1.1 408')
 
@@ -175,17 +176,17 @@ def test_too_many_at_a_time_are_refused(running):
              for _ in range(7)]
   for thread in threads:
     thread.start()
-  assert [statuses.get(timeout=60) for _ in range(3)] == [503] * 3
+  assert [statuses.get(timeout=HANG_SECONDS) for _ in range(3)] == [503] * 3
   running.detector.go.set()
   for thread in threads:
-    thread.join(60)
+    thread.join(HANG_SECONDS)
   assert [statuses.get() for _ in range(4)] == [200] * 4
 
 
 def test_clients_that_leave(running):
   host, port = running.address.split(':')
   for _ in range(5):
-    with socket.create_connection((host, int(port)), timeout=60) as client:
+    with socket.create_connection((host, int(port)), timeout=HANG_SECONDS) as client:
       client.sendall(b'POST /detect HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nabc')
   for _ in range(600):  # Until the server has noticed.
     if ask(running, picture())[0] == 200:
@@ -221,4 +222,4 @@ def test_the_command(tmp_path):
                            capture_output=True, text=True)
     assert again.returncode == 2 and 'is the port in use?' in again.stderr.splitlines()[-1]
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(HANG_SECONDS) == 0

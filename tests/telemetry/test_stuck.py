@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.errors import InputError
 from ppn_jax.telemetry.stuck import StepWatch, check_limits, stacks
@@ -16,7 +17,7 @@ def test_a_step_that_hangs_is_reported_once_with_its_number():
         pass
     assert watch.limit() == 0.02
     with watch.step(6):
-      assert seen.wait(30)
+      assert seen.wait(HANG_SECONDS)
   assert len(said) == 1 and said[0].startswith('step 6 hangs, for 0s by now, 0s is usual')
 
 

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from time_limits import HANG_SECONDS
 
 from ppn_jax.training.input_pipeline import Constant, Prefetcher
 
@@ -46,7 +47,7 @@ def test_ready_tells_whether_an_item_waits():
   gate = threading.Event()
 
   def gated():
-    gate.wait(10)
+    gate.wait(HANG_SECONDS)
     yield 1
 
   with Prefetcher(gated()) as items:
