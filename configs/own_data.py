@@ -28,8 +28,13 @@ The other formats take these flags in place of images and annotations, for data.
 Runs on a laptop, a GPU or a TPU. The classes are read from the data. The learning rate scales with
 the batch size, and the warm-up with the rate and the number of steps, so each can be changed alone.
 Without data to evaluate on, --config.data.eval_fraction=0.1 keeps back a tenth of the training
-images for it, and --config.train.evaluate_every=0 does not evaluate. To start from a trained
-backbone, add --config.init.backbone=FILE: a TensorFlow checkpoint or Keras' MobileNet.
+images for it, and --config.train.evaluate_every=0 does not evaluate.
+
+Training starts from ppn_voc, a model that comes with the package (docs/models.md), which has a
+MobileNet-v1 of depth multiplier 0.75. For a wider one, give a trained backbone too:
+--config.model.backbone.depth_multiplier=1.0 --config.init.backbone=FILE, a TensorFlow checkpoint, a
+.tflite file or Keras' MobileNet. --config.init.weights= starts from random values, which need
+thousands of images and many hours.
 """
 
 from ppn_jax.config import base_config
@@ -59,7 +64,9 @@ def get_config(data_format='coco_json'):
     raise InputError(f'unknown data format {data_format!r}; {did_you_mean(data_format, FORMATS)}')
   config = base_config()
   config.model.neck.num_levels = 0  # As many as the image size allows.
+  config.model.backbone.depth_multiplier = 0.75
   config.model.layers.norm_decay = 0.99
+  config.init.weights = 'auto'  # ppn_voc, unless init.backbone or another width is given.
   config.optim.learning_rate = 0.1
   config.optim.warmup_factor = 0.1
   config.optim.rate_batch_size = 32

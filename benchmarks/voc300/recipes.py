@@ -197,6 +197,7 @@ def make_config(data: pathlib.Path, profile: Profile, model: str, recipe: Recipe
   if model != 'ppn':
     {'ssd': ssd, 'fpn': fpn}[model](config)
   config.seed = seed
+  config.model.backbone.depth_multiplier = 1.0  # Of the profiles that do not name another.
   config.model.image_size = now.image_size
   config.model.layers.update(dtype=profile.dtype, conv_form=conv_form)
   _set(config.model, {**profile.model[model], **now.model.get(model, {})})

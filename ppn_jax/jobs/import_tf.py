@@ -22,7 +22,7 @@ from ppn_jax.training.state import first_state
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights import folded_norm, importer, labels
 from ppn_jax.weights.architecture import describe, model_settings
-from ppn_jax.weights.initial import with_weights
+from ppn_jax.weights.initial import AUTO, with_weights
 from ppn_jax.weights.postprocessing import compare
 from ppn_jax.weights.read import WeightFile, read_weights
 
@@ -175,7 +175,7 @@ def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,
   if kind not in KINDS:
     raise InputError(f'kind={kind!r}; {did_you_mean(str(kind), KINDS)}')
   for key in ('weights', 'backbone'):
-    if config.init.get(key):
+    if config.init.get(key) not in (None, '', AUTO):
       raise InputError(f'init.{key}={config.init[key]} is for new runs of `ppn train`; an import '
                        'reads --checkpoint only')
   _check_new(storage.folder_path(workdir))
@@ -216,7 +216,7 @@ def _with_report(run: Run, lines: list[str]) -> Run:
   """Returns a run whose config tells where its weights come from."""
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
-    config.init.report = tuple(line.strip() for line in lines)
+    config.init.update(weights='', report=tuple(line.strip() for line in lines))
   return dataclasses.replace(run, config=config.lock())
 
 

@@ -44,7 +44,7 @@ from ppn_jax.training.parameter_paths import trainable
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.train_step import abstract_state, jit_init
 from ppn_jax.weights.folded_norm import check_epsilon, folded_layers
-from ppn_jax.weights.initial import initial_weights, with_weights
+from ppn_jax.weights.initial import AUTO, initial_weights, with_weights
 from ppn_jax.weights.transfer import TransferredWeights
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
     if state is not None:
       logger.info(f'resuming {run.workdir} from step {start:,}')
       for key in ('weights', 'backbone'):
-        if config.init.get(key, '') not in ('', run.config.init.get(key, '')):
+        if config.init.get(key, '') not in ('', AUTO, run.config.init.get(key, '')):
           logger.warning(f'init.{key}={config.init[key]} is ignored: the run has weights already')
     if initial is not None:
       logger.info(f'starting from {initial.report}')

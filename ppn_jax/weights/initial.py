@@ -1,5 +1,6 @@
 """Initial weights of a run: read from another run or a file, and placed into a train state."""
 
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +27,11 @@ from ppn_jax.weights.transfer import (
   transfer_weights,
 )
 
+logger = logging.getLogger(__name__)
+
+# Value of `init.weights`: a model of the zoo, if one fits.
+AUTO = 'auto'
+
 _OURS = ('the workdir of a run (WORKDIR, WORKDIR@STEP or WORKDIR@best), or a weights file '
          '(.safetensors)')
 
@@ -41,9 +47,10 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
     weights: the weights to start from: the workdir of a run ('WORKDIR' for its newest step,
       'WORKDIR@2000', or 'WORKDIR@best' for the step with the highest AP), a weights file of
       `ppn export --format=weights`, a TensorFlow checkpoint or frozen graph, a TFLite file, or a
-      Keras file; '' starts from random values. Every variable with the same path and shape is used,
-      batch norm statistics included, from the moving average if the run keeps one. Class columns
-      are matched by class name. All other variables stay random.
+      Keras file; '' starts from random values. 'auto' is the model that comes with the package and
+      has the same backbone, if there is one and `backbone` is not given. Every variable with the
+      same path and shape is used, batch norm statistics included, from the moving average if the
+      run keeps one. Class columns are matched by class name. All other variables stay random.
     backbone: as `weights`, for the backbone alone. If it is a file, the whole backbone must fit.
       The paper starts from one trained on ImageNet (section 4.1).
     norm_images: number of training images from which batch norm is put back where the weights have
@@ -64,6 +71,8 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
   for key, path in (('weights', weights), ('backbone', backbone)):
     if not isinstance(path, str):
       raise InputError(f'init.{key}={path!r} is not a path')
+  if weights == AUTO:
+    weights = '' if backbone else _zoo_model(like)
   if weights and backbone:
     raise InputError(f'init.weights={weights} and init.backbone={backbone} are both given, and '
                      'both contain a backbone; leave one of them out')
@@ -72,6 +81,28 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
     return None
   return transfer_weights(_read(f'init.{key}', path, like), like, categories,
                           part='' if weights else 'backbone')
+
+
+def _zoo_model(like: Mapping[str, Any]) -> str:
+  """Returns the name of a model of the zoo that has the whole backbone of a detector.
+
+  Of several it is the one that shares most variables with the detector. Without any, it says so and
+  returns ''.
+  """
+  shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(like).items()}
+  shared = {}
+  for name in zoo.names():
+    if is_weights_file(path := zoo.find(name)):
+      values = read_shared(path).values
+      fits = {path for path, shape in shapes.items()
+              if path in values and values[path].shape == shape}
+      if all(path in fits for path in shapes if path[1] == 'backbone'):
+        shared[name] = len(fits)
+  if not shared:
+    logger.info("init.weights='auto': no model that comes with the package has this backbone, so "
+                'training starts from random values; trained ones need far fewer images and steps '
+                f'({", ".join(zoo.names())} at its own depth multiplier, or init.backbone=FILE)')
+  return max(shared, key=shared.__getitem__, default='')
 
 
 def check_norm_images(count: int) -> None:

@@ -1,12 +1,15 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from foreign import keras_mobilenet, write_bundle, write_keras_2
 
+from ppn_jax import zoo
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 from ppn_jax.training.state import TrainState
-from ppn_jax.weights.initial import initial_weights, with_weights
+from ppn_jax.weights.initial import AUTO, initial_weights, with_weights
+from ppn_jax.weights.shared import read_shared
 
 
 @pytest.mark.parametrize('averaging', [False, True])
@@ -67,3 +70,35 @@ def test_no_weights():
   assert initial_weights({}, (), backbone='') is None
   with pytest.raises(InputError, match=r'init\.backbone=3 is not a path'):
     initial_weights({}, (), backbone=3)
+
+
+@pytest.fixture(scope='module')
+def variables_of_ppn_voc():
+  return unflatten_dict(read_shared(zoo.find('ppn_voc')).values)
+
+
+def test_auto_is_the_model_of_the_zoo_with_this_backbone(variables_of_ppn_voc, log_lines):
+  found = initial_weights(variables_of_ppn_voc, read_shared(zoo.find('ppn_voc')).categories,
+                          weights=AUTO)
+  assert 'ppn_voc.safetensors' in found.report.origin and '20 of 20 by name' in str(found.report)
+  assert len(flatten_dict(found.variables)) > 100 and not log_lines
+
+
+@pytest.mark.parametrize('change', ['a kernel of another width', 'a further layer'])
+def test_auto_without_such_a_model_starts_from_random_values(variables_of_ppn_voc, log_lines,
+                                                             change):
+  like = flatten_dict(variables_of_ppn_voc)
+  path = next(path for path in like if path[1] == 'backbone' and path[-1] == 'kernel')
+  if change == 'a further layer':
+    like['params', 'backbone', 'conv2d_99', 'kernel'] = np.zeros((1, 1, 8, 8), np.float32)
+  else:
+    like[path] = np.zeros((*like[path].shape[:-1], 999), np.float32)
+  assert initial_weights(unflatten_dict(like), (), weights=AUTO) is None
+  assert len(log_lines) == 1 and 'training starts from random values' in log_lines[0]
+
+
+def test_auto_leaves_the_backbone_to_its_file(tmp_path, log_lines):
+  write_bundle(tmp_path / 'x', {'MobilenetV1/Conv2d_0/weights': np.ones((3, 3, 3, 8), np.float32)})
+  like = {'params': {'backbone': {'conv2d_0': {'kernel': np.zeros((3, 3, 3, 8))}}}}
+  found = initial_weights(like, (), weights=AUTO, backbone=str(tmp_path / 'x'))
+  assert found.variables['params']['backbone']['conv2d_0']['kernel'].all() and not log_lines
