@@ -48,6 +48,7 @@ def programs(folder):
   return {path for path in folder.rglob('*-cache')}
 
 
+@pytest.mark.slow
 def test_second_start_reuses_programs_with_the_same_bits(tmp_path):
   first = result(start(tmp_path, 20))
   assert first['hits'] == 0 < first['misses'] and not first['messages'] + first['warned']
@@ -65,6 +66,7 @@ def test_second_start_reuses_programs_with_the_same_bits(tmp_path):
   assert not third['warned'] and min(p.stat().st_size for p in programs(tmp_path)) > 50
 
 
+@pytest.mark.slow
 def test_processes_share_the_cache_within_its_bounds(tmp_path):
   limit = 30_000
   sizes = range(20, 26)
@@ -76,6 +78,7 @@ def test_processes_share_the_cache_within_its_bounds(tmp_path):
   assert sum(f['misses'] for f in found) > len(programs(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('environment, kept', [
     ({'JAX_COMPILATION_CACHE_DIR': '{tmp}/mine'}, True), ({'JAX_COMPILATION_CACHE_DIR': ''}, False),
     ({'JAX_ENABLE_COMPILATION_CACHE': 'false'}, False)])

@@ -72,9 +72,10 @@ def terminate_when(monkeypatch, name, step):
   monkeypatch.setattr(train_loop.TrainLoop, name, with_signal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where, step, saved, scored', [
-    pytest.param('_report', 2, [3], [], marks=pytest.mark.slow), ('_report', 4, [3, 5], [3]),
-    ('evaluate', 3, [3], []), pytest.param('evaluate', 6, [3, 6], [3], marks=pytest.mark.slow)])
+    ('_report', 2, [3], []), ('_report', 4, [3, 5], [3]),
+    ('evaluate', 3, [3], []), ('evaluate', 6, [3, 6], [3])])
 def test_a_preempted_run_resumes_with_the_same_bits(
     uninterrupted, tmp_path, monkeypatch, where, step, saved, scored):
   terminate_when(monkeypatch, where, step)
@@ -125,6 +126,7 @@ def fail_saves(monkeypatch, steps):
   monkeypatch.setattr(Checkpoints, 'save', save)
 
 
+@pytest.mark.slow
 def test_a_failed_save_is_reported_and_training_continues(tmp_path, monkeypatch, log_lines):
   fail_saves(monkeypatch, [1, 2, 6])
   train_job.train(tiny_config(checkpoint_every=1), tmp_path)
@@ -205,7 +207,7 @@ def metadata(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('key, value', [
-    pytest.param('maintenance-event', 'TERMINATE_ON_HOST_MAINTENANCE', marks=pytest.mark.slow),
+    ('maintenance-event', 'TERMINATE_ON_HOST_MAINTENANCE'),
     ('preempted', 'TRUE')])
 def test_notice_of_maintenance_acts_like_sigterm(
     uninterrupted, tmp_path, monkeypatch, metadata, key, value):

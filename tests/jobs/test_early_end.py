@@ -152,6 +152,7 @@ def test_a_killed_run_ends_at_the_same_step_with_the_same_bits(patient, curve, t
   assert open_run(workdir).ending() == open_run(patient).ending()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_missing_is_made_up_for(patient, curve, log_lines):
   """As after a preemption at the step that would have ended the run."""
   path = patient / 'metrics.jsonl'
@@ -352,6 +353,7 @@ def test_a_save_is_measured_while_steps_are_taken_and_leaves_no_trace(clock, tmp
   assert not (tmp_path / time_budget.SCRATCH).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('text', [
     '{', '[]', '{"minutes": 0.5}', *(json.dumps(dict(
         minutes=0.5, steps=8, step_seconds=1.0, evaluation_seconds=0.0) | wrong) for wrong in [
@@ -363,6 +365,7 @@ def test_a_damaged_plan_is_named(patient, text):
     train_job.train(small_config(minutes=0.5), patient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('text', ['', '[]', '{"step": "6", "reason": "x"}', '{"step": 6}',
                                   '{"step": 6, "reason": null}'])
 def test_a_damaged_end_is_written_again(patient, curve, text):

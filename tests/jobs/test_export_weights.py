@@ -55,6 +55,7 @@ def variables_of(model, **options):
   return step, flatten_dict(jax.device_get(variables))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, options', [
     ([], {}), (['--step=3'], {'step': 3}), (['--no-ema'], {'ema': False})])
 def test_the_variables_of_a_step(run, tmp_path, flags, options):
@@ -66,6 +67,7 @@ def test_the_variables_of_a_step(run, tmp_path, flags, options):
     np.testing.assert_array_equal(found[name], value, strict=True)
 
 
+@pytest.mark.slow
 def test_what_the_file_says(run, shared, tmp_path, capsys):
   header = read_weights_file(shared).header
   provenance = header['provenance']
@@ -156,6 +158,7 @@ def test_detect_and_summary(run, shared, tmp_path, capsys):
   assert found[2] == found[3]
 
 
+@pytest.mark.slow
 def test_a_file_is_exported_again(run, shared, tmp_path, capsys):
   half, full = tmp_path / 'half.safetensors', tmp_path / 'full.safetensors'
   assert main(['export', f'--model={shared}', '--format=weights', '--precision=float16',
@@ -185,12 +188,14 @@ def test_a_program_from_a_file(shared, tmp_path, capsys):
   assert 'is neither the workdir of a run nor a weights file' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_inspection(shared):
   inspected = inspect_run(shared, data=EVAL)
   assert inspected.step == 6 and inspected.compare(0).size[0] > 0
   inspected.training()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('command, message', [
     ('evaluate --model=FILE', 'is a weights file, so there is no workdir to write to; give --out'),
     ('evaluate --model=FILE --output=DIR', 'names no data to evaluate on; give some, such as --'),
@@ -240,6 +245,7 @@ def rewritten(shared, path, change):
 HEAD = ('params', 'head', 'box_bias')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change, message', [
     (lambda c, v: c['model']['head'].update(depth=8), r'is \[16\], and \[8\] in that model'),
     (lambda c, v: c['model']['backbone'].update(last_block=4), 'is not a variable of that model'),
@@ -267,6 +273,7 @@ def test_keys_of_a_newer_version_are_ignored(shared, tmp_path, capsys):
   assert 'does not know and ignores: data.colour' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_component_that_is_allowed(shared, tmp_path, monkeypatch):
   (tmp_path / 'my_nets.py').write_text('from ppn_jax.models.mobilenet_v1 import MobileNetV1 as Net')
   monkeypatch.syspath_prepend(tmp_path)

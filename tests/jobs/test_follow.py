@@ -158,6 +158,7 @@ def test_follows_a_training_that_is_running(followed):
   assert not retention.steps_being_read(job.run.readers) and not [*job.run.readers.iterdir()]
 
 
+@pytest.mark.slow
 def test_all_steps_run_one_program(job):
   programs = []
   job.notes.disturb = lambda step: programs.append(job.evaluator.detect._cache_size())
@@ -192,6 +193,7 @@ def test_a_restart_scores_no_step_twice_and_skips_none(job, where, monkeypatch):
   assert job.notes.evaluated[-3:] == [2, 4, 6] and lines(root / 'metrics.jsonl') == curve
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('half', [False, True])
 def test_a_checkpoint_deleted_while_it_is_read_is_skipped(job, half):
   def delete(step):
@@ -207,6 +209,7 @@ def test_a_checkpoint_deleted_while_it_is_read_is_skipped(job, half):
   assert not (job.root / '4' / 'scores.json').exists() and not outcome.unreadable
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_does_not_delay_the_others(job):
   shutil.rmtree(next(checkpoint(job, 4).glob('state/**/d')))
   outcome = follow.score_steps(job, polling=FakeTime().polling())
@@ -214,6 +217,7 @@ def test_a_damaged_checkpoint_does_not_delay_the_others(job):
   assert sum('step 4 cannot be read and is skipped' in line for line in job.notes.messages) == 1
 
 
+@pytest.mark.slow
 def test_another_model_is_an_error_at_once(job):
   other = job.run.config.copy_and_resolve_references()
   other.model.head.depth = 8
@@ -243,6 +247,7 @@ def test_waits_for_the_last_step_of_the_present_config(job):
                           for since in ('', ', for 10m00s', ', for 20m00s')]
 
 
+@pytest.mark.slow
 def test_training_that_ended_early_is_not_waited_for(job):
   """Nor is one that ended at a step which is not the newest: it was resumed."""
   config = json.loads((job.run.workdir / 'config.json').read_text())
@@ -277,6 +282,7 @@ def test_invalid_ranges_of_steps(text):
     follow.parse_steps(text)
 
 
+@pytest.mark.slow
 def test_without_polling_saved_steps_are_evaluated(job, tmp_path):
   assert tuple(follow.score_steps(job, selected=follow.parse_steps('3:')).metrics) == (4, 6)
   sweep = follow.score_steps(job, tmp_path / 'out', selected=follow.parse_steps('2::4'))
@@ -289,6 +295,7 @@ def test_without_polling_saved_steps_are_evaluated(job, tmp_path):
                                     '     1,000  0.000  0.000  0.000']
 
 
+@pytest.mark.slow
 def test_average_or_raw_weights(job):
   raw = dataclasses.replace(job, options=EvaluationOptions(ema=False))
   averaged = dataclasses.replace(job, options=EvaluationOptions(ema=True))
@@ -300,6 +307,7 @@ def test_average_or_raw_weights(job):
   assert raw.root.name == 'evaluation_raw' and averaged.root.name == 'evaluation'
 
 
+@pytest.mark.slow
 def test_evaluate_takes_a_workdir(followed, tmp_path, log_lines):
   job, outcome, _ = followed
   found = evaluate(str(job.run.workdir), step=4, output=str(tmp_path))
@@ -311,6 +319,7 @@ def vars_of(job):
   return {f.name: getattr(job, f.name) for f in dataclasses.fields(EvaluationJob)}
 
 
+@pytest.mark.slow
 def test_no_average_to_choose(trained):
   config = trained.run.config.copy_and_resolve_references()
   config.optim.ema_decay = 0.0
@@ -428,6 +437,7 @@ def test_a_read_only_workdir_can_be_evaluated(tmp_path, log_lines):
   assert len(log_lines) == 1 and 'so a training may delete checkpoints while' in log_lines[0]
 
 
+@pytest.mark.slow
 def test_wherever_a_follower_writes_its_step_is_protected(job, tmp_path):
   seen = []
   job.notes.disturb = lambda step: seen.append(retention.steps_being_read(job.run.readers))
@@ -439,6 +449,7 @@ def test_wherever_a_follower_writes_its_step_is_protected(job, tmp_path):
   assert seen == [{4}] * 3 and not retention.steps_being_read(job.run.readers)
 
 
+@pytest.mark.slow
 def test_two_followers_of_one_folder(job, monkeypatch):
   monkeypatch.setattr(ownership, '_DYING_SECONDS', 0.05)
   with Ownership(job.root, 'evaluation'):
@@ -469,6 +480,7 @@ def test_scores_of_an_earlier_attempt_are_not_reused(job):
   assert follow.score_steps(job).metrics == second and job.notes.evaluated == [4, 6]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_replaced_while_it_is_followed_is_scored_again(job):
   clock = FakeTime(lambda: resave(job, 2 + 2))
   config = job.run.workdir / 'config.json'
@@ -480,6 +492,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_followed_is_scored_again(job)
   assert outcome.metrics[4] == outcome.metrics[2]
 
 
+@pytest.mark.slow
 def test_scores_of_other_weights_or_data_are_not_reused(job, tmp_path):
   root = tmp_path / 'out'
   follow.score_steps(job, root, selected=follow.parse_steps('6:6'))
@@ -488,6 +501,7 @@ def test_scores_of_other_weights_or_data_are_not_reused(job, tmp_path):
   assert raw.notes.evaluated == [6]
 
 
+@pytest.mark.slow
 def test_records_of_earlier_versions_count_if_they_are_younger_than_the_checkpoint(job):
   follow.score_steps(job)
   for step in (4, 6):
@@ -501,6 +515,7 @@ def test_records_of_earlier_versions_count_if_they_are_younger_than_the_checkpoi
   assert job.notes.evaluated == [6]
 
 
+@pytest.mark.slow
 def test_curves_of_steps_not_reached_yet_are_dropped(job):
   follow.score_steps(job)
   for step in (4, 6):
