@@ -4,6 +4,7 @@ with the same bits."""
 import contextlib
 import datetime
 import http.server
+import itertools
 import json
 import os
 import pathlib
@@ -271,7 +272,7 @@ WEEK = 7 * 86_400
     (maintenance(60, names='windowStartTime maintenanceStatus'), 1),
     (f'{{"upcomingMaintenance": {maintenance(60)}}}', 1),
     (f'[{maintenance(60)}, {maintenance(WEEK)}]', 1),
-])
+], ids=itertools.count())  # Names with times would differ between workers.
 def test_upcoming_maintenance_counts_when_its_window_is_near(text, count):
   assert len(upcoming_notices(text)) == count
 
