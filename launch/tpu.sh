@@ -22,6 +22,8 @@
 #   --type=TYPE        for create and run: v4-N, v5litepod-N (v5e), v5p-N or v6e-N
 #                      run tries several, as in --type=v6e-16,v5litepod-16 --zone=us-east1-d,us-west4-a,
 #                      in turn: the first type in every zone, then the next one
+#   --slices=N         train on N slices of the type together (multislice); give it to every command
+#                      of this name (default: 1)
 #   --data=gs://BUCKET/FOLDER  for run and setup: copy the folder's content to ~/ppn/data of each
 #                      worker, where set-up leaves it alone; name it in the config as ~/ppn/data/...
 #   --runtime=VERSION  software of the VMs (default: depends on the type)
@@ -36,7 +38,7 @@
 #   --track=alpha|beta use this track of gcloud's commands
 #   --revision=REV     commit to install (default: HEAD)
 #   --local            install the working tree instead of a commit
-#   --worker=N         for logs: another worker, or all (default: 0)
+#   --worker=N         for logs: another worker of the first slice, or all (default: 0)
 #   --poll=SECONDS     interval between checks while waiting (default: 30)
 #   --patience=SECONDS how long one of several types and zones may keep run waiting (default: 900)
 #   --grace=SECONDS    time for a worker to end after others have (default: 180)
@@ -57,7 +59,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 command=''
 name='' zone='' project='' type='' runtime='' given_runtime='' tier='' revision='HEAD' local_tree=''
 worker=0 data='' track='' poll=30 patience=900 grace=180 retries=3 delete_after='' unchecked=''
-dry_run=''
+dry_run='' slices=1
 arguments=() create_flags=() ssh_flags=() scp_flags=()
 candidates=()     # Pairs of a type and a zone.
 at=0              # Index of the pair that is asked for.
@@ -66,6 +68,7 @@ pause=0           # Seconds until the next round of requests.
 requested=''      # Whether there may be a slice or a request.
 continues=''      # Whether the command goes on after this script.
 folder=''         # Temporary folder of the files to copy.
+helpers=()        # Processes that reach one slice each.
 private_agent=''   # Process of our own ssh-agent.
 assumed='READY'   # State of the slice in a dry run.
 was_ready=''      # Whether the slice was ready at some time.
@@ -198,6 +201,7 @@ parse() {
       --zone=*) zone="${1#*=}" ;;
       --project=*) project="${1#*=}" ;;
       --type=*) type="${1#*=}" ;;
+      --slices=*) slices="${1#*=}" ;;
       --data=*) data="${1#*=}" ;;
       --runtime=*) given_runtime="${1#*=}" ;;
       --spot | --reserved)
@@ -254,6 +258,8 @@ check() {
     [[ "$flag" == --* ]] || fail "--create-flag=$flag must be a flag, such as --create-flag=--network=NET"
   done
   [[ "$worker" == all ]] || count --worker "$worker"
+  count --slices "$slices"
+  ((slices >= 1)) || fail "--slices=$slices must be at least 1"
   count --poll "$poll"
   count --patience "$patience"
   count --grace "$grace"
@@ -292,6 +298,10 @@ check_arguments() {
 }
 
 leave() {
+  local helper
+  for helper in ${helpers[@]+"${helpers[@]}"}; do # They ignore Ctrl-C.
+    kill "$helper" 2>/dev/null || true
+  done
   [[ "$command" != run ]] || settle || true
   [[ -z "$folder" || -n "$dry_run" ]] || rm -rf "$folder"
   [[ -z "$private_agent" ]] || kill "$private_agent" 2>/dev/null || true

@@ -5,7 +5,7 @@
 # Checks before a slice is requested what can be checked here: the commit, the config with the batch
 # for each type, the data, and the bucket of the workdir.
 check_config() {
-  local argument ppn checked=() scratch i types=' '
+  local argument ppn checked=() scratch i types=' ' flags
   [[ -z "$unchecked" ]] || return 0
   for argument in "${arguments[@]}"; do
     case "$argument" in
@@ -38,23 +38,26 @@ check_config() {
     type="${candidates[i]%% *}"
     [[ "$types" != *" $type "* ]] || continue
     types+="$type "
+    flags=("--check=$(devices "$type")")
+    ((slices == 1)) || flags+=("--slices=$slices")
+    [[ -z "$data" ]] || flags+=(--without_data)
     if [[ -n "$dry_run" ]]; then
-      execute ppn "${checked[@]}" --workdir=SCRATCH "--check=$(devices "$type")" \
-        ${data:+--without_data}
-    elif ! (cd "$here/.." && "$ppn" "${checked[@]}" "--workdir=$scratch" \
-      "--check=$(devices "$type")" ${data:+--without_data}); then
+      execute ppn "${checked[@]}" --workdir=SCRATCH "${flags[@]}"
+    elif ! (cd "$here/.." && "$ppn" "${checked[@]}" "--workdir=$scratch" "${flags[@]}"); then
       rmdir "${scratch%/run}"
+      ((slices == 1)) ||
+        fail "the config does not fit --slices=$slices of --type=$type; no slice was requested"
       fail "the config does not fit --type=$type; no slice was requested"
     fi
   done
   rmdir "${scratch%/run}"
 }
 
-# Number of JAX's devices in a slice: v4 and v5p count two cores for each.
+# Number of JAX's devices in all slices: v4 and v5p count two cores for each.
 devices() {
   case "$1" in
-    v4-* | v5p-*) echo $((${1##*-} / 2)) ;;
-    *) echo "${1##*-}" ;;
+    v4-* | v5p-*) echo $((slices * ${1##*-} / 2)) ;;
+    *) echo $((slices * ${1##*-})) ;;
   esac
 }
 

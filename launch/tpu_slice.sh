@@ -7,10 +7,23 @@ tpus() {
     ${project:+"--project=$project"} --quiet
 }
 
-# state_of queued-resources|tpu-vm FIELD: prints the state according to the API, NONE or UNKNOWN.
+# Prints the names of the nodes: one for each slice, NAME-0 and so on if there are several.
+nodes() {
+  local i
+  if ((slices == 1)); then
+    echo "$name"
+    return
+  fi
+  for ((i = 0; i < slices; i++)); do
+    echo "$name-$i"
+  done
+}
+
+# state_of queued-resources|tpu-vm FIELD [NODE]: prints the state according to the API, NONE or
+# UNKNOWN.
 state_of() {
   local answer
-  if answer="$(tpus "$1" describe "$name" "--format=value($2)" 2>&1)"; then
+  if answer="$(tpus "$1" describe "${3:-$name}" "--format=value($2)" 2>&1)"; then
     tail -n 1 <<<"$answer"
   elif [[ "$answer" == *NOT_FOUND* || "$answer" == *'was not found'* ]]; then
     echo NONE
@@ -20,12 +33,31 @@ state_of() {
   fi
 }
 
+# Prints READY if all slices are, GONE if one is, WAITING otherwise; NONE if there are none yet.
+nodes_state() {
+  local node found=' '
+  for node in $(nodes); do
+    case "$(state_of tpu-vm state "$node")" in
+      READY) found+='READY ' ;;
+      NONE) found+='NONE ' ;;
+      PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING) found+='GONE ' ;;
+      *) found+='WAITING ' ;; # Also REPAIRING, after which it is READY again.
+    esac
+  done
+  case "$found" in
+    *' GONE '* | *' READY '*' NONE '* | *' NONE '*' READY '*) echo GONE ;;
+    *' WAITING '*) echo WAITING ;;
+    *' NONE '*) echo NONE ;;
+    *) echo READY ;;
+  esac
+}
+
 # Prints NONE, WAITING, READY, GONE (preempted or deleted), FAILED or UNKNOWN.
 slice_state() {
   local request
   request="$(state_of queued-resources state.state)"
   if [[ -n "$dry_run" ]]; then
-    [[ "$assumed" == NONE ]] || state_of tpu-vm state >/dev/null
+    [[ "$assumed" == NONE ]] || nodes_state >/dev/null
     echo "$assumed"
     return
   fi
@@ -33,11 +65,9 @@ slice_state() {
     NONE | UNKNOWN | FAILED) echo "$request" ;;
     SUSPENDING | SUSPENDED | DELETING) echo GONE ;;
     ACTIVE)
-      case "$(state_of tpu-vm state)" in
-        READY) echo READY ;;
-        NONE | PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING) echo GONE ;;
-        *) echo WAITING ;; # Also REPAIRING, after which it is READY again.
-      esac
+      request="$(nodes_state)"
+      [[ "$request" != NONE ]] || request='GONE'
+      echo "$request"
       ;;
     *) echo WAITING ;;
   esac
@@ -128,7 +158,7 @@ create() {
       return
       ;;
   esac
-  say "requesting $type as $name in $zone"
+  say "requesting $( ((slices == 1)) || echo "$slices x ")$type as $name in $zone"
   requested=yes
   if [[ -n "$dry_run" ]]; then
     request
@@ -144,7 +174,9 @@ create() {
 }
 
 request() {
-  tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
+  local node=("--node-id=$name")
+  ((slices == 1)) || node=("--node-count=$slices" "--node-prefix=$name")
+  tpus queued-resources create "$name" "${node[@]}" "--accelerator-type=$type" \
     "--runtime-version=$runtime" ${tier:+"$tier"} ${create_flags[@]+"${create_flags[@]}"}
 }
 
@@ -167,7 +199,7 @@ wait_for_slice() {
         ;;
       WAITING)
         if ((${#candidates[@]} > 1 && SECONDS - asked_at >= patience)) &&
-          [[ "$(state_of tpu-vm state)" == NONE ]]; then
+          [[ "$(nodes_state)" == NONE ]]; then
           delete && next_candidate "nothing within $patience s"
           return 3
         fi

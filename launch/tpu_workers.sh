@@ -1,14 +1,54 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # Its variables are those of tpu.sh, which reads it.
 #
-# The workers of a slice: ssh, what is installed and copied there, and the command that they run.
+# The workers of all slices: ssh, what is installed and copied there, and the command that they run.
 
-# on_workers all|N CALL...: calls worker.sh.
-on_workers() {
-  local which="$1"
-  shift
-  tpus tpu-vm ssh "$name" "--worker=$which" --ssh-flag=-oServerAliveInterval=15 \
+# on_node NODE all|N CALL...: calls worker.sh on workers of one slice.
+on_node() {
+  local node="$1" which="$2"
+  shift 2
+  tpus tpu-vm ssh "$node" "--worker=$which" --ssh-flag=-oServerAliveInterval=15 \
     --ssh-flag=-oServerAliveCountMax=4 ${ssh_flags[@]+"${ssh_flags[@]}"} \
     "--command=$(quote bash ppn_worker.sh "$@" | sed 's/ $//')"
+}
+
+# on_workers all|N CALL...: calls worker.sh on all workers of all slices, or on one of the first.
+on_workers() {
+  local which="$1" node
+  shift
+  if [[ "$which" == all ]]; then
+    on_each_node on_node all "$@"
+  else
+    node="$(nodes | head -n 1)"
+    on_node "$node" "$which" "$@"
+  fi
+}
+
+# on_each_node FUNCTION WORDS...: calls FUNCTION NODE WORDS for all slices at once. Returns 2 if one
+# of the calls does, otherwise an exit code that is not 0 if there is one.
+on_each_node() {
+  local function="$1" node code=0 result=0 pids=() pid
+  shift
+  for node in $(nodes); do
+    if ((slices == 1)) || [[ -n "$dry_run" ]]; then
+      "$function" "$node" "$@" || return
+    else
+      "$function" "$node" "$@" &
+      pids+=($!)
+      helpers+=($!)
+    fi
+  done
+  for pid in ${pids[@]+"${pids[@]}"}; do
+    code=0
+    wait "$pid" || code=$?
+    ((code == 0 || result == 2)) || result=$code
+  done
+  helpers=()
+  return "$result"
+}
+
+copy_to_node() {
+  tpus tpu-vm scp "$folder/ppn_source.tar.gz" "$folder/ppn_worker.sh" "$1:" --worker=all \
+    ${scp_flags[@]+"${scp_flags[@]}"}
 }
 
 # gcloud refuses to reach several workers if an agent runs that does not hold its key, and may wait
@@ -51,9 +91,7 @@ setup() {
   [[ -n "$dry_run" ]] || id="$(git hash-object "$source")" || return
   execute cp "$here/worker.sh" "$folder/ppn_worker.sh" || return
   say "installing on all workers of $name"
-  tpus tpu-vm scp "$source" "$folder/ppn_worker.sh" "$name:" --worker=all \
-    ${scp_flags[@]+"${scp_flags[@]}"} &&
-    on_workers all install "$id" && bring_data
+  on_each_node copy_to_node && on_workers all install "$id" && bring_data
 }
 
 # Tries the buckets by the account of the VMs, and copies the data.
@@ -109,10 +147,12 @@ status() {
 
 # Whether some workers answer and others do not, so that it is not this machine's network.
 has_lost_a_worker() {
-  local one
+  local node one
   ! on_workers all status >/dev/null 2>&1 || return 1
-  for one in 0 1; do
-    ! on_workers "$one" status >/dev/null 2>&1 || return 0
+  for node in $(nodes); do
+    for one in 0 1; do
+      ! on_node "$node" "$one" status >/dev/null 2>&1 || return 0
+    done
   done
   return 1
 }

@@ -220,7 +220,7 @@ def optimizer_of(config: ConfigDict, *, steps: int, batch_size: int) -> Optimize
 
 
 def check_batch(config: ConfigDict, name: str, batch_size: int, micro_batches: int,
-                mesh: Mesh | AbstractMesh) -> None:
+                mesh: Mesh | AbstractMesh, slices: int = 0) -> None:
   """Checks that a batch can be split equally over the devices and into groups.
 
   Between TPU slices there is only the data centre's network. Gradients cross it once a step, but
@@ -232,6 +232,7 @@ def check_batch(config: ConfigDict, name: str, batch_size: int, micro_batches: i
     batch_size: Number of images, over all devices.
     micro_batches: See `Optimizer`.
     mesh: The devices.
+    slices: Number of TPU slices that they are in; 0 for those of the mesh.
 
   Raises:
     InputError: If it cannot.
@@ -242,7 +243,7 @@ def check_batch(config: ConfigDict, name: str, batch_size: int, micro_batches: i
     # A user's own loss may have no groups.
     group_size = block.get(key.rpartition('.')[-1], 0)
     check_group_size(key, group_size, batch_size // micro_batches)
-    slices = sharding.num_slices(mesh)
+    slices = slices or sharding.num_slices(mesh)
     images = batch_size // micro_batches // slices
     if slices > 1 and block is config.model.layers and block.norm == 'batch' and (
         not group_size or images % group_size):

@@ -4,6 +4,7 @@ A kill leaves the old file or the new one, never a part. A bucket guarantees tha
 nothing can be appended to its objects, see `Outbox`.
 """
 
+import base64
 import contextlib
 import errno
 import functools
@@ -265,6 +266,32 @@ def delete_version(path: Path, version: int) -> None:
       bucket.blob(name).delete(if_generation_match=version)
 
 
+def upload_file(file: pathlib.Path, to: Path) -> None:
+  """Copies a local file of any size to an object of a bucket, which appears when it is complete.
+
+  Raises:
+    OSError: If the file cannot be read, or a StoreError or PermissionError of the bucket.
+  """
+  with _as_store_error(to):
+    bucket, name = _blob(to)
+    bucket.blob(name).upload_from_filename(os.fspath(file), checksum='md5')  # It retries.
+
+
+def stored_md5s(folder: Path) -> dict[str, str]:
+  """Returns {path within the folder: MD5 in hexadecimal digits} of the objects of a bucket.
+
+  The MD5 is the bucket's own, '' for an object that other tools have written in parts.
+
+  Raises:
+    OSError: See `write_bytes`.
+  """
+  with _as_store_error(folder):
+    bucket, name = _blob(folder)
+    prefix = f'{name.rstrip("/")}/'
+    return {blob.name.removeprefix(prefix): base64.b64decode(blob.md5_hash or '').hex()
+            for blob in _client().list_blobs(bucket, prefix=prefix)}
+
+
 def _blob(path: Path) -> tuple[Any, str]:
   """Returns (bucket, object name) for the client library that supports generations."""
   bucket, _, name = str(path).removeprefix('gs://').partition('/')
@@ -419,7 +446,8 @@ def is_local(path: Path) -> bool:
 
 
 def _is_forbidden(error: BaseException) -> bool:
-  return isinstance(error, OSError) and str(error).startswith('Forbidden')
+  return ((isinstance(error, OSError) and str(error).startswith('Forbidden'))
+          or getattr(error, 'code', None) == 403)  # Of gcsfs, of google-cloud-storage.
 
 
 def _line(text: Any) -> str:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', required=True, metavar='FILE',
                       help='a config, such as own_data:coco_json')
   parser.add_argument('--output', required=True, metavar='DIR',
-                      help='folder of data sets to write to')
+                      help='folder of data sets to write to, local or gs://BUCKET/FOLDER')
   parser.add_argument('--name', required=True, help='its name: lower-case letters, digits, _')
   parser.add_argument('--version', default='1.0.0', help='its version (default: %(default)s)')
   parser.add_argument('--splits', default='', metavar='LIST',

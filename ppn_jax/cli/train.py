@@ -36,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--check', type=int, metavar='DEVICES',
                       help='train nothing: check config, data and workdir for so many devices, '
                            'which need not be here, such as the 16 of a v5litepod-16')
+  parser.add_argument('--slices', type=int, metavar='N',
+                      help='with --check: the number of TPU slices that the devices are in')
   parser.add_argument('--without_data', action='store_true',
                       help='with --check: leave out the data, which are elsewhere')
   add_process_flags(parser)
@@ -49,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
       config.train.xla_options = (*config.train.xla_options, *args.xla_option)
   if args.check is not None:
     return _check(config, args)
-  if args.without_data:
-    raise InputError('--without_data is for --check=DEVICES')
+  if args.without_data or args.slices is not None:
+    flag = '--without_data is' if args.without_data else f'--slices={args.slices} is'
+    raise InputError(f'{flag} for --check=DEVICES')
   join_processes(args)
   keep_programs()
   from ppn_jax.distributed import preemption
@@ -70,7 +73,9 @@ def _check(config: 'ConfigDict', args: argparse.Namespace) -> int:
   import jax
   jax.config.update('jax_platforms', 'cpu')  # The devices of this machine do not matter.
   from ppn_jax.jobs.train_check import check_training
-  print(check_training(config, args.workdir, args.check, with_data=not args.without_data))
+  slices = 1 if args.slices is None else args.slices
+  print(check_training(config, args.workdir, args.check, slices=slices,
+                       with_data=not args.without_data))
   return 0
 
 

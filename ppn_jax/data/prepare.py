@@ -6,16 +6,15 @@
     instances_SPLIT.json              the ground truth in COCO's format, exact, with the data's ids
     prepared.json                     the options, images left out, and checksums of all files
 
-TFDS writes into OUTPUT/NAME/incomplete.XXXXXX_VERSION, which is renamed at the end. The builder is
-a ShardBasedBuilder because a GeneratorBasedBuilder sorts each split, for which it needs memory for
-the whole split, and TensorFlow from 1 GB on.
+TFDS writes into OUTPUT/NAME/incomplete.XXXXXX_VERSION, which is renamed at the end; for a bucket
+see `prepared_files`. The builder is a ShardBasedBuilder because a GeneratorBasedBuilder sorts each
+split, for which it needs memory for the whole split, and TensorFlow from 1 GB on.
 """
 
 import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import itertools
@@ -33,6 +32,7 @@ import cv2
 import numpy as np
 
 from ppn_jax import storage
+from ppn_jax.data import prepared_files
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.contents import SHOWN
 from ppn_jax.data.images import decoding as image_files
@@ -44,7 +44,7 @@ from ppn_jax.data.source import (
   stamp_of,
 )
 from ppn_jax.data.sources import tfds_records
-from ppn_jax.errors import InputError
+from ppn_jax.errors import InputError, is_outage
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
 
   Args:
     sources: The data of each split; all with the same classes.
-    output: A local folder of data sets, TFDS's data_dir.
+    output: A folder of data sets, TFDS's data_dir; local or gs://BUCKET/FOLDER.
     options: See `Options`.
     progress: Called with the number of images done and of all images.
 
@@ -121,26 +121,36 @@ def prepare(sources: Mapping[str, Source], output: str | os.PathLike, options: O
 
   Raises:
     InputError: If the folder has other data, images or files are bad, or writing fails. Existing
-      data is unchanged then, and nothing new is left.
+      data is unchanged then, and nothing new is left in a local folder. What is left in a bucket
+      is no data set, and the next call continues with it.
+    OSError: If a bucket cannot be used.
   """
-  if '://' in os.fspath(output):
-    raise InputError(f'output {output}: data is prepared in a local folder; copy it from there')
   _check_sources(sources, options.name)
-  target = storage.local_path(output) / options.name / options.version
+  target = storage.folder_path(output, 'output') / options.name / options.version
   truths = {split: source.ground_truth() for split, source in sources.items()}
-  target.parent.mkdir(parents=True, exist_ok=True)
+  if storage.is_local(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
   pool = concurrent.futures.ThreadPoolExecutor(options.threads or None)
-  with _lock(target.parent) as locked, contextlib.ExitStack() as closing:
+  with prepared_files.locked(target.parent) as locked, contextlib.ExitStack() as closing:
     closing.callback(pool.shutdown, cancel_futures=True)
-    for left in target.parent.glob(f'incomplete.*_{target.name}') if locked else ():
-      shutil.rmtree(left)
-      logger.info(f'removed {left}, left by a call that was stopped')
-    if target.exists():
+    if locked and storage.is_local(target):
+      for left in target.parent.glob(f'incomplete.*_{target.name}'):
+        shutil.rmtree(left)
+        logger.info(f'removed {left}, left by a call that was stopped')
+    if prepared_files.exists(target):
       _check_finished(target, sources, truths, options, pool)
       return target
     plan = _make_plan(sources, truths, options, {})
     shards = _make_shards(plan)
-    _build(target, plan, sources, truths, shards, options, pool, progress)
+    if isinstance(target, pathlib.Path):
+      made, upload = target, None
+    else:
+      folder = closing.enter_context(tempfile.TemporaryDirectory(prefix='ppn_prepare_'))
+      made = pathlib.Path(folder) / options.name / options.version
+      upload = closing.enter_context(prepared_files.Upload(target))
+    _build(made, plan, sources, truths, shards, options, pool, progress, upload)
+    if upload:
+      upload.finish(made)
   for image, reason in [entry for shard in shards for entry in shard.skipped][:SHOWN]:
     logger.warning(f'left out image {image}: {reason}')
   return target
@@ -160,26 +170,6 @@ def _check_sources(sources: Mapping[str, Source], name: str) -> None:
   if len(set(names)) < len(names):
     twice = next(n for n in names if names.count(n) > 1)
     raise InputError(f'two classes are called {twice!r}; TFDS needs different names')
-
-
-@contextlib.contextmanager
-def _lock(folder: pathlib.Path) -> Iterator[bool]:
-  """Locks a folder against other calls; yields False on file systems without locks.
-
-  Raises:
-    InputError: If another call has the lock.
-  """
-  handle, locked = os.open(folder, os.O_RDONLY), True
-  try:
-    try:
-      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-      raise InputError(f'{folder}: another `ppn prepare` is writing there') from e
-    except OSError:
-      locked = False
-    yield locked
-  finally:
-    os.close(handle)
 
 
 def _make_plan(sources: Mapping[str, Source], truths: Mapping[str, dict], options: Options,
@@ -226,10 +216,14 @@ def _make_shards(plan: Mapping[str, Any]) -> list[_Shard]:
 
 def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, Source],
            truths: Mapping[str, dict], shards: Sequence[_Shard], options: Options,
-           pool: concurrent.futures.Executor, progress: Callable[[int, int], None]) -> None:
+           pool: concurrent.futures.Executor, progress: Callable[[int, int], None],
+           upload: prepared_files.Upload | None) -> None:
   """Writes the data set with TFDS, and fills in `skipped` and `digests` of the shards."""
   tfds = tfds_records.load_tfds()
+  from array_record.python.array_record_module import ArrayRecordReader
   from tensorflow_datasets.core import writer
+  counts: dict[str, int] = {}  # Records of each file.
+  checksums: dict[str, concurrent.futures.Future[str]] = {}
   done, total = 0, sum(len(shard.indices) for shard in shards)
   areas = collections.defaultdict(list)
   for split, truth in truths.items():
@@ -268,6 +262,12 @@ def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, 
       except (OSError, RuntimeError) as e:  # ArrayRecord raises RuntimeError.
         reason = getattr(e, 'strerror', None) or ' '.join(str(e).split())
         raise InputError(f'{os.fspath(path)}: cannot be written: {reason}') from e
+      file = pathlib.Path(path)
+      counts[file.name] = ArrayRecordReader(os.fspath(path)).num_records()
+      checksums[file.name] = pool.submit(prepared_files.sha256_of, file)
+      if upload:
+        checksums[file.name].result()  # Uploading leaves no content.
+        upload.add_shard(file)
 
   class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
     """Builds the data set."""
@@ -293,7 +293,8 @@ def _build(target: pathlib.Path, plan: Mapping[str, Any], sources: Mapping[str, 
       super()._download_and_prepare(dl_manager, download_config)
       _check_skipped(shards, total, options)
       self.info.write_to_directory(self.data_dir)  # TFDS would do so after the checksums.
-      _finish(pathlib.Path(self.data_dir), plan, truths, shards, pool)
+      _check_counts(self.info.splits, counts, shards)
+      _finish(pathlib.Path(self.data_dir), plan, truths, shards, checksums, upload)
 
     def _log_download_bytes(self):
       """Prints nothing, whereas TFDS prints on stdout."""
@@ -388,26 +389,30 @@ def _check_skipped(shards: Sequence[_Shard], total: int, options: Options) -> No
     raise InputError(f'{found}; more than the share {options.max_bad} that --max_bad allows')
 
 
-def _finish(folder: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, dict],
-            shards: Sequence[_Shard], pool: concurrent.futures.Executor) -> None:
-  """Counts the records, and writes the ground truth and prepared.json beside them."""
-  from array_record.python.array_record_module import ArrayRecordReader
-  left_out = {}
-  builder = tfds_records.load_tfds().builder_from_directory(os.fspath(folder))
-  for split, truth in truths.items():
-    of_split = [shard for shard in shards if shard.split == split]
-    info = builder.info.splits[split]
-    counts = [ArrayRecordReader(os.fspath(path)).num_records() for path in info.filepaths]
-    if not counts == info.shard_lengths == [len(shard.digests) for shard in of_split]:
+def _check_counts(splits: Mapping[str, Any], counts: Mapping[str, int],
+                  shards: Sequence[_Shard]) -> None:
+  """Raises RuntimeError unless the files hold as many records as were written."""
+  for split, info in splits.items():
+    found = [counts[os.path.basename(path)] for path in info.filepaths]
+    if not found == info.shard_lengths == [len(s.digests) for s in shards if s.split == split]:
       raise RuntimeError(f'{split}: the records of TFDS are not those that were written')
-    skipped = left_out[split] = [image for shard in of_split for image, _ in shard.skipped]
+
+
+def _finish(folder: pathlib.Path, plan: Mapping[str, Any], truths: Mapping[str, dict],
+            shards: Sequence[_Shard], checksums: Mapping[str, concurrent.futures.Future[str]],
+            upload: prepared_files.Upload | None) -> None:
+  """Writes the ground truth and prepared.json beside the records."""
+  left_out = {}
+  for split, truth in truths.items():
+    skipped = left_out[split] = [image for shard in shards if shard.split == split
+                                 for image, _ in shard.skipped]
     storage.write_text(folder / tfds_records.truth_name(split),
-                     json.dumps(_without(truth, set(skipped))))
-  paths = sorted(folder.iterdir())
-  checksums = dict(zip([path.name for path in paths], pool.map(_checksum, paths), strict=True))
+                       json.dumps(_without(truth, set(skipped))))
+  sha256s = {path.name: checksums[path.name].result() if path.name in checksums
+             else prepared_files.sha256_of(path) for path in sorted(folder.iterdir())}
   storage.write_text(folder / 'prepared.json', json.dumps({
       'plan': plan, 'skipped': [entry for shard in shards for entry in shard.skipped],
-      'left_out': left_out, 'sha256': checksums,
+      'left_out': left_out, 'sha256': sha256s, **({'md5': upload.wait()} if upload else {}),
       'images': [[shard.contents, shard.skipped] for shard in shards]}, indent=1) + '\n')
 
 
@@ -420,17 +425,17 @@ def _without(truth: dict[str, Any], skipped: set[int]) -> dict[str, Any]:
                   'annotations': [a | {'id': n} for n, a in enumerate(kept, start=1)]}
 
 
-def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
+def _check_finished(folder: storage.Path, sources: Mapping[str, Source],
                     truths: Mapping[str, dict], options: Options,
                     pool: concurrent.futures.Executor) -> None:
   """Raises InputError unless finished data is complete and what this call would make."""
   try:
-    prepared = json.loads((folder / 'prepared.json').read_text('utf-8'))
-    made, checksums = prepared['plan'], dict(prepared['sha256'])
+    prepared = prepared_files.read_prepared(folder)
+    made, _ = prepared['plan'], dict(prepared['sha256'])
     plan = _make_plan(sources, truths, options,
                       {split: int(entry['shards']) for split, entry in made['splits'].items()})
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-    if isinstance(e, InputError):
+    if isinstance(e, InputError) or is_outage(e):
       raise
     raise InputError(f'{folder} exists, but was not made by `ppn prepare`; give another name or '
                      'version') from e
@@ -439,10 +444,8 @@ def _check_finished(folder: pathlib.Path, sources: Mapping[str, Source],
       other = (f'other data ({key} differ)' if key in ('splits', 'categories') else
                f'data made with {key}={made.get(key)}, not {value}')
       raise InputError(f'{folder} holds {other}; give another name or version, or remove it')
-  paths = [folder / name for name in checksums]
-  for path, found in zip(paths, pool.map(_checksum, paths), strict=True):
-    if found != checksums[path.name]:
-      raise InputError(f'{path} is missing or has changed; remove {folder} and prepare again')
+  if changed := prepared_files.find_changed(folder, prepared, pool):
+    raise InputError(f'{changed} is missing or has changed; remove {folder} and prepare again')
   images_of_shards = prepared.get('images') or []
   for shard, (contents, skipped) in zip(_make_shards(plan), images_of_shards,
                                        strict=bool(images_of_shards)):
@@ -481,12 +484,3 @@ def _is_readable(source: Source, index: int) -> bool:
   with contextlib.suppress(InputError):
     return np.asarray(source[index].image).size > 0
   return False
-
-
-def _checksum(path: pathlib.Path) -> str:
-  """Returns the SHA-256 of a file, '' if it does not exist."""
-  try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
-  except FileNotFoundError:
-    return ''

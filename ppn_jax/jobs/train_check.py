@@ -29,13 +29,14 @@ from ppn_jax.weights.initial import check_norm_images
 
 
 def check_training(config: ConfigDict, workdir: str | pathlib.Path, devices: int, *,
-                   with_data: bool = True) -> str:
+                   slices: int = 1, with_data: bool = True) -> str:
   """Checks the input of `train` for a machine or slice that need not be present.
 
   Args:
     config: As for `train`.
     workdir: As for `train`.
     devices: Number of devices that share a batch.
+    slices: Number of TPU slices that they are in.
     with_data: Whether the data can be opened here. Without it, only what the config says is
       checked.
 
@@ -47,6 +48,9 @@ def check_training(config: ConfigDict, workdir: str | pathlib.Path, devices: int
   """
   if devices < 1:
     raise InputError(f'--check={devices} must be a number of devices, at least 1')
+  if slices < 1 or devices % slices:
+    raise InputError(f'--slices={slices} must be at least 1 and divide the {devices} devices of '
+                     '--check')
   config = complete(config)
   check_data(config)
   check_numbers(config)
@@ -66,9 +70,10 @@ def check_training(config: ConfigDict, workdir: str | pathlib.Path, devices: int
         ('train on', 'evaluate on'), sources.values(), strict=False))
   train, optimizer = config.train, optimizer_of(config, steps=config.train.steps,
                                                 batch_size=config.train.batch_size)
-  check_batch(config, 'train.batch_size', train.batch_size, optimizer.micro_batches, mesh)
+  check_batch(config, 'train.batch_size', train.batch_size, optimizer.micro_batches, mesh, slices)
   build_detector(without_class_weights(_with_some_class(config)))
-  return (f'the config fits {devices:,} device{"s" if devices > 1 else ""}, '
+  return (f'the config fits {devices:,} device{"s" if devices > 1 else ""}'
+          f'{f" in {slices} slices" if slices > 1 else ""}, '
           f'{train.batch_size // devices:,} images each; {found}')
 
 

@@ -110,7 +110,8 @@ def test_evaluation_data_with_some_of_the_classes(argv, tmp_path):
 @pytest.mark.parametrize('flag, message', [
     ('--name=coco', "name 'coco' is that of one of TFDS's own"), ('--name=A', "name is 'A'"),
     ('--splits=test', '--splits=test, legal'), ('--splits=eval,eval', '--splits=eval,eval, legal'),
-    ('--output=gs://x/y', 'copy it from there'), ('--max_side=-3', 'max_side is -3'),
+    ('--output=s3://x/y', 'must be a local folder or gs://BUCKET/FOLDER'),
+    ('--max_side=-3', 'max_side is -3'),
     ('--max_sid=3', "unknown flag --max_sid; did you mean '--max_side'"),
     ('--on_bad_image=hide', "legal: 'raise', 'skip'"),
     ('--config.data.train.images=/nowhere', "no folder of images at '/nowhere'"),

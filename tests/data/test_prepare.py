@@ -423,8 +423,8 @@ def test_wrong_sources_and_outputs(coco, tmp_path):
     make({'train': load(coco), 'eval': shapes}, coco)
   with pytest.raises(InputError, match='names no source'):
     make({}, coco)
-  with pytest.raises(InputError, match='copy it from there'):
-    prepare({'train': shapes}, 'gs://bucket/x', Options('toy'), progress=print)
+  with pytest.raises(InputError, match=r'output s3://bucket/x must be a local folder or gs://'):
+    prepare({'train': shapes}, 's3://bucket/x', Options('toy'), progress=print)
   twice = load(coco)
   twice.categories = (Category(1, 'a'), Category(2, 'a'))
   with pytest.raises(InputError, match="two classes are called 'a'"):

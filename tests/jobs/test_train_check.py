@@ -42,6 +42,17 @@ def test_without_data_the_rest_is_checked(tmp_path):
     check_training(changed(**elsewhere, model__backbone__name='vgg'), tmp_path, 4, with_data=False)
 
 
-def test_without_data_needs_check(tmp_path, capsys):
-  assert main(['train', '--config=quickstart', f'--workdir={tmp_path}/run', '--without_data']) == 2
-  assert '--without_data is for --check' in capsys.readouterr().err
+def test_statistics_that_would_cross_slices_are_found_before_there_are_slices(tmp_path):
+  within = changed(model__layers__norm_group_size=2)
+  assert check_training(within, tmp_path / 'run', 2, slices=2).startswith(
+      'the config fits 2 devices in 2 slices, 2 images each; ')
+  with pytest.raises(InputError, match=r'between 2 slices in every layer.* of the 2 images'):
+    check_training(changed(), tmp_path / 'run', 2, slices=2)
+  with pytest.raises(InputError, match='--slices=3 must be at least 1 and divide the 4 devices'):
+    check_training(within, tmp_path / 'run', 4, slices=3)
+
+
+@pytest.mark.parametrize('flag', ['--without_data', '--slices=2'])
+def test_flags_that_need_check(tmp_path, capsys, flag):
+  assert main(['train', '--config=quickstart', f'--workdir={tmp_path}/run', flag]) == 2
+  assert f'{flag} is for --check' in capsys.readouterr().err

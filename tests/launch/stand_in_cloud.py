@@ -4,8 +4,9 @@ It is called like gcloud, and refuses what gcloud refuses. `STAND_IN_CLOUD` name
 
   settings.json   see `DEFAULTS`
   calls.jsonl     the arguments of every call
-  slice.json      the current slice: {"state", "zone", "life", "ports", "pids"}
-  life-K/worker-I the home folder of a worker; a new slice starts with empty ones
+  slice.json      the current slices: {"state", "zone", "nodes", "life", "ports", "pids"}
+  life-K/worker-I the home folder of a worker; a new slice starts with empty ones. The workers of
+                  several slices are numbered through
   buckets/NAME    the objects of a bucket
   vanished-K-I    if it exists, worker I of slice K cannot be reached
 
@@ -30,7 +31,7 @@ import time
 CLOUD = pathlib.Path(os.environ.get('STAND_IN_CLOUD', '.'))
 
 DEFAULTS = {
-    'workers': 2,
+    'workers': 2,  # Of each slice.
     'server': 'shell',  # Or 'sshd', whose program is 'sshd', or 'asyncssh'.
     'sshd': '',
     'ppn': '',  # Program that workers run as `ppn`.
@@ -48,8 +49,9 @@ _EVERYWHERE = {'zone', 'project', 'quiet'}
 _SSH = {'worker', 'ssh-key-file', 'internal-ip', 'batch-size', 'strict-host-key-checking'}
 FLAGS = {
     ('queued-resources', 'create'): {
-        'node-id', 'accelerator-type', 'runtime-version', 'spot', 'reserved', 'network',
-        'subnetwork', 'internal-ips', 'service-account', 'labels', 'autocheckpoint-enabled'},
+        'node-id', 'node-count', 'node-prefix', 'accelerator-type', 'runtime-version', 'spot',
+        'reserved', 'network', 'subnetwork', 'internal-ips', 'service-account', 'labels',
+        'autocheckpoint-enabled'},
     ('queued-resources', 'describe'): {'format'},
     ('queued-resources', 'delete'): {'force'},
     ('tpu-vm', 'describe'): {'format'},
@@ -89,23 +91,25 @@ def home_of(found, worker):
 
 def environment_of(found, worker):
   """Returns the environment of a worker, like that of a slice on GKE."""
-  given = {key: value.format(worker=worker) for key, value in settings()['environment'].items()}
+  in_node, number = divmod(worker, settings()['workers'])[::-1]
+  given = {key: value.format(worker=in_node, slice=number)
+           for key, value in settings()['environment'].items()}
   return {'HOME': str(home_of(found, worker)), 'STAND_IN_CLOUD': str(CLOUD),
           'WORKER': str(worker), 'PATH': os.environ['PATH'], **given}
 
 
-def create(zone):
+def create(zone, nodes=('mine',)):
   refusals = settings()['refusals']
   requests = CLOUD / 'requests'  # A character for each.
   count = requests.stat().st_size if requests.exists() else 0
   requests.write_text('.' * (count + 1))
   if count < len(refusals) and refusals[count]:
     return error(refusals[count])
-  workers = settings()['workers']
+  workers = settings()['workers'] * len(nodes)
   life = len(list(CLOUD.glob('life-*')))
   lists = settings()['states']
-  found = {'state': '', 'states': lists[min(life, len(lists) - 1)], 'node': 'CREATING',
-           'zone': zone, 'life': life, 'ports': [], 'pids': []}
+  found = {'state': '', 'states': lists[min(life, len(lists) - 1)], 'zone': zone, 'life': life,
+           'nodes': dict.fromkeys(nodes, 'CREATING'), 'ports': [], 'pids': []}
   for worker in range(workers):
     home = home_of(found, worker)
     (home / 'ppn' / 'venv' / 'bin').mkdir(parents=True)
@@ -174,6 +178,13 @@ def preempt():
   take_down(found)
 
 
+def lose(node):
+  """Ends one of several slices: its request stays active."""
+  found = load()
+  save({**found, 'nodes': {**found['nodes'], node: 'PREEMPTED'}})
+  take_down(found)
+
+
 def warn(worker):
   """Sends SIGTERM to the command on one worker, like a VM that shuts down."""
   job = home_of(load(), worker) / 'ppn' / 'job'
@@ -185,13 +196,16 @@ def error(message):
   return 1
 
 
-def describe(queued, zone, fields):
+def describe(queued, name, zone, fields):
   found = load()
-  if not found or found['zone'] != zone or (not queued and found['state'] != 'ACTIVE'):
+  if not found or found['zone'] != zone or (
+      not queued and (found['state'] != 'ACTIVE' or name not in found['nodes'])):
     return error('NOT_FOUND: Resource was not found')
   if not queued:
-    print(found['node'])
-    save({**found, 'node': 'READY' if found['node'] == 'CREATING' else found['node']})
+    state = found['nodes'][name]
+    print(state)
+    after = 'READY' if state == 'CREATING' else state
+    save({**found, 'nodes': {**found['nodes'], name: after}})
     return 0
   state, _, reason = found['state'].partition(': ')
   if 'failedData' in fields:
@@ -315,18 +329,26 @@ def main(argv):
     return 2
   if (kind, verb) == ('queued-resources', 'create'):
     assert not load() and flags['accelerator-type'] and flags['runtime-version']
-    return create(flags['zone'])
+    assert ('node-id' in flags) != ('node-count' in flags) and int(flags.get('node-count', 2)) > 1
+    prefix = flags.get('node-prefix', rest[0])
+    return create(flags['zone'], [flags['node-id']] if 'node-id' in flags else [
+        f'{prefix}-{i}' for i in range(int(flags['node-count']))])
   if verb == 'describe':
-    return describe(kind == 'queued-resources', flags['zone'], flags['format'])
+    return describe(kind == 'queued-resources', rest[0], flags['zone'], flags['format'])
   if (kind, verb) == ('queued-resources', 'delete'):
     return delete(flags['zone'])
   assert kind == 'tpu-vm', argv
   found = load()
   if not found or found['state'] != 'ACTIVE' or found['zone'] != flags['zone']:
     return error('NOT_FOUND: TPU was not found')
-  if found['node'] != 'READY':
-    return error(f'the TPU is in state {found["node"]}')
-  workers = (range(settings()['workers']) if flags['worker'] == 'all' else [int(flags['worker'])])
+  node = rest[-1].removesuffix(':') if verb == 'scp' else rest[0]
+  if node not in found['nodes']:
+    return error('NOT_FOUND: TPU was not found')
+  if found['nodes'][node] != 'READY':
+    return error(f'the TPU is in state {found["nodes"][node]}')
+  first = list(found['nodes']).index(node) * settings()['workers']
+  workers = [first + worker for worker in (
+      range(settings()['workers']) if flags['worker'] == 'all' else [int(flags['worker'])])]
   if len(workers) > 1 and (code := check_agent()):
     return code
   ssh_flags = [a.removeprefix('--ssh-flag=') for a in argv if a.startswith('--ssh-flag=')]

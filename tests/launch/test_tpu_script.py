@@ -177,6 +177,8 @@ def _words(line):
     (TPU, ['logs', *SLICE, '--worker=-1'], '--worker=-1'),
     (TPU, ['wait', *SLICE, '--pol=3'], 'unknown argument --pol=3'),
     (TPU, ['wait', *SLICE, '--poll=08'], '--poll=08'),
+    (TPU, ['wait', *SLICE, '--slices=0'], '--slices=0 must be at least 1'),
+    (TPU, ['wait', *SLICE, '--slices=two'], '--slices=two must be an integer'),
     (LOCAL_POD, ['--processes=0', '--', 'train'], '--processes=0 must be 1 to 64'),
     (LOCAL_POD, ['train'], 'arguments of ppn come after --'),
     (LOCAL_POD, [], "give ppn's arguments"),
@@ -312,6 +314,7 @@ def test_data_are_copied_to_a_place_that_setup_leaves_alone(cloud):
 @pytest.mark.parametrize('arguments, message', [
     (['--type=v6e-16,v6e-24', '--', 'train'], 'does not fit --type=v6e-24; no slice was requested'),
     (['--type=v4-48', '--', 'train'], 'does not fit --type=v4-48'),
+    (['--type=v6e-12', '--slices=2', '--', 'train'], 'does not fit --slices=2 of --type=v6e-12'),
     (['--type=v6e-16', '--data=gs://b/none', '--', 'train'], 'there is nothing at gs://b/none/'),
     (['--type=v6e-16', '--', 'train', '--workdir=gs://none/x'], 'gs://none cannot be used: ERROR'),
     (['--type=v6e-16', '--', 'train', '--config.data.train.images=~/ppn/data/x'], 'needs --data'),
@@ -363,6 +366,46 @@ def test_ctrl_c_says_that_the_slice_still_bills(cloud):
   _, output = process.communicate(timeout=HANG_SECONDS)
   assert process.returncode == 130 and 'STILL BILLS' in output.splitlines()[-1], output
   assert stand_in_cloud.load()
+
+
+def test_several_slices_are_one_request():
+  result = script(TPU, 'run', *SLICE, '--type=v4-32', '--slices=3', '--dry-run', '--', 'train')
+  lines = result.stdout.splitlines()
+  create = next(line for line in lines if ' create ' in line)
+  assert create.startswith('gcloud compute tpus queued-resources create mine --node-count=3 '
+                           '--node-prefix=mine --accelerator-type=v4-32 ')
+  assert '--check=48 --slices=3' in lines[0]
+  for verb in ('describe', 'scp', 'ssh'):
+    reached = [line for line in lines if f' tpu-vm {verb} ' in line and ' follow ' not in line]
+    assert [sum(f' mine-{i}' in line for line in reached) * 3 for i in range(3)] == [
+        len(reached)] * 3
+  assert sum(' follow ' in line for line in lines) == 1  # Of the first worker.
+
+
+@pytest.mark.slow
+def test_a_run_on_two_slices_starts_again_together(cloud):
+  (cloud / 'scenario').write_text('75 75 134 75\nhang hang hang hang\n0 0 0 0\n')
+  arguments = ['run', *SLICE, '--type=v5litepod-16', '--slices=2', '--local', '--delete', *PATIENT,
+               '--', 'train']
+  process = subprocess.Popen(['bash', str(TPU), *arguments], stderr=subprocess.PIPE, text=True)
+  wait_until(lambda: len(list(cloud.glob('ran-1-*'))) == 4)
+  stand_in_cloud.lose('mine-1')
+  _, output = process.communicate(timeout=HANG_SECONDS)
+  assert process.returncode == 0 and output.count('preempted; resuming') == 2, output
+  assert 'requesting 2 x v5litepod-16 as mine' in output
+  assert len(list(cloud.glob('ran-*'))) == 12
+  assert sum('create' in c for c in calls(cloud)) == 2 and stand_in_cloud.load() is None
+
+
+@pytest.mark.slow
+def test_a_mistake_on_the_second_slice_ends_a_run(cloud):
+  (cloud / 'scenario').write_text('134 134 134 2\n')
+  result = script(TPU, 'run', *SLICE, '--type=v6e-16', '--slices=2', '--local', *FAST, '--',
+                  'train')
+  assert result.returncode == 2 and 'ppn rejected its arguments' in result.stderr
+  shown = script(TPU, 'logs', *SLICE, '--slices=2', '--worker=all').stdout
+  assert all(f'life 0 of worker {worker}' in shown for worker in range(4))
+  assert script(TPU, 'status', *SLICE, '--slices=2').stdout.count('ppn-worker ') == 4
 
 
 def test_flags_reach_gcloud(tmp_path):
@@ -523,3 +566,20 @@ def test_workers_behind_ssh_train_together_through_notice_and_preemption(
   steps = [json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').open()]
   assert sorted({*range(10, 301, 10), warned_at}) == steps
   assert sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir()) == [280, 290, 300]
+
+
+@pytest.mark.slow
+def test_two_slices_behind_ssh_train_together(cloud_with_ssh, tmp_path):
+  """JAX finds the processes of both slices by MEGASCALE's variables, as of the metadata server."""
+  environment = json.loads((cloud_with_ssh / 'settings.json').read_text())['environment']
+  configure(cloud_with_ssh, workers=1, environment={
+      **environment, 'TPU_WORKER_HOSTNAMES': '127.0.0.1', 'MEGASCALE_NUM_SLICES': '2',
+      'MEGASCALE_SLICE_ID': '{slice}'})
+  config, workdir = tmp_path / 'config.py', tmp_path / 'run'
+  config.write_text(CONFIG_FILE.format(folder=str(HERE.parent)))
+  result = script(TPU, 'run', *SLICE, '--type=v5litepod-1', '--slices=2', '--local', '--delete',
+                  '--poll=1', '--unchecked', '--', 'train', f'--config={config}',
+                  f'--workdir={workdir}')
+  assert result.returncode == 0, result.stderr
+  assert 'on 2 x cpu' in result.stdout, result.stdout
+  assert (workdir / 'checkpoints' / '6').is_dir() and stand_in_cloud.load() is None
