@@ -276,7 +276,7 @@ def _with_warmup_factor(optim: dict[str, Any]) -> dict[str, Any]:
 
 def ssd(config: ConfigDict) -> None:
   """Changes a config to MobileNet SSD: convolutions between scales, one predictor per scale."""
-  config.model.backbone.last_block = 13
+  _to_stride_32(config)
   config.model.neck = dict(name='conv_pyramid', strides=(16, 32), depths=(512, 256, 256, 128))
   config.model.head = dict(name='per_level_box_predictor', side=1, prior=0.01)
   config.model.anchors.min_scale = 0.2
@@ -285,8 +285,16 @@ def ssd(config: ConfigDict) -> None:
 
 def fpn(config: ConfigDict) -> None:
   """Changes a config to a top-down pyramid with the head and anchors of PPN (section 2.2)."""
-  config.model.backbone.last_block = 13
+  _to_stride_32(config)
   config.model.neck = dict(name='feature_pyramid', strides=(16, 32), num_levels=6, depth=256)
+
+
+def _to_stride_32(config: ConfigDict) -> None:
+  """Lets a backbone of this package end with its map of stride 32."""
+  if config.model.backbone.name in ('mobilenet_v2', 'mobilenet_v3_small'):
+    config.model.backbone.last_stride = 32
+  else:
+    config.model.backbone.last_block = 13
 
 
 def hard_negative_mining(config: ConfigDict) -> None:

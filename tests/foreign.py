@@ -4,6 +4,7 @@ Checked once against TensorFlow 2.21 and Keras 3.0 and 3.15.
 """
 
 import pathlib
+import re
 
 import numpy as np
 from tensorboardX.proto import types_pb2
@@ -115,6 +116,19 @@ def keras_mobilenet(alpha=0.25, seed=0):
   return weights
 
 
+def keras_names(variables, network):
+  """Returns {(layer, weight): array} of a backbone's variables, in Keras' names and layout."""
+  from flax.traverse_util import flatten_dict
+
+  from ppn_jax.weights.names import keras_name
+  named = {}
+  for path, value in flatten_dict(variables).items():
+    name = keras_name(path, network)
+    depthwise = path[-2:] == ('depthwise', 'kernel')
+    named[tuple(name.split('/'))] = np.swapaxes(value, 2, 3) if depthwise else np.asarray(value)
+  return named
+
+
 def write_keras_2(path, weights, *, model=False, depthwise='depthwise_kernel', suffix=':0'):
   """Writes HDF5 weights or a model of Keras 2; for Keras 3's .h5 change the last two options."""
   import h5py
@@ -123,7 +137,7 @@ def write_keras_2(path, weights, *, model=False, depthwise='depthwise_kernel', s
     layers = list(dict.fromkeys(layer for layer, _ in weights))
     group.attrs['layer_names'] = [n.encode() for n in layers]
     for (layer, name), array in weights.items():
-      name = depthwise if layer.startswith('conv_dw') and name == 'kernel' else name
+      name = depthwise if re.search('conv_dw|depthwise$', layer) and name == 'kernel' else name
       group.require_group(layer)[f'{layer}/{name}{suffix}'] = array
     if model:
       file['optimizer_weights/Adam/conv1/kernel:0'] = np.zeros(3)

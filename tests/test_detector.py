@@ -90,7 +90,7 @@ def test_padding_of_ground_truth_changes_neither_loss_nor_gradient():
 
 @pytest.mark.parametrize('block, entry, value, message', [
     ('head', 'depht', 3, "head 'shared_box_predictor' has no option 'depht'; did you mean 'depth'"),
-    ('backbone', 'name', 'mobilenet_v2', "unknown backbone 'mobilenet_v2'"),
+    ('backbone', 'name', 'mobilenet_v4', "unknown backbone 'mobilenet_v4'"),
     ('neck', 'stride', 13, '16'),
     ('neck', 'num_levels', 9, 'num_levels'),
     ('layers', 'dtype', 'float23', "did you mean 'float32'"),

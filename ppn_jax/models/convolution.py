@@ -10,8 +10,8 @@ sums over devices in the type that a gradient is computed in. 'auto' uses 'shift
 lowered for CPUs, 'dense' for TPUs and 'native' for others; the machine that lowers a program need
 not have the platform.
 
-Arrays are NHWC and kernels HWIO; a depthwise kernel is [3, 3, 1, C], Flax's convention (the TF
-Object Detection API's is [3, 3, C, 1]). Padding is TensorFlow's SAME: of the total
+Arrays are NHWC and kernels HWIO; a depthwise kernel is [k, k, 1, C], Flax's convention (the TF
+Object Detection API's is [k, k, C, 1]). Padding is TensorFlow's SAME: of the total
 max((ceil(n / s) - 1) s + k - n, 0) the smaller half goes in front.
 """
 
@@ -29,7 +29,6 @@ CONV_FORMS = ('auto', 'native', 'shifted', 'dense')
 # The 'dense' form is used up to this many channels; with more, multiplying zeros takes longer than
 # it saves.
 DENSE_CHANNELS = 64
-_TAPS = tuple((i, j) for i in range(3) for j in range(3))
 # Rows in each step of a depthwise kernel gradient on CPUs: the fastest of 1 to 8 for most layers.
 _ROWS = 5
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
@@ -42,6 +41,11 @@ def same_padding(size: int, stride: int, window: int = 3) -> tuple[int, int]:
   """
   total = max((-(-size // stride) - 1) * stride + window - size, 0)
   return total // 2, total - total // 2
+
+
+def _taps(side: int) -> tuple[tuple[int, int], ...]:
+  """Returns the rows and columns of a square kernel's entries."""
+  return tuple((i, j) for i in range(side) for j in range(side))
 
 
 def accumulator(dtype: Any) -> Any:
@@ -145,16 +149,17 @@ def _depthwise_dense(stride: int, x: Array, kernel: Array) -> Array:
 
 
 def _depthwise_shifted(stride: int, x: Array, kernel: Array) -> Array:
-  """Convolves by nine shifted multiply-adds."""
+  """Convolves by shifted multiply-adds, nine for a 3x3 kernel."""
   h, w = (-(-n // stride) for n in x.shape[1:3])
-  padded, kernel = _pad(x, 3, stride), kernel.astype(x.dtype).astype(accumulator(x.dtype))
+  side = len(kernel)
+  padded, kernel = _pad(x, side, stride), kernel.astype(x.dtype).astype(accumulator(x.dtype))
   return sum(padded[:, _strided(h, i, stride), _strided(w, j, stride)] * kernel[i, j, 0]
-             for i, j in _TAPS).astype(x.dtype)
+             for i, j in _taps(side)).astype(x.dtype)
 
 
 def _depthwise_vjp(stride: int, x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
   return (_depthwise_input_gradient(stride, x.shape, kernel, g),
-          _depthwise_kernel_gradient(stride, x, g).astype(kernel.dtype))
+          _depthwise_kernel_gradient(stride, len(kernel), x, g).astype(kernel.dtype))
 
 
 def _depthwise_input_gradient(stride: int, shape: tuple[int, ...], kernel: Array,
@@ -164,7 +169,8 @@ def _depthwise_input_gradient(stride: int, shape: tuple[int, ...], kernel: Array
   The rows and columns p, q (mod stride) of the padded input are only read by the taps p, q (mod
   stride), so the gradient of each such phase is a stride-1 correlation of the cotangent.
   """
-  margin = 2 // stride
+  side = len(kernel)
+  margin = (side - 1) // stride
   h, w = (n + margin for n in g.shape[1:3])
   padded = lax.optimization_barrier(
       jnp.pad(g, ((0, 0), (margin, margin), (margin, margin), (0, 0))))
@@ -174,11 +180,11 @@ def _depthwise_input_gradient(stride: int, shape: tuple[int, ...], kernel: Array
     def tap(i, j):
       row, column = margin - i // stride, margin - j // stride
       return padded[:, row:row + h, column:column + w] * kernel[i, j, 0]
-    return sum(tap(i, j) for i, j in _TAPS
+    return sum(tap(i, j) for i, j in _taps(side)
                if (i % stride, j % stride) == (p, q)).astype(g.dtype)
 
   phases = [[phase(p, q) for q in range(stride)] for p in range(stride)]
-  (top, _), (left, _) = (same_padding(n, stride) for n in shape[1:3])
+  (top, _), (left, _) = (same_padding(n, stride, side) for n in shape[1:3])
   return _interleave(phases, *shape[1:3], top, left)
 
 
@@ -204,33 +210,33 @@ def _interleave(phases: list[list[Array]], height: int, width: int, top: int = 0
   return sum(dilated(p, q) for p in range(s) for q in range(s))
 
 
-def _depthwise_kernel_gradient(stride: int, x: Array, g: Array) -> Array:
+def _depthwise_kernel_gradient(stride: int, side: int, x: Array, g: Array) -> Array:
   """Computes the kernel gradient of a depthwise convolution, a few rows at a time.
 
-  The rows are added to nine accumulators [B, w, C]. A plain sum of each tap's products would write
-  the products to memory first, or read memory in strides.
+  The rows are added to an accumulator [B, w, C] of each tap. A plain sum of each tap's products
+  would write the products to memory first, or read memory in strides.
   """
   b, h, w, c = g.shape
   dtype = accumulator(x.dtype)
   rows = min(_ROWS, h)
   steps = -(-h // rows)
   g = lax.optimization_barrier(jnp.pad(g, ((0, 0), (0, steps * rows - h), (0, 0), (0, 0))))
-  padded = _pad(x, 3, stride, rows=steps * rows)
+  padded = _pad(x, side, stride, rows=steps * rows)
 
   def row(x, k):
     return lax.dynamic_index_in_dim(x, k, 1, keepdims=False).astype(dtype)
 
   def body(step, totals):
     first = step * rows
-    images = [row(padded, first * stride + i) for i in range((rows - 1) * stride + 3)]
+    images = [row(padded, first * stride + i) for i in range((rows - 1) * stride + side)]
     cotangents = [row(g, first + k) for k in range(rows)]
     return tuple(
         total + sum(images[k * stride + i][:, _strided(w, j, stride)] * cotangents[k]
                     for k in range(rows))
-        for total, (i, j) in zip(totals, _TAPS, strict=True))
+        for total, (i, j) in zip(totals, _taps(side), strict=True))
 
-  totals = lax.fori_loop(0, steps, body, (jnp.zeros((b, w, c), dtype),) * len(_TAPS))
-  return jnp.stack([jnp.sum(t, (0, 1)) for t in totals]).reshape(3, 3, 1, c)
+  totals = lax.fori_loop(0, steps, body, (jnp.zeros((b, w, c), dtype),) * side**2)
+  return jnp.stack([jnp.sum(t, (0, 1)) for t in totals]).reshape(side, side, 1, c)
 
 
 _depthwise = _with_forms(_depthwise_native, shifted=_depthwise_shifted, dense=_depthwise_dense,
@@ -238,11 +244,11 @@ _depthwise = _with_forms(_depthwise_native, shifted=_depthwise_shifted, dense=_d
 
 
 def depthwise_conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'auto') -> Array:
-  """Convolves each channel with its own 3x3 kernel, with SAME padding.
+  """Convolves each channel with its own kernel, with SAME padding.
 
   Args:
     x: [B, H, W, C].
-    kernel: [3, 3, 1, C], rounded to the type of `x`; its gradient keeps the kernel's own type.
+    kernel: [k, k, 1, C], rounded to the type of `x`; its gradient keeps the kernel's own type.
     stride: 1 or 2.
     form: one of `CONV_FORMS`.
 

@@ -142,7 +142,7 @@ class ConvNorm(nn.Module):
 
   Attributes:
     features: output channels; ignored if `depthwise`.
-    side: side of the square kernel; a depthwise one has 3.
+    side: side of the square kernel; a depthwise one has at least 3.
     stride: 1 or 2.
     depthwise: whether each channel has its own kernel.
     activation: whether ReLU6 follows.
@@ -160,7 +160,8 @@ class ConvNorm(nn.Module):
     """Maps [B, H, W, Cin] to [B, ceil(H / stride), ceil(W / stride), features]."""
     policy = self.policy
     depth = x.shape[-1]
-    shape = (3, 3, 1, depth) if self.depthwise else (self.side, self.side, depth, self.features)
+    side = max(self.side, 3) if self.depthwise else self.side
+    shape = (side, side, 1, depth) if self.depthwise else (side, side, depth, self.features)
     kernel = self.param('kernel', policy.kernel_init, shape, jnp.float32)
     convolve = depthwise_conv if self.depthwise else conv
     y = convolve(x.astype(policy.dtype), kernel, stride=self.stride, form=policy.conv_form)

@@ -13,7 +13,11 @@ from ppn_jax.errors import InputError
 from ppn_jax.models.layers import LayerPolicy
 
 Array = jax.Array
-BACKBONES = {'mobilenet_v1': 'ppn_jax.models.mobilenet_v1:MobileNetV1'}
+BACKBONES = {
+    'mobilenet_v1': 'ppn_jax.models.mobilenet_v1:MobileNetV1',
+    'mobilenet_v2': 'ppn_jax.models.mobilenet_v2:MobileNetV2',
+    'mobilenet_v3_small': 'ppn_jax.models.mobilenet_v3:MobileNetV3Small',
+}
 NECKS = {
     'pooling_pyramid': 'ppn_jax.models.necks:PoolingPyramid',
     'conv_pyramid': 'ppn_jax.models.necks:ConvPyramid',

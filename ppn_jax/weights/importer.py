@@ -1,5 +1,6 @@
 """Imports the tensors of other frameworks' files as variables, and accounts for every name."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,12 +83,13 @@ def import_detector(file: WeightFile, like: Mapping[str, Any], *, average: bool 
   if kind not in ('ppn', 'ssd'):
     raise InputError(f'only PPN and SSD can be imported as whole detectors, not '
                      f'{_LABELS.get(kind, "this model")}; import the backbone with --kind=backbone')
+  _check_network(file, contents, shapes)
   if contents.kind != kind:
     hint = 'use --kind=backbone' if contents.kind in ('slim', 'keras') else (
         'use the config of that model' if contents.kind in _LABELS else 'give another file')
     raise InputError(f'{file.path} looks like {contents.description}, but the config '
                      f'describes a whole {_LABELS[kind]} detector; {hint}')
-  imported = _fill(file, contents, shapes, names.detector_name, average)
+  imported = _fill(file, contents, shapes, _backbone_names(contents), average)
   for what, group in imported.report.unused.items():
     if what not in _MAY_BE_UNUSED:
       raise InputError(f'{file.path} holds a {_LABELS[kind]} that differs from the config, which '
@@ -104,6 +106,7 @@ def import_backbone(file: WeightFile, like: Mapping[str, Any], *, average: bool 
   contents, shapes = recognise(file), _shapes(like)
   if contents.kind == 'unknown':
     raise InputError(_unknown(file, contents))
+  _check_network(file, contents, shapes)
   shapes = {path: shape for path, shape in shapes.items() if path[1] == 'backbone'}
   return _fill(file, contents, shapes, _backbone_names(contents), average)
 
@@ -111,7 +114,17 @@ def import_backbone(file: WeightFile, like: Mapping[str, Any], *, average: bool 
 def _unknown(file: WeightFile, contents: names.Contents) -> str:
   """Returns the error message for a file with an unknown network."""
   return (f"{file.path} looks like {contents.description}; a backbone can be read from "
-          "slim's or Keras' MobileNet-v1, or from a detector with one")
+          "slim's or Keras' MobileNet, or from a detector with one")
+
+
+def _check_network(file: WeightFile, contents: names.Contents,
+                   shapes: Mapping[names.Path, tuple[int, ...]]) -> None:
+  """Raises InputError if the backbone of the config is another version of MobileNet."""
+  here = names.backbone_network(shapes)
+  if here is not None and contents.kind != 'unknown' and here != contents.network:
+    raise InputError(f'{file.path} looks like a {names.in_words(contents.network)}, but the '
+                     f"config's backbone is a {names.in_words(here)}; set "
+                     f'model.backbone.name={names.NETWORKS[contents.network][2]}')
 
 
 def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeights:
@@ -126,6 +139,7 @@ def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeig
   contents, shapes = recognise(file), _shapes(like)
   if contents.kind == 'unknown':
     raise InputError(_unknown(file, contents))
+  _check_network(file, contents, shapes)
   name_of = _backbone_names(contents)
   found = {path: names.find(contents.root + pattern, file.tensors)
            for path in shapes if (pattern := name_of(path))}
@@ -168,8 +182,8 @@ def _settings_that_differ(file: WeightFile, shapes: Mapping[names.Path, tuple[in
 
 def _backbone_names(contents: names.Contents) -> Callable[[names.Path], str | None]:
   """Returns a function from a path to the name of that variable in a file of this kind."""
-  return {'keras': names.keras_name, 'slim': names.slim_name}.get(
-      contents.kind, names.detector_name)
+  return functools.partial({'keras': names.keras_name, 'slim': names.slim_name}.get(
+      contents.kind, names.detector_name), network=contents.network)
 
 
 def class_columns(file: WeightFile) -> int:

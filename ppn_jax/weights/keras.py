@@ -1,9 +1,10 @@
-"""Reads Keras' MobileNet: HDF5 files of weights or models and .keras archives, of Keras 2 and 3.
+"""Reads Keras' MobileNets: HDF5 files of weights or models and .keras archives, of Keras 2 and 3.
 
-The network equals slim's, with the same layers, scaling to [-1, 1] and a batch norm epsilon of
+MobileNet-v1 equals slim's, with the same layers, scaling to [-1, 1] and a batch norm epsilon of
 1e-3, but for one thing: before a convolution of stride 2, Keras always pads one row and column at
 the end, whereas slim, and so this package, pads 'SAME', which is (0, 1) for even sizes and (1, 1)
 for odd ones. Keras' weights were trained at 224 px, where all of these sizes are even.
+Its MobileNet-v2 and v3 pad as 'SAME' does.
 """
 
 import io
@@ -119,7 +120,9 @@ def _named(found: Mapping[str, np.ndarray], name_of: Callable[[str], str | None]
       layers.setdefault('/'.join(folders[:-1]), {})[last] = weight
     else:
       weight_name = last.partition(':')[0].replace('depthwise_kernel', 'kernel')
-      tensors[f'{folders[-1]}/{weight_name}'] = weight
+      tensors[f'{_layer_name(folders)}/{weight_name}'] = weight
+  if 'conv_bn/gamma' in tensors:  # Keras 2's v3: its layers without a slash have a capital.
+    tensors = {name.replace('Conv', 'conv'): tensor for name, tensor in tensors.items()}
   in_order = _mobilenet_layers([layer.rpartition('/')[2] for layer in layers])
   for layer, weights in layers.items():
     # Names are read only if needed, because HDF5 takes long to reject damaged ones.
@@ -129,6 +132,19 @@ def _named(found: Mapping[str, np.ndarray], name_of: Callable[[str], str | None]
       known = number.isdecimal() and int(number) < len(names)
       tensors[f'{name}/{names[int(number)] if known else number}'] = weight
   return tensors
+
+
+def _layer_name(folders: list[str]) -> str:
+  """Returns the layer of a weight of Keras 2, whose path repeats the layer's name.
+
+  The MobileNet-v3 of Keras 2 has slashes in these names; they are given those of Keras 3:
+  'expanded_conv_1/expand/BatchNorm' becomes 'expanded_conv_1_expand_bn'.
+  """
+  folders = folders[folders[0] == 'model_weights':]
+  half = folders[:len(folders) // 2]
+  if len(half) < 2 or folders != half * 2:
+    return folders[-1]
+  return '_'.join(half).replace('BatchNorm', 'bn').replace('Conv', 'conv')
 
 
 def _mobilenet_layers(classes: list[str]) -> dict[str, str]:

@@ -34,10 +34,11 @@ def assert_forms_agree(op, *operands, tolerance):
 
 
 @pytest.mark.usefixtures('float64')
-@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize(('side', 'stride'), [
+    (3, 1), (3, 2), *(pytest.param(5, s, marks=pytest.mark.slow) for s in (1, 2))])
 @pytest.mark.parametrize('size', SIZES)
-def test_depthwise_forms_agree(size, stride):
-  x, kernel = random((2, *size, 5)), random((3, 3, 1, 5), 1)
+def test_depthwise_forms_agree(size, side, stride):
+  x, kernel = random((2, *size, 5)), random((side, side, 1, 5), 1)
   op = functools.partial(convolution.depthwise_conv, stride=stride)
   assert_forms_agree(op, x, kernel, tolerance=1e-12)
   assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)

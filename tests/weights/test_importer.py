@@ -188,9 +188,12 @@ def test_wrong_model(golden, like):
   with pytest.raises(InputError, match='looks like a MobileNet FPN'):
     import_detector(fpn, like['ppn'])
   v2 = WeightFile('v2', 'checkpoint', {'MobilenetV2/Conv/weights': np.zeros(3)})
+  with pytest.raises(InputError, match=r'looks like a MobileNet-v2.*backbone is a MobileNet-v1'):
+    import_backbone(v2, like['ppn'])
+  v4 = WeightFile('v4', 'checkpoint', {'MobilenetV4/Conv/weights': np.zeros(3)})
   for read in (import_detector, import_backbone):
-    with pytest.raises(InputError, match=r'no known MobileNet-v1 .MobilenetV2/Conv/weights'):
-      read(v2, like['ppn'])
+    with pytest.raises(InputError, match=r'no known MobileNet .MobilenetV4/Conv/weights'):
+      read(v4, like['ppn'])
 
 
 def slim(file):
