@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ppn_jax import storage
 from ppn_jax.checkpoints import integrity, orbax
-from ppn_jax.checkpoints.retention import BestCheckpoints, Stamp
+from ppn_jax.checkpoints.retention import BestCheckpoints, DecidedByFirst, Stamp
 from ppn_jax.distributed import coordination, sharding
 from ppn_jax.errors import InputError, Stopped, StoreError, is_outage
 from ppn_jax.training.state import TrainState
@@ -92,7 +92,7 @@ class Checkpoints:
     self._folder, self._read_only = storage.absolute(folder), read_only
     self._keep = _policies.AnyPreservationPolicy([
         _policies.LatestN(keep_last),
-        BestCheckpoints(keep_best, _rank, evaluations, readers, self.stamp)])
+        DecidedByFirst(BestCheckpoints(keep_best, _rank, evaluations, readers, self.stamp))])
     if not read_only:  # Orbax does not do this if the active processes are named.
       if jax.process_index() == 0:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ written whole, one writer each:
                                if it saved the step before it could score it
   readers/NAME.json            the step that a reader is using, which must not be deleted now
 
-The trainer reads both each time it decides what to keep.
+The trainer reads both each time it decides what to keep; of several processes only the first.
 """
 
 import contextlib
@@ -21,7 +21,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from ppn_jax import storage
+from ppn_jax.distributed import coordination
 from ppn_jax.distributed.ownership import Process
 from ppn_jax.errors import is_outage
 
@@ -116,6 +119,38 @@ class BestCheckpoints:
   def _recorded_metrics(self, step: int) -> dict[str, float | None] | None:
     found = None if self.evaluations is None else read_record(self.evaluations, step)
     return found.metrics if found and found.fits(self.stamp(step)) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecidedByFirst:
+  """Orbax preservation policy by which the first of several processes decides for all.
+
+  It is asked in the thread that saves, at the same saves in all processes, so decisions are told
+  apart by the newest step and how often it was asked about. A process that gets no decision keeps
+  all: only the first deletes anything.
+
+  Attributes:
+    policy: Decides, in the first process.
+  """
+  policy: BestCheckpoints
+  _asked: dict[int, int] = dataclasses.field(default_factory=dict)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Returns, for each checkpoint, whether to keep it."""
+    if jax.process_count() == 1 or not checkpoints:
+      return self.policy.should_preserve(checkpoints, context=context)
+    newest = max(checkpoint.step for checkpoint in checkpoints)
+    self._asked[newest] = self._asked.get(newest, 0) + 1
+    key = f'ppn_jax/retention/{newest}/{self._asked[newest]}'
+    if jax.process_index():
+      decision = coordination.find(key)
+      dropped = set() if decision is None else set(json.loads(decision))
+      return [checkpoint.step not in dropped for checkpoint in checkpoints]
+    kept = self.policy.should_preserve(checkpoints, context=context)
+    coordination.publish(key, json.dumps([
+        checkpoint.step for checkpoint, keep in zip(checkpoints, kept, strict=True)
+        if not keep]).encode())
+    return kept
 
 
 def read_record(evaluations: storage.Path, step: int) -> Record | None:

@@ -144,7 +144,11 @@ def _is_for_this_process(record: logging.LogRecord) -> bool:
       jax.process_index() == 0)
 
 
-def keep_programs() -> None:
-  """Keeps compiled programs between starts; call it after `join_processes`."""
+def keep_programs(workdir: str = '') -> None:
+  """Keeps compiled programs between starts; call it after `join_processes`.
+
+  Args:
+    workdir: See `keep_compiled_programs`.
+  """
   from ppn_jax.distributed.compile_cache import keep_compiled_programs
-  keep_compiled_programs()
+  keep_compiled_programs(workdir)

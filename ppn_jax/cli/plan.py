@@ -23,6 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='a config, such as ppn_mobilenet_v1_coco')
   parser.add_argument('--topology', required=True, action='append', metavar='NAME',
                       help='such as v5e:2x4, in chips; may be given several times')
+  parser.add_argument('--slices', type=int, default=1, metavar='N',
+                      help='slices of each topology that train together (default: %(default)s)')
   parser.add_argument('--batch_per_chip', type=int, default=0, metavar='N',
                       help="images per chip (default: the config's batch size, split)")
   parser.add_argument('--detect', action='store_true',
@@ -71,13 +73,16 @@ def _request(config, topology: str, args: argparse.Namespace):
 
   from ppn_jax.errors import InputError
   from ppn_jax.planning.estimation import Request, parse_topology
-  chips = math.prod(parse_topology(topology)[1])
+  if args.slices < 1:
+    raise InputError(f'--slices={args.slices} must be at least 1')
+  chips = math.prod(parse_topology(topology)[1]) * args.slices
   if args.batch_per_chip < 0:
     raise InputError(f'--batch_per_chip={args.batch_per_chip} must be at least 1')
   key = 'eval' if args.detect else 'train'
   batch_size = config[key].batch_size
   if not args.batch_per_chip and (batch_size < 1 or batch_size % chips):
+    of = f'{args.slices} slices of {topology}' if args.slices > 1 else topology
     raise InputError(f'{key}.batch_size={batch_size} cannot be split over the {chips} chips of '
-                     f'{topology}; give --batch_per_chip=N')
+                     f'{of}; give --batch_per_chip=N')
   return Request(config.to_dict(), topology, args.batch_per_chip or batch_size // chips,
-                 'detect' if args.detect else 'train')
+                 'detect' if args.detect else 'train', args.slices)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     flag = '--without_data is' if args.without_data else f'--slices={args.slices} is'
     raise InputError(f'{flag} for --check=DEVICES')
   join_processes(args)
-  keep_programs()
+  keep_programs(args.workdir)
   from ppn_jax.distributed import preemption
   from ppn_jax.jobs.train import train
   try:

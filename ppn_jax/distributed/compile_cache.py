@@ -1,4 +1,4 @@
-"""Cache of compiled programs on disk, bounded in size."""
+"""Cache of compiled programs: on this machine's disk, bounded in size, or shared by hosts."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import platform
+import socket
 import tempfile
 from collections.abc import Sequence
 
@@ -13,6 +14,8 @@ import filelock
 import jax
 import platformdirs
 
+from ppn_jax import storage
+from ppn_jax.distributed import coordination
 from ppn_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -22,23 +25,37 @@ MAX_BYTES = 1 << 30
 # Programs that compile faster are not cached: reading them takes about as long.
 _MIN_SECONDS = 0.2
 _LOCK_SECONDS = 10
+_EVENTS = '/jax/compilation_cache/'
 
 
-def keep_compiled_programs() -> pathlib.Path | None:
-  """Makes JAX keep compiled programs in the user's cache folder.
+def keep_compiled_programs(workdir: str | os.PathLike = '') -> storage.Path | None:
+  """Makes JAX keep compiled programs in the user's cache folder, or in a workdir.
 
-  Call it before the first compilation. If the folder cannot be used, it warns and nothing is
-  cached. JAX's own settings take precedence:
+  A workdir is used if there are processes on several hosts, all of which see it: of several
+  processes JAX lets only the first write, so that folders of their own would stay empty on the
+  other hosts. All processes call this together, before the first compilation. If the user's folder
+  cannot be used, it warns and nothing is cached. JAX's own settings take precedence:
   JAX_COMPILATION_CACHE_DIR=DIR names another folder ('' for none),
   JAX_ENABLE_COMPILATION_CACHE=false turns it off, JAX_COMPILATION_CACHE_MAX_SIZE bounds it.
 
+  Args:
+    workdir: Folder of a run that is the user's own, since programs in it are executed.
+
   Returns:
     The folder; None if nothing is cached, or if JAX's settings name a folder.
+
+  Raises:
+    InputError: If the workdir is in a bucket that cannot be used.
   """
   chosen = ('JAX_COMPILATION_CACHE_DIR' in os.environ
             or jax.config.jax_compilation_cache_dir)  # pyright: ignore
   if chosen or not jax.config.jax_enable_compilation_cache:  # pyright: ignore
     return None
+  if workdir and _are_on_several_hosts():
+    # Without a bound, JAX takes no locks and writes nothing when it reads, as a bucket needs.
+    shared = storage.absolute(storage.folder_path(workdir)) / 'compiled' / _processor()
+    _use(shared, max_bytes=-1)
+    return shared
   folder = platformdirs.user_cache_path('ppn_jax') / 'compiled' / _processor()
   try:
     _prepare(folder)
@@ -47,12 +64,51 @@ def keep_compiled_programs() -> pathlib.Path | None:
     logger.warning(f'compiled programs are not kept in {folder}: {reason}; '
                    'set JAX_COMPILATION_CACHE_DIR=DIR to use another folder')
     return None
+  _use(folder, MAX_BYTES)
+  return folder
+
+
+def _use(folder: storage.Path, max_bytes: int) -> None:
   jax.config.update('jax_compilation_cache_dir', str(folder))
-  for name, value in [('jax_compilation_cache_max_size', MAX_BYTES),
+  for name, value in [('jax_compilation_cache_max_size', max_bytes),
                       ('jax_persistent_cache_min_compile_time_secs', _MIN_SECONDS)]:
     if name.upper() not in os.environ:
       jax.config.update(name, value)
-  return folder
+
+
+def _are_on_several_hosts() -> bool:
+  """Returns whether the processes of the run are on more than one machine, in all of them."""
+  hosts = coordination.gather(socket.gethostname().encode())
+  return coordination.broadcast_json(len(set(hosts)) > 1)
+
+
+class CacheUse:
+  """Context manager that counts programs that were found in JAX's cache, and that were added to it.
+
+  Attributes:
+    found, added: Numbers of programs.
+  """
+
+  def __init__(self):
+    self.found = self.added = 0
+
+  def __enter__(self) -> 'CacheUse':
+    jax.monitoring.register_event_listener(self._count)
+    return self
+
+  def __exit__(self, *_) -> None:
+    jax.monitoring.unregister_event_listener(self._count)
+
+  def __str__(self) -> str:
+    """Describes the use in one line, '' if there is no cache."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore
+    if not folder or not jax.config.jax_enable_compilation_cache:  # pyright: ignore
+      return ''
+    return f'compiled programs: {self.found} found in {folder}, {self.added} added'
+
+  def _count(self, event: str, **_) -> None:
+    self.found += event == f'{_EVENTS}cache_hits'
+    self.added += event == f'{_EVENTS}cache_misses'
 
 
 def parse_xla_options(options: Sequence[str]) -> dict[str, str | bool]:

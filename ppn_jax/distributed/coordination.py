@@ -76,6 +76,21 @@ def broadcast_json(value: Any) -> Any:
   return json.loads(broadcast(json.dumps(value).encode()))
 
 
+def publish(key: str, data: bytes) -> None:
+  """Keeps a small message for `find`, for as long as the run lasts; in any thread."""
+  client().key_value_set_bytes(key, data, allow_overwrite=True)
+
+
+def find(key: str) -> bytes | None:
+  """Returns what another process has published, or None if it has not within a minute."""
+  try:
+    return client().blocking_key_value_get_bytes(key, _REQUEST_MS)
+  except jax.errors.JaxRuntimeError as e:
+    if not str(e).startswith('DEADLINE_EXCEEDED'):
+      raise
+    return None
+
+
 def _put(key: str, data: bytes) -> None:
   chunks = [data[i:i + _CHUNK_BYTES] for i in range(0, len(data), _CHUNK_BYTES)]
   for i, chunk in enumerate(chunks):

@@ -237,7 +237,8 @@ def prepare_evaluation(run: TrainedModel, options: EvaluationOptions) -> Evaluat
         f'{run.name} is a weights file, which names no data to evaluate on; give some, such as '
         '--config=own_data:coco_json --config.data.eval.images=... '
         '--config.data.eval.annotations=..., in Python data=dict(name=...)')
-  keep_freed_memory()
+  if jax.default_backend() == 'cpu':  # Elsewhere one arena would hold up the input workers.
+    keep_freed_memory()
   mesh, detector = sharding.data_mesh(), run.detector()
   evaluator = build_evaluator(run, detector, mesh, scorer=options.scorer)
   for line in report(evaluator.source, 'data.eval').warnings:

@@ -21,6 +21,7 @@ from ppn_jax.data.source import Source
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
 from ppn_jax.detector import Detector
 from ppn_jax.distributed import coordination, failures, sharding
+from ppn_jax.distributed.compile_cache import CacheUse
 from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
 from ppn_jax.jobs import hangs, resuming, time_budget
@@ -77,7 +78,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
     Preempted: On SIGTERM, or notice of maintenance of a TPU, after the step is saved.
     SaveFailed: If the last step could not be saved, or any with train.on_save_error='stop'.
   """
-  keep_freed_memory()
+  if jax.default_backend() == 'cpu':  # Elsewhere one arena would hold up the input workers.
+    keep_freed_memory()
   timeline = Timeline(process_started)
   # 1. Check all of the user's input before anything is written.
   config = complete(config)
@@ -109,7 +111,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
   abstract = abstract_state(detector, optimizer, mesh)
   initialize = registry.bind('init', initial_weights, config.init.to_dict(),
                              given=['like', 'categories'])
-  with (RunLog() as run_log, timeline,
+  with (RunLog() as run_log, timeline, CacheUse() as cache_use,
         owned_by_first(Ownership(run.workdir, 'training')) as owner,
         contextlib.nullcontext(_latest_or_initial(run, initialize, abstract)) as (latest, initial),
         PreemptionNotice() as notice, run.checkpoints(read_only=False) as checkpoints,
@@ -192,7 +194,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
     loop = TrainLoop(run, mesh, checkpoints, Progress(config.train.steps), writer, evaluator,
                      notice, trace, owner, resuming.first_loss(run, start), stopping, budget,
                      timeline=timeline, watch=hangs.step_watch(config, run_log,
-                                                               ends=process_started is not None))
+                                                               ends=process_started is not None),
+                     cache_use=cache_use)
     scores = loop.evaluate_saved(start, state) if must_evaluate else None
     ending = resuming.ending(run, start, budget, stopping)
     if start < config.train.steps and not ending:

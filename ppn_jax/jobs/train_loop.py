@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ppn_jax.checkpoints.manager import Checkpoints, SaveFailed
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.distributed import coordination, status
-from ppn_jax.distributed.compile_cache import compile_with
+from ppn_jax.distributed.compile_cache import CacheUse, compile_with
 from ppn_jax.distributed.ownership import Ownership
 from ppn_jax.distributed.preemption import Interrupted, Preempted, PreemptionNotice
 from ppn_jax.errors import Stopped
@@ -76,6 +76,7 @@ class TrainLoop:
     stopwatch: Times them.
     timeline: What the time is spent on.
     watch: Notices a step that hangs.
+    cache_use: Counts programs that were found in the cache; None if nobody counts.
     warned: Whether the user knows that metrics cannot be written at the moment.
     point: Thresholds of the last evaluation; None before it, and in other processes.
   """
@@ -97,6 +98,7 @@ class TrainLoop:
   stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
   timeline: Timeline = dataclasses.field(default_factory=Timeline)
   watch: StepWatch = dataclasses.field(default_factory=lambda: StepWatch(0, 1, print))
+  cache_use: CacheUse | None = None
   warned: bool = False
   point: OperatingPoint | None = None
 
@@ -227,6 +229,8 @@ class TrainLoop:
       compiled = compile_with(train_step.lower(state, *pipeline.arguments()),
                               self.run.config.train.xla_options)
       logger.info(f'compiled in {duration(time.perf_counter() - started)}')
+      if self.cache_use and (use := str(self.cache_use)):
+        logger.info(use)
       coordination.wait_for_all()
     logger.info(profiling.describe(compiled))
     return compiled

@@ -79,14 +79,16 @@ class Request(NamedTuple):
 
   Fields:
     config: the config as a dict, with `model.num_classes` set.
-    topology: generation and shape of the slice, such as 'v5e:2x4'.
+    topology: generation and shape of a slice, such as 'v5e:2x4'.
     batch_per_chip: images per chip.
     program: 'train' or 'detect'.
+    slices: number of slices that run it together.
   """
   config: dict[str, Any]
   topology: str
   batch_per_chip: int
   program: str
+  slices: int = 1
 
 
 class Estimate(NamedTuple):
@@ -110,12 +112,15 @@ class Estimate(NamedTuple):
   bandwidth: float = 0.0
   images_per_second_by_cycles: float = 0.0  # Pessimistic.
   images_per_second_by_bytes: float = 0.0  # Optimistic; by FLOPs if they take longer.
-  collectives: Mapping[str, tuple[int, int]] | None = None  # {kind: (count, bytes)} per device.
+  # {kind: (count, bytes)} per device, within a slice.
+  collectives: Mapping[str, tuple[int, int]] | None = None
   compile_seconds: float = 0.0
   host_memory: int = 0  # Peak of the compiling process.
   largest_batch: int | None = None  # Images, if `search.largest_batch` was called.
   jax_version: str = ''
   libtpu_version: str = ''
+  slices: int = 1
+  across_slices: tuple[int, int] = (0, 0)  # (count, bytes) that a device sends to other slices.
 
 
 def parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
@@ -184,8 +189,8 @@ def _answer(request_file: str, answer_file: str) -> None:
 def compile_program(request: Request) -> Estimate:
   """Compiles a program in this process, whose environment must be set for libtpu; see `plan`."""
   chip, shape = parse_topology(request.topology)
-  devices = _devices(request.topology, shape)
-  chips = math.prod(shape)
+  devices = _devices(request.topology, shape, request.slices)
+  chips = math.prod(shape) * request.slices
   per_chip = len(devices) // chips
   if request.batch_per_chip < 1 or request.batch_per_chip % per_chip:
     raise InputError(f'--batch_per_chip={request.batch_per_chip} must be a multiple of the '
@@ -195,7 +200,7 @@ def compile_program(request: Request) -> Estimate:
       request.topology, request.program, chips, len({d.process_index for d in devices}), per_chip,
       request.batch_per_chip, fits=True, hbm=chip.hbm, peak_hbm=0, clock=chip.clock,
       bandwidth=chip.bandwidth, jax_version=jax.__version__,
-      libtpu_version=importlib.metadata.version('libtpu'))
+      libtpu_version=importlib.metadata.version('libtpu'), slices=request.slices)
   mesh = sharding.data_mesh(devices)
   lowered = _lower(request, mesh, chips)
   started = time.perf_counter()
@@ -215,13 +220,15 @@ def compile_program(request: Request) -> Estimate:
   return _with_costs(estimate, compiled)
 
 
-def _devices(topology: str, shape: tuple[int, ...]) -> list[Any]:
-  """Returns the devices of a topology, which need not be present."""
+def _devices(topology: str, shape: tuple[int, ...], slices: int) -> list[Any]:
+  """Returns the devices of slices of a topology, which need not be present."""
   # By default hosts have four chips or more.
   few = math.prod(shape) < 4
   options = {'chips_per_host_bounds': (*shape, 1)[:3]} if few else {}
   if topology.startswith('v4:'):  # On a v4, JAX uses the two cores of a chip as one device.
     options['chip_config_name'] = 'megacore'
+  if slices > 1:
+    options['num_slices'] = slices
   try:
     return list(topologies.get_topology_desc(platform='tpu', topology_name=topology,
                                              **options).devices)
@@ -261,7 +268,7 @@ def _with_costs(estimate: Estimate, compiled: jax.stages.Compiled) -> Estimate:
       cycles=costs.cycles, unestimated_sorts=costs.unestimated_sorts,
       unknown_loops=costs.unknown_loops,
       images_per_second_by_cycles=rates[0], images_per_second_by_bytes=rates[1],
-      collectives=costs.collectives)
+      collectives=costs.collectives, across_slices=costs.across_slices)
 
 
 _SIZE = re.compile(

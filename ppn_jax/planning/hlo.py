@@ -16,6 +16,9 @@ _CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"?(\d+)')
 _CALLED = re.compile(r'(?:body|condition|to_apply|branch_computations)=(\{[^}]*\}|%[\w.\-]+)')
 _NAME = re.compile(r'%([\w.\-]+)')
+# What the compiler makes of the part of a collective that leaves the slice, whose own collectives
+# have groups within it.
+_ACROSS_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
                'collective-permute', 'collective-broadcast')
@@ -36,6 +39,7 @@ class Instruction(NamedTuple):
     called: loop bodies and conditions, branches and called computations.
     cycles: the compiler's estimate, 0 if it gives none.
     trips: number of iterations of a loop, 0 if unknown.
+    crosses: whether it sends to other slices, over the network of the data centre.
   """
   name: str
   opcode: str
@@ -44,6 +48,7 @@ class Instruction(NamedTuple):
   called: tuple[str, ...]
   cycles: int
   trips: int
+  crosses: bool
 
 
 class Program(NamedTuple):
@@ -61,13 +66,15 @@ class Costs(NamedTuple):
     unestimated_sorts: number of executed sorts without an estimate.
     unknown_loops: number of loops of unknown length, which are counted as if they ran once.
     hbm_bytes: bytes read from and written to HBM, padding of tiles included.
-    collectives: {opcode: (count, bytes)}, without padding.
+    collectives: {opcode: (count, bytes)} within a slice, without padding.
+    across_slices: (count, bytes) of what is sent to other slices.
   """
   cycles: int
   unestimated_sorts: int
   unknown_loops: int
   hbm_bytes: int
   collectives: dict[str, tuple[int, int]]
+  across_slices: tuple[int, int]
 
 
 def parse(text: str) -> Program:
@@ -95,12 +102,13 @@ def _instruction(name: str, result: str, opcode: str, rest: str) -> Instruction:
   called = tuple(n for group in _CALLED.findall(attributes) for n in _NAME.findall(group))
   return Instruction(
       name, opcode, tuple(_SHAPE.findall(result)), tuple(_NAME.findall(operands)), called,
-      int(cycles[1]) if cycles else 0, int(trips[1]) if trips else 0)
+      int(cycles[1]) if cycles else 0, int(trips[1]) if trips else 0,
+      opcode == 'send' and _ACROSS_SLICES in attributes)
 
 
 def costs(program: Program) -> Costs:
   """Adds up the costs of all instructions that are executed."""
-  cycles, sorts, loops, moved, collectives = 0, 0, 0, 0, {}
+  cycles, sorts, loops, moved, collectives, sends, sent = 0, 0, 0, 0, {}, 0, 0
   for times, instruction, sizes in _executed(program, program.entry):
     cycles += times * instruction.cycles
     sorts += times * (instruction.opcode == 'sort' and not instruction.cycles)
@@ -110,7 +118,9 @@ def costs(program: Program) -> Costs:
     if kind in COLLECTIVES:
       count, total = collectives.get(kind, (0, 0))
       collectives[kind] = count + times, total + times * _exchanged(instruction, sizes)
-  return Costs(cycles, sorts, loops, moved, collectives)
+    if instruction.crosses:
+      sends, sent = sends + times, sent + times * _bytes(instruction.shapes[0])
+  return Costs(cycles, sorts, loops, moved, collectives, (sends, sent))
 
 
 Shapes = Sequence[tuple[str, ...]]
@@ -134,6 +144,8 @@ def _moved(instruction: Instruction, shapes: dict[str, Shapes]) -> int:
   kind = instruction.opcode.removesuffix('-start')
   if instruction.opcode in _FREE or instruction.opcode.endswith('-done') or kind in COLLECTIVES:
     return 0
+  if instruction.opcode in ('send', 'recv'):  # (buffer, context, token)
+    return _hbm_bytes(instruction.shapes[0])
   sources = [shape for name in instruction.operands for shape in shapes.get(name, ())]
   if kind == 'copy' and instruction.opcode != kind:  # (to, from, context)
     return sum(map(_hbm_bytes, instruction.shapes[:2]))

@@ -51,7 +51,8 @@ def as_json(estimate: Estimate, images: int = 0) -> dict[str, Any]:
 def format_estimate(estimate: Estimate, images: int = 0) -> str:
   """Formats an estimate as a paragraph of plain text; `images` as in `predict`."""
   e, gib, prediction = estimate, 2**30, predict(estimate, images)
-  lines = [f'{e.topology}: {e.chips} chip{"s" if e.chips > 1 else ""} on {e.hosts} '
+  slices = f'{e.slices} slices of ' if e.slices > 1 else ''
+  lines = [f'{slices}{e.topology}: {e.chips} chip{"s" if e.chips > 1 else ""} on {e.hosts} '
            f'host{"s" if e.hosts > 1 else ""}, {e.program} at {e.batch_per_chip} images a chip',
            f'  {"fits" if e.fits else "does not fit"}: {e.peak_hbm / gib:.2f} GiB of HBM needed, '
            f'the chip has {e.hbm / gib:.0f}']
@@ -76,6 +77,9 @@ def _rates(e: Estimate, prediction: Prediction) -> list[str]:
       f'({e.bytes_accessed / 1e9:,.2f} GB accessed by XLA\'s count)',
       '  collectives: ' + (', '.join(f'{n} {kind}, {size / 1e6:,.2f} MB' for kind, (n, size)
                                      in sorted((e.collectives or {}).items())) or 'none')]
+  if e.slices > 1:
+    count, size = e.across_slices
+    lines.append(f'  to other slices: {count:,} transfers, {size / 1e6:,.2f} MB a device and step')
   if e.unestimated_sorts or e.unknown_loops:
     lines.append(f'  left out of the cycles: {e.unestimated_sorts} sorts; counted once: '
                  f'{e.unknown_loops} loops of unknown length')

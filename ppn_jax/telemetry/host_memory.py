@@ -20,8 +20,9 @@ def keep_freed_memory() -> bool:
 
   XLA's CPU backend allocates a step's temporary buffers, hundreds of megabytes, on every call.
   By default glibc maps and unmaps them each time, and the page faults cost as much as the
-  arithmetic. The price is that the process keeps its peak memory. Call this before the first JAX
-  computation, since running threads keep their own pools.
+  arithmetic. The price is that the process keeps its peak memory, and that all threads share one
+  pool, so it is for that backend only. Call this before the first JAX computation, since running
+  threads keep their own pools.
 
   Returns:
     True if it took effect; False on systems without glibc, where nothing is changed.

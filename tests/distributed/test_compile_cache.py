@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from ppn_jax.distributed import compile_cache
+
 PROGRAM = """
-import json, logging, sys, warnings
+import json, logging, os, sys, warnings
 import jax, jax.numpy as jnp
 from ppn_jax.distributed import compile_cache
 hits = []
@@ -17,14 +19,17 @@ messages, handler = [], logging.Handler()
 handler.emit = lambda record: messages.append(record.getMessage())
 logging.getLogger('ppn_jax').addHandler(handler)
 compile_cache.MAX_BYTES = int(sys.argv[1])
-folder = compile_cache.keep_compiled_programs()
+if 'WORKDIR' in os.environ:
+  compile_cache._are_on_several_hosts = lambda: True
+folder = compile_cache.keep_compiled_programs(os.environ.get('WORKDIR', ''))
 sums = []
-with warnings.catch_warnings(record=True) as warned:
+with warnings.catch_warnings(record=True) as warned, compile_cache.CacheUse() as use:
   for size in map(int, sys.argv[2:]):
     x = jnp.linspace(0, 1, size * size).reshape(size, size)
     sums.append(float(jax.jit(lambda x: jnp.sin(x @ x).sum())(x)))
 print(json.dumps({'folder': folder and str(folder), 'messages': messages, 'sums': sums,
                   'hits': hits.count('cache_hits'), 'misses': hits.count('cache_misses'),
+                  'use': str(use),
                   'warned': [str(w.message) for w in warned]}))
 """
 
@@ -64,6 +69,25 @@ def test_second_start_reuses_programs_with_the_same_bits(tmp_path):
   third = result(start(tmp_path, 20))
   assert third['misses'] == first['misses'] and third['sums'] == first['sums']
   assert not third['warned'] and min(p.stat().st_size for p in programs(tmp_path)) > 50
+
+
+@pytest.mark.slow
+def test_several_hosts_share_a_folder_in_the_workdir(tmp_path):
+  """Nothing but programs is written there, as a bucket needs: no locks and no times of use."""
+  first, second = (result(start(tmp_path / 'home', 20, WORKDIR=f'{tmp_path}/run'))
+                   for _ in range(2))
+  assert first['folder'].startswith(f'{tmp_path}/run/compiled/')
+  assert not (tmp_path / 'home').exists()
+  assert first['use'] == (f'compiled programs: 0 found in {first["folder"]}, '
+                          f'{first["misses"]} added')
+  assert second['use'] == (f'compiled programs: {first["misses"]} found in {first["folder"]}, '
+                           '0 added')
+  files = [path for path in (tmp_path / 'run').rglob('*') if path.is_file()]
+  assert {*files} == programs(tmp_path) and len(files) == first['misses'] > 0
+
+
+def test_one_host_keeps_its_own_folder():
+  assert not compile_cache._are_on_several_hosts()
 
 
 @pytest.mark.slow

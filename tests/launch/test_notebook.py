@@ -1,12 +1,14 @@
-"""Tests launch/notebooks/inspect.ipynb, executed as by Jupyter."""
+"""Tests the notebooks of launch/notebooks, executed as by Jupyter."""
 
 import base64
+import importlib.util
 import io
 import json
 import os
 import pathlib
 import sys
 import types
+import zipfile
 
 import nbclient
 import nbformat
@@ -23,6 +25,18 @@ from ppn_jax.metrics import coco
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 NOTEBOOK = REPOSITORY / 'launch' / 'notebooks' / 'inspect.ipynb'
+OWN_DATA = NOTEBOOK.with_name('own_data.ipynb')
+
+
+def load(name):
+  """Imports a module beside the notebooks."""
+  spec = importlib.util.spec_from_file_location(name, NOTEBOOK.with_name(f'{name}.py'))
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+own_data = load('own_data')
 
 
 @pytest.fixture(scope='module')
@@ -90,13 +104,60 @@ def test_colab_asks_for_an_upload(monkeypatch):
     run.mistakes('wrong clas')
 
 
-def test_it_installs_from_the_repository_and_opens_in_colab():
-  text = NOTEBOOK.read_text('utf-8')
-  assert 'colab-badge.svg' in text and 'blob/main/launch/notebooks/inspect.ipynb' in text
-  notebook = nbformat.read(NOTEBOOK, 4)
+@pytest.mark.slow
+def test_own_data_are_trained_on_from_shipped_weights_and_exported(tmp_path, monkeypatch):
+  """Checks all cells, with a zipped data set that is not the one the notebook draws."""
+  own_data.draw_shapes(tmp_path / 'drawn', images=12)
+  with zipfile.ZipFile(tmp_path / 'mine.zip', 'w') as archive:
+    for file in sorted((tmp_path / 'drawn').iterdir()):
+      archive.write(file, f'mine/{file.name}')
+  (tmp_path / 'ppn').write_text(f'#!/bin/sh\nexec {sys.executable} -m ppn_jax.cli.main "$@"\n')
+  (tmp_path / 'ppn').chmod(0o755)
+  monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+  monkeypatch.setenv('PYTHONPATH', f'{REPOSITORY}:{NOTEBOOK.parent}')
+  notebook = nbformat.read(OWN_DATA, 4)
+  nbformat.validate(notebook)
+  assert not any(cell.get('outputs') for cell in notebook.cells), 'save it without outputs'
+  small = ('--config.train.minutes=0 --config.train.steps=2 --config.train.batch_size=4 '
+           '--config.model.image_size=64 --config.train.evaluate_every=0')
+  given = {"DATA = ''": "DATA = 'mine.zip'", "OPTIONS = ''": f'OPTIONS = {small!r}'}
+  for before, after in given.items():
+    (cell,) = (c for c in notebook.cells if before in c.source)
+    cell.source = cell.source.replace(before, after)
+  nbclient.NotebookClient(notebook, timeout=HANG_SECONDS, kernel_name='python3',
+                          resources={'metadata': {'path': str(tmp_path)}}).execute()
+  shown = ''.join(output.get('text', '') for cell in notebook.cells
+                  for output in cell.get('outputs', ()))
+  assert 'unpacked 13 files to own_data' in shown and 'starting from ' in shown, shown
+  assert 'AP50' in shown and (tmp_path / 'mine.safetensors').is_file()
+  pictures = [o for cell in notebook.cells for o in cell.get('outputs', ())
+              if 'image/png' in o.get('data', {})]
+  assert len(pictures) == 2
+
+
+def test_the_data_that_a_notebook_names(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert own_data.prepare('') == 'own_data'
+  truth = json.loads((tmp_path / 'own_data' / 'annotations.json').read_text())
+  assert len(truth['images']) == 60 == len(list((tmp_path / 'own_data').glob('*.jpg')))
+  assert own_data.prepare('own_data') == 'own_data'
+  with pytest.raises(FileNotFoundError, match=r"there is no 'mine\.zip'; in Colab, drag"):
+    own_data.prepare('mine.zip')
+
+
+@pytest.mark.parametrize('path', [NOTEBOOK, OWN_DATA])
+def test_it_installs_from_the_repository_and_opens_in_colab(path):
+  text = path.read_text('utf-8')
+  assert 'colab-badge.svg' in text and f'blob/main/launch/notebooks/{path.name}' in text
+  notebook = nbformat.read(path, 4)
   code = [cell.source for cell in notebook.cells if cell.cell_type == 'code']
   assert 'git clone' in code[0] and "sys.path.insert(0, 'launch/notebooks')" in code[0]
-  assert (NOTEBOOK.parent / 'install.py').is_file() and 'install.prepare()' in code[0]
+  assert (path.parent / 'install.py').is_file() and 'install.prepare()' in code[0]
   # The address is asked for in one place.
   assert sum('github.com' in cell for cell in code) == 1 and "'/OWNER/' not in" in code[0]
   assert all(len(cell.splitlines()) <= 4 for cell in code[1:])
+
+
+def test_both_notebooks_install_alike():
+  first = [nbformat.read(path, 4).cells[1].source for path in (NOTEBOOK, OWN_DATA)]
+  assert first[0] == first[1]

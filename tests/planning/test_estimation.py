@@ -11,6 +11,7 @@ import pytest
 from tiny import CONFIG_FILE, tiny_config
 
 from ppn_jax.cli.main import main
+from ppn_jax.config_files import load_config
 from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.errors import InputError
 from ppn_jax.planning import estimation
@@ -101,6 +102,17 @@ def test_text_gives_rates_hours_and_input():
   text = planning_report.format_estimate(e._replace(largest_batch=640, hbm_bytes=1))
   assert 'which is arithmetic' in text and 'largest batch that was found to fit: 640' in text
   assert 'the configured run' not in text
+
+
+def test_text_says_what_crosses_slices():
+  e = estimation.Estimate(
+      'v5e:4x4', 'train', 32, 8, 1, 32, fits=True, hbm=16 * 2**30, peak_hbm=2**30, clock=1.5e9,
+      bandwidth=819e9, images_per_second_by_cycles=2000.0, images_per_second_by_bytes=4000.0,
+      collectives={}, slices=2, across_slices=(3, 1_250_000))
+  text = planning_report.format_estimate(e)
+  assert text.startswith('2 slices of v5e:4x4: 32 chips on 8 hosts, ')
+  assert 'to other slices: 3 transfers, 1.25 MB a device and step' in text
+  assert 'slices' not in planning_report.format_estimate(e._replace(slices=1))
 
 
 def test_json_has_what_the_text_has():
@@ -196,6 +208,11 @@ def test_a_batch_that_cannot_be_split_asks_for_a_size(capsys, tmp_path):
   config.write_text(CONFIG_FILE.format(folder=str(TESTS)))
   assert main(['plan', f'--config={config}', '--topology=v5e:4x4']) == 2
   assert 'train.batch_size=4 cannot be split over the 16 chips' in capsys.readouterr().err
+  slices = ['plan', f'--config={config}', '--topology=v5e:2x2']
+  assert main([*slices, '--slices=2']) == 2
+  assert 'over the 8 chips of 2 slices of v5e:2x2' in capsys.readouterr().err
+  assert main([*slices, '--slices=0']) == 2
+  assert '--slices=0 must be at least 1' in capsys.readouterr().err
 
 
 @compiles
@@ -208,6 +225,32 @@ def test_compiles_the_training_step_for_a_slice():
   count, size = e.collectives['all-reduce']
   parameters = 4 * sum(x.size for x in jax.tree.leaves(_parameters(request())))
   assert count > 0 and size >= parameters / 2  # Gradients may be exchanged in bfloat16.
+
+
+@compiles
+@pytest.mark.slow
+def test_slices_exchange_gradients_and_nothing_else():
+  asked = request()._replace(slices=2)
+  with pytest.raises(InputError, match='would be exchanged between 2 slices in every layer'):
+    estimation.plan(asked)
+  asked.config['model']['layers']['norm_group_size'] = asked.config['loss']['group_size'] = 4
+  e = estimation.plan(asked)
+  assert e.fits and (e.chips, e.slices) == (8, 2)
+  count, size = e.across_slices
+  parameters = sum(x.size for x in jax.tree.leaves(_parameters(asked)))
+  # Each of the four chips sends its quarter, of which small arrays are padded.
+  assert count > 0 and 2 * parameters / 4 <= size <= 4 * 4 * parameters
+
+
+@compiles
+@pytest.mark.slow
+def test_chips_of_a_pod_exchange_only_gradients_with_groups_of_their_own_images():
+  config = load_config('ppn_mobilenet_v1_coco:groups=32', []).copy_and_resolve_references()
+  with config.unlocked():
+    config.model.num_classes = 90
+  e = estimation.plan(estimation.Request(config.to_dict(), 'v5e:16x16', 32, 'train'))
+  assert e.chips == 256 and set(e.collectives) == {'all-reduce'}
+  assert e.collectives['all-reduce'][0] < 10
 
 
 def _parameters(asked):

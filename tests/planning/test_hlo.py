@@ -85,6 +85,26 @@ def test_collectives_with_their_bytes():
       'all-reduce': (1, 8 * 128 * 4 + 3 * 5 * 2), 'all-gather': (1, 12 * 5 * 2)}
 
 
+def test_what_leaves_a_slice_is_what_megascale_sends():
+  transfer = ('is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name='
+              '"xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"}')
+  text = f"""\
+ENTRY %m (p: f32[2,8,128]) -> f32[2,8,128] {{
+  %p = f32[2,8,128]{{2,1,0:T(8,128)}} parameter(0)
+  %scatter = f32[1,2,100]{{2,1,0:T(2,128)}} reduce-scatter(%p), replica_groups={{{{0,1,2,3}}}}
+  %send = (f32[1,2,100]{{2,1,0:T(2,128)}}, u32[], token[]) send(%scatter, %x), {transfer}
+  %sent = token[] send-done(%send), {transfer}
+  %recv = (f32[1,2,100]{{2,1,0:T(2,128)}}, u32[], token[]) recv(%x), {transfer}
+  %taken = (f32[1,2,100]{{2,1,0:T(2,128)}}, token[]) recv-done(%recv), {transfer}
+  %other = (f32[9]{{0:T(128)}}, u32[], token[]) send(%scatter, %x), is_host_transfer=true
+  ROOT %r = f32[1,2,100]{{2,1,0:T(2,128)S(1)}} get-tuple-element(%taken), index=0
+}}"""
+  costs = hlo.costs(hlo.parse(text))
+  assert costs.across_slices == (1, 200 * 4)
+  assert costs.collectives == {'reduce-scatter': (1, 2 * 8 * 128 * 4)}
+  assert costs.hbm_bytes == 2 * (2 * 128 * 4) + 128 * 4  # Two of 100 padded to 128; one of 9.
+
+
 @pytest.mark.parametrize('shape, nbytes', [
     ('f32[128,100]{0,1:T(8,128)}', 104 * 128 * 4),  # The order makes axis 0 minor.
     ('u8[300,300,3]{1,0,2:T(8,128)(4,1)}', 3 * 304 * 384),
