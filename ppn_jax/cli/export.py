@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='float32; weights and tflite also float16, tflite also int8 '
                            '(default: %(default)s)')
   parser.add_argument('--layout', default='detections', metavar='LAYOUT',
-                      help="of tflite: `detections`, or `mediapipe` for MediaPipe's "
-                           'ObjectDetector, whose int8 computes in integers from the first '
-                           'operation to the last (default: %(default)s)')
+                      help="of tflite: `detections`, `mediapipe` for MediaPipe's ObjectDetector, "
+                           "or `detection_postprocess` with TensorFlow Lite's own operation; int8 "
+                           'of the latter two computes the whole network in integers (default: '
+                           '%(default)s)')
   parser.add_argument('--calibration_images', type=int, default=100, metavar='N',
                       help='number of training images from which int8 takes its ranges '
                            '(default: %(default)s)')

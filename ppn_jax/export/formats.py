@@ -13,8 +13,9 @@ from ppn_jax.errors import InputError, did_you_mean, install_command
 FORMATS = {'stablehlo': 'export', 'saved_model': 'saved_model', 'tflite': 'tflite', 'onnx': 'onnx'}
 WEIGHTS = 'weights'  # A file to share, see `weights_file`; it has no program in it.
 PRECISIONS = ('float32', 'float16', 'int8')
-# Outputs of a tflite file: detections, or predictions for MediaPipe (an extra of this name).
-LAYOUTS = ('detections', 'mediapipe')
+# Outputs of a tflite file: detections of this package's NMS; predictions for MediaPipe (an extra of
+# this name); detections of TensorFlow Lite's own operation.
+LAYOUTS = ('detections', 'mediapipe', 'detection_postprocess')
 ANCHORS = 'anchors.npz'  # In a tflite file of predictions.
 METADATA_KEY = 'ppn_jax'  # Name of the metadata in an ONNX file.
 _ONNX_START = b'\x08'  # Tag of a protocol buffer's first field.
@@ -33,7 +34,8 @@ class ExportOptions:
     calibration_images: number of training images from which 'int8' takes the ranges of activations.
     layout: one of `LAYOUTS`; only tflite has others than 'detections'. 'mediapipe' writes box codes
       and class logits, which MediaPipe's ObjectDetector decodes by the file's own metadata; its
-      'int8' takes uint8 images and has no operation on floats.
+      'int8' takes uint8 images and has no operation on floats. 'detection_postprocess' ends with
+      the operation TFLite_Detection_PostProcess, as detectors of the TF Object Detection API.
 
   Raises:
     InputError: If a name is unknown, or the format does not support an option.
@@ -55,9 +57,9 @@ class ExportOptions:
       raise InputError(f'unknown layout {self.layout!r}; {did_you_mean(self.layout, LAYOUTS)}')
     if self.layout != 'detections' and self.format != 'tflite':
       raise InputError(f'layout {self.layout} is for format tflite, not {self.format}')
-    if self.layout == 'mediapipe' and self.batch_size != 1:
-      raise InputError(f'batch_size={self.batch_size}: MediaPipe takes one image at a time; leave '
-                       'it out')
+    if self.layout != 'detections' and self.batch_size != 1:
+      raise InputError(f'batch_size={self.batch_size}: layout {self.layout} takes one image at a '
+                       'time; leave it out')
     if self.format == WEIGHTS:
       if self.precision == 'int8':
         raise InputError('precision int8 is for format tflite; weights are float32 or float16')
@@ -107,14 +109,21 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
     model: `config.model`, so that archived weights can be used again.
     operating_point: thresholds by class and calibration, see `metrics.operating_point`; the scores
       of the file itself are not calibrated.
-    decoder: options of `nms.postprocess`, for a file of predictions.
+    decoder: options of `nms.postprocess`, for a file of layout 'mediapipe'.
   """
   described = describe_input(options.batch_size, image_size, resize)
-  if decoder is not None:
-    if options.precision != 'int8':
-      described |= {'type': 'float32', 'range': [-1, 1],
-                    'preprocessing': described['preprocessing'].partition(';')[0]
-                    + '; scale by pixel / 127.5 - 1'}
+  if options.layout != 'detections' and options.precision != 'int8':
+    described |= {'type': 'float32', 'range': [-1, 1],
+                  'preprocessing': described['preprocessing'].partition(';')[0]
+                  + '; scale by pixel / 127.5 - 1'}
+  if options.layout == 'detection_postprocess':
+    outputs = {
+        'detection_boxes': 'float32 [1, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the image, not '
+                           'clipped',
+        'detection_classes': 'float32 [1, K]: index into labels',
+        'detection_scores': 'float32 [1, K], 0 to 1, best first',
+        'num_detections': 'float32 [1]: how many of the K there are'}
+  elif options.layout == 'mediapipe':
     outputs = {
         'boxes': 'float32 [1, A, 4]: ty, tx, th, tw to the anchors, scaled by 10, 10, 5, 5',
         'logits': 'float32 [1, A, C]: the sigmoid of each is the score of a class',

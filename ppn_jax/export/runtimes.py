@@ -14,6 +14,7 @@ import numpy as np
 
 from ppn_jax.detection.structures import Array, Detections
 from ppn_jax.errors import InputError
+from ppn_jax.export.detection_operation import detections
 from ppn_jax.export.formats import ANCHORS, load_library, read_metadata
 from ppn_jax.storage import local_path
 
@@ -98,6 +99,8 @@ def open_export(path: str | os.PathLike[str], *, threads: int | None = None,
              'onnx': _onnx}
   try:
     opener = openers[metadata['format']]
+    if metadata.get('layout') == 'detection_postprocess':
+      opener = _detection_operation
     if metadata.get('layout') == 'mediapipe':
       decoder = metadata['decoder'] if decoder is None else decoder
       opener = functools.partial(_predictions, options=decoder)
@@ -136,6 +139,28 @@ def _tflite(path: pathlib.Path, threads: int | None) -> Callable:
   return run
 
 
+def _scaled_tflite(path: pathlib.Path, threads: int | None
+                   ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+  """Opens a tflite file that takes scaled images, unless it takes uint8."""
+  library = load_library('ai_edge_litert.interpreter', 'tflite')
+  interpreter = library.Interpreter(model_path=str(path), num_threads=threads)
+  runner, lock = interpreter.get_signature_runner(), threading.Lock()
+  takes_floats = runner.get_input_details()['images']['dtype'] == np.float32
+
+  def run(images: np.ndarray, keep: Any = interpreter) -> dict[str, np.ndarray]:
+    given = images * np.float32(2 / 255) - 1 if takes_floats else images
+    with lock:
+      return {name: np.array(value) for name, value in runner(images=given).items()}
+
+  return run
+
+
+def _detection_operation(path: pathlib.Path, threads: int | None) -> Callable:
+  """Opens a tflite file that ends with TensorFlow Lite's own operation."""
+  predict = _scaled_tflite(path, threads)
+  return lambda images: detections(predict(images))._asdict()
+
+
 def _predictions(path: pathlib.Path, threads: int | None, options: dict[str, Any]) -> Callable:
   """Opens a tflite file of box codes and class logits, which are decoded here, by JAX."""
   import jax
@@ -145,10 +170,7 @@ def _predictions(path: pathlib.Path, threads: int | None, options: dict[str, Any
   from ppn_jax.detection.structures import Anchors, Outputs
   with zipfile.ZipFile(path) as archive, np.load(io.BytesIO(archive.read(ANCHORS))) as stored:
     anchors = Anchors(stored['boxes'], stored['level'])
-  library = load_library('ai_edge_litert.interpreter', 'tflite')
-  interpreter = library.Interpreter(model_path=str(path), num_threads=threads)
-  runner, lock = interpreter.get_signature_runner(), threading.Lock()
-  takes_floats = runner.get_input_details()['images']['dtype'] == np.float32
+  predict = _scaled_tflite(path, threads)
 
   @jax.jit
   def decode(boxes: Array, logits: Array) -> Detections:
@@ -156,10 +178,7 @@ def _predictions(path: pathlib.Path, threads: int | None, options: dict[str, Any
                        class_spec=ClassLogitsSpec(logits.shape[-1], False, 'sigmoid'))
 
   def run(images: np.ndarray) -> dict[str, np.ndarray]:
-    given = images * np.float32(2 / 255) - 1 if takes_floats else images
-    with lock:
-      found = {name: np.array(value) for name, value in runner(images=given).items()}
-    return jax.device_get(decode(**found))._asdict()
+    return jax.device_get(decode(**predict(images)))._asdict()
 
   return run
 

@@ -66,7 +66,8 @@ def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct,
 
 
 def write_heads(path: pathlib.Path, predict: Callable, images: jax.ShapeDtypeStruct,
-                options: ExportOptions, calibration: Sequence[np.ndarray] = ()) -> None:
+                options: ExportOptions, calibration: Sequence[np.ndarray] = (),
+                decode: Callable | None = None) -> None:
   """Writes a TensorFlow Lite file of predictions, for a decoder outside the file.
 
   With 'int8' the whole network is computed in integers: the input is uint8, and the outputs are
@@ -75,13 +76,17 @@ def write_heads(path: pathlib.Path, predict: Callable, images: jax.ShapeDtypeStr
   Args:
     path: path of the new file.
     predict: maps images to (box codes, class logits), with convolutions in their native form.
+      With `decode`, scores take the place of the logits.
     images: float32 [1, S, S, 3], in [-1, 1].
     options: options of the export.
     calibration: such images, for 'int8'.
+    decode: the last operation of the file, see `detection_operation`.
   """
-  function = _graph(jax.make_jaxpr(predict)(images), images, options.format, ('boxes', 'logits'))
+  function = _graph(jax.make_jaxpr(predict)(images), images, options.format, ('boxes', 'logits'),
+                    decode)
   import tensorflow as tf
   with quiet(), _converter(function, options) as converter:
+    converter.allow_custom_ops = decode is not None
     if options.precision == 'int8':
       converter.optimizations = [tf.lite.Optimize.DEFAULT]
       converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
@@ -91,8 +96,8 @@ def write_heads(path: pathlib.Path, predict: Callable, images: jax.ShapeDtypeStr
 
 
 def _graph(closed: Any, images: jax.ShapeDtypeStruct, output_format: str,
-           names: Sequence[str] = Detections._fields) -> Any:
-  """Returns a tf.function of a closed jaxpr with names for its outputs."""
+           names: Sequence[str] = Detections._fields, then: Callable | None = None) -> Any:
+  """Returns a tf.function of a closed jaxpr with names for its outputs, or those of `then`."""
   import tensorflow as tf
 
   from ppn_jax.export import tensorflow_ops
@@ -101,6 +106,8 @@ def _graph(closed: Any, images: jax.ShapeDtypeStruct, output_format: str,
 
   def by_name(images):
     outputs = tensorflow_ops.convert(closed, images, output_format)
+    if then is not None:
+      return then(*outputs)
     return {name: tf.identity(output, name=name) for name, output in zip(
         names, outputs, strict=True)}
 

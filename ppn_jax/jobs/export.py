@@ -25,7 +25,7 @@ from ppn_jax.export import stablehlo, tensorflow
 from ppn_jax.export.comparison import TOLERANCES, Difference, compare, is_wrong, latency
 from ppn_jax.export.formats import ExportOptions, companion_file, make_metadata, write_metadata
 from ppn_jax.export.runtimes import ExportedDetector, open_export
-from ppn_jax.jobs import mediapipe_file
+from ppn_jax.jobs import mediapipe_file, postprocess_file
 from ppn_jax.storage import local_path
 from ppn_jax.trained_model import SharedModel, TrainedModel, build_detector
 
@@ -80,6 +80,8 @@ def export(run: TrainedModel, output: pathlib.Path, options: ExportOptions, *,
   check_new(output, options)
   if options.layout == 'mediapipe':
     mediapipe_file.check_supported(run.config, options)
+  if options.layout == 'detection_postprocess':
+    postprocess_file.check_supported(run.config, options)
   output, folder = local_path(output), None if folder is None else local_path(folder)
   run.check_average(ema, '--ema')
   if options.format != 'stablehlo':
@@ -94,7 +96,7 @@ def export(run: TrainedModel, output: pathlib.Path, options: ExportOptions, *,
   output.parent.mkdir(parents=True, exist_ok=True)
   with storage.partial_folder(output) as temporary:
     path = temporary / output.name
-    _write(path, detector, variables, options, images)
+    _write(path, run, detector, variables, options, images)
     write_metadata(path, _make_metadata(run, detector, options, step, ema))
     if options.layout == 'mediapipe':
       mediapipe_file.attach_anchors(path, detector.anchors)
@@ -164,20 +166,22 @@ def _detectors(run: TrainedModel, options: ExportOptions) -> tuple[Detector, Det
   return build_detector(config), reference
 
 
-def _write(path: pathlib.Path, detector: Detector, variables: Any,
+def _write(path: pathlib.Path, run: TrainedModel, detector: Detector, variables: Any,
            options: ExportOptions, images: '_Images') -> None:
   shape = stablehlo.input_shape(options.batch_size, detector.image_size)
   if options.format == 'stablehlo':
     stablehlo.write(path, detector.detect, shape, variables)
     return
+  load_images = lambda: images.load('train', options.calibration_images)
   if options.layout == 'mediapipe':
-    mediapipe_file.write(
-        path, detector, variables, options,
-        lambda: images.load('train', options.calibration_images))
+    mediapipe_file.write(path, detector, variables, options, load_images)
+    return
+  if options.layout == 'detection_postprocess':
+    postprocess_file.write(path, detector, variables, options, run.config, load_images)
     return
   calibration = ()
   if options.precision == 'int8':
-    pixels = images.load('train', options.calibration_images)
+    pixels = load_images()
     calibration = [np.resize(pixels[i:i + options.batch_size], shape.shape)
                    for i in range(0, len(pixels), options.batch_size)]
   tensorflow.write(path, lambda x: detector.detect(variables, x), shape, options, calibration)

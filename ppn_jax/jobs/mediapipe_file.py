@@ -58,15 +58,20 @@ def write(path: pathlib.Path, detector: Detector, variables: Variables, options:
     scores = jnp.clip(spec.scores(outputs.class_logits), 1e-6, 1 - 1e-6)
     return outputs.box_codes, -jnp.log(1 / scores - 1)
 
-  calibration = ()
-  if options.precision == 'int8':
-    scale = jax.jit(detector.network.scaled)
-    calibration = [np.asarray(scale(image[None])) for image in load_images()]
   tensorflow.write_heads(path, predict, jax.ShapeDtypeStruct((1, side, side, 3), np.float32),
-                         options, calibration)
+                         options, scaled_images(detector, options, load_images))
   path.write_bytes(mediapipe_metadata.add(
       path.read_bytes(), anchors=detector.anchors.boxes, num_classes=spec.num_classes,
       sigmoid=True))
+
+
+def scaled_images(detector: Detector, options: ExportOptions,
+                  load_images: Callable[[], np.ndarray]) -> list[np.ndarray]:
+  """Returns images to calibrate 'int8' on, float32 [1, S, S, 3]; none for other precisions."""
+  if options.precision != 'int8':
+    return []
+  scale = jax.jit(detector.network.scaled)
+  return [np.asarray(scale(image[None])) for image in load_images()]
 
 
 def attach_anchors(path: pathlib.Path, anchors: Anchors) -> None:

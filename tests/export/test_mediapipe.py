@@ -6,7 +6,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from tiny import tiny_config, untrained_run
+from tflite_operations import operations
+from tiny import tiny_config
 
 from ppn_jax.detection.structures import Anchors
 from ppn_jax.errors import InputError
@@ -59,36 +60,26 @@ def test_anchors_are_in_the_archive(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['float32', 'float16', 'int8'])
-def test_mediapipe_finds_what_jax_does(tmp_path, precision):
+def test_mediapipe_finds_what_jax_does(shared, tmp_path, precision):
   pytest.importorskip('mediapipe', reason="pip install 'ppn_jax[mediapipe]'")
   pytest.importorskip('tensorflow', reason="pip install 'ppn_jax[tflite]'")
   import ppn_jax
   from ppn_jax.cli.main import main
-  run, path = untrained_run(tmp_path / 'run'), tmp_path / 'a.tflite'
-  assert main(['export', f'--workdir={run}', '--format=tflite', '--layout=mediapipe',
-               f'--precision={precision}', '--calibration_images=6', f'--output={path}']) == 0
-  image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-  found, expected = ppn_jax.load(path)(image), ppn_jax.load(run)(image)
+  # Trained and on photographs: of equal scores, which suppresses the other is a matter of rounding.
+  photographs = sorted((shared / 'data/voc300/val').glob('*.jpg'))[::40]
+  for photograph in photographs:
+    (tmp_path / 'images').mkdir(exist_ok=True)
+    (tmp_path / 'images' / photograph.name).symlink_to(photograph)
+  path = tmp_path / 'a.tflite'
+  # The command compares the file with JAX in LiteRT and in MediaPipe, and fails if they differ.
+  assert main(['export', '--model=ppn_voc', '--format=tflite', '--layout=mediapipe',
+               f'--precision={precision}', f'--images={tmp_path / "images"}',
+               f'--output={path}']) == 0
   if precision == 'float32':
+    found, expected = (ppn_jax.load(model)(photographs[0]) for model in (path, 'ppn_voc'))
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-  elsewhere = mediapipe_file.detect(path, image[None])
-  assert elsewhere.valid.any() and np.ptp(elsewhere.scores[elsewhere.valid]) >= 0
-  operations = _operations(path)
+  made = operations(path)  # Of one subgraph: MediaPipe refuses more.
   if precision == 'int8':
     # Only the last operations of the outputs return floats, and nothing takes any.
-    floats = [name for name, takes, returns in operations if 'FLOAT32' in (*takes, *returns)]
-    assert set(floats) == {'DEQUANTIZE'} and len(floats) == 2
-
-
-def _operations(path):
-  """Returns (name, types of the inputs, types of the outputs) of each operation of a file."""
-  from ai_edge_litert import schema_py_generated as schema
-  model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
-  assert len(model.subgraphs) == 1  # MediaPipe refuses more.
-  names = {v: k for k, v in vars(schema.BuiltinOperator).items()}
-  types = {v: k for k, v in vars(schema.TensorType).items()}
-  graph, codes = model.subgraphs[0], model.operatorCodes
-  kinds = lambda places: [types[graph.tensors[at].type] for at in places if at >= 0]
-  return [(names[max(codes[op.opcodeIndex].builtinCode,
-                     codes[op.opcodeIndex].deprecatedBuiltinCode)],
-           kinds(op.inputs), kinds(op.outputs)) for op in graph.operators]
+    floats = [name for name, takes, returns in made if 'FLOAT32' in (*takes, *returns)]
+    assert floats == ['DEQUANTIZE'] * 2
