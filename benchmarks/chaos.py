@@ -9,8 +9,9 @@ about half of them during a save, until --kills signals have ended a process. Ev
 must end with the same parameters as the undisturbed run, bit for bit, and with each step evaluated
 once. The newest intact checkpoint must never be lost, and SIGTERM during the steps must end with
 exit code 75. With several processes, a signal is sent to one of them or to all, and processes that
-remain after a SIGKILL are killed after `--grace` seconds, as launch/local_pod.sh does. Prints
-counts as JSON and exits with 1 if anything was lost.
+remain after a SIGKILL are killed after `--grace` seconds, as launch/local_pod.sh does. The times at
+which each start began and ended are compared with those that the run recorded for its goodput.
+Prints counts as JSON and exits with 1 if anything was lost.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import pathlib
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -101,6 +103,10 @@ class Chaos:
   grace: float = 5.0
   counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
   lost: list[str] = dataclasses.field(default_factory=list)
+  # Of each workdir: when its starts began and ended, in seconds since the epoch.
+  times: dict[pathlib.Path, list[tuple[float, float]]] = dataclasses.field(
+      default_factory=lambda: collections.defaultdict(list))
+  differences: list[float] = dataclasses.field(default_factory=list)
 
   def start(self, workdir: pathlib.Path) -> Processes:
     """Starts `ppn train` on the workdir, with its output in WORKDIR.log."""
@@ -118,10 +124,12 @@ class Chaos:
     struck = 0
     while True:
       before, number, struck_all = newest(workdir), None, True
+      began = time.time()
       processes = self.start(workdir)
       if struck < kills and self.wait_for_moment(processes, workdir):
         number, struck_all, saving = self.send_signal(processes, workdir)
       self.counts['outlived a peer and was killed'] += processes.wait(self.grace)
+      self.times[workdir].append((began, time.time()))
       if newest(workdir) < before:
         self.lost.append(f'{workdir.name}: checkpoint {before} lost, {newest(workdir)} is newest')
       if number is not None and any(processes.codes):
@@ -190,6 +198,22 @@ class Chaos:
         evaluations - len(evaluated_steps(whole)))
     if (workdir / 'damaged_checkpoints').exists():
       self.lost.append(f'{workdir.name}: a damaged checkpoint')
+    self.compare_goodput(workdir)
+
+  def compare_goodput(self, workdir: pathlib.Path) -> None:
+    """Compares when starts began and ended with the run's own records.
+
+    Starts that were killed before their first step have no record.
+    """
+    from ppn_jax.telemetry import goodput
+    starts = goodput.read(workdir)
+    self.counts['starts'] += len(self.times[workdir])
+    self.counts['starts with a record'] += len(starts)
+    for start in starts:
+      began, ended = next(pair for pair in self.times[workdir] if pair[0] <= start.began <= pair[1])
+      self.differences.append(start.began - began + ended - start.ended)
+      if abs(sum(start.seconds.values()) - (start.ended - start.began)) > 0.1:
+        self.lost.append(f'{workdir.name}: the parts of a start are not its whole: {start}')
 
 
 def logged_since(workdir: pathlib.Path, offset: int, text: str) -> bool:
@@ -263,6 +287,9 @@ def main() -> int:
   print(json.dumps({
       'benchmark': 'chaos', 'config': args.config, 'processes': args.processes, 'seed': args.seed,
       'kills': struck, 'counts': dict(sorted(chaos.counts.items())), 'lost': chaos.lost,
+      'seconds_of_a_start_without_goodput': {
+          'mean': round(statistics.fmean(chaos.differences or [0]), 2),
+          'most': round(max(chaos.differences, default=0), 2)},
       'seconds': round(seconds), 'seconds_undisturbed': round(undisturbed),
       'seconds_per_kill': round((seconds - undisturbed) / max(struck, 1), 1)}))
   return 1 if chaos.lost else 0

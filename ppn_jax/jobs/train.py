@@ -18,6 +18,7 @@ from ppn_jax.config import complete, plain
 from ppn_jax.data.repeats import describe_repeats
 from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
+from ppn_jax.data.sources import scans
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
 from ppn_jax.detector import Detector
 from ppn_jax.distributed import coordination, failures, sharding
@@ -26,6 +27,7 @@ from ppn_jax.distributed.ownership import Ownership, owned_by_first
 from ppn_jax.distributed.preemption import Preempted, PreemptionNotice
 from ppn_jax.jobs import hangs, resuming, time_budget
 from ppn_jax.jobs.evaluator import build_evaluator
+from ppn_jax.jobs.shared_scans import SharedScans
 from ppn_jax.jobs.time_budget import TimeBudget
 from ppn_jax.jobs.train_check import check_fraction, check_numbers, earlier_run
 from ppn_jax.jobs.train_loop import TrainLoop
@@ -95,7 +97,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
   if earlier:
     check_fraction(earlier, config)
   splits = ('train', 'eval') if config.train.evaluate_every else ('train',)
-  sources = open_splits(config, splits, categories=earlier.categories if earlier else None)
+  kept_scans = SharedScans(workdir)
+  with scans.kept_by(kept_scans):
+    sources = open_splits(config, splits, categories=earlier.categories if earlier else None)
   source, eval_source = sources['train'], sources.get('eval')
   found = report(source, 'data.train', image_size=config.model.image_size,
                  ignore_crowd=config.matching.ignore_crowd)
@@ -184,6 +188,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
       if plan:
         time_budget.write_plan(run.workdir, plan)
       run.save()
+      kept_scans.save()
       writer = closing.enter_context(MetricsWriter(run.workdir, start, loggers=Loggers(
           config.train.loggers, run.workdir, plain(config))))
       timeline.open(run.workdir, f'{name}.json', start, processes=jax.process_count(),

@@ -1,7 +1,10 @@
 """Data sets in TensorFlow Datasets' format, read from ArrayRecord files without TensorFlow."""
 
 import functools
+import hashlib
 import os
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ import numpy as np
 from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
 from ppn_jax.data.images import decoding as image_files
 from ppn_jax.data.images.lazy import LazyImage
-from ppn_jax.data.sources import coco_json, tfds_records
+from ppn_jax.data.sources import coco_json, scans, tfds_records
 from ppn_jax.data.sources.annotations import (
   check_choices,
   check_paths,
@@ -36,7 +39,8 @@ class Tfds(RecordImages):
 
   Data of `ppn prepare` comes with its ground truth, so ids and boxes are those of the original data
   and the records need not be read at the start. Other data sets, and slices of their splits, are
-  read completely when the source is built. If splits that are joined, as by 'train+eval', have ids
+  read completely when the source is built; `ppn train` does so once, for all processes and later
+  starts. If splits that are joined, as by 'train+eval', have ids
   in common, images are numbered from 1 in their order.
 
   Args:
@@ -158,6 +162,19 @@ class Tfds(RecordImages):
     """Takes the annotations from the records themselves."""
     self.categories = tuple(
         Category(i, name) for i, name in enumerate(self._schema.classes, 1))
+
+    def key() -> str:  # Without a stamp the files may still change, so no other has this key.
+      stamp = hashlib.sha256(self._stamp).hexdigest() if self._stamp else f'{time.time_ns()}'
+      return repr((self._where, self._schema, on_bad_example, len(self._records), stamp))
+
+    read, unreadable = scans.scanned(key, lambda: self._read_all(on_bad_example))
+    names = [record.file_name for record in read]
+    ids = self._distinct(self._number(read, names))
+    self._take(read, ids, [f'{self._where}: {name}' for name in names], on_bad_box=on_bad_box,
+               duplicates=duplicates, unreadable=unreadable)
+
+  def _read_all(self, on_bad_example: str) -> scans.Scan:
+    """Reads the annotations of all records."""
     unreadable = {}
 
     def read_one(index: int) -> Record:
@@ -173,13 +190,9 @@ class Tfds(RecordImages):
       return (record or NOTHING)._replace(image=b'', file_name=name, size=size)
 
     with reader_pool() as pool:
-      read = list(pool.map(read_one, range(len(self._records))))
-    names = [record.file_name for record in read]
-    ids = self._distinct(self._number(read, names))
-    self._take(read, ids, [f'{self._where}: {name}' for name in names], on_bad_box=on_bad_box,
-               duplicates=duplicates, unreadable=unreadable)
+      return scans.Scan(list(pool.map(read_one, range(len(self._records)))), unreadable)
 
-  def _number(self, read: list[Record], names: list[str]) -> np.ndarray:
+  def _number(self, read: Sequence[Record], names: list[str]) -> np.ndarray:
     """Returns image ids, i64 [N]; records that cannot be read get the next free ones."""
     if not self._schema.image_id:
       return number_images(names) if self._schema.file_name else np.arange(1, len(read) + 1)
