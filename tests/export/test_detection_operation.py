@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tflite_operations import operations
 from tiny import tiny_config, untrained_run
 
 from ppn_jax.errors import InputError
 from ppn_jax.export.detection_operation import NAME, OUTPUTS, detections
 from ppn_jax.export.formats import ExportOptions, make_metadata
+from ppn_jax.export.tflite_operations import operations
 from ppn_jax.jobs import postprocess_file
 
 LAYOUT = 'detection_postprocess'
@@ -69,11 +69,11 @@ def test_litert_finds_what_jax_does(tmp_path, precision):
   if precision == 'float32':
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
   made = operations(path)
-  *network, (last, takes, _) = made
-  assert last == NAME and takes == ['FLOAT32'] * 3
+  *network, last = made
+  assert last.name == NAME and last.takes == ('FLOAT32',) * 3
   if precision == 'int8':
-    floats = [name for name, takes, returns in network if 'FLOAT32' in (*takes, *returns)]
-    assert floats == ['DEQUANTIZE'] * 2  # Of codes and scores, for the operation itself.
+    # Of codes and scores, for the operation itself.
+    assert [op.name for op in network if op.has_floats] == ['DEQUANTIZE'] * 2
   else:
     from ai_edge_litert.interpreter import Interpreter
     details = Interpreter(model_path=str(path)).get_output_details()

@@ -6,12 +6,12 @@ import zipfile
 
 import numpy as np
 import pytest
-from tflite_operations import operations
 from tiny import tiny_config
 
 from ppn_jax.detection.structures import Anchors
 from ppn_jax.errors import InputError
 from ppn_jax.export.formats import ANCHORS, ExportOptions, load_library, make_metadata
+from ppn_jax.export.tflite_operations import operations
 from ppn_jax.jobs import mediapipe_file
 
 
@@ -78,8 +78,8 @@ def test_mediapipe_finds_what_jax_does(shared, tmp_path, precision):
   if precision == 'float32':
     found, expected = (ppn_jax.load(model)(photographs[0]) for model in (path, 'ppn_voc'))
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-  made = operations(path)  # Of one subgraph: MediaPipe refuses more.
+  made = operations(path)
+  assert {op.subgraph for op in made} == {0}  # MediaPipe refuses more.
   if precision == 'int8':
     # Only the last operations of the outputs return floats, and nothing takes any.
-    floats = [name for name, takes, returns in made if 'FLOAT32' in (*takes, *returns)]
-    assert floats == ['DEQUANTIZE'] * 2
+    assert [op.name for op in made if op.has_floats] == ['DEQUANTIZE'] * 2
