@@ -238,8 +238,8 @@ def test_slices_exchange_gradients_and_nothing_else():
   assert e.fits and (e.chips, e.slices) == (8, 2)
   count, size = e.across_slices
   parameters = sum(x.size for x in jax.tree.leaves(_parameters(asked)))
-  # Each of the four chips sends its quarter, of which small arrays are padded.
-  assert count > 0 and 2 * parameters / 4 <= size <= 4 * 4 * parameters
+  # Each of the four chips sends its quarter. Arrays as small as these are mostly padding.
+  assert count > 0 and 2 * parameters / 4 <= size <= 32 * parameters
 
 
 @compiles
