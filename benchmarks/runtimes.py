@@ -84,7 +84,7 @@ def main() -> None:
     for path in files:
       try:
         for row in rows_of(path, images, args.threads, left_out):
-          rows.append(row | {'AP_lost': rows[0]['AP'] - row['AP']})
+          rows.append(row | {'AP_lost': round(rows[0]['AP'] - row['AP'], 4)})
           print(json.dumps(rows[-1]), flush=True)
       except InputError as e:
         left_out.append(f'{path.name}: {e}')
