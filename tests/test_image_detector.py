@@ -229,6 +229,7 @@ def test_export_is_loaded_without_models_and_training(exported):
   assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_with_exports(exported, tmp_path):
   for options, message in [({'step': 6}, 'step and ema choose'),
                         ({'ema': False}, 'step and ema choose'),

@@ -64,6 +64,7 @@ def test_what_lies_in_the_working_directory_takes_precedence(tmp_path):
   assert zoo.find(tmp_path / 'other') == str(tmp_path / 'other')
 
 
+@pytest.mark.slow
 def test_commands_take_a_name(tmp_path, capsys):
   assert main(['summary', '--model=tiny_shapes', '--json']) == 0
   output = tmp_path / 'copy.safetensors'

@@ -315,6 +315,7 @@ def test_phases_differ_in_size_and_rate_alone(tmp_path):
     assert [c.init.weights for c in phases] == ['', 'w', 'ww']
 
 
+@pytest.mark.slow
 def test_anchors_of_all_phases_have_the_same_sizes(tmp_path):
   """The scales of five levels equal the first five of six at 300 px."""
   profile, recipe = recipes.PROFILES['imagenet'], recipes.RECIPES['average']

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import CONFIG_FILE
+from tiny import CONFIG_FILE, tiny_config, untrained_run
 
 from ppn_jax.cli.main import main
 from ppn_jax.data.source import build_source
@@ -26,10 +26,9 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def run(config, tmp_path_factory):
-  workdir = tmp_path_factory.mktemp('run')
-  assert main(['train', f'--config={config}', f'--workdir={workdir}']) == 0
-  return workdir
+def run(tmp_path_factory):
+  shapes = build_source(tiny_config().data.train.to_dict()).categories
+  return untrained_run(tmp_path_factory.mktemp('run'), steps=(3, 6), categories=shapes)
 
 
 @pytest.fixture(scope='module')

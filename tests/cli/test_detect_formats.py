@@ -33,6 +33,7 @@ def shown(run):
   return threshold, ppn_jax.load(run, batch_size=4)(image, threshold=threshold)
 
 
+@pytest.mark.slow
 def test_all_formats(run, tmp_path, shown, capsys):
   threshold, found = shown
   draw(tmp_path / 'a.png')
@@ -129,6 +130,7 @@ def address(tmp_path):
     thread.join()
 
 
+@pytest.mark.slow
 def test_streams(run, tmp_path, address, capsys):
   film(tmp_path / 'clip.avi', frames=9)
   url = f'{address}/clip.avi'

@@ -134,6 +134,7 @@ def test_stablehlo_runs_without_this_package(workdir, exported, tmp_path):
       np.testing.assert_array_equal(weights['/'.join(k.key for k in keys)], value)
 
 
+@pytest.mark.slow
 def test_metadata_says_how_to_use_it(exported):
   with open(f'{exported}.json') as file:
     metadata = json.load(file)

@@ -131,6 +131,7 @@ def test_sigkill_and_restart_end_with_the_same_bits(tmp_path):
   assert_same_bits(final_state(killed), final_state(undisturbed_run))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_alone(undisturbed, log_lines):
   workdir, config, _ = undisturbed
   def files():
@@ -172,6 +173,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(final_state(tmp_path)))
 
 
+@pytest.mark.slow
 def test_another_model_in_the_workdir_is_refused(undisturbed):
   workdir, config, _ = undisturbed
   before = (workdir / 'config.json').read_text()
@@ -189,6 +191,7 @@ def test_more_steps_continue_the_run(undisturbed, tmp_path):
   assert int(final_state(tmp_path).step) == 8
 
 
+@pytest.mark.slow
 def test_other_images_cannot_be_held_out_later(undisturbed):
   """Refused, since the run would be evaluated on images that it was trained on."""
   workdir, config, _ = undisturbed
@@ -218,6 +221,7 @@ def test_intervals_out_of_range(tmp_path, entry, value):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_second_training_in_the_workdir_is_refused(undisturbed, monkeypatch):
   workdir, config, _ = undisturbed
   before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
@@ -229,6 +233,7 @@ def test_a_second_training_in_the_workdir_is_refused(undisturbed, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob('*')} == before
 
 
+@pytest.mark.slow
 def test_files_of_killed_processes_are_removed(undisturbed):
   workdir, config, _ = undisturbed
   storage.write_text(workdir / 'readers/gone-1-a.json', 'no reader')

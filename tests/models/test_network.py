@@ -275,7 +275,7 @@ def test_per_level_head_equals_plain_convolutions_of_each_level():
 
 
 @pytest.mark.parametrize(('blocks', 'words'), [
-    ({'backbone': {'name': 'mobilenet_v2'}}, "unknown backbone.*did you mean 'mobilenet_v1'"),
+    ({'backbone': {'name': 'mobilenet_v4'}}, "unknown backbone.*did you mean 'mobilenet_v"),
     ({'backbone': {'depth_multiplyer': 1.0}}, "did you mean 'depth_multiplier'"),
     ({'backbone': {'depth_multiplier': 0.0}}, 'depth_multiplier 0.0'),
     ({'backbone': {'last_block': 14}}, 'last_block 14'),

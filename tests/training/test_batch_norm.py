@@ -118,6 +118,7 @@ def test_kernels_get_unit_outputs_and_untouched_layers_stay():
       if path[-1] == 'var')
 
 
+@pytest.mark.slow
 def test_channels_that_never_move_get_zero_kernels():
   detector = detector_of('ppn')
   variables = folded_variables(detector, dead=True)
@@ -132,6 +133,7 @@ def test_channels_that_never_move_get_zero_kernels():
     np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_moments_of_unequal_batches_are_those_of_all_images():
   detector = detector_of('ppn')
   variables = folded_variables(detector)

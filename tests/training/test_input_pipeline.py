@@ -34,6 +34,7 @@ def test_cached_images_train_to_the_same_bits(tmp_path):
       np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_cache_of_other_images_is_refused_before_anything_is_written(tmp_path):
   trained(tmp_path / 'a', cache=str(tmp_path / 'cache'))
   with pytest.raises(InputError, match='holds a cache of something else'):

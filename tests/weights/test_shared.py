@@ -38,6 +38,7 @@ def started(weights, part='weights', config=None):
                          **{part: str(weights)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('part', ['weights', 'backbone'])
 def test_the_same_as_from_its_run(earlier, part):
   file = earlier[1]
