@@ -3,6 +3,8 @@
 The converter replaces a function of this name by the operation, which every build of TensorFlow
 Lite and LiteRT has; its meaning is that of `tflite/kernels/detection_postprocess.cc`. It computes
 the suppression of `nms.postprocess` within a class, but not across classes, and does not clip.
+With n > 1 threads it loses class n (github.com/tensorflow/tensorflow/issues/56058), so unused
+classes come first here.
 """
 
 import importlib
@@ -15,6 +17,9 @@ from ppn_jax.detection.boxes import CODE_SCALES
 from ppn_jax.detection.structures import Array, Detections
 
 NAME = 'TFLite_Detection_PostProcess'
+# With up to this many threads, the lost class is an unused one.
+MAX_THREADS = 32
+_UNUSED = MAX_THREADS + 1
 # Names of the Object Detection API, in the order of the operation.
 OUTPUTS = ('detection_boxes', 'detection_classes', 'detection_scores', 'num_detections')
 
@@ -37,7 +42,7 @@ def detection_operation(anchors: Array, num_classes: int, options: Mapping[str, 
       'max_detections': count, 'max_classes_per_detection': 1,
       'detections_per_class': int(options['max_per_class']), 'use_regular_nms': True,
       'nms_score_threshold': float(options['score_threshold']),
-      'nms_iou_threshold': float(options['iou_threshold']), 'num_classes': num_classes}
+      'nms_iou_threshold': float(options['iou_threshold']), 'num_classes': num_classes + _UNUSED}
   attributes |= zip(('y_scale', 'x_scale', 'h_scale', 'w_scale'), CODE_SCALES, strict=True)
   ymin, xmin, ymax, xmax = np.asarray(anchors, np.float64).T
   centred = np.stack([(ymin + ymax) / 2, (xmin + xmax) / 2, ymax - ymin, xmax - xmin],
@@ -50,8 +55,12 @@ def detection_operation(anchors: Array, num_classes: int, options: Mapping[str, 
     return (tf.zeros((1, count, 4)), tf.zeros((1, count)), tf.zeros((1, count)), tf.zeros((1,)))
 
   def operation(codes: Any, scores: Any) -> dict[str, Any]:
-    found = placeholder(codes, scores, tf.constant(centred))
-    return {name: tf.identity(x, name=name) for name, x in zip(OUTPUTS, found, strict=True)}
+    scores = tf.pad(scores, [[0, 0], [0, 0], [_UNUSED, 0]])  # A score of 0 is never found.
+    boxes, classes, scores, found = placeholder(codes, scores, tf.constant(centred))
+    # In int32, since the converter quantises arithmetic in floats; 0 in the places not used.
+    classes = tf.cast(tf.maximum(tf.cast(classes, tf.int32) - _UNUSED, 0), tf.float32)
+    return {name: tf.identity(x, name=name)
+            for name, x in zip(OUTPUTS, (boxes, classes, scores, found), strict=True)}
 
   return operation
 
@@ -67,16 +76,15 @@ def _signature(attributes: Mapping[str, int | float | bool]) -> str:
 
 
 def with_outputs_in_order(content: bytes) -> bytes:
-  """Returns a converted file with the operation's outputs in order, which programs rely on.
+  """Returns a converted file with its outputs in the order of `OUTPUTS`, which programs rely on.
 
   The converter leaves them in another one.
   """
   import flatbuffers
   schema = importlib.import_module('ai_edge_litert.schema_py_generated')
   model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-  graph = model.subgraphs[0]
-  graph.outputs = next(op.outputs for op in graph.operators
-                       if model.operatorCodes[op.opcodeIndex].customCode == NAME.encode())
+  tensors = {output.name.decode(): output.tensorIndex for output in model.signatureDefs[0].outputs}
+  model.subgraphs[0].outputs = [tensors[name] for name in OUTPUTS]
   builder = flatbuffers.Builder(len(content) + 1024)
   builder.Finish(model.Pack(builder), b'TFL3')
   return bytes(builder.Output())

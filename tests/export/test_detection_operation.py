@@ -7,6 +7,7 @@ from tiny import tiny_config, untrained_run
 from ppn_jax.errors import InputError
 from ppn_jax.export.detection_operation import NAME, OUTPUTS, detections
 from ppn_jax.export.formats import ExportOptions, make_metadata
+from ppn_jax.export.runtimes import open_export
 from ppn_jax.export.tflite_operations import operations
 from ppn_jax.jobs import postprocess_file
 
@@ -68,9 +69,15 @@ def test_litert_finds_what_jax_does(tmp_path, precision):
   assert len(found.scores) and found.boxes.max() <= 64
   if precision == 'float32':
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    pixels = image[None]
+    alone, *others = (open_export(path, threads=n)(pixels) for n in (1, 2, 3, 4))
+    for other in others:  # The operation loses the class that is the number of threads.
+      np.testing.assert_array_equal(other.labels, alone.labels)
   made = operations(path)
-  *network, last = made
-  assert last.name == NAME and last.takes == ('FLOAT32',) * 3
+  place = [op.name for op in made].index(NAME)
+  network = made[:place]
+  assert made[place].takes == ('FLOAT32',) * 3
+  assert [op.name for op in made[place + 1:]] == ['CAST', 'SUB', 'MAXIMUM', 'CAST']  # Of classes.
   if precision == 'int8':
     # Of codes and scores, for the operation itself.
     assert [op.name for op in network if op.has_floats] == ['DEQUANTIZE'] * 2
