@@ -354,6 +354,11 @@ def test_a_slice_that_has_lost_a_worker_is_replaced(cloud):
   assert sum('create' in c for c in calls(cloud)) == 2
 
 
+def hear_interrupts():
+  """Undoes that a shell lets its background jobs ignore SIGINT, which their children inherit."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_says_that_the_slice_still_bills(cloud):
   (cloud / 'scenario').write_text('hang hang\n')
