@@ -188,6 +188,7 @@ for bucket in ('missing', 'forbidden', 'bucket', 'unreachable'):
 """
 
 
+@pytest.mark.slow
 def test_an_unusable_bucket_is_reported_in_one_line(store):
   done = python(store[1], REFUSED)
   assert done.stdout.split() == ['2'] * 4, done.stderr
@@ -247,6 +248,7 @@ print(storage.read_versioned(path), storage.replace_version(path, 'x', 12345))
 """
 
 
+@pytest.mark.slow
 def test_a_workdir_in_the_bucket_has_one_owner(store):
   done = python(store[1], OWNED)
   assert done.stdout.splitlines() == [

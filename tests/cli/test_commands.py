@@ -98,6 +98,7 @@ def test_training_on_own_images_as_the_config_describes(coco_folder, tmp_path, c
   assert {r['category_id'] for r in rows} <= {10, 20, 30, 40, 50, 77}
 
 
+@pytest.mark.slow
 def test_evaluate_draws_and_takes_a_step(run, capsys):
   assert main(['evaluate', f'--workdir={run}', '--step=3', '--pictures=4']) == 0
   assert np.asarray(Image.open(run / 'evaluation' / '3' / 'pictures.png')).shape[-1] == 3
@@ -123,6 +124,7 @@ def test_evaluate_reports_on_calibration(run, tmp_path, capsys):
   assert Image.open(tmp_path / 'out' / 'calibration.png').size[0] > 1000
 
 
+@pytest.mark.slow
 def test_detect_writes_pictures_and_json(run, coco_folder, tmp_path, capsys):
   argv = ['detect', f'--workdir={run}', str(coco_folder), f'--output={tmp_path / "found"}',
           '--threshold=0']
@@ -137,6 +139,7 @@ def test_detect_writes_pictures_and_json(run, coco_folder, tmp_path, capsys):
       assert detection['category'] in ('circle', 'square', 'triangle', 'star', 'cross')
 
 
+@pytest.mark.slow
 def test_detect_skips_a_broken_file_and_reports_it(run, coco_folder, tmp_path, capsys):
   (tmp_path / 'in').mkdir()
   good = (coco_folder / '000000.jpg').read_bytes()

@@ -124,6 +124,7 @@ def test_drawings_have_different_names_on_any_file_system(tmp_path):
   assert len(set(names)) == 4
 
 
+@pytest.mark.slow
 def test_json_agrees_with_load(run, tmp_path):
   image = draw(tmp_path / 'a.png')
   entry, = detect(run, tmp_path / 'out', tmp_path / 'a.png')

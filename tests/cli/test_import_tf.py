@@ -126,6 +126,7 @@ def test_backbone_only(foreign, config, tmp_path, capsys):
   assert_same(found, fresh(workdir, 3), 'head')
 
 
+@pytest.mark.slow
 def test_reference_checkpoint(shared, tmp_path, capsys):
   """Imports a PPN with 90 classes and reads COCO's file of 80, without a label map."""
   workdir, coco = tmp_path / 'run', shared / 'data/coco100'

@@ -176,6 +176,7 @@ def test_one_box_a_class_is_left_of_a_collapsed_network():
   assert sorted(detections.labels[0][detections.valid[0]]) == list(range(20))
 
 
+@pytest.mark.slow
 def test_boxes_outside_the_image_suppress_and_count_but_are_not_reported():
   boxes = [[0.1, -0.8, 0.5, 0.0], [0.1, -0.7, 0.5, 0.1], [0.1, 0.5, 0.5, 0.9]]
   outputs, anchors = problem(boxes, [[3.0], [2.0], [1.0]])

@@ -43,6 +43,7 @@ def spec_of(source, *, blocks=(), image_size=48, batch_size=8, seed=0):
   return dataset.ResidentSpec(len(source), batch_size, 8, image_size, augmentation, seed)
 
 
+@pytest.mark.slow
 def test_without_augmentation_each_epoch_equals_the_host():
   source = build_source({'name': 'synthetic_shapes', 'num_images': 11, 'image_size': (40, 64)})
   mesh, spec, counts = sharding.data_mesh(), spec_of(source), []

@@ -72,6 +72,7 @@ def test_counts_of_the_reference(summaries, model, columns, field, value):
   assert getattr(summaries[model].by_columns[columns], field) == value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model, flops', [('ppn', 2_348_565_283), ('ssd', 2_475_244_249)])
 def test_image_to_detections_is_close_to_the_profiler(summaries, model, flops):
   ours = summaries[model].by_columns[91].detection_flops

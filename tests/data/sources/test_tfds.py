@@ -261,6 +261,7 @@ def test_records_of_another_schema(tmp_path):
     Tfds(data_dir=str(where))
 
 
+@pytest.mark.slow
 def test_reading_from_google_cloud_storage(folder, tmp_path):
   shutil.copytree(folder, tmp_path / 'bucket' / 'sets' / 'toy' / '1.2.0')
   code = ('from ppn_jax.data.sources.tfds import Tfds\n'
