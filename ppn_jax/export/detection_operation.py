@@ -7,7 +7,6 @@ With n > 1 threads it loses class n (github.com/tensorflow/tensorflow/issues/560
 classes come first here.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from ppn_jax.detection.boxes import CODE_SCALES
 from ppn_jax.detection.structures import Array, Detections
+from ppn_jax.export.tflite_operations import pack, unpack
 
 NAME = 'TFLite_Detection_PostProcess'
 # With up to this many threads, the lost class is an unused one.
@@ -80,14 +80,10 @@ def with_outputs_in_order(content: bytes) -> bytes:
 
   The converter leaves them in another one.
   """
-  import flatbuffers
-  schema = importlib.import_module('ai_edge_litert.schema_py_generated')
-  model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
+  model = unpack(content)
   tensors = {output.name.decode(): output.tensorIndex for output in model.signatureDefs[0].outputs}
   model.subgraphs[0].outputs = [tensors[name] for name in OUTPUTS]
-  builder = flatbuffers.Builder(len(content) + 1024)
-  builder.Finish(model.Pack(builder), b'TFL3')
-  return bytes(builder.Output())
+  return pack(model)
 
 
 def detections(found: Mapping[str, Array]) -> Detections:

@@ -5,7 +5,6 @@ The schema is that of MediaPipe Tasks, `metadata_schema.fbs` and
 imported (1.2 lacks a compiled module), and takes thousands of Python objects for the anchors.
 """
 
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from ppn_jax.detection.boxes import CODE_SCALES
 from ppn_jax.detection.structures import Array
+from ppn_jax.export import tflite_operations as tflite
 from ppn_jax.export.formats import load_library
 
 LABELS = 'labels.txt'  # File at the end of the TFLite file, see `formats.write_metadata`.
@@ -35,25 +35,14 @@ def add(content: bytes, *, anchors: Array, num_classes: int, sigmoid: bool) -> b
   Raises:
     InputError: If mediapipe is not installed.
   """
-  import flatbuffers
-  schema = importlib.import_module('ai_edge_litert.schema_py_generated')
-  model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-  metadata = _pack(_metadata(model, anchors, num_classes, sigmoid), b'M001')
-  buffer, entry = schema.BufferT(), schema.MetadataT()
+  model = tflite.unpack(content)
+  metadata = tflite.pack(_metadata(model, anchors, num_classes, sigmoid), b'M001')
+  buffer, entry = tflite.schema().BufferT(), tflite.schema().MetadataT()
   buffer.data = np.frombuffer(metadata, np.uint8)
   entry.name, entry.buffer = _KEY, len(model.buffers)
   model.buffers.append(buffer)
   model.metadata = [*(m for m in model.metadata or () if _text(m.name) != _KEY), entry]
-  builder = flatbuffers.Builder(len(content) + len(metadata) + 1024)
-  builder.Finish(model.Pack(builder), b'TFL3')
-  return bytes(builder.Output())
-
-
-def _pack(table: Any, identifier: bytes) -> bytes:
-  import flatbuffers
-  builder = flatbuffers.Builder(0)
-  builder.Finish(table.Pack(builder), identifier)
-  return bytes(builder.Output())
+  return tflite.pack(model)
 
 
 def _text(name: Any) -> str:
@@ -72,7 +61,8 @@ def _metadata(model: Any, anchors: Array, num_classes: int, sigmoid: bool) -> An
           subgraph.tensors[at]) else _score(schema) for at in subgraph.outputs]
   custom = schema.CustomMetadataT()
   custom.name = _DETECTOR
-  custom.data = np.frombuffer(_pack(_options(anchors, num_classes, sigmoid), b'V001'), np.uint8)
+  options = tflite.pack(_options(anchors, num_classes, sigmoid), b'V001')
+  custom.data = np.frombuffer(options, np.uint8)
   parts.customMetadata = [custom]
   described.subgraphMetadata = [parts]
   return described
@@ -140,6 +130,5 @@ def _options(anchors: Array, num_classes: int, sigmoid: bool) -> Any:
 
 def output_names(content: bytes) -> Sequence[str]:
   """Returns the names of the outputs of a file, in order."""
-  schema = importlib.import_module('ai_edge_litert.schema_py_generated')
-  subgraph = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0)).subgraphs[0]
+  subgraph = tflite.unpack(content).subgraphs[0]
   return [_text(subgraph.tensors[at].name) for at in subgraph.outputs]

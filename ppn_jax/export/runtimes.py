@@ -127,32 +127,30 @@ def _saved_model(path: pathlib.Path, threads: int | None) -> Callable:
   return lambda images, keep=loaded: detect(images=tf.constant(images))
 
 
-def _tflite(path: pathlib.Path, threads: int | None) -> Callable:
+def _open_litert(path: pathlib.Path, threads: int | None) -> tuple[Any, Callable]:
+  """Opens a tflite file; returns its signature, and a call of it that several threads may make."""
   library = load_library('ai_edge_litert.interpreter', 'tflite')
   interpreter = library.Interpreter(model_path=str(path), num_threads=threads)
   runner, lock = interpreter.get_signature_runner(), threading.Lock()
 
   def run(images: np.ndarray, keep: Any = interpreter) -> dict[str, np.ndarray]:
     with lock:  # An interpreter has only one input buffer.
-      return runner(images=images)
+      return {name: np.array(value) for name, value in runner(images=images).items()}
 
-  return run
+  return runner, run
+
+
+def _tflite(path: pathlib.Path, threads: int | None) -> Callable:
+  return _open_litert(path, threads)[1]
 
 
 def _scaled_tflite(path: pathlib.Path, threads: int | None
                    ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
   """Opens a tflite file that takes scaled images, unless it takes uint8."""
-  library = load_library('ai_edge_litert.interpreter', 'tflite')
-  interpreter = library.Interpreter(model_path=str(path), num_threads=threads)
-  runner, lock = interpreter.get_signature_runner(), threading.Lock()
-  takes_floats = runner.get_input_details()['images']['dtype'] == np.float32
-
-  def run(images: np.ndarray, keep: Any = interpreter) -> dict[str, np.ndarray]:
-    given = images * np.float32(2 / 255) - 1 if takes_floats else images
-    with lock:
-      return {name: np.array(value) for name, value in runner(images=given).items()}
-
-  return run
+  runner, run = _open_litert(path, threads)
+  if runner.get_input_details()['images']['dtype'] != np.float32:
+    return run
+  return lambda images: run(images * np.float32(2 / 255) - 1)
 
 
 def _detection_operation(path: pathlib.Path, threads: int | None) -> Callable:

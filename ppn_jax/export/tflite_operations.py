@@ -1,10 +1,28 @@
-"""Lists the operations of TensorFlow Lite files and the types that they compute in."""
+"""Unpacks and packs TensorFlow Lite files, and lists their operations. Needs ai-edge-litert."""
 
 import importlib
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 FLOATS = frozenset({'FLOAT16', 'FLOAT32', 'FLOAT64'})
+
+
+def schema() -> Any:
+  """Returns the module of the tables of a file."""
+  return importlib.import_module('ai_edge_litert.schema_py_generated')
+
+
+def unpack(content: bytes) -> Any:
+  """Returns the contents of a file as a `ModelT` of the schema."""
+  return schema().ModelT.InitFromObj(schema().Model.GetRootAs(content, 0))
+
+
+def pack(table: Any, identifier: bytes = b'TFL3') -> bytes:
+  """Returns the contents of a file whose root is a table, by default a `ModelT`."""
+  import flatbuffers
+  builder = flatbuffers.Builder(0)
+  builder.Finish(table.Pack(builder), identifier)
+  return bytes(builder.Output())
 
 
 class Operation(NamedTuple):
@@ -27,11 +45,10 @@ class Operation(NamedTuple):
 
 
 def operations(path: pathlib.Path) -> list[Operation]:
-  """Returns all operations of a file, in order. Needs ai-edge-litert."""
-  schema = importlib.import_module('ai_edge_litert.schema_py_generated')
-  model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(path.read_bytes(), 0))
-  names = {v: k for k, v in vars(schema.BuiltinOperator).items()}
-  types = {v: k for k, v in vars(schema.TensorType).items()}
+  """Returns all operations of a file, in order."""
+  model = unpack(path.read_bytes())
+  names = {v: k for k, v in vars(schema().BuiltinOperator).items()}
+  types = {v: k for k, v in vars(schema().TensorType).items()}
   found = []
   for index, graph in enumerate(model.subgraphs):
     for op in graph.operators:

@@ -129,61 +129,76 @@ class InvertedResidual(nn.Module):
     return ACTIVATIONS[self.activation](x)
 
 
-def check(depth_multiplier: float, last_stride: int, endpoint: str, min_depth: int) -> None:
-  """Raises InputError if an option that the networks share is outside its range."""
-  if not depth_multiplier > 0:
-    raise InputError(f'backbone: depth_multiplier {depth_multiplier} must be positive')
-  if last_stride not in STRIDES:
-    raise InputError(f'backbone: last_stride {last_stride} must be one of '
-                     f'{", ".join(map(str, STRIDES))}')
-  if endpoint not in ENDPOINTS:
-    raise InputError(f'backbone: unknown endpoint {endpoint!r}; '
-                     f'{did_you_mean(str(endpoint), ENDPOINTS)}')
-  if min_depth < 1:
-    raise InputError(f'backbone: min_depth {min_depth} must be at least 1')
+class InvertedResidualNetwork(nn.Module):
+  """Base of the networks of inverted residual blocks: their options, and how maps are taken.
 
-
-def extract_features(x: Array, blocks: Sequence[Block], *, stem: int, last: Callable[[int], int],
-                     activation: str, scale: Callable[[int], int], last_stride: int, endpoint: str,
-                     policy: LayerPolicy, train: bool) -> dict[int, Array]:
-  """Computes the feature maps of a network of inverted residual blocks.
-
-  Called in the compact method of a module, whose layers are `conv`, `expanded_conv`,
-  `expanded_conv_1` and so on, and `conv_1`, as in slim.
-
-  Args:
-    x: images [B, S, S, 3] in [-1, 1].
-    blocks: the blocks; each of stride 2 ends the maps of a stride.
-    stem: output channels of the first convolution, which has stride 2.
-    last: output channels of the last convolution, from those of the last block.
-    activation: of the first and last convolution.
-    scale: returns the number of channels for that at a multiplier of 1.
-    last_stride, endpoint: see `MobileNetV2`.
+  Attributes:
+    depth_multiplier: factor of every channel count, which is then rounded to a multiple of 8.
+    last_stride: stride of the last map, after which the network ends, one of `STRIDES`.
+    endpoint: map of each stride but 32, one of `ENDPOINTS`; see `MobileNetV2`.
+    min_depth: least channel count, whatever the multiplier.
     policy: see LayerPolicy.
-    train: whether batch norm uses statistics of the batch.
-
-  Returns:
-    {stride in pixels: feature map [B, s, s, d]}, up to `last_stride`.
   """
-  activate = ACTIVATIONS[activation]
-  x = activate(ConvNorm(scale(stem), side=3, stride=2, activation=False, policy=policy,
-                        name='conv')(x, train=train))
-  features, stride = {}, 2
-  for i, block in enumerate(blocks):
-    if block.stride == 2 and endpoint == 'output':
-      features[stride] = x
-      if stride == last_stride:
-        return features
-    expanded = round_depth(x.shape[-1] * block.expansion) if block.expansion != 1 else 0
-    module = InvertedResidual(
-        scale(block.depth), expanded, block.stride, block.side, block.squeeze, block.activation,
-        policy, name=f'expanded_conv_{i}' if i else 'expanded_conv')
-    y = module.expansion(x, train=train)
-    if block.stride == 2 and endpoint == 'expansion':
-      features[stride] = y
-      if stride == last_stride:
-        return features
-    stride *= block.stride
-    x = module.convolved(x, y, train=train)
-  x = ConvNorm(last(x.shape[-1]), activation=False, policy=policy, name='conv_1')(x, train=train)
-  return {**features, stride: activate(x)}
+  depth_multiplier: float = 1.0
+  last_stride: int = 16
+  endpoint: str = 'expansion'
+  min_depth: int = MIN_DEPTH
+  policy: LayerPolicy = LayerPolicy()
+
+  def __post_init__(self):
+    if not self.depth_multiplier > 0:
+      raise InputError(f'backbone: depth_multiplier {self.depth_multiplier} must be positive')
+    if self.last_stride not in STRIDES:
+      raise InputError(f'backbone: last_stride {self.last_stride} must be one of '
+                       f'{", ".join(map(str, STRIDES))}')
+    if self.endpoint not in ENDPOINTS:
+      raise InputError(f'backbone: unknown endpoint {self.endpoint!r}; '
+                       f'{did_you_mean(str(self.endpoint), ENDPOINTS)}')
+    if self.min_depth < 1:
+      raise InputError(f'backbone: min_depth {self.min_depth} must be at least 1')
+    super().__post_init__()
+
+  def depth(self, depth: int) -> int:
+    """Returns the number of channels for that at a multiplier of 1."""
+    return round_depth(depth * self.depth_multiplier, self.min_depth)
+
+  def extract_features(self, x: Array, blocks: Sequence[Block], *, stem: int,
+                       last: Callable[[int], int], activation: str, train: bool
+                       ) -> dict[int, Array]:
+    """Computes the feature maps, in a compact method.
+
+    The layers are `conv`, `expanded_conv`, `expanded_conv_1` and so on, and `conv_1`, as in slim.
+
+    Args:
+      x: images [B, S, S, 3] in [-1, 1].
+      blocks: the blocks; each of stride 2 ends the maps of a stride.
+      stem: output channels of the first convolution, which has stride 2.
+      last: output channels of the last convolution, from those of the last block.
+      activation: of the first and last convolution.
+      train: whether batch norm uses statistics of the batch.
+
+    Returns:
+      {stride in pixels: feature map [B, s, s, d]}, up to `last_stride`.
+    """
+    activate, policy = ACTIVATIONS[activation], self.policy
+    x = activate(ConvNorm(self.depth(stem), side=3, stride=2, activation=False, policy=policy,
+                          name='conv')(x, train=train))
+    features, stride = {}, 2
+    for i, block in enumerate(blocks):
+      if block.stride == 2 and self.endpoint == 'output':
+        features[stride] = x
+        if stride == self.last_stride:
+          return features
+      expanded = round_depth(x.shape[-1] * block.expansion) if block.expansion != 1 else 0
+      module = InvertedResidual(
+          self.depth(block.depth), expanded, block.stride, block.side, block.squeeze,
+          block.activation, policy, name=f'expanded_conv_{i}' if i else 'expanded_conv')
+      y = module.expansion(x, train=train)
+      if block.stride == 2 and self.endpoint == 'expansion':
+        features[stride] = y
+        if stride == self.last_stride:
+          return features
+      stride *= block.stride
+      x = module.convolved(x, y, train=train)
+    x = ConvNorm(last(x.shape[-1]), activation=False, policy=policy, name='conv_1')(x, train=train)
+    return {**features, stride: activate(x)}

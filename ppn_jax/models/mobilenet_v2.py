@@ -4,14 +4,7 @@ import flax.linen as nn
 import jax
 
 from ppn_jax.errors import InputError
-from ppn_jax.models.inverted_residual import (
-  MIN_DEPTH,
-  Block,
-  check,
-  extract_features,
-  round_depth,
-)
-from ppn_jax.models.layers import LayerPolicy
+from ppn_jax.models.inverted_residual import Block, InvertedResidualNetwork
 
 Array = jax.Array
 STEM, LAST = 32, 1280
@@ -22,7 +15,7 @@ BLOCKS = tuple(Block(expansion, depth, stride if i == 0 else 1)
                for expansion, depth, count, stride in _TABLE for i in range(count))
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(InvertedResidualNetwork):
   """MobileNet-v2: a 3x3 stride-2 convolution, 17 inverted residual blocks, a 1x1 convolution.
 
   Parameters are named after slim's: `expanded_conv_3/depthwise/kernel` is
@@ -40,15 +33,9 @@ class MobileNetV2(nn.Module):
     min_depth: least channel count, whatever the multiplier.
     policy: see LayerPolicy.
   """
-  depth_multiplier: float = 1.0
-  last_stride: int = 16
-  endpoint: str = 'expansion'
   last_depth: int = 0
-  min_depth: int = MIN_DEPTH
-  policy: LayerPolicy = LayerPolicy()
 
   def __post_init__(self):
-    check(self.depth_multiplier, self.last_stride, self.endpoint, self.min_depth)
     if self.last_depth < 0:
       raise InputError(f'backbone: last_depth {self.last_depth} must be a number of channels, or 0')
     super().__post_init__()
@@ -60,10 +47,6 @@ class MobileNetV2(nn.Module):
     Returns:
       {stride in pixels: feature map [B, s, s, d] of that stride}.
     """
-    return extract_features(
-        x, BLOCKS, stem=STEM, last=lambda _: self.last_depth or self._depth(LAST),
-        activation='relu6', scale=self._depth, last_stride=self.last_stride,
-        endpoint=self.endpoint, policy=self.policy, train=train)
-
-  def _depth(self, depth: int) -> int:
-    return round_depth(depth * self.depth_multiplier, self.min_depth)
+    return self.extract_features(
+        x, BLOCKS, stem=STEM, last=lambda _: self.last_depth or self.depth(LAST),
+        activation='relu6', train=train)

@@ -3,14 +3,7 @@
 import flax.linen as nn
 import jax
 
-from ppn_jax.models.inverted_residual import (
-  MIN_DEPTH,
-  Block,
-  check,
-  extract_features,
-  round_depth,
-)
-from ppn_jax.models.layers import LayerPolicy
+from ppn_jax.models.inverted_residual import Block, InvertedResidualNetwork, round_depth
 
 Array = jax.Array
 STEM = 16
@@ -26,7 +19,7 @@ BLOCKS = (
     Block(6, 96, 1, 5, True, _SWISH))
 
 
-class MobileNetV3Small(nn.Module):
+class MobileNetV3Small(InvertedResidualNetwork):
   """MobileNet-v3-small: a 3x3 stride-2 convolution, 11 blocks, a 1x1 convolution.
 
   The blocks have 3x3 or 5x5 depthwise kernels, ReLU or hard swish, and most have squeeze and
@@ -42,15 +35,6 @@ class MobileNetV3Small(nn.Module):
     min_depth: least channel count, whatever the multiplier.
     policy: see LayerPolicy.
   """
-  depth_multiplier: float = 1.0
-  last_stride: int = 16
-  endpoint: str = 'expansion'
-  min_depth: int = MIN_DEPTH
-  policy: LayerPolicy = LayerPolicy()
-
-  def __post_init__(self):
-    check(self.depth_multiplier, self.last_stride, self.endpoint, self.min_depth)
-    super().__post_init__()
 
   @nn.compact
   def __call__(self, x: Array, *, train: bool) -> dict[int, Array]:
@@ -59,10 +43,6 @@ class MobileNetV3Small(nn.Module):
     Returns:
       {stride in pixels: feature map [B, s, s, d] of that stride}.
     """
-    return extract_features(
+    return self.extract_features(
         x, BLOCKS, stem=STEM, last=lambda depth: round_depth(depth * _LAST_EXPANSION),
-        activation=_SWISH, scale=self._depth, last_stride=self.last_stride,
-        endpoint=self.endpoint, policy=self.policy, train=train)
-
-  def _depth(self, depth: int) -> int:
-    return round_depth(depth * self.depth_multiplier, self.min_depth)
+        activation=_SWISH, train=train)

@@ -71,8 +71,10 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
   for key, path in (('weights', weights), ('backbone', backbone)):
     if not isinstance(path, str):
       raise InputError(f'init.{key}={path!r} is not a path')
-  if weights == AUTO:
-    weights = '' if backbone else _zoo_model(like)
+  if weights == AUTO and not backbone:
+    found = _zoo_weights(like)
+    return None if found is None else transfer_weights(found, like, categories)
+  weights = '' if weights == AUTO else weights
   if weights and backbone:
     raise InputError(f'init.weights={weights} and init.backbone={backbone} are both given, and '
                      'both contain a backbone; leave one of them out')
@@ -83,26 +85,25 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
                           part='' if weights else 'backbone')
 
 
-def _zoo_model(like: Mapping[str, Any]) -> str:
-  """Returns the name of a model of the zoo that has the whole backbone of a detector.
+def _zoo_weights(like: Mapping[str, Any]) -> PretrainedWeights | None:
+  """Reads the model of the zoo that has the whole backbone of a detector.
 
   Of several it is the one that shares most variables with the detector. Without any, it says so and
-  returns ''.
+  returns None.
   """
   shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(like).items()}
-  shared = {}
-  for name in zoo.names():
-    if is_weights_file(path := zoo.find(name)):
-      values = read_shared(path).values
-      fits = {path for path, shape in shapes.items()
-              if path in values and values[path].shape == shape}
-      if all(path in fits for path in shapes if path[1] == 'backbone'):
-        shared[name] = len(fits)
-  if not shared:
+  best, most = None, 0
+  for path in filter(is_weights_file, map(zoo.model_file, zoo.names())):
+    read = read_shared(path)
+    fits = {path for path, shape in shapes.items()
+            if path in read.values and read.values[path].shape == shape}
+    if all(path in fits for path in shapes if path[1] == 'backbone') and len(fits) > most:
+      best, most = read, len(fits)
+  if best is None:
     logger.info("init.weights='auto': no model that comes with the package has this backbone, so "
                 'training starts from random values; trained ones need far fewer images and steps '
                 f'({", ".join(zoo.names())} at its own depth multiplier, or init.backbone=FILE)')
-  return max(shared, key=shared.__getitem__, default='')
+  return best
 
 
 def check_norm_images(count: int) -> None:

@@ -26,9 +26,12 @@ def find(path: str | os.PathLike[str]) -> str:
   A file or folder of that name, relative to the working directory, takes precedence.
   """
   text = os.fspath(path)
-  if text in names() and not storage.local_path(text).exists():
-    return str(next(_FOLDER / f'{text}{s}' for s in SUFFIXES if (_FOLDER / f'{text}{s}').exists()))
-  return text
+  return model_file(text) if text in names() and not storage.local_path(text).exists() else text
+
+
+def model_file(name: str) -> str:
+  """Returns the path of the file of a model, one of `names`."""
+  return str(next(_FOLDER / f'{name}{s}' for s in SUFFIXES if (_FOLDER / f'{name}{s}').exists()))
 
 
 def suggestion(path: str | os.PathLike[str]) -> str:

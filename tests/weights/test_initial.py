@@ -74,11 +74,14 @@ def test_no_weights():
 
 @pytest.fixture(scope='module')
 def variables_of_ppn_voc():
-  return unflatten_dict(read_shared(zoo.find('ppn_voc')).values)
+  return unflatten_dict(read_shared(zoo.model_file('ppn_voc')).values)
 
 
-def test_auto_is_the_model_of_the_zoo_with_this_backbone(variables_of_ppn_voc, log_lines):
-  found = initial_weights(variables_of_ppn_voc, read_shared(zoo.find('ppn_voc')).categories,
+def test_auto_is_the_model_of_the_zoo_with_this_backbone(variables_of_ppn_voc, log_lines, tmp_path,
+                                                         monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'ppn_voc').mkdir()  # Such as the workdir of this run.
+  found = initial_weights(variables_of_ppn_voc, read_shared(zoo.model_file('ppn_voc')).categories,
                           weights=AUTO)
   assert 'ppn_voc.safetensors' in found.report.origin and '20 of 20 by name' in str(found.report)
   assert len(flatten_dict(found.variables)) > 100 and not log_lines
