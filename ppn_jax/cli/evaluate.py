@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     # Mistakes are reported before waiting for other processes.
     opened = open_model(args, data=args.config)
   join_processes(args, hear_sigterm=False)  # Nothing here asks whether it came.
-  keep_programs()
+  # One follows a run of one's own; the folder of another's may hold any program.
+  keep_programs(args.workdir if args.follow else '')
   if args.follow:
     follow.wait_for_run(args.workdir, polling)
     opened = open_model(args, data=args.config)

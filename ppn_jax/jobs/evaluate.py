@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ppn_jax import storage
 from ppn_jax.checkpoints import retention
 from ppn_jax.data.bad_examples import evenly_spaced_examples
 from ppn_jax.data.report import report
 from ppn_jax.data.source import Source, file_ids
+from ppn_jax.data.sources import scans
 from ppn_jax.data.splits import names_data
 from ppn_jax.detection.structures import Array, Category
 from ppn_jax.detector import Detector, Variables
@@ -24,6 +26,7 @@ from ppn_jax.jobs import calibration_report, class_report
 from ppn_jax.jobs.calibration_report import CalibrationOptions
 from ppn_jax.jobs.class_report import ClassReport
 from ppn_jax.jobs.evaluator import Evaluator, build_evaluator
+from ppn_jax.jobs.shared_scans import SharedScans
 from ppn_jax.metrics import coco
 from ppn_jax.metrics.coco import write_scores
 from ppn_jax.run import Run, open_model
@@ -240,10 +243,22 @@ def prepare_evaluation(run: TrainedModel, options: EvaluationOptions) -> Evaluat
   if jax.default_backend() == 'cpu':  # Elsewhere one arena would hold up the input workers.
     keep_freed_memory()
   mesh, detector = sharding.data_mesh(), run.detector()
-  evaluator = build_evaluator(run, detector, mesh, scorer=options.scorer)
+  evaluator = _open_evaluator(run, detector, mesh, options.scorer)
   for line in report(evaluator.source, 'data.eval').warnings:
     logger.warning(line)
   return EvaluationJob(run, detector, evaluator, options)
+
+
+def _open_evaluator(run: TrainedModel, detector: Detector, mesh: Mesh, scorer: str) -> Evaluator:
+  """Builds the evaluator; of a run with the scans of its data that its workdir keeps."""
+  if not isinstance(run, Run):
+    return build_evaluator(run, detector, mesh, scorer=scorer)
+  kept_scans = SharedScans(run.workdir)
+  with scans.kept_by(kept_scans):
+    evaluator = build_evaluator(run, detector, mesh, scorer=scorer)
+  if jax.process_index() == 0:
+    kept_scans.save(replace=False)
+  return evaluator
 
 
 def evaluate(run: TrainedModel | str | os.PathLike[str], *, step: int | None = None,

@@ -40,15 +40,19 @@ class SharedScans:
     self._used[name] = data
     return coordination.broadcast(data)
 
-  def save(self) -> None:
-    """Keeps the scans for later starts, in place of those of other data; for the first process.
+  def save(self, *, replace: bool = True) -> None:
+    """Keeps the scans for later starts; for the first process.
 
     A workdir that cannot be written is reported by whatever else is written there.
+
+    Args:
+      replace: removes the scans of other data, if any is new. An evaluation, which reads one of
+        the splits alone, must not.
     """
     try:
       for name in self._new:
         storage.write_bytes(self._folder / name, self._used[name])
-      if self._new:
+      if self._new and replace:
         for path in self._folder.glob('*.npz'):
           if path.name not in self._used:
             path.unlink(missing_ok=True)

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from ppn_jax.data.bad_examples import BadExamples
+from ppn_jax.data.sources import scans
 from ppn_jax.data.sources.synthetic import SyntheticShapes
 from ppn_jax.errors import InputError
 from ppn_jax.jobs import evaluate as evaluate_job
 from ppn_jax.metrics import coco
+from ppn_jax.run import Run
 
 
 class Damaged(SyntheticShapes):
@@ -55,3 +58,21 @@ def test_scores_are_written_before_anything_is_drawn(tmp_path, monkeypatch):
     job.evaluate(3, None, tmp_path / '3')
   assert json.loads((tmp_path / '3' / 'scores.json').read_text())['figures']['AP'] == 0
   assert json.loads((tmp_path / '3' / 'results.json').read_text()) == []
+
+
+def test_a_run_is_evaluated_with_the_scans_of_its_workdir(tmp_path, monkeypatch):
+  seen = []
+  encoded = scans.encode(scans.Scan([], {3: 'broken'}))
+
+  def build(run, detector, mesh, scorer):
+    scan = lambda: seen.append('scanned') or scans.decode(encoded)
+    return scans.scanned(lambda: 'the data', scan)
+
+  monkeypatch.setattr(evaluate_job, 'build_evaluator', build)
+  open_evaluator = evaluate_job._open_evaluator
+  for _ in range(2):
+    found = open_evaluator(Run(tmp_path, ConfigDict(), ()), None, None, 'hotcoco')
+    assert found.unreadable == {3: 'broken'}
+  assert seen == ['scanned']
+  open_evaluator(SimpleNamespace(), None, None, 'hotcoco')  # A weights file has no workdir.
+  assert seen == ['scanned'] * 2

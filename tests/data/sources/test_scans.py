@@ -81,6 +81,18 @@ def test_changed_data_are_scanned_again(folder, tmp_path, monkeypatch):
   assert len(list((tmp_path / 'run' / 'scans').iterdir())) == 1  # The other is of no use.
 
 
+def test_an_evaluation_keeps_what_training_has_scanned(folder, tmp_path, monkeypatch):
+  other = prepare({'train': SyntheticShapes(num_images=3, image_size=64)}, tmp_path / 'others',
+                  Options('toy', threads=1), progress=lambda *_: None)
+  (other / 'instances_train.json').unlink()
+  for data, replace in ((folder, True), (other, False)):
+    kept = SharedScans(tmp_path / 'run')
+    assert open_with(kept, data, monkeypatch)[1] == 1
+    kept.save(replace=replace)
+  for data in (folder, other):
+    assert open_with(SharedScans(tmp_path / 'run'), data, monkeypatch)[1] == 0
+
+
 def test_other_processes_take_what_the_first_has_read(folder, tmp_path, monkeypatch):
   sent = []
   monkeypatch.setattr(coordination, 'broadcast', lambda data: sent.append(data) or data)
