@@ -92,7 +92,7 @@ def base_config() -> ConfigDict:
       max_detections=100)
 
   config.init = dict(  # ppn_jax.weights.initial.initial_weights
-      weights='', backbone='', norm_images=256, report=())
+      weights='', backbone='', class_names=(), norm_images=256, report=())
   config.data = dict(
       train=dict(name=''),  # ppn_jax.data.source.build_source
       eval=dict(name=''),

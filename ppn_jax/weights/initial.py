@@ -37,8 +37,9 @@ _OURS = ('the workdir of a run (WORKDIR, WORKDIR@STEP or WORKDIR@best), or a wei
 
 
 def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, weights: str = '',
-                    backbone: str = '', norm_images: int = 256,
-                    report: Sequence[str] = ()) -> TransferredWeights | None:
+                    backbone: str = '', class_names: Sequence[str] = (),
+                    norm_images: int = 256, report: Sequence[str] = ()
+                    ) -> TransferredWeights | None:
   """Reads the weights that the config block `init` names, and selects what fits the detector.
 
   Args:
@@ -50,9 +51,12 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
       Keras file; '' starts from random values. 'auto' is the model that comes with the package and
       has the same backbone, if there is one and `backbone` is not given. Every variable with the
       same path and shape is used, batch norm statistics included, from the moving average if the
-      run keeps one. Class columns are matched by class name. All other variables stay random.
+      run keeps one. Class columns are matched by class name, whose case, spaces, hyphens and
+      underscores do not matter. All other variables stay random.
     backbone: as `weights`, for the backbone alone. If it is a file, the whole backbone must fit.
       The paper starts from one trained on ImageNet (section 4.1).
+    class_names: classes with another name in the weights, 'NAME=THEIRS' each, such as
+      'sofa=couch'; 'NAME=' lets a class start from random values.
     norm_images: number of training images from which batch norm is put back where the weights have
       it folded into convolutions, as TFLite files have; 0 leaves it a mere addition of the bias,
       which batch statistics of training then replace.
@@ -71,9 +75,13 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
   for key, path in (('weights', weights), ('backbone', backbone)):
     if not isinstance(path, str):
       raise InputError(f'init.{key}={path!r} is not a path')
+  if class_names and not weights:
+    raise InputError(f'init.class_names={tuple(class_names)} needs init.weights; a backbone has no '
+                     'classes')
   if weights == AUTO and not backbone:
     found = _zoo_weights(like)
-    return None if found is None else transfer_weights(found, like, categories)
+    return None if found is None else transfer_weights(found, like, categories,
+                                                       class_names=class_names)
   weights = '' if weights == AUTO else weights
   if weights and backbone:
     raise InputError(f'init.weights={weights} and init.backbone={backbone} are both given, and '
@@ -82,7 +90,7 @@ def initial_weights(like: Mapping[str, Any], categories: Sequence[Category], *, 
   if not path:
     return None
   return transfer_weights(_read(f'init.{key}', path, like), like, categories,
-                          part='' if weights else 'backbone')
+                          part='' if weights else 'backbone', class_names=class_names)
 
 
 def _zoo_weights(like: Mapping[str, Any]) -> PretrainedWeights | None:

@@ -8,6 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
+from ppn_jax.weights.class_names import match_class_names
 from ppn_jax.weights.names import Path
 
 _SHOWN = 6  # Names that a line on the screen shows; config.json has all of them.
@@ -95,7 +96,8 @@ class TransferredWeights(NamedTuple):
 
 
 def transfer_weights(weights: PretrainedWeights, like: Mapping[str, Any],
-                     categories: Sequence[Category], *, part: str = '') -> TransferredWeights:
+                     categories: Sequence[Category], *, part: str = '',
+                     class_names: Sequence[str] = ()) -> TransferredWeights:
   """Selects the variables that a detector has in the same shape.
 
   Class columns are transferred by class name, whatever their order and number, and the background
@@ -109,10 +111,13 @@ def transfer_weights(weights: PretrainedWeights, like: Mapping[str, Any],
     like: the detector's variables, or their shapes.
     categories: the detector's classes, in order of label.
     part: only this part of the network, such as 'backbone'; '' is the whole network.
+    class_names: see `match_class_names`.
 
   Raises:
-    InputError: If no kernel fits, or a selected value is not finite.
+    InputError: If no kernel fits, a selected value is not finite, or `class_names` are wrong.
   """
+  matched = match_class_names([c.name for c in categories], [c.name for c in weights.categories],
+                              class_names, origin=weights.origin)
   shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(like).items()}
   theirs = {path: value for path, value in weights.values.items() if part in ('', path[1])}
   values, partial, common = {}, {}, None
@@ -120,7 +125,7 @@ def transfer_weights(weights: PretrainedWeights, like: Mapping[str, Any],
     if path not in theirs:
       continue
     if _is_class_variable(path):
-      columns = _common_columns(path, shapes, categories, weights)
+      columns = _common_columns(path, shapes, categories, weights, matched)
       if columns is not None:
         to, source, common = columns
         if len(to) == shape[-1] and list(to) == list(source) == list(range(theirs[path].shape[-1])):
@@ -139,7 +144,7 @@ def transfer_weights(weights: PretrainedWeights, like: Mapping[str, Any],
                      f'config' + (f': {mismatch}' if mismatch else ', which has other layers'))
   classes = ''
   if any(map(_is_class_variable, theirs)):
-    classes = _describe_classes(weights, categories, common)
+    classes = _describe_classes(weights, categories, common, matched)
   return TransferredWeights(unflatten_dict(values), partial, TransferReport(
       weights.origin, weights.description, len(transferred), len(partial), len(shapes), classes,
       _outermost(shapes.keys() - transferred, shapes), mismatch,
@@ -152,7 +157,8 @@ def _is_class_variable(path: Path) -> bool:
 
 
 def _common_columns(path: Path, shapes: Mapping[Path, tuple[int, ...]],
-                    categories: Sequence[Category], weights: PretrainedWeights
+                    categories: Sequence[Category], weights: PretrainedWeights,
+                    matched: Mapping[str, str]
                     ) -> tuple[np.ndarray, np.ndarray, set[str | None]] | None:
   """Finds the class columns that the detector and the weights have in common.
 
@@ -161,11 +167,13 @@ def _common_columns(path: Path, shapes: Mapping[Path, tuple[int, ...]],
 
   Returns:
     Indices along the last axis of the detector's variable, the matching indices of the weights',
-    and the names of the columns; None if a variable's shape does not match its classes.
+    and their names in the weights; None if a variable's shape does not match its classes.
   """
   theirs = weights.values[path].shape
   boxes = (*path[:-1], 'box_bias')
-  names = {'here': [c.name for c in categories], 'there': [c.name for c in weights.categories]}
+  # Classes without a counterpart are called '' here, a name that no class has.
+  names = {'here': [matched.get(c.name, '') for c in categories],
+           'there': [c.name for c in weights.categories]}
   if boxes not in shapes or boxes not in weights.values:
     if theirs != shapes[path] or names['here'] != names['there']:
       return None
@@ -195,12 +203,14 @@ def _column_names(classes: list[str], count: int) -> list[str | None] | None:
 
 
 def _describe_classes(weights: PretrainedWeights, categories: Sequence[Category],
-                      common: set[str | None] | None) -> str:
+                      common: set[str | None] | None, matched: Mapping[str, str]) -> str:
   """Returns a line on which class columns were transferred, or why none were."""
   if common is None:
     return 'all random, since the heads differ'
-  transferred = [c.name for c in categories if c.name in common]
-  random = [c.name for c in categories if c.name not in common]
+  found = {c.name: matched[c.name] for c in categories
+           if c.name in matched and matched[c.name] in common}
+  transferred = [name if name == other else f'{name}={other}' for name, other in found.items()]
+  random = [c.name for c in categories if c.name not in found]
   unused = [c.name for c in weights.categories if c.name not in common]
   parts = [f'{len(transferred)} of {len(categories)} by name'
            + (f' ({_abbreviated(transferred, _SHOWN)})' if transferred else '')]

@@ -78,6 +78,17 @@ def test_class_columns_follow_their_names(there, here, background_there, backgro
       np.testing.assert_array_equal(result[path], theirs[path])
 
 
+def test_class_columns_of_other_names():
+  theirs, ours = network(3), network(2, start=1e4)
+  found = transferred(theirs, ('couch', 'dining table', 'x'), ours, ('diningtable', 'sofa'),
+                      class_names=('sofa=couch',))
+  result = filled(found, ours)['params', 'head', 'class_bias'].reshape(ANCHORS, 2)
+  expected = theirs['params', 'head', 'class_bias'].reshape(ANCHORS, 3)
+  np.testing.assert_array_equal(result, expected[:, [1, 0]])
+  assert ('2 of 2 by name (diningtable=dining table, sofa=couch); unused: x'
+          in str(found.report))
+
+
 def test_no_class_in_common_leaves_all_columns_fresh():
   ours = network(2, start=1e4)
   found = transferred(network(2), ('cat', 'dog'), ours, ('red', 'blue'))
