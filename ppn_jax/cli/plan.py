@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='slices of each topology that train together (default: %(default)s)')
   parser.add_argument('--batch_per_chip', type=int, default=0, metavar='N',
                       help="images per chip (default: the config's batch size, split)")
+  parser.add_argument('--resident_images', type=int, default=0, metavar='N',
+                      help='compile the step that draws its batch from a training set of N images '
+                           'in device memory, as data.resident.enabled=True does')
   parser.add_argument('--detect', action='store_true',
                       help='compile detection instead of the training step')
   parser.add_argument('--largest_batch', action='store_true',
@@ -78,6 +81,10 @@ def _request(config, topology: str, args: argparse.Namespace):
   chips = math.prod(parse_topology(topology)[1]) * args.slices
   if args.batch_per_chip < 0:
     raise InputError(f'--batch_per_chip={args.batch_per_chip} must be at least 1')
+  if args.resident_images < 0:
+    raise InputError(f'--resident_images={args.resident_images} must be at least 1')
+  if args.resident_images and args.detect:
+    raise InputError('--resident_images is for the training step; leave --detect out')
   key = 'eval' if args.detect else 'train'
   batch_size = config[key].batch_size
   if not args.batch_per_chip and (batch_size < 1 or batch_size % chips):
@@ -85,4 +92,5 @@ def _request(config, topology: str, args: argparse.Namespace):
     raise InputError(f'{key}.batch_size={batch_size} cannot be split over the {chips} chips of '
                      f'{of}; give --batch_per_chip=N')
   return Request(config.to_dict(), topology, args.batch_per_chip or batch_size // chips,
-                 'detect' if args.detect else 'train', args.slices)
+                 'detect' if args.detect else 'train', args.slices,
+                 args.resident_images)

@@ -18,6 +18,7 @@ from ppn_jax.data.loader import eval_batches
 from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source, open_example
 from ppn_jax.detection.structures import Array, Batch, Example, GroundTruth
+from ppn_jax.device_data.exchange import collect_rows, send_capacity
 from ppn_jax.device_data.shuffle import example_at, repeated_images
 from ppn_jax.device_data.transforms import Augmentation, Stored
 from ppn_jax.distributed import sharding
@@ -76,8 +77,11 @@ def check_memory(spec: ResidentSpec, mesh: Mesh, steps: int) -> None:
     raise InputError(f'train.steps={steps} of train.batch_size={spec.batch_size} are more than '
                      '2**32 images, which data.resident.enabled=True cannot count')
   data = data_bytes(spec, mesh)
-  step = (spec.batch_size // mesh.size * spec.augmentation.image_size**2 * _STEP_BYTES_PER_PIXEL
-          + 2 * spec.batch_size * 3 * spec.stored_size**2 * _images_per_row(spec))
+  rows = spec.batch_size // mesh.size
+  exchanged = (rows + send_capacity(rows) if mesh.devices.flat[0].platform == 'tpu'
+               else 2 * spec.batch_size)
+  step = (rows * spec.augmentation.image_size**2 * _STEP_BYTES_PER_PIXEL
+          + exchanged * 3 * spec.stored_size**2 * _images_per_row(spec))
   free = min(map(_free_memory, mesh.local_devices))
   if data + step > free:
     raise InputError(
@@ -149,8 +153,8 @@ def draw_batch(spec: ResidentSpec, mesh: Mesh, data: ResidentData, step: Array
                ) -> tuple[Array, GroundTruth]:
   """Draws the batch of a step: row r is the augmented example at position step * B + r.
 
-  Each device looks up the batch's images that it holds, an all-to-all sends every device its rows,
-  and each device augments its own.
+  Each device looks up the batch's images that it holds, an exchange brings every device its rows
+  (see `exchange.collect_rows`), and each device augments its own.
 
   Args:
     spec: sizes, seed and augmentation.
@@ -178,14 +182,14 @@ def _draw_rows(spec: ResidentSpec, rows: int, data: ResidentData, step: Array
   epochs, places = example_at(positions, length, jax.random.fold_in(key, _ORDER_TAG))
   indices = places if spec.repeats is None else repeated_images(
       epochs, places, spec.repeats, jax.random.fold_in(key, _REPEAT_TAG))
-  drawn = _exchange(data, indices.astype(jnp.int32), rows)
+  drawn = collect_rows(data, indices.astype(jnp.int32), rows, sharding.AXIS)
   first = jax.lax.axis_index(sharding.AXIS) * rows
   others = None
   if _images_per_row(spec) > 1:
     of_others = jax.random.fold_in(key, _OTHER_TAG)
-    others = _exchange(data, jax.vmap(lambda epoch, place: jax.random.randint(
+    others = collect_rows(data, jax.vmap(lambda epoch, place: jax.random.randint(
         jax.random.fold_in(jax.random.fold_in(of_others, epoch), place), (), 0, spec.num_images))(
-            epochs, places), rows)
+            epochs, places), rows, sharding.AXIS)
   epochs, places = (jax.lax.dynamic_slice(a, (first,), (rows,)) for a in (epochs, places))
 
   def stored(example: ResidentData) -> Stored:
@@ -206,20 +210,6 @@ def _draw_rows(spec: ResidentSpec, rows: int, data: ResidentData, step: Array
 def _images_per_row(spec: ResidentSpec) -> int:
   """Returns the number of stored images that are looked up for each row of a batch."""
   return 1 if spec.augmentation.mixup is None else 2
-
-
-def _exchange(data: ResidentData, indices: Array, rows: int) -> ResidentData:
-  """Collects this device's `rows` of the batch `indices` [B] from the parts of all devices."""
-  held, device = len(data.size), jax.lax.axis_index(sharding.AXIS)
-  owners = jax.lax.dynamic_slice(indices // held, (device * rows,), (rows,))
-
-  def exchange(array: Array) -> Array:
-    # For rows that it does not hold, a device sends arbitrary ones, which are never read.
-    sent = array.at[indices - device * held].get(mode='clip')
-    received = jax.lax.all_to_all(sent, sharding.AXIS, 0, 0, tiled=True)
-    return received.reshape(-1, rows, *array.shape[1:])[owners, jnp.arange(rows)]
-
-  return jax.tree.map(exchange, data)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -26,12 +26,19 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from ppn_jax.detector import jit_detect
+from ppn_jax.device_data.dataset import abstract_data
 from ppn_jax.distributed import sharding
 from ppn_jax.distributed.compile_cache import compile_with
 from ppn_jax.errors import InputError, install_command
 from ppn_jax.planning import hlo
 from ppn_jax.run import build_detector, check_batch, optimizer_of, without_class_weights
-from ppn_jax.training.train_step import abstract_batch, abstract_state, jit_train_step
+from ppn_jax.training.input_pipeline import resident_spec
+from ppn_jax.training.train_step import (
+  abstract_batch,
+  abstract_state,
+  jit_resident_step,
+  jit_train_step,
+)
 
 
 class Chip(NamedTuple):
@@ -83,12 +90,15 @@ class Request(NamedTuple):
     batch_per_chip: images per chip.
     program: 'train' or 'detect'.
     slices: number of slices that run it together.
+    resident_images: number of images of a training set in device memory, from which the step draws
+      its batch; 0: the batch comes from the host.
   """
   config: dict[str, Any]
   topology: str
   batch_per_chip: int
   program: str
   slices: int = 1
+  resident_images: int = 0
 
 
 class Estimate(NamedTuple):
@@ -246,8 +256,13 @@ def _lower(request: Request, mesh: jax.sharding.Mesh, chips: int) -> jax.stages.
   if request.program == 'train':
     check_batch(config, 'the batch of all chips', batch_size, optimizer.micro_batches, mesh)
   state = abstract_state(detector, optimizer, mesh)
-  images, ground_truth = abstract_batch(batch_size, detector.image_size,
-                                        config.data.max_boxes or MAX_BOXES, mesh)
+  max_boxes = config.data.max_boxes or MAX_BOXES
+  if request.resident_images:
+    spec = resident_spec(config, request.resident_images, batch_size=batch_size,
+                         max_boxes=max_boxes)
+    return jit_resident_step(detector, optimizer, mesh, spec).lower(
+        state, abstract_data(spec, mesh))
+  images, ground_truth = abstract_batch(batch_size, detector.image_size, max_boxes, mesh)
   if request.program == 'detect':
     return jit_detect(detector, mesh).lower(state.variables, images)
   return jit_train_step(detector, optimizer, mesh).lower(state, images, ground_truth)

@@ -17,7 +17,7 @@ from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes
 from ppn_jax.data.cache import cache_source
 from ppn_jax.data.checks import check_integer
 from ppn_jax.data.loader import choose_workers, required_boxes, train_batches
-from ppn_jax.data.repeats import build_repeats
+from ppn_jax.data.repeats import Repeats, build_repeats
 from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, build_transforms
 from ppn_jax.detection.structures import Array, GroundTruth
@@ -274,10 +274,22 @@ def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh
         'image_size': size, 'batch_size': batch_size, 'seed': seed, 'workers': workers,
         'threads': data.threads,
         'max_boxes': max_boxes, 'repeats': repeats})
-  augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize)
-  spec = dataset.ResidentSpec(
-      num_images=len(source), batch_size=batch_size, max_boxes=max_boxes,
-      stored_size=data.resident.size or size, augmentation=augmentation, seed=seed,
-      repeats=repeats)
+  spec = resident_spec(config, len(source), batch_size=batch_size, max_boxes=max_boxes,
+                       repeats=repeats)
   dataset.check_memory(spec, mesh, config.train.steps)
   return ResidentPipeline(source, mesh, bad, spec, data.threads)
+
+
+def resident_spec(config: ConfigDict, num_images: int, *, batch_size: int, max_boxes: int,
+                  repeats: Repeats | None = None) -> dataset.ResidentSpec:
+  """Returns the sizes of a config's resident data set; see `dataset.ResidentSpec`.
+
+  Raises:
+    InputError: If a transform is not available on the device.
+  """
+  data, size = config.data, config.model.image_size
+  augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize)
+  return dataset.ResidentSpec(
+      num_images=num_images, batch_size=batch_size, max_boxes=max_boxes,
+      stored_size=data.resident.size or size, augmentation=augmentation, seed=config.seed,
+      repeats=repeats)

@@ -211,6 +211,8 @@ def test_a_batch_that_cannot_be_split_asks_for_a_size(capsys, tmp_path):
   slices = ['plan', f'--config={config}', '--topology=v5e:2x2']
   assert main([*slices, '--slices=2']) == 2
   assert 'over the 8 chips of 2 slices of v5e:2x2' in capsys.readouterr().err
+  assert main([*slices, '--resident_images=9', '--detect']) == 2
+  assert '--resident_images is for the training step' in capsys.readouterr().err
   assert main([*slices, '--slices=0']) == 2
   assert '--slices=0 must be at least 1' in capsys.readouterr().err
 
@@ -225,6 +227,21 @@ def test_compiles_the_training_step_for_a_slice():
   count, size = e.collectives['all-reduce']
   parameters = 4 * sum(x.size for x in jax.tree.leaves(_parameters(request())))
   assert count > 0 and size >= parameters / 2  # Gradients may be exchanged in bfloat16.
+
+
+@compiles
+@pytest.mark.slow
+def test_resident_data_exchange_each_row_once():
+  """A chip gets its own rows, not those of the whole batch."""
+  asked = request()
+  host = estimation.plan(asked)
+  asked.config['data']['transforms'] = ({'name': 'horizontal_flip'},)
+  e = estimation.plan(asked._replace(resident_images=1000))
+  count, size = e.collectives['ragged-all-to-all']
+  image = -(-3 * asked.config['model']['image_size']**2 // 4096) * 4096
+  assert count == 2 and 'all-to-all' not in e.collectives
+  assert asked.batch_per_chip * image <= size < 2 * asked.batch_per_chip * image
+  assert e.collectives['all-reduce'] == host.collectives['all-reduce']
 
 
 @compiles
