@@ -106,6 +106,7 @@ def base_config() -> ConfigDict:
           dict(name='horizontal_flip', probability=0.5)),
       repeat_threshold=0.0,  # Share of the images below which a class is shown more often; 0: none.
       resize='supersample',  # The `method` of ppn_jax.data.transforms.basic.Resize.
+      resize_mode='stretch',  # Or 'letterbox', which keeps aspect ratios; of the same function.
       reduced_decoding=True,  # Decodes JPEGs at 1/2, 1/4 or 1/8 where that leaves enough pixels.
       on_bad_example='raise',  # For an image that cannot be read: 'raise', or 'skip' and report it.
       max_bad_share=0.01,  # Largest share of the images that may be skipped.

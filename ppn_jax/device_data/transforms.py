@@ -22,6 +22,7 @@ from ppn_jax.data.transforms.mixing import Mixup
 from ppn_jax.data.transforms.random_crop import SsdRandomCrop
 from ppn_jax.data.transforms.zoom import Expand, LargeScaleJitter
 from ppn_jax.detection import boxes as box_ops
+from ppn_jax.detection.frame import FILL, InputFrame
 from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.device_data.resize import KERNELS, crop_and_resize
 from ppn_jax.errors import InputError, did_you_mean
@@ -52,10 +53,17 @@ class Augmentation(NamedTuple):
     ops: dataclasses of `data.transforms`, in order.
     image_size: S, side of the network's input in pixels.
     kernel: resizing kernel, one of `resize.KERNELS`.
+    resize_mode: one of `frame.RESIZE_MODES`.
   """
   ops: tuple[Any, ...]
   image_size: int
   kernel: str
+  resize_mode: str = 'stretch'
+
+  @property
+  def frame(self) -> InputFrame:
+    """Geometry of the network's input."""
+    return InputFrame.of(self.image_size, self.resize_mode)
 
   @property
   def mixup(self) -> int | None:
@@ -105,25 +113,31 @@ class Augmentation(NamedTuple):
     image, size, ground_truth = stored
     view = self.view(size, ground_truth, key)
     fills = any(isinstance(op, _FILLING) for op in self.ops)
+    content = self.frame.content(view.size) if self.frame.keeps_aspect else None
     image, seen = crop_and_resize(image, view.frame, view.mirrored, self.image_size, self.kernel,
-                                  beyond=fills, visible=view.visible if fills else None)
+                                  beyond=fills, visible=view.visible if fills else None,
+                                  content=content)
     for number, op in enumerate(self.ops[:count]):
       if isinstance(op, _FILLING):  # Only later colour ops change the fill.
         image = image * seen + jnp.float32(op.fill)[:, None, None] * (1 - seen)
       if type(op) in _COLOR:
         image = _COLOR[type(op)](op, image, jax.random.fold_in(key, number))
-    return image, view.ground_truth
+    if content is not None:  # The host fills the rest after the colour ops, too.
+      rows, columns = (jnp.arange(self.image_size) < filled for filled in content)
+      image = jnp.where(rows[:, None] & columns, image, FILL)
+    boxes = self.frame.to_input(view.ground_truth.boxes, view.size)
+    return image, view.ground_truth._replace(boxes=boxes)
 
 
-def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, resize: str
-                       ) -> Augmentation:
-  """Builds the device's augmentation from a config's `data.transforms` and `data.resize`.
+def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, resize: str,
+                       resize_mode: str = 'stretch') -> Augmentation:
+  """Builds the device's augmentation from a config's `data.transforms` and how images are resized.
 
   Raises:
     InputError: If a block is bad (see `build_transforms`), or an op is not available on the device.
   """
-  ops = build_transforms(blocks)
-  kernel = Resize(image_size, resize).method
+  ops = build_transforms(blocks, resize_mode)
+  kernel = Resize(image_size, resize, resize_mode=resize_mode).method
   for block, op in zip(blocks, ops, strict=True):
     # Not isinstance, since a subclass may behave differently.
     if type(op) not in (*_GEOMETRY, *_COLOR, Mixup):
@@ -135,6 +149,11 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
         raise InputError(f'{block["name"]}.size is {op.size}, below model.image_size={image_size}, '
                          'which is not available on the device; train with '
                          'data.resident.enabled=False')
+    mode = getattr(op, 'resize_mode', resize_mode)
+    if mode != resize_mode or (type(op) is Resize and mode == 'letterbox'):
+      raise InputError(f'{block["name"]}.resize_mode={mode!r} with data.resize_mode='
+                       f'{resize_mode!r} is not available on the device; remove it, or train with '
+                       'data.resident.enabled=False')
   if kernel not in KERNELS:
     raise InputError(f'resize method {kernel!r} is not available on the device; '
                      f'{did_you_mean(kernel, KERNELS)}')
@@ -144,7 +163,7 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
     raise InputError(f'transforms {filling[0]!r} and {filling[1]!r} both add a border around the '
                      'image; with data.resident.enabled=True only one transform may')
   _check_mixup([block['name'] for block in blocks], ops, image_size)
-  return Augmentation(ops, image_size, kernel)
+  return Augmentation(ops, image_size, kernel, resize_mode)
 
 
 def _check_mixup(names: Sequence[str], ops: Sequence[Any], image_size: int) -> None:

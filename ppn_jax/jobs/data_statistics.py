@@ -118,7 +118,8 @@ def collect_statistics(config: ConfigDict, *, split: str = 'train', samples: int
       anchors=detector.anchors, matching=config.matching.to_dict(), num_images=seen,
       total_images=len(source), num_crowds=crowds, boxes=boxes, examples=tuple(examples),
       report=report(source, f'data.{split}', ignore_crowd=config.matching.ignore_crowd,
-                    image_size=detector.image_size if split == 'train' else 0),
+                    image_size=detector.image_size if split == 'train' else 0,
+                    resize_mode=data.resize_mode),
       skipped=tuple(bad.new_reasons()), suggestions=_suggest_changes(config, detector, boxes))
 
 
@@ -153,10 +154,11 @@ def _batches(config: ConfigDict, split: str, source: Source, batch_size: int, ba
   """Yields batches as training or evaluation reads them."""
   data, size = config.data, config.model.image_size
   options = {'image_size': size, 'batch_size': batch_size, 'threads': data.threads,
-             'resize': data.resize, 'reduced_decoding': data.reduced_decoding, 'bad': bad}
+             'resize': data.resize, 'resize_mode': data.resize_mode,
+             'reduced_decoding': data.reduced_decoding, 'bad': bad}
   if split == 'eval':
     return eval_batches(source, max_boxes=required_boxes(source), **options)
-  transforms = build_transforms(data.transforms)
+  transforms = build_transforms(data.transforms, data.resize_mode)
   return train_batches(source, transforms=transforms, seed=config.seed,
                        max_boxes=required_boxes(source, data.max_boxes, transforms), **options)
 

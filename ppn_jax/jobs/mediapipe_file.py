@@ -31,7 +31,11 @@ _FLOOR = 0.3  # Scores below this share of an image's best are not compared.
 
 
 def check_supported(config: ConfigDict, options: ExportOptions) -> None:
-  """Raises InputError if MediaPipe cannot compute the scores of a model in that precision."""
+  """Raises InputError if MediaPipe cannot compute what a config asks for in that precision."""
+  if config.data.resize_mode != 'stretch':
+    raise InputError(f'data.resize_mode={config.data.resize_mode!r}: MediaPipe stretches pictures, '
+                     'and no metadata changes that; use --layout=detections or '
+                     'detection_postprocess, or train with data.resize_mode=stretch')
   if config.model.score_activation != 'sigmoid' and options.precision == 'int8':
     raise InputError(f'model.score_activation={config.model.score_activation!r}: layout mediapipe '
                      'computes it in floats; use --precision=float16 or float32')

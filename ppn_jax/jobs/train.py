@@ -102,7 +102,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
     sources = open_splits(config, splits, categories=earlier.categories if earlier else None)
   source, eval_source = sources['train'], sources.get('eval')
   found = report(source, 'data.train', image_size=config.model.image_size,
-                 ignore_crowd=config.matching.ignore_crowd)
+                 resize_mode=config.data.resize_mode, ignore_crowd=config.matching.ignore_crowd)
   check_learnable(found)
   run = create_run(workdir, config, source.categories)
   detector, optimizer, evaluator = run.detector(), run.optimizer(), None

@@ -10,6 +10,7 @@ from ppn_jax.data.checks import check_bool, check_color, check_integer, check_nu
 from ppn_jax.data.images.lazy import Color
 from ppn_jax.data.images.resizing import check_method
 from ppn_jax.data.transforms.geometry import crop, drop_small, resize
+from ppn_jax.detection.frame import InputFrame, check_mode
 from ppn_jax.detection.structures import Example
 
 
@@ -18,9 +19,10 @@ class Mosaic:
   """Arranges the image and three others around a random point of a square canvas.
 
   Implements the mosaic of YOLOv4 (Bochkovskiy et al., 2020, section 3.3). Each image is resized to
-  a square of `scale` times the canvas, since the network sees squares, and placed with a corner at
-  the point. Parts beyond the canvas are cut off, and parts that no image covers have the colour
-  `fill`. The other images are drawn at random and go through the transforms before this one.
+  a square of `scale` times the canvas, or with `resize_mode='letterbox'` so that its longer side is
+  that long, and placed with a corner at the point. Parts beyond the canvas are cut off,
+  and parts that no image covers have the colour `fill`. The other images are drawn at random and go
+  through the transforms before this one.
 
   Boxes completely outside are dropped, and those below `min_coverage` or `min_side` unless they are
   crowds; the others are cut at the canvas. `image_id` and `size` are those of the first image.
@@ -33,7 +35,7 @@ class Mosaic:
     fill: RGB.
     min_coverage: Share of a box's area that must be on the canvas.
     min_side: Pixels of the canvas that both sides of the visible part of a box must have.
-    method, reduced_decoding: As in `Resize`.
+    method, reduced_decoding, resize_mode: As in `Resize`.
   """
   size: int
   probability: float = 0.5
@@ -44,6 +46,7 @@ class Mosaic:
   min_side: float = 2.0
   method: str = 'area'
   reduced_decoding: bool = True
+  resize_mode: str = ''
   takes_lazy_image: ClassVar[bool] = True
   takes_others: ClassVar[bool] = True
   box_factor: ClassVar[int] = 4
@@ -58,6 +61,7 @@ class Mosaic:
     check_number('mosaic.min_side', self.min_side, 0, self.size)
     check_method('mosaic.method', self.method)
     check_bool('mosaic.reduced_decoding', self.reduced_decoding)
+    check_mode('mosaic.resize_mode', self.resize_mode)
 
   def __call__(self, example: Example, rng: np.random.Generator,
                draw: Callable[[], Example]) -> Example:
@@ -79,19 +83,21 @@ class Mosaic:
 
   def _place(self, canvas: np.ndarray, example: Example, center: np.ndarray, side: int,
            corner: tuple[int, int]) -> Example:
-    """Draws one image at side x side pixels, and returns its visible boxes relative to the canvas.
+    """Draws one image in its size, and returns its visible boxes relative to the canvas.
 
     Args:
       canvas: u8 [size, size, 3], changed in place.
       example: The image with its boxes.
       center: (y, x) of the point in pixels.
-      side: Side of the resized image in pixels.
+      side: Side of the resized image, or of its letterbox, in pixels.
       corner: (0 above or 1 below the point, 0 left or 1 right of it).
     """
     window, place = [], []
-    for whole, at, after in zip(example.image.shape[:2], center.tolist(), corner, strict=True):
-      shown = min(side, self.size - at if after else at)
-      stored = max(1, round(whole * shown / side))
+    size = example.image.shape[:2]
+    resized = InputFrame.of(side, self.resize_mode).content_of(size)
+    for whole, out, at, after in zip(size, resized, center.tolist(), corner, strict=True):
+      shown = min(out, self.size - at if after else at)
+      stored = max(1, round(whole * shown / out))
       window.append((0 if after else whole - stored, stored))
       place.append((at if after else at - shown, shown))
     (y, x), (height, width) = zip(*window, strict=True)

@@ -110,6 +110,42 @@ def test_every_op_to_a_pixel(name, kind):
   assert np.abs(all_errors).max() <= 1.0 and abs(all_errors.mean()) < 0.1
 
 
+@pytest.mark.parametrize('kind', ['array', 'jpeg'])
+@pytest.mark.parametrize('name, options', [
+    ('resize', {}), ('mosaic', {}), ('mixup', {'size': 240, 'probability': 1, 'min_share': 0}),
+    ('copy_paste', {'size': 240, 'probability': 1, 'scale': (1, 1), 'min_visible': 0})])
+def test_ops_that_keep_the_aspect_ratio(name, options, kind):
+  """Checks the boxes of painted rectangles, and their shape."""
+  source = Painted(kind)
+  op, = basic.build_transforms([{'name': name, **OPS.get(name, {}), **options}], 'letterbox')
+  for index in range(12):
+    out = read_example(source, index, (op,), np.random.default_rng(index))
+    assert out.image.shape == (240, 240, 3)
+    if name in ('resize', 'mosaic'):
+      found = errors(out)
+      assert np.abs(found).max(initial=0) <= 1.0
+    if name != 'mosaic':  # Which cuts objects, and may fill its canvas.
+      assert (out.image[181:] == GREY).all() and out.boxes[:, 2].max() <= 0.75
+      sides = (out.boxes[:, 2:] - out.boxes[:, :2]) * 240
+      whole = [source.boxes(i) for i in range(12)]
+      shapes = np.array([(b[2] - b[0], b[3] - b[1]) for b in whole]) * 240 / 400
+      away = np.abs(shapes[:, None] - sides).max(axis=-1).min(axis=0)
+      assert (away <= 1.5).mean() > 0.6  # Except for what is pasted over, or itself cut.
+
+
+def test_a_letterbox_has_the_pixels_of_a_resized_picture_at_the_top_left():
+  example = Painted('array', size=(90, 200))[0]
+  example.image[..., 1] = 60
+  out = basic.Resize(100, resize_mode='letterbox')(example)
+  np.testing.assert_array_equal(out.image[:45], geometry.resize(example, 45, 100).image)
+  assert (out.image[45:] == 128).all()
+  # A picture that is stored smaller is placed as its original would be.
+  stored = example._replace(image=geometry.resize(example, 9, 21).image)
+  whole = basic.ResizeWhole(100, resize_mode='letterbox')(stored)
+  assert (whole.image[45:] == 128).all() and (whole.image[44] != 128).any()
+  np.testing.assert_array_equal(whole.boxes, out.boxes)
+
+
 @pytest.mark.parametrize('name', ['large_scale_jitter', 'mosaic', 'resize'])
 @pytest.mark.parametrize('method', ['supersample', 'bilinear'])
 def test_other_kernels(name, method):
