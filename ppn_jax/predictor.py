@@ -62,14 +62,13 @@ class Predictor:
     return results
 
   def _batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
-    side = self.resize.size
-    pixels = np.zeros((self.batch_size, side, side, 3), np.uint8)
+    frame = self.resize.frame
+    pixels = np.zeros((self.batch_size, frame.height, frame.width, 3), np.uint8)
     for row, image in enumerate(images):
       pixels[row] = self.resize(unlabelled_example(image)).image
     found = Detections(*map(np.asarray, self.detect(pixels)))
     in_pictures = (
-        self.resize.frame.in_pictures(Detections(*(field[row] for field in found)),
-                                      np.array(image.shape[:2]))
+        frame.in_pictures(Detections(*(field[row] for field in found)), np.array(image.shape[:2]))
         for row, image in enumerate(images))
     each = [Detections(*(field[one.valid] for field in one)) for one in in_pictures]
     return each if self.point is None else [self.point.calibrated(one) for one in each]

@@ -1,4 +1,4 @@
-"""With `data.resize_mode='letterbox'`, detections are in pixels of the original picture.
+"""Letterboxes and inputs that are no squares: detections are in pixels of the original picture.
 
 A stand-in for the network finds a painted rectangle in its input. Its boxes must come back to where
 the rectangle was painted.
@@ -13,6 +13,7 @@ from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.loader import train_batches
 from ppn_jax.data.report import report
 from ppn_jax.data.transforms.basic import Resize
+from ppn_jax.detection.frame import InputFrame, sides_of
 from ppn_jax.detection.structures import Category, Detections, Example
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
@@ -24,6 +25,7 @@ from ppn_jax.jobs.evaluator import Evaluator
 from ppn_jax.predictor import Predictor, open_predictor
 
 SIDE = 120
+SIZES = (SIDE, (96, 160))
 # (height, width) of pictures, and painted rectangles in their pixels.
 PICTURES = [((200, 320), (40, 80, 120, 240)), ((320, 200), (0, 0, 160, 120)),
             ((90, 400), (30, 300, 90, 400)), ((240, 240), (60, 20, 200, 100))]
@@ -70,43 +72,57 @@ def find_paint(images):
   return Detections(boxes, np.where(valid, np.float32([[0.9, 0.3]]), 0), zeros, zeros, valid)
 
 
+@pytest.mark.parametrize('image_size', SIZES)
 @pytest.mark.parametrize('mode', ['stretch', 'letterbox'])
-def test_detections_of_pictures_of_any_shape(mode):
-  found = ImageDetector(Predictor(Painted.categories, 3, 3, Resize(SIDE, resize_mode=mode),
+def test_detections_of_pictures_of_any_shape(mode, image_size):
+  found = ImageDetector(Predictor(Painted.categories, 3, 3, Resize(image_size, resize_mode=mode),
                                   find_paint))([example.image for example in Painted()])
   for one, (size, box) in zip(found, PICTURES, strict=True):
     # A pixel of the input.
-    np.testing.assert_allclose(one.boxes[0], box, atol=max(size) / SIDE)
-    beside = mode == 'letterbox' and size[0] != size[1]
+    pixel = max(side / shown for side, shown in zip(size, sides_of(image_size), strict=True))
+    np.testing.assert_allclose(one.boxes[0], box, atol=pixel)
+    whole = InputFrame.of(image_size, 'letterbox').content_of(size) == sides_of(image_size)
+    beside = mode == 'letterbox' and not whole
     assert len(one.boxes) == (1 if beside else 2)
     assert (one.boxes <= [*size, *size]).all()
 
 
-def test_evaluation_is_in_pixels_of_the_originals():
+@pytest.mark.parametrize('image_size', SIZES)
+def test_evaluation_is_in_pixels_of_the_originals(image_size):
   source = Painted()
   evaluator = Evaluator(
       source, source.categories, lambda variables, images: find_paint(images),
-      sharding.data_mesh(), 3, {'image_size': SIDE, 'resize': 'area', 'resize_mode': 'letterbox',
-                                'reduced_decoding': True, 'threads': 1, 'max_boxes': 8},
+      sharding.data_mesh(), 3, {
+          'image_size': image_size, 'resize': 'area', 'resize_mode': 'letterbox',
+          'reduced_decoding': True, 'threads': 1, 'max_boxes': 8},
       BadExamples('data.eval', len(source), 'raise', 0))
+  evaluator.compile({})
   rows = evaluator.rows({})
   first = [row for row in rows if row['score'] > 0.5]
   for row, annotation in zip(first, source.ground_truth()['annotations'], strict=True):
     assert row['image_id'] == annotation['image_id']
     np.testing.assert_allclose(row['bbox'], annotation['bbox'], atol=2 * 400 / SIDE)
-  assert len(rows) == len(first) + 1  # Only a square picture has a lower right corner.
+  # Only a picture that fills all of the input has its lower right corner.
+  frame = InputFrame.of(image_size, 'letterbox')
+  whole = sum(frame.content_of(size) == (frame.height, frame.width) for size, _ in PICTURES)
+  assert len(rows) == len(first) + whole
 
 
 @pytest.mark.parametrize('workers', ['threads', pytest.param('processes',
                                                              marks=pytest.mark.slow)])
 def test_batches_for_training_are_letterboxed(workers):
-  batch = next(train_batches(Painted(), transforms=(), image_size=SIDE, max_boxes=2, batch_size=4,
-                             seed=0, resize_mode='letterbox', workers=workers, threads=1))
-  found = find_paint(batch.images)
-  np.testing.assert_allclose(batch.ground_truth.boxes[:, 0], found.boxes[:, 0], atol=1 / SIDE)
-  for image, image_id in zip(batch.images, batch.image_id, strict=True):
-    height, width = PICTURES[image_id][0]
-    assert (image[int(SIDE * height / max(height, width)) + 1:] == 128).all()
+  for image_size in SIZES:
+    frame = InputFrame.of(image_size, 'letterbox')
+    batch = next(train_batches(Painted(), transforms=(), image_size=image_size, max_boxes=2,
+                               batch_size=4, seed=0, resize_mode='letterbox', workers=workers,
+                               threads=1))
+    assert batch.images.shape == (4, frame.height, frame.width, 3)
+    found = find_paint(batch.images)
+    np.testing.assert_allclose(batch.ground_truth.boxes[:, 0], found.boxes[:, 0],
+                               atol=1 / frame.height)
+    for image, image_id in zip(batch.images, batch.image_id, strict=True):
+      rows, columns = frame.content_of(PICTURES[image_id][0])
+      assert (image[rows:] == 128).all() and (image[:, columns:] == 128).all()
 
 
 def test_objects_are_measured_where_the_network_sees_them():
@@ -134,6 +150,17 @@ def test_an_exported_file_says_how_to_resize(monkeypatch):
   del made['input']['resize_mode']  # A file of an earlier version.
   found, = open_predictor('file.tflite')([Painted()[0].image])
   assert len(found.boxes) == 2
+
+
+def test_an_exported_file_takes_inputs_of_its_size():
+  made = make_metadata(ExportOptions('tflite', batch_size=2), image_size=(96, 160), resize='area',
+                       labels=['paint'], category_ids=[7], step=3, model={})
+  assert made['input']['shape'] == [2, 96, 160, 3]
+  assert made['input']['preprocessing'].startswith('resize to 96x160 without keeping')
+  exported = ExportedDetector(made, lambda images: find_paint(images)._asdict())
+  assert exported(np.zeros((3, 96, 160, 3), np.uint8)).boxes.shape == (3, 2, 4)
+  with pytest.raises(InputError, match=r'takes uint8 \[B, 96, 160, 3\]'):
+    exported(np.zeros((3, 160, 96, 3), np.uint8))
 
 
 def test_mediapipe_stretches():

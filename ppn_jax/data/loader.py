@@ -27,6 +27,7 @@ from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, ResizeWhole, Transform
 from ppn_jax.data.worker_server import Load, Record
+from ppn_jax.detection.frame import ImageSize
 from ppn_jax.detection.structures import Batch, Example
 from ppn_jax.errors import InputError, did_you_mean
 
@@ -43,7 +44,7 @@ _MANY_CORES = 16
 Rows = Sequence[int] | slice | None
 
 
-def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: int,
+def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: ImageSize,
                   max_boxes: int, batch_size: int, seed: int, start_step: int = 0,
                   rows: Rows = None, workers: str = 'threads', threads: int = 0,
                   resize: str = 'area', resize_mode: str = 'stretch',
@@ -59,7 +60,7 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
   Args:
     source: Data set of N images.
     transforms: Applied in order, before the image is resized to the network's input.
-    image_size: S, side of the network's input in pixels.
+    image_size: S, side of the network's input in pixels, or (height, width).
     max_boxes: G; see `required_boxes`.
     batch_size: B, over all processes.
     seed: At least 0.
@@ -88,7 +89,7 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
       len(load.rows), image_size, max_boxes), bad, workers, threads)
 
 
-def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size: int,
+def eval_batches(source: Source, *, image_size: ImageSize, max_boxes: int, batch_size: int,
                  rows: Rows = None, workers: str = 'threads', threads: int = 0,
                  resize: str = 'area', resize_mode: str = 'stretch',
                  reduced_decoding: bool = True, bad: BadExamples | None = None) -> Iterator[Batch]:

@@ -4,13 +4,18 @@ Training, evaluation, detection and export take the geometry from here: boxes go
 and come back by `to_picture`.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.structures import Array, Detections
 from ppn_jax.errors import InputError, did_you_mean
+
+# `model.image_size`, the size of the network's input in pixels: the side of a square, or (height,
+# width).
+ImageSize = int | tuple[int, int]
 
 RESIZE_MODES = ('stretch', 'letterbox')
 # Grey of the rest of a letterbox, in all channels. The network scales it to 0, where the zeros are
@@ -34,13 +39,13 @@ class InputFrame(NamedTuple):
   mode: str = 'stretch'
 
   @classmethod
-  def of(cls, image_size: int, mode: str = 'stretch') -> 'InputFrame':
+  def of(cls, image_size: ImageSize, mode: str = 'stretch') -> 'InputFrame':
     """Makes the frame of the config's `model.image_size` and `data.resize_mode`; '' stretches.
 
     Raises:
       InputError: If there is no such mode.
     """
-    return cls(image_size, image_size, check_mode('data.resize_mode', mode) or 'stretch')
+    return cls(*sides_of(image_size), check_mode('data.resize_mode', mode) or 'stretch')
 
   @property
   def keeps_aspect(self) -> bool:
@@ -93,6 +98,35 @@ class InputFrame(NamedTuple):
     xp = box_ops.array_namespace(boxes, size)
     shares = self.content(size) / xp.asarray([self.height, self.width])
     return xp.concatenate([shares, shares], axis=-1)[..., None, :].astype(boxes.dtype)
+
+
+def sides_of(image_size: ImageSize) -> tuple[int, int]:
+  """Returns (height, width) of an image size."""
+  if isinstance(image_size, Sequence):
+    height, width = image_size
+    return height, width
+  return image_size, image_size
+
+
+def check_image_size(what: str, image_size: Any, least: int = 1) -> ImageSize:
+  """Returns an image size with sides of at least `least` pixels; the side alone for a square.
+
+  Raises:
+    InputError: If it is something else.
+  """
+  sides = (tuple(image_size) if isinstance(image_size, Sequence) and not isinstance(image_size, str)
+           else (image_size, image_size))
+  if len(sides) != 2 or not all(type(side) is int and side >= least for side in sides):
+    raise InputError(f'{what} is {image_size!r}, legal: an integer, {least} or more, or two of '
+                     'them, (height, width)')
+  height, width = sides
+  return height if height == width else (height, width)
+
+
+def show_size(image_size: ImageSize) -> str:
+  """Returns an image size as text: '300', or '240x320' for height and width that differ."""
+  height, width = sides_of(image_size)
+  return f'{height}' if height == width else f'{height}x{width}'
 
 
 def check_mode(what: str, mode: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ppn_jax.detection.frame import ImageSize, sides_of
 from ppn_jax.detection.structures import Array
 
 # Methods of `data.transforms.Resize`; 'supersample' averages as 'area' does.
@@ -17,7 +18,7 @@ KERNELS = ('area', 'supersample', 'bilinear', 'legacy')
 _UNIT = 256  # Weights are multiples of 1 / 256; with one more bit they would not fit bfloat16.
 
 
-def crop_and_resize(image: Array, frame: Array, mirrored: Array, size: int, kernel: str,
+def crop_and_resize(image: Array, frame: Array, mirrored: Array, size: ImageSize, kernel: str,
                     beyond: bool = False, visible: Array | None = None,
                     content: Array | None = None) -> tuple[Array, Array | None]:
   """Crops an image to a frame, mirrors it if asked to, and resizes it to the network's input.
@@ -26,10 +27,10 @@ def crop_and_resize(image: Array, frame: Array, mirrored: Array, size: int, kern
   `data.transforms` applied to the same pixels.
 
   Args:
-    image: u8 [3, R, R], channels first, since a last axis of 3 wastes most of a TPU's lanes.
+    image: u8 [3, R, Q], channels first, since a last axis of 3 wastes most of a TPU's lanes.
     frame: f32 [4], a box of the stored image; its borders may lie inside pixels.
     mirrored: bool [], whether to mirror left to right.
-    size: S, side of the result in pixels.
+    size: side of the result in pixels, or (height, width).
     kernel: one of KERNELS.
     beyond: whether the frame may reach beyond the image, or beyond its visible part.
     visible: f32 [4], the box of the stored image that may be shown; None for all of it.
@@ -37,22 +38,23 @@ def crop_and_resize(image: Array, frame: Array, mirrored: Array, size: int, kern
       on; what is beyond them is undefined. None for all of them.
 
   Returns:
-    Image f32 [3, S, S], whole grey levels, 0 to 255, and f32 [S, S], the share of each pixel that
+    Image f32 [3, H, W], whole grey levels, 0 to 255, and f32 [H, W], the share of each pixel that
     shows the image, 0 to 1, or None if not `beyond`.
   """
-  side = image.shape[-1]
-  start, extent = frame[:2] * side, (frame[2:] - frame[:2]) * side
+  (high, wide), out = image.shape[-2:], sides_of(size)
+  sides = jnp.float32([high, wide])
+  start, extent = frame[:2] * sides, (frame[2:] - frame[:2]) * sides
   shown = shown_x = None
   if visible is not None:
-    low, high = visible.reshape(2, 2) * side
-    shown = low[0], high[0]
-    shown_x = (jnp.where(mirrored, side - high[1], low[1]),
-               jnp.where(mirrored, side - low[1], high[1]))
-  filled: tuple[Any, Any] = (size, size) if content is None else (content[0], content[1])
-  rows = weights(start[0], extent[0], side, size, kernel, shown, filled[0])
+    first, last = visible.reshape(2, 2) * sides
+    shown = first[0], last[0]
+    shown_x = (jnp.where(mirrored, wide - last[1], first[1]),
+               jnp.where(mirrored, wide - first[1], last[1]))
+  filled: tuple[Any, Any] = out if content is None else (content[0], content[1])
+  rows = weights(start[0], extent[0], high, out[0], kernel, shown, filled[0])
   # The kernel runs over the mirrored image, since the legacy one is not symmetric.
-  start_x = jnp.where(mirrored, side - start[1] - extent[1], start[1])
-  columns = weights(start_x, extent[1], side, size, kernel, shown_x, filled[1])
+  start_x = jnp.where(mirrored, wide - start[1] - extent[1], start[1])
+  columns = weights(start_x, extent[1], wide, out[1], kernel, shown_x, filled[1])
   columns = jnp.where(mirrored, columns[:, ::-1], columns)
   partial = jnp.einsum('sr,crq->csq', rows, image.astype(jnp.float32))
   # 16-bit factors would not be exact, so they are split into two halves of 8 bits.

@@ -22,7 +22,7 @@ from ppn_jax.data.transforms.mixing import Mixup
 from ppn_jax.data.transforms.random_crop import SsdRandomCrop
 from ppn_jax.data.transforms.zoom import Expand, LargeScaleJitter
 from ppn_jax.detection import boxes as box_ops
-from ppn_jax.detection.frame import FILL, InputFrame
+from ppn_jax.detection.frame import FILL, ImageSize, InputFrame, sides_of
 from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.device_data.resize import KERNELS, crop_and_resize
 from ppn_jax.errors import InputError, did_you_mean
@@ -41,7 +41,7 @@ class View(NamedTuple):
 
 class Stored(NamedTuple):
   """Stored image with its ground truth."""
-  image: Array  # u8 [3, R, R].
+  image: Array  # u8 [3, R, R], or of another shape.
   size: Array  # i32 [2], (height, width) of the original, in whose pixels the ops draw.
   ground_truth: GroundTruth  # [G, ...].
 
@@ -51,12 +51,12 @@ class Augmentation(NamedTuple):
 
   Fields:
     ops: dataclasses of `data.transforms`, in order.
-    image_size: S, side of the network's input in pixels.
+    image_size: S, side of the network's input in pixels, or (height, width).
     kernel: resizing kernel, one of `resize.KERNELS`.
     resize_mode: one of `frame.RESIZE_MODES`.
   """
   ops: tuple[Any, ...]
-  image_size: int
+  image_size: ImageSize
   kernel: str
   resize_mode: str = 'stretch'
 
@@ -123,13 +123,14 @@ class Augmentation(NamedTuple):
       if type(op) in _COLOR:
         image = _COLOR[type(op)](op, image, jax.random.fold_in(key, number))
     if content is not None:  # The host fills the rest after the colour ops, too.
-      rows, columns = (jnp.arange(self.image_size) < filled for filled in content)
+      rows, columns = (jnp.arange(side) < filled
+                       for side, filled in zip(sides_of(self.image_size), content, strict=True))
       image = jnp.where(rows[:, None] & columns, image, FILL)
     boxes = self.frame.to_input(view.ground_truth.boxes, view.size)
     return image, view.ground_truth._replace(boxes=boxes)
 
 
-def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, resize: str,
+def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: ImageSize, resize: str,
                        resize_mode: str = 'stretch') -> Augmentation:
   """Builds the device's augmentation from a config's `data.transforms` and how images are resized.
 
@@ -145,7 +146,7 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
                        'train with data.resident.enabled=False')
     if isinstance(op, (Resize, LargeScaleJitter, Mixup)):
       kernel = op.method
-      if op.size < image_size:
+      if any(a < b for a, b in zip(sides_of(op.size), sides_of(image_size), strict=True)):
         raise InputError(f'{block["name"]}.size is {op.size}, below model.image_size={image_size}, '
                          'which is not available on the device; train with '
                          'data.resident.enabled=False')
@@ -166,7 +167,7 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
   return Augmentation(ops, image_size, kernel, resize_mode)
 
 
-def _check_mixup(names: Sequence[str], ops: Sequence[Any], image_size: int) -> None:
+def _check_mixup(names: Sequence[str], ops: Sequence[Any], image_size: ImageSize) -> None:
   """Checks that mixup, if there is one, blends inputs of the network.
 
   Raises:
@@ -177,7 +178,7 @@ def _check_mixup(names: Sequence[str], ops: Sequence[Any], image_size: int) -> N
     if type(op) not in _COLOR:
       raise InputError(f'transform {name!r} follows {names[at]!r}, which is not available on the '
                        'device; put it before, or train with data.resident.enabled=False')
-  if at < len(ops) and ops[at].size != image_size:
+  if at < len(ops) and sides_of(ops[at].size) != sides_of(image_size):
     raise InputError(f'{names[at]}.size is {ops[at].size}, but with data.resident.enabled=True it '
                      f'must be model.image_size={image_size}')
 
@@ -190,7 +191,7 @@ def _horizontal_flip(op: HorizontalFlip, view: View, key: Array) -> View:
 
 
 def _resize(op: Resize | LargeScaleJitter, view: View, key: Array) -> View:
-  return view._replace(size=jnp.full(2, op.size, jnp.float32))
+  return view._replace(size=jnp.float32(sides_of(op.size)))
 
 
 def _expand(op: Expand, view: View, key: Array) -> View:
@@ -203,11 +204,16 @@ def _expand(op: Expand, view: View, key: Array) -> View:
 
 def _large_scale_jitter(op: LargeScaleJitter, view: View, key: Array) -> View:
   draws = jax.random.uniform(key, (3,))
-  frame = jnp.maximum(jnp.rint(view.size.max() / _between(op.scale, draws[0])), 1)
+  height, width = sides_of(op.size)
+  # As `zoom.smallest_frame`; a factor of 1 changes nothing.
+  ratios = jnp.float32([height / width, width / height])
+  smallest = jnp.maximum(view.size, view.size[::-1] * ratios)
+  frame = jnp.maximum(jnp.rint(smallest / _between(op.scale, draws[0])), 1)
   corner = jnp.floor(draws[1:] * (jnp.maximum(view.size - frame, 0) + 1))
   view = crop(view, jnp.concatenate([corner, corner + frame]), op.min_coverage)
   boxes = view.ground_truth.boxes
-  large = ((boxes[:, 2:] - boxes[:, :2]) * op.size).min(axis=-1) >= op.min_side
+  sides = (boxes[:, 2:] - boxes[:, :2]) * jnp.float32(sides_of(op.size))
+  large = sides.min(axis=-1) >= op.min_side
   valid = view.ground_truth.valid & (large | view.ground_truth.crowd) & (box_ops.area(boxes) > 0)
   return _resize(op, view._replace(ground_truth=view.ground_truth._replace(valid=valid)), key)
 

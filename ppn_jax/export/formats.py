@@ -7,7 +7,7 @@ import pathlib
 import zipfile
 from typing import Any
 
-from ppn_jax.detection.frame import FILL, InputFrame
+from ppn_jax.detection.frame import FILL, ImageSize, InputFrame
 from ppn_jax.errors import InputError, did_you_mean, install_command
 
 # Format of another runtime -> the extra that installs its libraries.
@@ -94,7 +94,7 @@ def load_library(name: str, output_format: str):
                      f'imported ({e}); {install_command(extra)}') from e
 
 
-def make_metadata(options: ExportOptions, *, image_size: int, resize: str, labels: list[str],
+def make_metadata(options: ExportOptions, *, image_size: ImageSize, resize: str, labels: list[str],
                   category_ids: list[int], step: int, model: dict[str, Any],
                   resize_mode: str = 'stretch', operating_point: dict[str, Any] | None = None,
                   decoder: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
 
   Args:
     options: options of the export.
-    image_size: S, side of the input images in pixels.
+    image_size: S, side of the input images in pixels, or (height, width).
     resize: kernel with which images were resized in training.
     labels: class names, in order of label.
     category_ids: category ids of the data set, in order of label.
@@ -146,7 +146,7 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
       'model': model}
 
 
-def describe_input(batch_size: int | None, image_size: int, resize: str,
+def describe_input(batch_size: int | None, image_size: ImageSize, resize: str,
                    resize_mode: str = 'stretch') -> dict[str, Any]:
   """Returns what a detector takes and how it is made from an image; see `make_metadata`."""
   frame = InputFrame.of(image_size, resize_mode)
@@ -157,7 +157,7 @@ def describe_input(batch_size: int | None, image_size: int, resize: str,
                 f'aspect ratio, to whole pixels at the top left of {size}; fill the rest with '
                 f'{FILL}; a pixel of the input divided by s is one of the image')
   return {'name': 'images', 'type': 'uint8',
-          'shape': [batch_size or 'any', image_size, image_size, 3],
+          'shape': [batch_size or 'any', frame.height, frame.width, 3],
           'colors': 'RGB', 'range': [0, 255],
           'preprocessing': f'{resizing}; scaling to [-1, 1] is inside',
           'resize': resize, 'resize_mode': resize_mode}

@@ -60,8 +60,8 @@ class Evaluator:
 
   def compile(self, variables: Variables) -> None:
     """Compiles the program by detecting on a blank batch. All processes call it together."""
-    side, own = self.loader['image_size'], sharding.local_rows(self.batch_size, self.mesh)
-    blank = np.zeros((len(own), side, side, 3), np.uint8)
+    own = sharding.local_rows(self.batch_size, self.mesh)
+    blank = np.zeros((len(own), self.frame.height, self.frame.width, 3), np.uint8)
     jax.block_until_ready(
         self.detect(variables, sharding.to_global(blank, self.mesh, self.batch_size)))
 

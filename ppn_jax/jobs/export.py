@@ -17,6 +17,7 @@ from ppn_jax.data.images import folders
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import names_data, open_split
 from ppn_jax.data.transforms.basic import Resize
+from ppn_jax.detection.frame import ImageSize
 from ppn_jax.detection.structures import Detections, Example, unlabelled_example
 from ppn_jax.detector import Detector
 from ppn_jax.distributed import sharding
@@ -202,13 +203,13 @@ def _make_metadata(run: TrainedModel, detector: Detector, options: ExportOptions
 class _Images:
   """Images at the size of the run's detector, from the run's data or from a folder."""
   run: TrainedModel
-  side: int
+  image_size: ImageSize
   folder: pathlib.Path | None
 
   def load(self, split: str, count: int) -> np.ndarray:
     """Returns at most `count` images, evenly spaced in a split: u8 [N, S, S, 3]."""
     data = self.run.config.data
-    resize = Resize(self.side, data.resize, resize_mode=data.resize_mode)
+    resize = Resize(self.image_size, data.resize, resize_mode=data.resize_mode)
     found = [resize(example).image for example in self._examples(split, count)]
     if not found:
       where = f'in {self.folder}' if self.folder else f'in data.{split}'

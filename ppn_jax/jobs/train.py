@@ -20,6 +20,7 @@ from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
 from ppn_jax.data.sources import scans
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
+from ppn_jax.detection.frame import show_size
 from ppn_jax.detector import Detector
 from ppn_jax.distributed import coordination, failures, sharding
 from ppn_jax.distributed.compile_cache import CacheUse
@@ -299,5 +300,5 @@ def _describe(run: Run, state: TrainState, optimizer: Optimizer, source: Source,
   device = mesh.devices.flat[0].device_kind
   return (f'{config.model.neck.name} on {config.model.backbone.name}, '
           f'{count:,} parameters{of_them}, {len(run.categories)} classes, '
-          f'{config.model.image_size} px; {len(source):,} images, '
+          f'{show_size(config.model.image_size)} px; {len(source):,} images, '
           f'batch {config.train.batch_size}, on {mesh.size} x {device}')

@@ -20,6 +20,7 @@ from ppn_jax.data.loader import choose_workers, required_boxes, train_batches
 from ppn_jax.data.repeats import build_repeats
 from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, build_transforms
+from ppn_jax.detection.frame import show_size
 from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.detector import Detector
 from ppn_jax.device_data import dataset
@@ -210,8 +211,8 @@ class ResidentPipeline:
   def _load(self, start: int, progress: Progress) -> dataset.ResidentData:
     count, started = self.spec.num_images, time.perf_counter()
     size = f'{dataset.data_bytes(self.spec, self.mesh) / 1e9:,.3g} GB'
-    logger.info(f'loading {count:,} images of {self.spec.stored_size} px onto the devices, '
-                f'{size} on each')
+    logger.info(f'loading {count:,} images of {show_size(self.spec.stored_size)} px onto the '
+                f'devices, {size} on each')
     data = dataset.load(
         WithSubstitutes(self.source, self.bad), self.spec, self.mesh, threads=self.threads,
         on_images=lambda done: progress.advance(start, f'loading: {done:,}/{count:,} images'))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppn_jax.detection.frame import InputFrame
+from ppn_jax.detection.frame import InputFrame, check_image_size, show_size, sides_of
 from ppn_jax.detection.structures import Detections
 from ppn_jax.errors import InputError
 
@@ -16,20 +16,24 @@ def sizes(count=400):
                                                             [3, 8], [300, 300], [480, 640]]])
 
 
-@pytest.mark.parametrize('side', [1, 64, 300])
-def test_the_longer_side_fits_and_the_aspect_ratio_is_kept(side):
-  frame = InputFrame.of(side, 'letterbox')
+@pytest.mark.parametrize('image_size', [1, 64, 300, (240, 320), (320, 200)])
+def test_a_picture_just_fits_and_its_aspect_ratio_is_kept(image_size):
+  frame = InputFrame.of(image_size, 'letterbox')
   for height, width in sizes().tolist():
     rows, columns = frame.content_of((height, width))
-    assert max(rows, columns) == side and min(rows, columns) >= 1
-    scale = side / max(height, width)
+    assert rows == frame.height or columns == frame.width
+    assert 1 <= rows <= frame.height and 1 <= columns <= frame.width
+    scale = min(frame.height / height, frame.width / width)
     assert abs(rows - height * scale) <= 0.5 + 1e-9 or rows == 1
     assert abs(columns - width * scale) <= 0.5 + 1e-9 or columns == 1
   assert InputFrame.of(300, 'letterbox').content_of((480, 640)) == (225, 300)
+  assert InputFrame.of((240, 320), 'letterbox').content_of((480, 640)) == (240, 320)
+  assert InputFrame.of((240, 320)).content_of((480, 480)) == (240, 320)
 
 
-def test_devices_place_pictures_at_the_same_pixels():
-  frame, all_sizes = InputFrame.of(300, 'letterbox'), sizes()
+@pytest.mark.parametrize('image_size', [300, (240, 320)])
+def test_devices_place_pictures_at_the_same_pixels(image_size):
+  frame, all_sizes = InputFrame.of(image_size, 'letterbox'), sizes()
   found = jax.jit(frame.content)(jnp.float32(all_sizes))
   np.testing.assert_array_equal(found, frame.content(all_sizes))
   boxes = np.random.default_rng(1).random((len(all_sizes), 5, 4)).astype(np.float32)
@@ -61,6 +65,16 @@ def test_detections_beside_the_picture_are_not_valid():
   for field, before in zip(placed, found, strict=True):
     assert field.dtype == before.dtype and not field[~placed.valid].any()
   assert InputFrame.of(100).in_pictures(found, np.array([50, 100])) is found
+
+
+def test_image_sizes():
+  assert sides_of(30) == (30, 30) and sides_of((20, 30)) == (20, 30)
+  assert show_size(30) == '30' == show_size((30, 30)) and show_size((20, 30)) == '20x30'
+  assert check_image_size('a', (30, 30)) == 30 == check_image_size('a', 30)
+  assert check_image_size('a', [20, 30]) == (20, 30)
+  for wrong in (0, (0, 3), (1, 2, 3), True, (True, 2), 2.5, '12', None):
+    with pytest.raises(InputError, match=r'^a is .*, legal: an integer, 1 or more, or two of them'):
+      check_image_size('a', wrong)
 
 
 def test_unknown_modes():

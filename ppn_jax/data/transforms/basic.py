@@ -22,10 +22,10 @@ import cv2
 import numpy as np
 
 from ppn_jax import registry
-from ppn_jax.data.checks import check_bool, check_integer, check_number, check_range
+from ppn_jax.data.checks import check_bool, check_number, check_range
 from ppn_jax.data.images.resizing import check_method
 from ppn_jax.data.transforms.geometry import fit, mirror
-from ppn_jax.detection.frame import InputFrame, check_mode
+from ppn_jax.detection.frame import ImageSize, InputFrame, check_image_size, check_mode
 from ppn_jax.detection.structures import Example
 
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -131,7 +131,7 @@ def _shift_hsv(image: np.ndarray, hue: float = 0.0, saturation: float = 1.0) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-  """Resizes to `size` x `size` pixels, by default without keeping the aspect ratio.
+  """Resizes to `size` pixels a side, by default without keeping the aspect ratio.
 
   A JPEG that is not decoded yet (`LazyImage`) is decoded at 1/2, 1/4 or 1/8 of its size if the part
   left by crops then still has a pixel for each pixel of the result. This differs from averaging the
@@ -139,7 +139,7 @@ class Resize:
   by up to half a pixel, which boxes follow; a whole image is exact.
 
   Attributes:
-    size: Side of the result in pixels.
+    size: Side of the result in pixels, or (height, width).
     method: 'area' averages pixels along a side that shrinks and interpolates along one that grows.
       'supersample' averages two interpolated points where a side shrinks by a third or more, up to
       threefold; it differs from 'area' by half a grey level on average and takes 0.4 of the time
@@ -152,14 +152,14 @@ class Resize:
       aspect ratio: the longer side fits, the picture is at the top left, and the rest is grey, 128.
       '' is that of `data.resize_mode`.
   """
-  size: int
+  size: ImageSize
   method: str = 'area'
   reduced_decoding: bool = True
   resize_mode: str = ''
   takes_lazy_image: ClassVar[bool] = True
 
   def __post_init__(self):
-    check_integer('resize.size', self.size, 1)
+    check_image_size('resize.size', self.size)
     check_method('resize.method', self.method)
     check_bool('resize.reduced_decoding', self.reduced_decoding)
     check_mode('resize.resize_mode', self.resize_mode)

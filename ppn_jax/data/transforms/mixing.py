@@ -10,7 +10,13 @@ import numpy as np
 from ppn_jax.data.checks import check_bool, check_integer, check_number, check_range
 from ppn_jax.data.images.resizing import check_method
 from ppn_jax.data.transforms.geometry import crop, drop_small, fit, keep, resize
-from ppn_jax.detection.frame import InputFrame, check_mode
+from ppn_jax.detection.frame import (
+  ImageSize,
+  InputFrame,
+  check_image_size,
+  check_mode,
+  sides_of,
+)
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError
 
@@ -27,13 +33,13 @@ class Mixup:
   transforms before this one. `image_id` and `size` are those of the first image.
 
   Attributes:
-    size: Side of the square in pixels, usually that of the network's input.
+    size: Side of the result in pixels, or (height, width), usually those of the network's input.
     probability: Probability of a blend, 0 to 1; otherwise the other image is not read.
     alpha: Above 0. The paper's best is 1.5; large values blend nearly equal shares.
     min_share: Least share of an image whose boxes are kept, 0 to 0.5.
     method, reduced_decoding, resize_mode: As in `Resize`.
   """
-  size: int
+  size: ImageSize
   probability: float = 0.5
   alpha: float = 1.5
   min_share: float = 0.1
@@ -45,7 +51,7 @@ class Mixup:
   box_factor: ClassVar[int] = 2
 
   def __post_init__(self):
-    check_integer('mixup.size', self.size, 1)
+    check_image_size('mixup.size', self.size)
     check_number('mixup.probability', self.probability, 0, 1)
     check_number('mixup.alpha', self.alpha, 0, 1e6)
     if not self.alpha:
@@ -86,7 +92,7 @@ class CopyPaste:
   dropped. `image_id` and `size` are those of the first image.
 
   Attributes:
-    size: Side of the square in pixels, usually that of the network's input.
+    size: Side of the result in pixels, or (height, width), usually those of the network's input.
     probability: Probability of pasting, 0 to 1; otherwise the other image is not read.
     max_objects: Largest number of rectangles; uniform from 1.
     scale: Range of the factor; uniform, drawn for each rectangle. One that would be larger than the
@@ -95,7 +101,7 @@ class CopyPaste:
     min_side: Pixels of the result that both sides of a box must have.
     method, reduced_decoding, resize_mode: As in `Resize`.
   """
-  size: int
+  size: ImageSize
   probability: float = 0.5
   max_objects: int = 3
   scale: tuple[float, float] = (0.25, 1.0)
@@ -109,12 +115,12 @@ class CopyPaste:
   box_factor: ClassVar[int] = 2
 
   def __post_init__(self):
-    check_integer('copy_paste.size', self.size, 2)
+    check_image_size('copy_paste.size', self.size, 2)
     check_number('copy_paste.probability', self.probability, 0, 1)
     check_integer('copy_paste.max_objects', self.max_objects, 1)
     check_range('copy_paste.scale', self.scale, 0.01, 100)
     check_number('copy_paste.min_visible', self.min_visible, 0, 1)
-    check_number('copy_paste.min_side', self.min_side, 0, self.size)
+    check_number('copy_paste.min_side', self.min_side, 0, min(sides_of(self.size)))
     check_method('copy_paste.method', self.method)
     check_bool('copy_paste.reduced_decoding', self.reduced_decoding)
     check_mode('copy_paste.resize_mode', self.resize_mode)
@@ -136,8 +142,8 @@ class CopyPaste:
       top, left, rows, columns = window
       image[top:top + rows, left:left + columns] = tile.image
       boxes = tile.boxes * np.float32([rows, columns] * 2) + np.float32([top, left] * 2)
-      tiles.append((tile._replace(boxes=boxes / np.float32(self.size)), window))
-    seen, covered = [], np.zeros((self.size, self.size), bool)
+      tiles.append((tile._replace(boxes=boxes / np.float32(sides_of(self.size) * 2)), window))
+    seen, covered = [], np.zeros(sides_of(self.size), bool)
     for tile, (top, left, rows, columns) in reversed(tiles):  # The last one hides the others.
       seen.append(self._visible(tile, covered))
       covered[top:top + rows, left:left + columns] = True
@@ -173,9 +179,9 @@ class CopyPaste:
     return tile, (top, left, rows, columns)
 
   def _visible(self, example: Example, covered: np.ndarray) -> Example:
-    """Keeps the boxes of which enough is not covered, by pixels: bool [size, size]."""
+    """Keeps the boxes of which enough is not covered, by pixels: bool [rows, columns]."""
     shares = np.ones(len(example.boxes))
-    for k, box in enumerate(np.clip(example.boxes, 0, 1) * np.float32(self.size)):
+    for k, box in enumerate(np.clip(example.boxes, 0, 1) * np.float32(sides_of(self.size) * 2)):
       top, left = np.floor(box[:2]).astype(int)
       bottom, right = np.ceil(box[2:]).astype(int)
       shares[k] = 1 - covered[top:max(bottom, top + 1), left:max(right, left + 1)].mean()
