@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from ppn_jax.errors import InputError, did_you_mean
 
@@ -48,6 +48,9 @@ FUNCTIONS = {
 # Blocks whose keys are the user's own -> a legal value.
 MAPPINGS = {'optim.rate_scale': 1.0}
 
+# Keys whose value is a whole number, or two that differ: (height, width).
+SIZES = ('model.image_size',)
+
 # Keys of earlier versions -> where they are now. Configs and the command line may use them.
 RENAMED = {
     'data.train.cache': 'data.cache.where',
@@ -69,7 +72,7 @@ def base_config() -> ConfigDict:
   config.seed = 0  # Seeds the weights, the order of the data and its augmentation.
 
   config.model = dict(  # ppn_jax.detector.build
-      image_size=300,
+      image_size=FieldReference(300, field_type=object),  # An integer or two.
       num_classes=0,  # 0: the number of classes of the training data.
       background_column=False,  # ppn_jax.detection.class_logits.ClassLogitsSpec
       score_activation='sigmoid',
@@ -106,6 +109,7 @@ def base_config() -> ConfigDict:
           dict(name='horizontal_flip', probability=0.5)),
       repeat_threshold=0.0,  # Share of the images below which a class is shown more often; 0: none.
       resize='supersample',  # The `method` of ppn_jax.data.transforms.basic.Resize.
+      resize_mode='stretch',  # Or 'letterbox', which keeps aspect ratios; of the same function.
       reduced_decoding=True,  # Decodes JPEGs at 1/2, 1/4 or 1/8 where that leaves enough pixels.
       on_bad_example='raise',  # For an image that cannot be read: 'raise', or 'skip' and report it.
       max_bad_share=0.01,  # Largest share of the images that may be skipped.
@@ -242,6 +246,12 @@ def _complete_block(given: Any, base: dict[str, Any], path: str, unknown: list[s
 
 def _checked(value: Any, default: Any, path: str) -> Any:
   """Returns a value converted to the type of its default; None stays if the default is None."""
+  if path in SIZES and isinstance(value, tuple):
+    if len(value) != 2 or not all(isinstance(n, numbers.Integral) and not isinstance(n, bool)
+                                  for n in value):
+      raise InputError(f'config.{path}={value!r} must be a whole number, or two of them')
+    height, width = map(int, value)
+    return height if height == width else (height, width)
   optional = default is None
   if optional and value is None:
     return None

@@ -24,6 +24,7 @@ from ppn_jax.config import (
   GIVEN,
   MAPPINGS,
   RENAMED,
+  SIZES,
   complete,
   component_table,
   plain,
@@ -257,7 +258,8 @@ class _Override:
     if key not in block:
       raise InputError(f'unknown config key config.{f"{path}." if path else ""}{key}; '
                        f'{did_you_mean(key, block)}')
-    if isinstance(block[key], (tuple, type(None))) and path in FUNCTIONS:
+    if path in FUNCTIONS and (isinstance(block[key], (tuple, type(None)))
+                              or f'{path}.{key}' in SIZES):
       # The default does not tell which other values are legal.
       function = registry.load(path, FUNCTIONS[path])
       return registry.options_of(function).types.get(key, type(block[key]))

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from ppn_jax import registry
 from ppn_jax.detection.anchors import anchors_per_cell, ssd_anchors
 from ppn_jax.detection.class_logits import ClassLogitsSpec
+from ppn_jax.detection.frame import ImageSize, check_image_size, sides_of
 from ppn_jax.detection.losses import LOSSES, DetectionLoss
 from ppn_jax.detection.matching import assign_targets
 from ppn_jax.detection.nms import postprocess as postprocess_outputs
@@ -44,7 +45,7 @@ class Detector:
   Attributes:
     network: maps images u8 [B, S, S, 3] to Outputs.
     anchors: A anchors, one for each row of the outputs.
-    image_size: S, side of the network's input in pixels.
+    image_size: S, side of the network's input in pixels, or (height, width).
     class_spec: layout of the class logits, C or 1 + C for each anchor.
     assign_targets: maps (anchors, ground_truth) to Targets.
     outputs_loss: maps (outputs, targets) to DetectionLoss.
@@ -52,7 +53,7 @@ class Detector:
   """
   network: nn.Module
   anchors: Anchors
-  image_size: int
+  image_size: ImageSize
   class_spec: ClassLogitsSpec
   assign_targets: Callable[[Anchors, GroundTruth], Targets]
   outputs_loss: Callable[[Outputs, Targets], DetectionLoss]
@@ -111,10 +112,10 @@ class Detector:
 
   def blank_images(self) -> Array:
     """Returns one black image, u8 [1, S, S, 3], to trace or warm up with."""
-    return jnp.zeros((1, self.image_size, self.image_size, 3), jnp.uint8)
+    return jnp.zeros((1, *sides_of(self.image_size), 3), jnp.uint8)
 
 
-def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
+def build(*, image_size: ImageSize, num_classes: int, backbone: Mapping[str, Any],
           neck: Mapping[str, Any], head: Mapping[str, Any], anchors: Mapping[str, Any],
           layers: Mapping[str, Any], matching: Mapping[str, Any], loss: Mapping[str, Any],
           postprocess: Mapping[str, Any], background_column: bool = False,
@@ -122,7 +123,7 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
   """Builds a detector from config blocks and checks that its parts fit.
 
   Args:
-    image_size: S, the side of the square input in pixels.
+    image_size: S, the side of the square input in pixels; or (height, width).
     num_classes: C, the background not counted.
     backbone, neck, head: a `name` or dotted path each, and its arguments.
     anchors: arguments of `anchors.ssd_anchors`; the grids come from the neck.
@@ -136,17 +137,19 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
     InputError: If a name or option is unknown, or parts do not fit together. Nothing is compiled or
       allocated before this is checked.
   """
-  if image_size < 1 or num_classes < 1:
-    raise InputError(f'image_size={image_size} and num_classes={num_classes} must be positive')
+  image_size = check_image_size('model.image_size', image_size)
+  if num_classes < 1:
+    raise InputError(f'num_classes={num_classes} must be positive')
   class_spec = ClassLogitsSpec(num_classes, background_column, score_activation)
   policy = _layer_policy(layers)
   network = functools.partial(build_network, backbone=backbone, neck=neck, head=head,
                               num_classes=class_spec.num_logits, policy=policy)
-  anchors_of = registry.bind('anchors', ssd_anchors, anchors, given=['grid_sizes'])
+  anchors_of = registry.bind('anchors', ssd_anchors, anchors,
+                            given=['grid_sizes', 'image_size'])
   # All forms of an operation have the same shapes, and tracing one is faster than tracing all.
   plain = dataclasses.replace(policy, conv_form='native')
   grids = grid_sizes(network(anchors_per_cell=(1,), policy=plain), image_size)
-  placed = anchors_of(grids)
+  placed = anchors_of(grids, image_size)
   per_cell = anchors_per_cell(placed, grids)
   if len(set(per_cell)) == 1:
     class_spec = dataclasses.replace(class_spec, anchors_per_cell=per_cell[0])
@@ -171,7 +174,7 @@ def build(*, image_size: int, num_classes: int, backbone: Mapping[str, Any],
 
 
 def configured_grid_sizes(
-    *, image_size: int, backbone: Mapping[str, Any], neck: Mapping[str, Any],
+    *, image_size: ImageSize, backbone: Mapping[str, Any], neck: Mapping[str, Any],
     head: Mapping[str, Any], layers: Mapping[str, Any]) -> list[tuple[int, int]]:
   """Returns (rows, columns) of each pyramid level, finest first; nothing is compiled.
 
@@ -222,9 +225,9 @@ def _layer_policy(options: Mapping[str, Any]) -> LayerPolicy:
   return registry.bind('layers', LayerPolicy, options, given=['dtype'])(dtype=DTYPES[dtype])
 
 
-def grid_sizes(network: nn.Module, image_size: int) -> list[tuple[int, int]]:
+def grid_sizes(network: nn.Module, image_size: ImageSize) -> list[tuple[int, int]]:
   """Returns (rows, columns) of each pyramid level, finest first, by tracing shapes alone."""
-  images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+  images = jax.ShapeDtypeStruct((1, *sides_of(image_size), 3), jnp.uint8)
 
   def pyramid(images):
     maps, _ = network.init_with_output(jax.random.key(0), images, train=False, method='pyramid')

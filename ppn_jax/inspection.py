@@ -136,7 +136,9 @@ class Inspection:
     """Shows the detections in a picture of any size."""
     image = self._open(picture).image
     found = self._activations(self.variables, self._resized(self._open(image)).image).detections
-    found = Detections(*(field[found.scores >= self.threshold] for field in found))
+    found = self.job.evaluator.frame.in_pictures(found, np.array(image.shape[:2]))
+    kept = found.valid & (found.scores >= self.threshold)
+    found = Detections(*(field[kept] for field in found))
     return _image(draw_boxes(image, found.boxes, found.labels, self._names, found.scores,
                              min_side=_SIDE))
 
@@ -178,7 +180,8 @@ class Inspection:
     return unlabelled_example(image_files.to_pixels(picture, 'the picture'))
 
   def _resized(self, example: Example) -> Example:
-    return Resize(self.job.detector.image_size, self.job.run.config.data.resize)(example)
+    data = self.job.run.config.data
+    return Resize(self.job.detector.image_size, data.resize, resize_mode=data.resize_mode)(example)
 
 
 def inspect_run(workdir: str | os.PathLike[str], *, step: int | None = None,

@@ -31,7 +31,7 @@ class Predictor:
     step: step of the run that it comes from; None if unknown.
     batch_size: B, number of images that are processed at a time.
     resize: resizes an image to the side S that the detector takes.
-    detect: maps u8 [B, S, S, 3] to Detections.
+    detect: maps u8 [B, S, S, 3] to Detections, with boxes 0 to 1 of this input.
     point: thresholds, and the calibration that scores are returned with; None if none are kept.
   """
   categories: tuple[Category, ...]
@@ -62,13 +62,15 @@ class Predictor:
     return results
 
   def _batch(self, images: Sequence[np.ndarray]) -> list[Detections]:
-    side = self.resize.size
-    pixels = np.zeros((self.batch_size, side, side, 3), np.uint8)
+    frame = self.resize.frame
+    pixels = np.zeros((self.batch_size, frame.height, frame.width, 3), np.uint8)
     for row, image in enumerate(images):
       pixels[row] = self.resize(unlabelled_example(image)).image
     found = Detections(*map(np.asarray, self.detect(pixels)))
-    each = [Detections(*(field[row][found.valid[row]] for field in found))
-            for row in range(len(images))]
+    in_pictures = (
+        frame.in_pictures(Detections(*(field[row] for field in found)), np.array(image.shape[:2]))
+        for row, image in enumerate(images))
+    each = [Detections(*(field[one.valid] for field in one)) for one in in_pictures]
     return each if self.point is None else [self.point.calibrated(one) for one in each]
 
 
@@ -97,8 +99,9 @@ def load_predictor(model: 'TrainedModel', *, step: int | None = None, ema: bool 
   # One device, because splitting a few images over several does not pay off.
   mesh = sharding.data_mesh(jax.local_devices()[:1])
   step, variables = model.load_variables(detector, mesh, step=step, ema=ema)
+  data = model.config.data
   return Predictor(model.categories, step, batch_size,
-                   Resize(detector.image_size, model.config.data.resize),
+                   Resize(detector.image_size, data.resize, resize_mode=data.resize_mode),
                    functools.partial(jax.jit(detector.detect), variables),
                    model.operating_point(step, ema=ema))
 
@@ -119,6 +122,7 @@ def open_predictor(path: str | os.PathLike[str], *, batch_size: int | None = Non
     _check_batch_size(batch_size)
   exported = open_export(path)
   fixed, metadata = exported.batch_size, exported.metadata
+  described = metadata['input']
   if fixed and batch_size not in (None, fixed):
     raise InputError(f'batch_size={batch_size}: {path} takes {fixed} images at a time; leave '
                      f'batch_size out, or export with --batch_size={batch_size}')
@@ -128,7 +132,8 @@ def open_predictor(path: str | os.PathLike[str], *, batch_size: int | None = Non
   except ValueError as e:
     raise InputError(f'{path}: its thresholds are damaged: {e}; export it again') from e
   return Predictor(tuple(categories), metadata['step'], fixed or batch_size or 1,
-                   Resize(exported.image_size, metadata['input']['resize']), exported, point)
+                   Resize(exported.image_size, described['resize'],
+                          resize_mode=described.get('resize_mode', 'stretch')), exported, point)
 
 
 def _check_batch_size(batch_size: int) -> None:

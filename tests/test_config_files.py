@@ -47,6 +47,17 @@ def entry(config, key):
   return config
 
 
+def test_an_image_size_is_one_number_or_two(tmp_path):
+  config = from_file(tmp_path, 'config.model.image_size = (240, 320)')
+  assert config.model.image_size == (240, 320)
+  assert json.loads(json.dumps(plain(config)))['model']['image_size'] == [240, 320]
+  assert complete({'model': {'image_size': [240, 320]}}).model.image_size == (240, 320)
+  assert complete({'model': {'image_size': [240, 240]}}).model.image_size == 240
+  for wrong in ((1, 2, 3), (True, 3), (2.5, 3), 'a', 2.5):
+    with pytest.raises(InputError, match=r'config\.model\.image_size='):
+      complete({'model': {'image_size': wrong}})
+
+
 @pytest.mark.parametrize('entries, key, value', [
     (['train.steps=5'], 'train.steps', 5),
     (['train.steps=5', 'train.steps=6'], 'train.steps', 6),
@@ -72,6 +83,10 @@ def entry(config, key):
      (48, 64)),
     (['data.train.name=synthetic_shapes', 'data.train.image_size=48'], 'data.train.image_size', 48),
     (['data.cache.where=memory'], 'data.cache.where', 'memory'),
+    (['model.image_size=48,64'], 'model.image_size', (48, 64)),
+    (['model.image_size=(48, 64)'], 'model.image_size', (48, 64)),
+    (['model.image_size=48,48'], 'model.image_size', 48),
+    (['model.image_size=48'], 'model.image_size', 48),
     # Keys of earlier versions.
     (['data.train.name=tfds', 'data.train.cache=memory'], 'data.cache.where', 'memory'),
     (['data.train.cache=memory', 'data.train.cache_size=400'], 'data.cache',

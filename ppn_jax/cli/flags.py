@@ -78,7 +78,7 @@ def _with_data(config: 'ConfigDict', name: str | None) -> 'ConfigDict':
   if name is None:
     return config
   values, given = plain(config), plain(load_config(name))
-  kept = {key: values['data'][key] for key in ('resize', 'reduced_decoding')}
+  kept = {key: values['data'][key] for key in ('resize', 'resize_mode', 'reduced_decoding')}
   return complete(values | {'data': given['data'] | kept, 'eval': given['eval']})
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ppn_jax.detection.frame import ImageSize, sides_of
 from ppn_jax.detection.structures import Batch, Example, GroundTruth
 from ppn_jax.errors import InputError
 
@@ -24,17 +25,18 @@ class BatchShape(NamedTuple):
 
   Fields:
     rows: B, images of the batch.
-    image_size: S, side of the images in pixels.
+    image_size: S, side of the images in pixels, or (height, width).
     max_boxes: G, boxes that each image's ground truth is padded to.
   """
   rows: int
-  image_size: int
+  image_size: ImageSize
   max_boxes: int
 
   def arrays(self) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Returns shape and type of each array, in the order of `as_batch`."""
     b, s, g = self
-    shapes = [((b, s, s, 3), 'u1'), ((b, g, 4), 'f4'), ((b, g), 'i4'), ((b, g), '?'), ((b, g), '?'),
+    shapes = [((b, *sides_of(s), 3), 'u1'),
+              ((b, g, 4), 'f4'), ((b, g), 'i4'), ((b, g), '?'), ((b, g), '?'),
               ((b,), 'i8'), ((b, 2), 'i4'), ((b,), '?')]
     return [(shape, np.dtype(dtype)) for shape, dtype in shapes]
 

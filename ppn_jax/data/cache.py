@@ -22,6 +22,7 @@ from ppn_jax.data.contents import Contents
 from ppn_jax.data.images import decoding
 from ppn_jax.data.source import OptionalMembers, Source, encoded_of, open_example, stamp_of
 from ppn_jax.data.transforms import geometry
+from ppn_jax.detection.frame import ImageSize, sides_of
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError
 from ppn_jax.telemetry.host_memory import available_memory
@@ -32,14 +33,15 @@ _VERSION = 2  # Increases if the file's layout changes, or the checks before an 
 _ALIGNMENT = 64  # Bytes; each image's record starts at a multiple of it.
 
 
-def cache_source(source: Source, where: str = '', size: int = 0, *, image_size: int) -> Source:
+def cache_source(source: Source, where: str = '', size: int = 0, *,
+                 image_size: ImageSize) -> Source:
   """Adds a cache of decoded images to a source.
 
   Args:
     source: The source of the images.
     where: 'memory', or a folder, in which later runs find the decoded images too; '' for no cache.
     size: Shorter side of cached images in pixels; 0 is that of the network's input.
-    image_size: Side of the network's input in pixels.
+    image_size: Side of the network's input in pixels, or (height, width).
 
   Returns:
     A `CachedSource`, or `source` itself if `where` is ''.
@@ -48,7 +50,9 @@ def cache_source(source: Source, where: str = '', size: int = 0, *, image_size: 
     InputError: If `size` is negative, there is not enough room, or the folder holds something else.
   """
   check_integer('data.cache.size', size, 0)
-  return CachedSource(source, storage.expand_home(where), size or image_size) if where else source
+  if not where:
+    return source
+  return CachedSource(source, storage.expand_home(where), size or max(sides_of(image_size)))
 
 
 class CachedSource:

@@ -25,8 +25,9 @@ from ppn_jax.data.checks import check_integer
 from ppn_jax.data.reading import read_example
 from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source
-from ppn_jax.data.transforms.basic import Resize, Transform
+from ppn_jax.data.transforms.basic import Resize, ResizeWhole, Transform
 from ppn_jax.data.worker_server import Load, Record
+from ppn_jax.detection.frame import ImageSize
 from ppn_jax.detection.structures import Batch, Example
 from ppn_jax.errors import InputError, did_you_mean
 
@@ -43,12 +44,12 @@ _MANY_CORES = 16
 Rows = Sequence[int] | slice | None
 
 
-def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: int,
+def train_batches(source: Source, *, transforms: Sequence[Transform], image_size: ImageSize,
                   max_boxes: int, batch_size: int, seed: int, start_step: int = 0,
                   rows: Rows = None, workers: str = 'threads', threads: int = 0,
-                  resize: str = 'area', reduced_decoding: bool = True,
-                  bad: BadExamples | None = None, repeats: Repeats | None = None
-                  ) -> Iterator[Batch]:
+                  resize: str = 'area', resize_mode: str = 'stretch',
+                  reduced_decoding: bool = True, bad: BadExamples | None = None,
+                  repeats: Repeats | None = None) -> Iterator[Batch]:
   """Yields endless training batches, from step `start_step` on.
 
   Row r of step k shows position p = k * batch_size + r: image order(epoch)[p % N] of epoch
@@ -59,7 +60,7 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
   Args:
     source: Data set of N images.
     transforms: Applied in order, before the image is resized to the network's input.
-    image_size: S, side of the network's input in pixels.
+    image_size: S, side of the network's input in pixels, or (height, width).
     max_boxes: G; see `required_boxes`.
     batch_size: B, over all processes.
     seed: At least 0.
@@ -68,7 +69,7 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
       None is all rows.
     workers: 'threads' or 'processes', see `worker_processes`.
     threads: Number of workers; 0 is one for each processor core that this process may use.
-    resize, reduced_decoding: As in `transforms.basic.Resize`.
+    resize, resize_mode, reduced_decoding: As `method` and the others of `transforms.basic.Resize`.
     bad: Decides about examples that cannot be read; if it accepts one, the next of the epoch's
       order takes its place. None raises.
     repeats: How often an epoch shows each image; None is once.
@@ -81,18 +82,17 @@ def train_batches(source: Source, *, transforms: Sequence[Transform], image_size
   """
   check_integer('seed', seed, 0)
   check_integer('batch_size', batch_size, 1)
-  load = _TrainingRows(
-      source, (*transforms, Resize(image_size, resize, reduced_decoding)), seed, start_step,
-      batch_size, tuple(_row_numbers(rows, batch_size)), repeats)
+  resizing = Resize(image_size, resize, reduced_decoding, resize_mode)
+  load = _TrainingRows(source, (*transforms, resizing), seed, start_step, batch_size,
+                       tuple(_row_numbers(rows, batch_size)), repeats)
   return _batches(load, sys.maxsize // len(load.rows), BatchShape(
       len(load.rows), image_size, max_boxes), bad, workers, threads)
 
 
-def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size: int,
+def eval_batches(source: Source, *, image_size: ImageSize, max_boxes: int, batch_size: int,
                  rows: Rows = None, workers: str = 'threads', threads: int = 0,
-                 resize: str = 'area', reduced_decoding: bool = True,
-                 bad: BadExamples | None = None
-                 ) -> Iterator[Batch]:
+                 resize: str = 'area', resize_mode: str = 'stretch',
+                 reduced_decoding: bool = True, bad: BadExamples | None = None) -> Iterator[Batch]:
   """Yields each image once, in order, in `num_eval_batches` batches.
 
   The last batch is padded with rows of zeros whose `valid` is False. Rows of examples that cannot
@@ -101,8 +101,8 @@ def eval_batches(source: Source, *, image_size: int, max_boxes: int, batch_size:
   Takes the arguments of `train_batches`.
   """
   check_integer('batch_size', batch_size, 1)
-  load = _EvaluationRows(source, (Resize(image_size, resize, reduced_decoding),), batch_size,
-                         tuple(_row_numbers(rows, batch_size)))
+  resizing = ResizeWhole(image_size, resize, reduced_decoding, resize_mode)
+  load = _EvaluationRows(source, (resizing,), batch_size, tuple(_row_numbers(rows, batch_size)))
   return _batches(load, num_eval_batches(len(source), batch_size), BatchShape(
       len(load.rows), image_size, max_boxes), bad, workers, threads)
 

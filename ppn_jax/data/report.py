@@ -8,6 +8,7 @@ import numpy as np
 
 from ppn_jax.data.contents import ALL_LEFT_OUT, NO_BOXES, SHOWN, Contents, Tally, counted
 from ppn_jax.data.source import Source, contents_of
+from ppn_jax.detection.frame import ImageSize, InputFrame, show_size
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
@@ -33,14 +34,16 @@ class Report(NamedTuple):
     return (*self.facts, *self.warnings, *((self.nothing,) if self.nothing else ()))
 
 
-def report(source: Source, key: str, *, image_size: int = 0, ignore_crowd: bool = True) -> Report:
+def report(source: Source, key: str, *, image_size: ImageSize = 0, resize_mode: str = 'stretch',
+           ignore_crowd: bool = True) -> Report:
   """Reports on a data set from its annotations, without reading an image.
 
   Args:
     source: The data set.
     key: Its name in the report, such as 'data.train'.
-    image_size: Side of the network's input in pixels for training data. 0 for evaluation data, in
+    image_size: Size of the network's input in pixels for training data. 0 for evaluation data, in
       which classes may lack boxes and there may be no boxes at all.
+    resize_mode: The config's `data.resize_mode`.
     ignore_crowd: Whether crowds are ignored in training, the config's `matching.ignore_crowd`.
 
   Raises:
@@ -56,9 +59,12 @@ def report(source: Source, key: str, *, image_size: int = 0, ignore_crowd: bool 
   if not objects.all():
     facts.append(counted(int((~objects).sum()), 'crowd'))
   if image_size and objects.any():
-    sides = np.sqrt(contents.shares[objects].prod(axis=-1)) * image_size
+    shares = contents.shares[objects]
+    sizes = np.maximum(contents.sides[objects], 1e-9) / np.maximum(shares, 1e-9)
+    filled = InputFrame.of(image_size, resize_mode).content(sizes)
+    sides = np.sqrt((shares * filled).prod(axis=-1))
     facts += [_classes(source.categories, counts),
-              f'median side {np.median(sides):,.3g} px at {image_size} px']
+              f'median side {np.median(sides):,.3g} px at {show_size(image_size)} px']
   warnings = _warnings(contents)
   if image_size and objects.any() and (counts == 0).any():
     absent = [c.name for c, n in zip(source.categories, counts, strict=True) if not n]

@@ -8,6 +8,7 @@ import numpy as np
 
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.anchors import ssd_anchors
+from ppn_jax.detection.frame import ImageSize, sides_of
 from ppn_jax.detection.structures import Array
 
 Grids = Sequence[tuple[int, int]]
@@ -48,7 +49,7 @@ def best_iou(boxes: np.ndarray, anchors: np.ndarray) -> np.ndarray:
 
 
 def search(boxes: np.ndarray, labels: np.ndarray, options: Mapping[str, Any],
-           grids: Mapping[int, Grids], image_size: int, matched_iou: float, *,
+           grids: Mapping[ImageSize, Grids], image_size: ImageSize, matched_iou: float, *,
            shared_head: bool = True) -> list[Change]:
   """Finds a few changes, the most useful first, with which more boxes overlap an anchor.
 
@@ -60,8 +61,9 @@ def search(boxes: np.ndarray, labels: np.ndarray, options: Mapping[str, Any],
     boxes: [N, 4], 0 to 1 of the image.
     labels: [N].
     options: present arguments of `ssd_anchors`.
-    grids: for each image size in pixels that may be proposed, the grid sizes of its pyramid.
-    image_size: present side of the input, a key of `grids`.
+    grids: for each image size of the same aspect ratio that may be proposed, the grid sizes of its
+      pyramid.
+    image_size: present size of the input, a key of `grids`.
     matched_iou: least IoU that counts as a match.
     shared_head: whether all levels need the same number of anchors per cell.
 
@@ -75,7 +77,7 @@ def search(boxes: np.ndarray, labels: np.ndarray, options: Mapping[str, Any],
   sample = np.union1d(sample, _indices_of_small_classes(labels))
 
   def matched(state: Mapping[str, Any], chosen: np.ndarray) -> np.ndarray:
-    anchors = ssd_anchors(grids[state['image_size']],
+    anchors = ssd_anchors(grids[state['image_size']], state['image_size'],
                           **{k: v for k, v in state.items() if k != 'image_size'})
     return best_iou(boxes[chosen], anchors.boxes) >= matched_iou
 
@@ -85,7 +87,8 @@ def search(boxes: np.ndarray, labels: np.ndarray, options: Mapping[str, Any],
 
   state = {**ssd_anchors.__kwdefaults__, **options, 'image_size': image_size}
   present, changes = unmatched_share(state), []
-  cost = lambda state: (state['image_size'] / image_size) ** 2
+  side = lambda size: sides_of(size)[0]
+  cost = lambda state: (side(state['image_size']) / side(image_size)) ** 2
   while len(changes) < _MAX_CHANGES:
     tried = []
     for key, value in _candidates(state, grids, boxes, shared_head):
@@ -103,8 +106,8 @@ def search(boxes: np.ndarray, labels: np.ndarray, options: Mapping[str, Any],
   return changes
 
 
-def _candidates(state: Mapping[str, Any], grids: Mapping[int, Grids], boxes: np.ndarray,
-                shared_head: bool) -> Iterator[tuple[str, Any]]:
+def _candidates(state: Mapping[str, Any], grids: Mapping[ImageSize, Grids],
+                boxes: np.ndarray, shared_head: bool) -> Iterator[tuple[str, Any]]:
   """Yields every (key, value) that might replace a present one, nearest values first."""
   low, high = state['min_scale'], state['max_scale']
   nearest = lambda to: sorted(_SCALES, key=lambda scale: abs(np.log(scale / to)))
@@ -114,7 +117,8 @@ def _candidates(state: Mapping[str, Any], grids: Mapping[int, Grids], boxes: np.
   yield from (('aspect_ratios', ratios) for ratios in _ratios(state['aspect_ratios'], boxes))
   if state['reduce_lowest_level'] or not shared_head:
     yield 'reduce_lowest_level', not state['reduce_lowest_level']
-  yield from (('image_size', size) for size in sorted(grids) if size > state['image_size'])
+  yield from (('image_size', size) for size in sorted(grids, key=sides_of)
+             if sides_of(size) > sides_of(state['image_size']))
 
 
 def _ratios(present: Sequence[float], boxes: np.ndarray) -> Iterator[tuple[float, ...]]:

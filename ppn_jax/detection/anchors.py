@@ -5,24 +5,28 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ppn_jax.detection.frame import ImageSize, sides_of
 from ppn_jax.detection.structures import Anchors
 from ppn_jax.errors import InputError
 
 
-def ssd_anchors(grid_sizes: Sequence[tuple[int, int]], *, min_scale: float = 0.15,
-                max_scale: float = 0.95,
+def ssd_anchors(grid_sizes: Sequence[tuple[int, int]], image_size: ImageSize = 1, *,
+                min_scale: float = 0.15, max_scale: float = 0.95,
                 aspect_ratios: Sequence[float] = (1.0, 2.0, 0.5, 3.0, 0.3333),
                 reduce_lowest_level: bool = False) -> Anchors:
   """Places default boxes on every cell of every pyramid level.
 
   Level i of L has scale s_i = min + (max - min) i / (L - 1), and s_L = 1. A cell carries one
   box of scale s_i for each aspect ratio (width over height) and a square one of scale
-  sqrt(s_i s_{i+1}). A box of scale s and ratio r is s sqrt(r) wide and s / sqrt(r) high. Boxes are
-  centred on the cells of the actual grid, whatever the nominal stride.
+  sqrt(s_i s_{i+1}). A box of scale s and ratio r is s sqrt(r) wide and s / sqrt(r) high, in units
+  of the input's shorter side, so that ratios are those of pixels. Boxes are centred on the cells of
+  the actual grid, whatever the nominal stride.
 
   Args:
     grid_sizes: (rows, columns) of each level, finest first.
-    min_scale, max_scale: side of the square box of the first and last level, 0 to 1 of the image.
+    image_size: of the network's input; only its aspect ratio counts.
+    min_scale, max_scale: side of the square box of the first and last level, 0 to 1 of the shorter
+      side of the network's input.
     aspect_ratios: width over height, in the order in which the box head emits them.
     reduce_lowest_level: whether the finest level has three boxes only, as in vanilla SSD: a square
       one of scale 0.1, and ratios 2 and 1/2 of scale s_0.
@@ -37,7 +41,8 @@ def ssd_anchors(grid_sizes: Sequence[tuple[int, int]], *, min_scale: float = 0.1
   """
   shapes = _shapes_by_level(len(grid_sizes), min_scale, max_scale, aspect_ratios,
                             reduce_lowest_level)
-  levels = [_tile(grid, scales, ratios)
+  sides = np.float32(sides_of(image_size))
+  levels = [_tile(grid, scales, ratios, sides.min() / sides)
             for grid, (scales, ratios) in zip(grid_sizes, shapes, strict=True)]
   level = np.repeat(np.arange(len(levels), dtype=np.int32), [len(b) for b in levels])
   return Anchors(np.concatenate(levels), level)
@@ -73,10 +78,14 @@ def _shapes_by_level(num_levels, min_scale, max_scale, aspect_ratios, reduce_low
   return shapes
 
 
-def _tile(grid: tuple[int, int], scales: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-  """Returns the boxes of one grid, float32 [rows * columns * shapes, 4]."""
+def _tile(grid: tuple[int, int], scales: np.ndarray, ratios: np.ndarray, unit: np.ndarray
+          ) -> np.ndarray:
+  """Returns the boxes of one grid, float32 [rows * columns * shapes, 4].
+
+  Scales are in units of the shorter side, which is the share `unit` [2] of the height and width.
+  """
   root = np.sqrt(ratios)
-  height, width = scales / root, scales * root
+  height, width = scales / root * unit[0], scales * root * unit[1]
   centers = []
   for cells in grid:
     step = np.float32(1 / cells)

@@ -15,7 +15,7 @@ CODE_SCALES = (10.0, 10.0, 5.0, 5.0)
 CODE_EPSILON = 1e-8
 
 
-def _namespace(*arrays: Array):
+def array_namespace(*arrays: Array):
   """Returns JAX's array namespace if any of the arrays is JAX's, otherwise NumPy."""
   for a in arrays:
     if not isinstance(a, (np.ndarray, np.generic)) and hasattr(a, '__array_namespace__'):
@@ -25,7 +25,7 @@ def _namespace(*arrays: Array):
 
 def area(boxes: Array) -> Array:
   """Computes areas, [..., 4] -> [...]; zero for inverted boxes."""
-  xp = _namespace(boxes)
+  xp = array_namespace(boxes)
   height = xp.maximum(boxes[..., 2] - boxes[..., 0], 0)
   width = xp.maximum(boxes[..., 3] - boxes[..., 1], 0)
   return _rounded_product(height, width)
@@ -33,7 +33,7 @@ def area(boxes: Array) -> Array:
 
 def intersection(a: Array, b: Array) -> Array:
   """Computes pairwise areas of overlap: [..., N, 4], [..., M, 4] -> [..., N, M]."""
-  xp = _namespace(a, b)
+  xp = array_namespace(a, b)
   a, b = a[..., :, None, :], b[..., None, :, :]
   # Coordinate by coordinate: a [N, M, 2] intermediate pads its last axis to 128 lanes on a TPU.
   height = xp.minimum(a[..., 2], b[..., 2]) - xp.maximum(a[..., 0], b[..., 0])
@@ -46,7 +46,7 @@ def iou(a: Array, b: Array) -> Array:
 
   It is zero where the intersection is zero, so boxes without area overlap nothing.
   """
-  xp = _namespace(a, b)
+  xp = array_namespace(a, b)
   overlap = intersection(a, b)
   union = area(a)[..., :, None] + area(b)[..., None, :] - overlap
   return xp.where(overlap > 0, overlap / xp.where(overlap > 0, union, 1), 0)
@@ -57,7 +57,7 @@ def coverage(a: Array, b: Array) -> Array:
 
   Pairwise: [..., N, 4], [..., M, 4] -> [..., N, M], 0 to 1.
   """
-  xp = _namespace(a, b)
+  xp = array_namespace(a, b)
   overlap = intersection(a, b)
   own = area(a)[..., :, None]
   return xp.where(overlap > 0, overlap / xp.where(overlap > 0, own, 1), 0)
@@ -65,19 +65,19 @@ def coverage(a: Array, b: Array) -> Array:
 
 def clip(boxes: Array) -> Array:
   """Clips boxes to the image, [0, 1]."""
-  return _namespace(boxes).clip(boxes, 0, 1)
+  return array_namespace(boxes).clip(boxes, 0, 1)
 
 
 def intersect(a: Array, b: Array) -> Array:
   """Returns the intersection of two boxes as a box, one without area if they are disjoint."""
-  xp = _namespace(a, b)
+  xp = array_namespace(a, b)
   corner = xp.maximum(a[..., :2], b[..., :2])
   return xp.concatenate([corner, xp.maximum(xp.minimum(a[..., 2:], b[..., 2:]), corner)], axis=-1)
 
 
 def flip_horizontal(boxes: Array) -> Array:
   """Returns the boxes of the image mirrored left to right."""
-  xp = _namespace(boxes)
+  xp = array_namespace(boxes)
   return xp.stack([boxes[..., 0], 1 - boxes[..., 3], boxes[..., 2], 1 - boxes[..., 1]], axis=-1)
 
 
@@ -94,7 +94,7 @@ def encode(boxes: Array, anchors: Array) -> Array:
   Returns:
     Codes [..., 4], (ty, tx, th, tw).
   """
-  xp = _namespace(boxes, anchors)
+  xp = array_namespace(boxes, anchors)
   yc, xc, h, w = _center_and_size(boxes)
   yc_a, xc_a, h_a, w_a = _center_and_size(anchors)
   h, w, h_a, w_a = (side + CODE_EPSILON for side in (h, w, h_a, w_a))
@@ -109,7 +109,7 @@ def decode(codes: Array, anchors: Array) -> Array:
     codes: [..., 4] (ty, tx, th, tw).
     anchors: [..., 4], broadcast against `codes`.
   """
-  xp = _namespace(codes, anchors)
+  xp = array_namespace(codes, anchors)
   ty, tx, th, tw = (codes[..., i] / scale for i, scale in enumerate(CODE_SCALES))
   yc_a, xc_a, h_a, w_a = _center_and_size(anchors)
   yc, xc, h, w = ty * h_a + yc_a, tx * w_a + xc_a, xp.exp(th) * h_a, xp.exp(tw) * w_a
@@ -124,7 +124,7 @@ def _rounded_product(height: Array, width: Array) -> Array:
   `force_match` picks another anchor than the reference. A select in between prevents it.
   """
   product = height * width
-  return _namespace(product).where(product > 0, product, 0)
+  return array_namespace(product).where(product > 0, product, 0)
 
 
 def _center_and_size(boxes: Array) -> tuple[Array, Array, Array, Array]:

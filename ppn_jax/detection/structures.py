@@ -5,7 +5,7 @@ Dimension letters, the same everywhere:
   B images of a batch               C classes, background not counted
   G boxes of an image, padded       K detections of an image
   A anchors of an image             S side of the network's input in pixels
-  L pyramid levels
+  L pyramid levels                  [S, S] are its height and width where they differ
 
 One box convention: `[ymin, xmin, ymax, xmax]`, float32, 0 to 1 of the image. Every padded axis has
 a `valid` array beside it; entries that are not valid are zero and must be ignored. Fields are NumPy

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ppn_jax.data.loader import eval_batches
 from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source, open_example
+from ppn_jax.detection.frame import ImageSize, show_size, sides_of
 from ppn_jax.detection.structures import Array, Batch, Example, GroundTruth
 from ppn_jax.device_data.exchange import collect_rows, send_capacity
 from ppn_jax.device_data.shuffle import example_at, repeated_images
@@ -36,7 +37,7 @@ _STEP_BYTES_PER_PIXEL = 512
 
 class ResidentData(NamedTuple):
   """N images with ground truth, rows split over the mesh; rows from N on are padding."""
-  images: Array  # u8 [N', K, 128]: 3 x R x R, channels first, padded with zeros.
+  images: Array  # u8 [N', K, 128]: 3 x the stored size, channels first, padded with zeros.
   size: Array  # i32 [N', 2], (height, width) of the originals in pixels.
   boxes: Array  # f32 [N', 4 G]
   labels: Array  # i32 [N', G]
@@ -51,7 +52,7 @@ class ResidentSpec(NamedTuple):
     num_images: N.
     batch_size: B, over all devices.
     max_boxes: G.
-    stored_size: R, side of the stored images in pixels.
+    stored_size: R, side of the stored images in pixels, or (height, width).
     augmentation: applied to each image that is drawn.
     seed: seed of order and augmentation.
     repeats: how often an epoch shows each image; None is once.
@@ -59,7 +60,7 @@ class ResidentSpec(NamedTuple):
   num_images: int
   batch_size: int
   max_boxes: int
-  stored_size: int
+  stored_size: ImageSize
   augmentation: Augmentation
   seed: int
   repeats: Repeats | None = None
@@ -77,15 +78,17 @@ def check_memory(spec: ResidentSpec, mesh: Mesh, steps: int) -> None:
     raise InputError(f'train.steps={steps} of train.batch_size={spec.batch_size} are more than '
                      '2**32 images, which data.resident.enabled=True cannot count')
   data = data_bytes(spec, mesh)
+  pixels, stored = (math.prod(sides_of(size))
+                    for size in (spec.augmentation.image_size, spec.stored_size))
   rows = spec.batch_size // mesh.size
   exchanged = (rows + send_capacity(rows) if mesh.devices.flat[0].platform == 'tpu'
                else 2 * spec.batch_size)
-  step = (rows * spec.augmentation.image_size**2 * _STEP_BYTES_PER_PIXEL
-          + exchanged * 3 * spec.stored_size**2 * _images_per_row(spec))
+  step = (rows * pixels * _STEP_BYTES_PER_PIXEL
+          + exchanged * 3 * stored * _images_per_row(spec))
   free = min(map(_free_memory, mesh.local_devices))
   if data + step > free:
     raise InputError(
-        f'data.resident: {spec.num_images:,} images of {spec.stored_size} px take '
+        f'data.resident: {spec.num_images:,} images of {show_size(spec.stored_size)} px take '
         f'{_gigabytes(data)} on each of {mesh.size} device{"s" if mesh.size > 1 else ""} and a '
         f'step about {_gigabytes(step)}, but {_gigabytes(free)} are free; use more devices, a '
         'smaller data.resident.size, or data.resident.enabled=False')
@@ -101,7 +104,7 @@ def abstract_data(spec: ResidentSpec, mesh: Mesh) -> ResidentData:
   """Returns shapes, types and shardings of the data, to compile with."""
   split = sharding.by_rows(mesh)
   tile = _LANES * _SUBLANES
-  lines = -(-3 * spec.stored_size**2 // tile) * _SUBLANES
+  lines = -(-3 * math.prod(sides_of(spec.stored_size)) // tile) * _SUBLANES
 
   def array(*shape_and_type):
     *shape, dtype = shape_and_type
@@ -193,8 +196,8 @@ def _draw_rows(spec: ResidentSpec, rows: int, data: ResidentData, step: Array
   epochs, places = (jax.lax.dynamic_slice(a, (first,), (rows,)) for a in (epochs, places))
 
   def stored(example: ResidentData) -> Stored:
-    side = spec.stored_size
-    image = example.images.reshape(-1)[:3 * side * side].reshape(3, side, side)
+    height, width = sides_of(spec.stored_size)
+    image = example.images.reshape(-1)[:3 * height * width].reshape(3, height, width)
     return Stored(image, example.size, GroundTruth(
         example.boxes.reshape(-1, 4), example.labels, example.crowd, example.valid))
 

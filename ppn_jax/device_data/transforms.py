@@ -22,6 +22,7 @@ from ppn_jax.data.transforms.mixing import Mixup
 from ppn_jax.data.transforms.random_crop import SsdRandomCrop
 from ppn_jax.data.transforms.zoom import Expand, LargeScaleJitter
 from ppn_jax.detection import boxes as box_ops
+from ppn_jax.detection.frame import FILL, ImageSize, InputFrame, sides_of
 from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.device_data.resize import KERNELS, crop_and_resize
 from ppn_jax.errors import InputError, did_you_mean
@@ -40,7 +41,7 @@ class View(NamedTuple):
 
 class Stored(NamedTuple):
   """Stored image with its ground truth."""
-  image: Array  # u8 [3, R, R].
+  image: Array  # u8 [3, R, R], or of another shape.
   size: Array  # i32 [2], (height, width) of the original, in whose pixels the ops draw.
   ground_truth: GroundTruth  # [G, ...].
 
@@ -50,12 +51,19 @@ class Augmentation(NamedTuple):
 
   Fields:
     ops: dataclasses of `data.transforms`, in order.
-    image_size: S, side of the network's input in pixels.
+    image_size: S, side of the network's input in pixels, or (height, width).
     kernel: resizing kernel, one of `resize.KERNELS`.
+    resize_mode: one of `frame.RESIZE_MODES`.
   """
   ops: tuple[Any, ...]
-  image_size: int
+  image_size: ImageSize
   kernel: str
+  resize_mode: str = 'stretch'
+
+  @property
+  def frame(self) -> InputFrame:
+    """Geometry of the network's input."""
+    return InputFrame.of(self.image_size, self.resize_mode)
 
   @property
   def mixup(self) -> int | None:
@@ -105,25 +113,32 @@ class Augmentation(NamedTuple):
     image, size, ground_truth = stored
     view = self.view(size, ground_truth, key)
     fills = any(isinstance(op, _FILLING) for op in self.ops)
+    content = self.frame.content(view.size) if self.frame.keeps_aspect else None
     image, seen = crop_and_resize(image, view.frame, view.mirrored, self.image_size, self.kernel,
-                                  beyond=fills, visible=view.visible if fills else None)
+                                  beyond=fills, visible=view.visible if fills else None,
+                                  content=content)
     for number, op in enumerate(self.ops[:count]):
       if isinstance(op, _FILLING):  # Only later colour ops change the fill.
         image = image * seen + jnp.float32(op.fill)[:, None, None] * (1 - seen)
       if type(op) in _COLOR:
         image = _COLOR[type(op)](op, image, jax.random.fold_in(key, number))
-    return image, view.ground_truth
+    if content is not None:  # The host fills the rest after the colour ops, too.
+      rows, columns = (jnp.arange(side) < filled
+                       for side, filled in zip(sides_of(self.image_size), content, strict=True))
+      image = jnp.where(rows[:, None] & columns, image, FILL)
+    boxes = self.frame.to_input(view.ground_truth.boxes, view.size)
+    return image, view.ground_truth._replace(boxes=boxes)
 
 
-def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, resize: str
-                       ) -> Augmentation:
-  """Builds the device's augmentation from a config's `data.transforms` and `data.resize`.
+def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: ImageSize, resize: str,
+                       resize_mode: str = 'stretch') -> Augmentation:
+  """Builds the device's augmentation from a config's `data.transforms` and how images are resized.
 
   Raises:
     InputError: If a block is bad (see `build_transforms`), or an op is not available on the device.
   """
-  ops = build_transforms(blocks)
-  kernel = Resize(image_size, resize).method
+  ops = build_transforms(blocks, resize_mode)
+  kernel = Resize(image_size, resize, resize_mode=resize_mode).method
   for block, op in zip(blocks, ops, strict=True):
     # Not isinstance, since a subclass may behave differently.
     if type(op) not in (*_GEOMETRY, *_COLOR, Mixup):
@@ -131,10 +146,15 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
                        'train with data.resident.enabled=False')
     if isinstance(op, (Resize, LargeScaleJitter, Mixup)):
       kernel = op.method
-      if op.size < image_size:
+      if any(a < b for a, b in zip(sides_of(op.size), sides_of(image_size), strict=True)):
         raise InputError(f'{block["name"]}.size is {op.size}, below model.image_size={image_size}, '
                          'which is not available on the device; train with '
                          'data.resident.enabled=False')
+    mode = getattr(op, 'resize_mode', resize_mode)
+    if mode != resize_mode or (type(op) is Resize and mode == 'letterbox'):
+      raise InputError(f'{block["name"]}.resize_mode={mode!r} with data.resize_mode='
+                       f'{resize_mode!r} is not available on the device; remove it, or train with '
+                       'data.resident.enabled=False')
   if kernel not in KERNELS:
     raise InputError(f'resize method {kernel!r} is not available on the device; '
                      f'{did_you_mean(kernel, KERNELS)}')
@@ -144,10 +164,10 @@ def build_augmentation(blocks: Sequence[Mapping[str, Any]], *, image_size: int, 
     raise InputError(f'transforms {filling[0]!r} and {filling[1]!r} both add a border around the '
                      'image; with data.resident.enabled=True only one transform may')
   _check_mixup([block['name'] for block in blocks], ops, image_size)
-  return Augmentation(ops, image_size, kernel)
+  return Augmentation(ops, image_size, kernel, resize_mode)
 
 
-def _check_mixup(names: Sequence[str], ops: Sequence[Any], image_size: int) -> None:
+def _check_mixup(names: Sequence[str], ops: Sequence[Any], image_size: ImageSize) -> None:
   """Checks that mixup, if there is one, blends inputs of the network.
 
   Raises:
@@ -158,7 +178,7 @@ def _check_mixup(names: Sequence[str], ops: Sequence[Any], image_size: int) -> N
     if type(op) not in _COLOR:
       raise InputError(f'transform {name!r} follows {names[at]!r}, which is not available on the '
                        'device; put it before, or train with data.resident.enabled=False')
-  if at < len(ops) and ops[at].size != image_size:
+  if at < len(ops) and sides_of(ops[at].size) != sides_of(image_size):
     raise InputError(f'{names[at]}.size is {ops[at].size}, but with data.resident.enabled=True it '
                      f'must be model.image_size={image_size}')
 
@@ -171,7 +191,7 @@ def _horizontal_flip(op: HorizontalFlip, view: View, key: Array) -> View:
 
 
 def _resize(op: Resize | LargeScaleJitter, view: View, key: Array) -> View:
-  return view._replace(size=jnp.full(2, op.size, jnp.float32))
+  return view._replace(size=jnp.float32(sides_of(op.size)))
 
 
 def _expand(op: Expand, view: View, key: Array) -> View:
@@ -184,11 +204,16 @@ def _expand(op: Expand, view: View, key: Array) -> View:
 
 def _large_scale_jitter(op: LargeScaleJitter, view: View, key: Array) -> View:
   draws = jax.random.uniform(key, (3,))
-  frame = jnp.maximum(jnp.rint(view.size.max() / _between(op.scale, draws[0])), 1)
+  height, width = sides_of(op.size)
+  # As `zoom.smallest_frame`; a factor of 1 changes nothing.
+  ratios = jnp.float32([height / width, width / height])
+  smallest = jnp.maximum(view.size, view.size[::-1] * ratios)
+  frame = jnp.maximum(jnp.rint(smallest / _between(op.scale, draws[0])), 1)
   corner = jnp.floor(draws[1:] * (jnp.maximum(view.size - frame, 0) + 1))
   view = crop(view, jnp.concatenate([corner, corner + frame]), op.min_coverage)
   boxes = view.ground_truth.boxes
-  large = ((boxes[:, 2:] - boxes[:, :2]) * op.size).min(axis=-1) >= op.min_side
+  sides = (boxes[:, 2:] - boxes[:, :2]) * jnp.float32(sides_of(op.size))
+  large = sides.min(axis=-1) >= op.min_side
   valid = view.ground_truth.valid & (large | view.ground_truth.crowd) & (box_ops.area(boxes) > 0)
   return _resize(op, view._replace(ground_truth=view.ground_truth._replace(valid=valid)), key)
 

@@ -7,6 +7,7 @@ import pathlib
 import zipfile
 from typing import Any
 
+from ppn_jax.detection.frame import FILL, ImageSize, InputFrame
 from ppn_jax.errors import InputError, did_you_mean, install_command
 
 # Format of another runtime -> the extra that installs its libraries.
@@ -93,32 +94,34 @@ def load_library(name: str, output_format: str):
                      f'imported ({e}); {install_command(extra)}') from e
 
 
-def make_metadata(options: ExportOptions, *, image_size: int, resize: str, labels: list[str],
+def make_metadata(options: ExportOptions, *, image_size: ImageSize, resize: str, labels: list[str],
                   category_ids: list[int], step: int, model: dict[str, Any],
-                  operating_point: dict[str, Any] | None = None,
+                  resize_mode: str = 'stretch', operating_point: dict[str, Any] | None = None,
                   decoder: dict[str, Any] | None = None) -> dict[str, Any]:
   """Returns the metadata of an export: what one needs to know to use the file.
 
   Args:
     options: options of the export.
-    image_size: S, side of the input images in pixels.
+    image_size: S, side of the input images in pixels, or (height, width).
     resize: kernel with which images were resized in training.
     labels: class names, in order of label.
     category_ids: category ids of the data set, in order of label.
     step: step of the run.
     model: `config.model`, so that archived weights can be used again.
+    resize_mode: one of `frame.RESIZE_MODES`.
     operating_point: thresholds by class and calibration, see `metrics.operating_point`; the scores
       of the file itself are not calibrated.
     decoder: options of `nms.postprocess`, for a file of layout 'mediapipe'.
   """
-  described = describe_input(options.batch_size, image_size, resize)
+  described = describe_input(options.batch_size, image_size, resize, resize_mode)
+  whole = 'image' if resize_mode == 'stretch' else 'input'
   if options.layout != 'detections' and options.precision != 'int8':
     described |= {'type': 'float32', 'range': [-1, 1],
-                  'preprocessing': described['preprocessing'].partition(';')[0]
+                  'preprocessing': described['preprocessing'].rpartition(';')[0]
                   + '; scale by pixel / 127.5 - 1'}
   if options.layout == 'detection_postprocess':
     outputs = {
-        'detection_boxes': 'float32 [1, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the image, not '
+        'detection_boxes': f'float32 [1, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the {whole}, not '
                            'clipped',
         'detection_classes': 'float32 [1, K]: index into labels',
         'detection_scores': 'float32 [1, K], 0 to 1, best first',
@@ -130,7 +133,8 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
         'anchors': f'{ANCHORS} in this archive: boxes [A, 4], ymin, xmin, ymax, xmax; level [A]'}
   else:
     outputs = {
-        'boxes': 'float32 [batch, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the image, clipped',
+        'boxes': 'float32 [batch, K, 4]: ymin, xmin, ymax, xmax, 0 to 1 of the '
+                 f'{whole}, clipped',
         'scores': 'float32 [batch, K], 0 to 1, best first',
         'labels': 'int32 [batch, K]: index into labels',
         'level': 'int32 [batch, K]: pyramid level, 0 the finest',
@@ -142,14 +146,21 @@ def make_metadata(options: ExportOptions, *, image_size: int, resize: str, label
       'model': model}
 
 
-def describe_input(batch_size: int | None, image_size: int, resize: str) -> dict[str, Any]:
+def describe_input(batch_size: int | None, image_size: ImageSize, resize: str,
+                   resize_mode: str = 'stretch') -> dict[str, Any]:
   """Returns what a detector takes and how it is made from an image; see `make_metadata`."""
+  frame = InputFrame.of(image_size, resize_mode)
+  size = f'{frame.height}x{frame.width}'
+  resizing = f'resize to {size} without keeping the aspect ratio'
+  if frame.keeps_aspect:
+    resizing = (f'resize by s = min({frame.height} / height, {frame.width} / width), keeping the '
+                f'aspect ratio, to whole pixels at the top left of {size}; fill the rest with '
+                f'{FILL}; a pixel of the input divided by s is one of the image')
   return {'name': 'images', 'type': 'uint8',
-          'shape': [batch_size or 'any', image_size, image_size, 3],
+          'shape': [batch_size or 'any', frame.height, frame.width, 3],
           'colors': 'RGB', 'range': [0, 255],
-          'preprocessing': f'resize to {image_size}x{image_size} without keeping the aspect ratio; '
-                           'scaling to [-1, 1] is inside',
-          'resize': resize}
+          'preprocessing': f'{resizing}; scaling to [-1, 1] is inside',
+          'resize': resize, 'resize_mode': resize_mode}
 
 
 def write_metadata(path: pathlib.Path, metadata: dict[str, Any]) -> None:

@@ -36,9 +36,10 @@ class ExportedDetector:
     return None if size == 'any' else size
 
   @property
-  def image_size(self) -> int:
-    """Returns S, the side of the images in pixels."""
-    return self.metadata['input']['shape'][1]
+  def image_size(self) -> tuple[int, int]:
+    """Returns (height, width) of the images in pixels."""
+    height, width = self.metadata['input']['shape'][1:3]
+    return height, width
 
   def __call__(self, images: np.ndarray) -> Detections:
     """Detects objects, in batches of the size that the file takes.
@@ -52,15 +53,15 @@ class ExportedDetector:
     Raises:
       InputError: If the images have another type or size, or there are none.
     """
-    side = self.image_size
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (side, side, 3):
+    height, width = self.image_size
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, 3):
       raise InputError(f'images are {images.dtype} {list(images.shape)}; this export takes uint8 '
-                       f'[B, {side}, {side}, 3]')
+                       f'[B, {height}, {width}, 3]')
     size = self.batch_size or len(images)
     parts = []
     for start in range(0, len(images), size):
       part = images[start:start + size]
-      padded = np.concatenate([part, np.zeros((size - len(part), side, side, 3), np.uint8)])
+      padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), np.uint8)])
       found = self._run(padded)
       parts.append([np.asarray(found[name])[:len(part)] for name in Detections._fields])
     if not parts:

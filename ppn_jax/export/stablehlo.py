@@ -7,16 +7,17 @@ import jax
 import jax.export
 import numpy as np
 
+from ppn_jax.detection.frame import ImageSize, sides_of
 from ppn_jax.errors import InputError
 from ppn_jax.export.formats import companion_file, load_library
 
 PLATFORMS = ('cpu', 'tpu', 'cuda')
 
 
-def input_shape(batch_size: int | None, side: int) -> jax.ShapeDtypeStruct:
+def input_shape(batch_size: int | None, image_size: ImageSize) -> jax.ShapeDtypeStruct:
   """Returns the shape of the input, u8 [B, S, S, 3], for any B if `batch_size` is None."""
   batch = jax.export.symbolic_shape('b')[0] if batch_size is None else batch_size
-  return jax.ShapeDtypeStruct((batch, side, side, 3), np.uint8)
+  return jax.ShapeDtypeStruct((batch, *sides_of(image_size), 3), np.uint8)
 
 
 def write(path: pathlib.Path, detect: Callable, images: jax.ShapeDtypeStruct,

@@ -111,13 +111,14 @@ def count_training_positives(config: ConfigDict, detector: Detector, num_images:
   try:
     source = open_split(config, 'train')
     count = min(num_images, len(source))
-    transforms, data = build_transforms(config.data.transforms), config.data
+    data = config.data
+    transforms = build_transforms(data.transforms, data.resize_mode)
     bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
     batches = train_batches(
-        source, transforms=transforms, resize=config.data.resize,
+        source, transforms=transforms, resize=data.resize, resize_mode=data.resize_mode,
         image_size=config.model.image_size, batch_size=config.train.batch_size, seed=config.seed,
-        threads=config.data.threads, bad=bad,
-        max_boxes=required_boxes(source, config.data.max_boxes, transforms))
+        threads=data.threads, bad=bad,
+        max_boxes=required_boxes(source, data.max_boxes, transforms))
     return _count_positives(detector, batches, count)
   except (InputError, OSError) as e:
     return {'absent': ' '.join(str(e).split())}

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ppn_jax.detection import boxes as box_ops
-from ppn_jax.jobs.data_statistics import DataStatistics, describe_anchor_fit
+from ppn_jax.detection.frame import show_size, sides_of
+from ppn_jax.jobs.data_statistics import DataStatistics, box_sides, describe_anchor_fit
 from ppn_jax.visualization import html_page
 from ppn_jax.visualization.drawing import draw_boxes
 from ppn_jax.visualization.html_page import Group, Picture, Section, Table
@@ -34,8 +34,9 @@ def data_page(title: str, found: DataStatistics, summary: Mapping[str, Any]) -> 
             'as evaluation reads them')
   has_boxes = len(found.boxes.label) > 0
   sections = [
-      Section('Images', f'The first {_num_examples(found)} images at the {found.image_size} px of '
-              f'the network, {source}.', groups=[Group(_examples(found))]),
+      Section('Images', f'The first {_num_examples(found)} images at the '
+              f'{show_size(found.image_size)} px of the network, {source}.',
+              groups=[Group(_examples(found))]),
       Section('Sizes and shapes', 'Boxes in pixels of the network\'s input; crosses are the shapes '
               'of anchors, dark on the finest level.',
               groups=[html_page.plot(draw_shapes(found), 'sizes of boxes')] if has_boxes else ()),
@@ -77,9 +78,10 @@ def draw_shapes(found: DataStatistics) -> np.ndarray:
   colours = level_colours(level[-1] + 1)
   with plot(14.5, 4.3) as drawn:
     axes = drawn.figure.subplots(1, 3)
-    sides = np.geomspace(max(1, boxes.side.min()), found.image_size, 40)
+    sides = np.geomspace(max(1, boxes.side.min()), max(sides_of(found.image_size)), 40)
     axes[0].hist(boxes.side, sides, color=MUTED)
-    anchor_sides = np.sqrt(box_ops.area(found.anchors.boxes)) * found.image_size
+    size = box_sides(found.anchors.boxes, found.image_size)
+    anchor_sides = np.sqrt(size.prod(axis=-1))
     for k, colour in enumerate(colours):
       for side in np.unique(anchor_sides[level == k].round(1)):
         axes[0].axvline(side, color=colour, linewidth=1.2)
@@ -89,9 +91,8 @@ def draw_shapes(found: DataStatistics) -> np.ndarray:
     chosen = np.random.default_rng(0).permutation(len(boxes.label))[:_DOTS]
     axes[2].scatter(boxes.width[chosen], boxes.height[chosen], s=4, linewidths=0, alpha=0.5,
                     color=[class_rgb(k) for k in boxes.label[chosen].tolist()])
-    size = found.anchors.boxes[:, 2:] - found.anchors.boxes[:, :2]
     for k, colour in enumerate(colours):
-      height, width = np.unique((size[level == k] * found.image_size).round(1), axis=0).T
+      height, width = np.unique(size[level == k].round(1), axis=0).T
       axes[2].plot(width, height, 'x', color=colour, markersize=7, markeredgewidth=1.8,
                    label=f'level {k}')
     axes[2].set(title='Width against height', xscale='log', yscale='log', xlabel='width, pixels',

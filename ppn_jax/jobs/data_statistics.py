@@ -25,6 +25,7 @@ from ppn_jax.data.splits import open_split
 from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.anchor_search import Change, search
+from ppn_jax.detection.frame import ImageSize, check_image_size, sides_of
 from ppn_jax.detection.structures import Anchors, Array, Batch, Category
 from ppn_jax.detector import Detector, grid_sizes
 from ppn_jax.errors import InputError, did_you_mean
@@ -64,7 +65,7 @@ class BoxStatistics(NamedTuple):
 class DataStatistics(NamedTuple):
   """Statistics of sampled images of a data set."""
   split: str
-  image_size: int  # S, in pixels.
+  image_size: ImageSize  # Of the network's input, in pixels.
   categories: tuple[Category, ...]
   anchors: Anchors
   matching: Mapping[str, Any]  # The block of the config.
@@ -118,7 +119,8 @@ def collect_statistics(config: ConfigDict, *, split: str = 'train', samples: int
       anchors=detector.anchors, matching=config.matching.to_dict(), num_images=seen,
       total_images=len(source), num_crowds=crowds, boxes=boxes, examples=tuple(examples),
       report=report(source, f'data.{split}', ignore_crowd=config.matching.ignore_crowd,
-                    image_size=detector.image_size if split == 'train' else 0),
+                    image_size=detector.image_size if split == 'train' else 0,
+                    resize_mode=data.resize_mode),
       skipped=tuple(bad.new_reasons()), suggestions=_suggest_changes(config, detector, boxes))
 
 
@@ -132,7 +134,9 @@ def _suggest_changes(config: ConfigDict, detector: Detector, boxes: BoxStatistic
   if not len(unfit) or (unfit.mean() < _MAX_UNFIT and not (
       by_class[count >= _MIN_BOXES] >= _MAX_UNFIT_OF_CLASS).any()):
     return ()
-  sizes = {detector.image_size * k // 2 for k in (2, 3, 4)}
+  height, width = sides_of(detector.image_size)
+  sizes = {check_image_size('model.image_size', (height * k // 2, width * k // 2))
+           for k in (2, 3, 4)}
   return tuple(search(
       boxes.corners, boxes.label, model['anchors'],
       {size: grid_sizes(detector.network, size) for size in sizes}, detector.image_size,
@@ -153,10 +157,11 @@ def _batches(config: ConfigDict, split: str, source: Source, batch_size: int, ba
   """Yields batches as training or evaluation reads them."""
   data, size = config.data, config.model.image_size
   options = {'image_size': size, 'batch_size': batch_size, 'threads': data.threads,
-             'resize': data.resize, 'reduced_decoding': data.reduced_decoding, 'bad': bad}
+             'resize': data.resize, 'resize_mode': data.resize_mode,
+             'reduced_decoding': data.reduced_decoding, 'bad': bad}
   if split == 'eval':
     return eval_batches(source, max_boxes=required_boxes(source), **options)
-  transforms = build_transforms(data.transforms)
+  transforms = build_transforms(data.transforms, data.resize_mode)
   return train_batches(source, transforms=transforms, seed=config.seed,
                        max_boxes=required_boxes(source, data.max_boxes, transforms), **options)
 
@@ -182,7 +187,7 @@ def _build_measure(detector: Detector, matching: Mapping[str, Any]
     assigned = np.bincount(place, minlength=counted.size * num_levels)
     overlap = box_ops.iou(truth.boxes[counted], detector.anchors.boxes)
     best = overlap.argmax(axis=1)
-    size = (truth.boxes[counted][:, 2:] - truth.boxes[counted][:, :2]) * detector.image_size
+    size = box_sides(truth.boxes[counted], detector.image_size)
     return BoxStatistics(
         first + (np.cumsum(chosen) - 1)[np.nonzero(counted)[0]], truth.labels[counted],
         truth.boxes[counted], *size.T,
@@ -190,6 +195,11 @@ def _build_measure(detector: Detector, matching: Mapping[str, Any]
         assigned.reshape(*counted.shape, num_levels)[counted])
 
   return measure
+
+
+def box_sides(boxes: Array, image_size: ImageSize) -> np.ndarray:
+  """Returns height and width of boxes in pixels of the network's input: [N, 4] -> [N, 2]."""
+  return (boxes[:, 2:] - boxes[:, :2]) * np.float32(sides_of(image_size))
 
 
 def summarize(found: DataStatistics) -> dict[str, Any]:
@@ -204,7 +214,7 @@ def summarize(found: DataStatistics) -> dict[str, Any]:
   groups = lambda names, index: [
       {'name': str(name), **_group(boxes, index == k, unfit)} for k, name in enumerate(names)]
   level = found.anchors.level
-  sides = np.sqrt(box_ops.area(found.anchors.boxes)) * found.image_size
+  sides = np.sqrt(box_sides(found.anchors.boxes, found.image_size).prod(axis=-1))
   return {
       'split': found.split, 'images': found.num_images, 'images_in_all': found.total_images,
       'image_size': found.image_size, 'matched_iou': matched_iou,

@@ -13,6 +13,7 @@ from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.loader import choose_workers, eval_batches, required_boxes
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import open_split
+from ppn_jax.detection.frame import InputFrame
 from ppn_jax.detection.structures import Array, Batch, Category, Detections
 from ppn_jax.detector import Detector, Variables, jit_detect
 from ppn_jax.distributed import coordination, sharding
@@ -52,10 +53,15 @@ class Evaluator:
   bad: BadExamples
   scorer: str = 'hotcoco'
 
+  @property
+  def frame(self) -> InputFrame:
+    """Geometry of the detector's input."""
+    return InputFrame.of(self.loader['image_size'], self.loader['resize_mode'])
+
   def compile(self, variables: Variables) -> None:
     """Compiles the program by detecting on a blank batch. All processes call it together."""
-    side, own = self.loader['image_size'], sharding.local_rows(self.batch_size, self.mesh)
-    blank = np.zeros((len(own), side, side, 3), np.uint8)
+    own = sharding.local_rows(self.batch_size, self.mesh)
+    blank = np.zeros((len(own), self.frame.height, self.frame.width, 3), np.uint8)
     jax.block_until_ready(
         self.detect(variables, sharding.to_global(blank, self.mesh, self.batch_size)))
 
@@ -76,7 +82,8 @@ class Evaluator:
                            rows=own)
     for index, batch in enumerate(batches, start=1):
       images = sharding.to_global(batch.images, self.mesh, self.batch_size)
-      detections = sharding.own_rows(self.detect(variables, images))
+      detections = self.frame.in_pictures(
+          sharding.own_rows(self.detect(variables, images)), np.maximum(batch.size, 1))
       packed.append(_pack(detections, batch, own + (index - 1) * self.batch_size))
       on_images(min(index * self.batch_size, len(self.source)))
     gathered = coordination.gather(np.concatenate(packed).tobytes())
@@ -159,6 +166,6 @@ def build_evaluator(run: TrainedModel, detector: Detector, mesh: Mesh, *, scorer
       source=source, categories=run.categories, detect=jit_detect(detector, mesh), mesh=mesh,
       batch_size=batch_size, scorer=scorer, bad=bad,
       loader={'image_size': detector.image_size, 'resize': data.resize,
-              'reduced_decoding': data.reduced_decoding, 'threads': data.threads,
-              'workers': choose_workers(data.workers, data.threads),
+              'resize_mode': data.resize_mode, 'reduced_decoding': data.reduced_decoding,
+              'threads': data.threads, 'workers': choose_workers(data.workers, data.threads),
               'max_boxes': required_boxes(source)})

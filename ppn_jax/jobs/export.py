@@ -17,6 +17,7 @@ from ppn_jax.data.images import folders
 from ppn_jax.data.source import Source
 from ppn_jax.data.splits import names_data, open_split
 from ppn_jax.data.transforms.basic import Resize
+from ppn_jax.detection.frame import ImageSize
 from ppn_jax.detection.structures import Detections, Example, unlabelled_example
 from ppn_jax.detector import Detector
 from ppn_jax.distributed import sharding
@@ -193,8 +194,8 @@ def _make_metadata(run: TrainedModel, detector: Detector, options: ExportOptions
   decoder = run.config.postprocess.to_dict() if options.layout == 'mediapipe' else None
   return make_metadata(
       options, image_size=detector.image_size, resize=run.config.data.resize,
-      labels=[c.name for c in run.categories], category_ids=[c.id for c in run.categories],
-      step=step, model=run.config.model.to_dict(),
+      resize_mode=run.config.data.resize_mode, labels=[c.name for c in run.categories],
+      category_ids=[c.id for c in run.categories], step=step, model=run.config.model.to_dict(),
       operating_point=point and point.describe(), decoder=decoder)
 
 
@@ -202,12 +203,13 @@ def _make_metadata(run: TrainedModel, detector: Detector, options: ExportOptions
 class _Images:
   """Images at the size of the run's detector, from the run's data or from a folder."""
   run: TrainedModel
-  side: int
+  image_size: ImageSize
   folder: pathlib.Path | None
 
   def load(self, split: str, count: int) -> np.ndarray:
     """Returns at most `count` images, evenly spaced in a split: u8 [N, S, S, 3]."""
-    resize = Resize(self.side, self.run.config.data.resize)
+    data = self.run.config.data
+    resize = Resize(self.image_size, data.resize, resize_mode=data.resize_mode)
     found = [resize(example).image for example in self._examples(split, count)]
     if not found:
       where = f'in {self.folder}' if self.folder else f'in data.{split}'

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Keys of the config that describe the detector and its input; none of them is a path. The seed and
 # the share say which images were held out, so that nobody evaluates on the others by mistake.
 _BLOCKS = ('model', 'matching', 'loss', 'postprocess')
-_DATA_KEYS = ('resize', 'reduced_decoding', 'eval_fraction')
+_DATA_KEYS = ('resize', 'resize_mode', 'reduced_decoding', 'eval_fraction')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,8 @@ def export_weights(model: TrainedModel, output: pathlib.Path, options: ExportOpt
   header = {
       'config': {'seed': config['seed'], **{block: config[block] for block in _BLOCKS},
                  'data': {key: config['data'][key] for key in _DATA_KEYS}},
-      'preprocessing': describe_input(None, detector.image_size, config['data']['resize']),
+      'preprocessing': describe_input(None, detector.image_size, config['data']['resize'],
+                                      config['data']['resize_mode']),
       'thresholds': {key: config['postprocess'][key] for key in (
           'score_threshold', 'iou_threshold') if key in config['postprocess']},
       'provenance': _provenance(model, step, ema)}

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ppn_jax import registry, storage
 from ppn_jax.config import GIVEN, hard_negative_mining
+from ppn_jax.detection.frame import sides_of
 from ppn_jax.detection.structures import Category
 from ppn_jax.distributed import sharding
 from ppn_jax.distributed.ownership import Ownership
@@ -115,8 +116,8 @@ def _settings_of_detector(file: WeightFile, has_size: bool) -> dict[str, Any]:
   """Returns the config entries that the input and the outputs of an SSD in a TFLite file imply."""
   settings: dict[str, Any] = {}
   if not file.image_size and not has_size:
-    raise InputError(f'{file.path} is {file.description}, but detectors here read square images of '
-                     'one size; choose it with --config.model.image_size=N')
+    raise InputError(f'{file.path} is {file.description}, but detectors here read images of one '
+                     'size; choose it with --config.model.image_size=N, or =HEIGHT,WIDTH')
   if file.image_size:
     settings['model.image_size'] = file.image_size
   settings['model.background_column'] = not _has_no_background(file)
@@ -147,7 +148,8 @@ def _repeats_1x1(config: ConfigDict) -> bool:
   if neck.name != 'conv_pyramid' or not options['depths']:
     return False
   # Each level, and each stride of the backbone, halves the side, rounded up.
-  return config.model.image_size <= max(options['strides']) * 2 ** (len(options['depths']) - 1)
+  smallest = max(options['strides']) * 2 ** (len(options['depths']) - 1)
+  return max(sides_of(config.model.image_size)) <= smallest
 
 
 def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ppn_jax.detection.frame import sides_of
 from ppn_jax.detection.structures import Anchors, Detections
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.errors import InputError
@@ -31,7 +32,11 @@ _FLOOR = 0.3  # Scores below this share of an image's best are not compared.
 
 
 def check_supported(config: ConfigDict, options: ExportOptions) -> None:
-  """Raises InputError if MediaPipe cannot compute the scores of a model in that precision."""
+  """Raises InputError if MediaPipe cannot compute what a config asks for in that precision."""
+  if config.data.resize_mode != 'stretch':
+    raise InputError(f'data.resize_mode={config.data.resize_mode!r}: MediaPipe stretches pictures, '
+                     'and no metadata changes that; use --layout=detections or '
+                     'detection_postprocess, or train with data.resize_mode=stretch')
   if config.model.score_activation != 'sigmoid' and options.precision == 'int8':
     raise InputError(f'model.score_activation={config.model.score_activation!r}: layout mediapipe '
                      'computes it in floats; use --precision=float16 or float32')
@@ -48,7 +53,7 @@ def write(path: pathlib.Path, detector: Detector, variables: Variables, options:
     options: options of the export.
     load_images: returns images u8 [N, S, S, 3] to calibrate 'int8' on.
   """
-  side, spec = detector.image_size, detector.class_spec
+  sides, spec = sides_of(detector.image_size), detector.class_spec
   sigmoid = spec.activation == 'sigmoid'
 
   def predict(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -58,7 +63,7 @@ def write(path: pathlib.Path, detector: Detector, variables: Variables, options:
     scores = jnp.clip(spec.scores(outputs.class_logits), 1e-6, 1 - 1e-6)
     return outputs.box_codes, -jnp.log(1 / scores - 1)
 
-  tensorflow.write_heads(path, predict, jax.ShapeDtypeStruct((1, side, side, 3), np.float32),
+  tensorflow.write_heads(path, predict, jax.ShapeDtypeStruct((1, *sides, 3), np.float32),
                          options, scaled_images(detector, options, load_images))
   path.write_bytes(mediapipe_metadata.add(
       path.read_bytes(), anchors=detector.anchors.boxes, num_classes=spec.num_classes,
@@ -99,7 +104,7 @@ def check(path: pathlib.Path, images: np.ndarray, precision: str) -> None:
       max_detections=_MAX_RESULTS))(images)
   found = detect(path, images)
   boxes, missing = _APART[precision]
-  tolerance = Tolerance(_ROUNDING / images.shape[1] + boxes, _SCORES, missing, _FLOOR)
+  tolerance = Tolerance(_ROUNDING / min(images.shape[1:3]) + boxes, _SCORES, missing, _FLOOR)
   difference = compare(expected, found, tolerance)
   if is_wrong(difference, tolerance):
     raise InputError(
@@ -119,7 +124,7 @@ def detect(path: pathlib.Path, images: np.ndarray) -> Detections:
     names = archive.read(mediapipe_metadata.LABELS).decode().split('\n')
   options = vision.ObjectDetectorOptions(
       base_options=python.BaseOptions(model_asset_path=str(path)), max_results=_MAX_RESULTS)
-  count, side = len(images), images.shape[1]
+  count, sides = len(images), np.tile(images.shape[1:3], 2)
   found = Detections(
       *(np.zeros((count, _MAX_RESULTS, *tail), dtype) for tail, dtype in (
           ((4,), np.float32), ((), np.float32), ((), np.int32), ((), np.int32), ((), bool))))
@@ -130,7 +135,7 @@ def detect(path: pathlib.Path, images: np.ndarray) -> Detections:
       for k, one in enumerate(result.detections):
         box, category = one.bounding_box, one.categories[0]
         corners = np.array([box.origin_y, box.origin_x, box.origin_y + box.height,
-                            box.origin_x + box.width]) / side
+                            box.origin_x + box.width]) / sides
         found.boxes[row, k] = np.clip(corners, 0, 1)
         found.scores[row, k] = category.score
         found.labels[row, k] = names.index(category.category_name)

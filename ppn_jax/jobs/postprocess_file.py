@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ppn_jax.detection.frame import sides_of
 from ppn_jax.detector import Detector, Variables
 from ppn_jax.errors import InputError
 from ppn_jax.export import tensorflow
@@ -38,14 +39,14 @@ def write(path: pathlib.Path, detector: Detector, variables: Variables, options:
     config: the config; its block `postprocess` becomes the operation's attributes.
     load_images: returns images u8 [N, S, S, 3] to calibrate 'int8' on.
   """
-  side, spec = detector.image_size, detector.class_spec
+  sides, spec = sides_of(detector.image_size), detector.class_spec
 
   def predict(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     outputs = detector.forward_scaled(variables, x)
     return outputs.box_codes, spec.scores(outputs.class_logits)
 
   tensorflow.write_heads(
-      path, predict, jax.ShapeDtypeStruct((1, side, side, 3), np.float32), options,
+      path, predict, jax.ShapeDtypeStruct((1, *sides, 3), np.float32), options,
       scaled_images(detector, options, load_images),
       detection_operation(detector.anchors.boxes, spec.num_classes, config.postprocess))
   path.write_bytes(with_outputs_in_order(path.read_bytes()))

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from ppn_jax.config import complete
 from ppn_jax.data.splits import open_split
+from ppn_jax.detection.frame import ImageSize, show_size
 from ppn_jax.detector import Detector
 from ppn_jax.errors import InputError
 from ppn_jax.models.flops import Operation, operations, used_arguments
@@ -50,7 +51,7 @@ class Totals(NamedTuple):
 
 class Summary(NamedTuple):
   """Parameters and FLOPs of a model; see `summarize`."""
-  image_size: int
+  image_size: ImageSize
   num_classes: int  # Without the background.
   columns: int  # Of the class head, for one anchor.
   layers: tuple[Layer, ...]
@@ -244,8 +245,8 @@ def format_summary(summary: Summary) -> str:
   countings = [(label, *(getattr(totals, key) for totals in summary.by_columns.values()))
                for key, label in _LABELS.items()]
   parts = [
-      f'{summary.image_size} px, {summary.num_classes} classes in {summary.columns} columns, '
-      'batch 1',
+      f'{show_size(summary.image_size)} px, {summary.num_classes} classes in '
+      f'{summary.columns} columns, batch 1',
       _table(('layer', 'parameters', 'statistics', 'multiply-adds', 'FLOPs', 'norm & act.'),
              [*summary.layers, *sums]),
       _table(('class columns', *titles), countings), _LEGEND]

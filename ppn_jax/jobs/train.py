@@ -20,6 +20,7 @@ from ppn_jax.data.report import check_learnable, report
 from ppn_jax.data.source import Source
 from ppn_jax.data.sources import scans
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
+from ppn_jax.detection.frame import show_size
 from ppn_jax.detector import Detector
 from ppn_jax.distributed import coordination, failures, sharding
 from ppn_jax.distributed.compile_cache import CacheUse
@@ -102,7 +103,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
     sources = open_splits(config, splits, categories=earlier.categories if earlier else None)
   source, eval_source = sources['train'], sources.get('eval')
   found = report(source, 'data.train', image_size=config.model.image_size,
-                 ignore_crowd=config.matching.ignore_crowd)
+                 resize_mode=config.data.resize_mode, ignore_crowd=config.matching.ignore_crowd)
   check_learnable(found)
   run = create_run(workdir, config, source.categories)
   detector, optimizer, evaluator = run.detector(), run.optimizer(), None
@@ -299,5 +300,5 @@ def _describe(run: Run, state: TrainState, optimizer: Optimizer, source: Source,
   device = mesh.devices.flat[0].device_kind
   return (f'{config.model.neck.name} on {config.model.backbone.name}, '
           f'{count:,} parameters{of_them}, {len(run.categories)} classes, '
-          f'{config.model.image_size} px; {len(source):,} images, '
+          f'{show_size(config.model.image_size)} px; {len(source):,} images, '
           f'batch {config.train.batch_size}, on {mesh.size} x {device}')

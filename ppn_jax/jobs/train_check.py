@@ -64,6 +64,7 @@ def check_training(config: ConfigDict, workdir: str | pathlib.Path, devices: int
     splits = ('train', 'eval') if config.train.evaluate_every else ('train',)
     sources = open_splits(config, splits, categories=earlier.categories if earlier else None)
     check_learnable(report(sources['train'], 'data.train', image_size=config.model.image_size,
+                           resize_mode=config.data.resize_mode,
                            ignore_crowd=config.matching.ignore_crowd))
     config = create_run(workdir, config, sources['train'].categories).config
     found = ', '.join(f'{len(source):,} images to {name}' for name, source in zip(

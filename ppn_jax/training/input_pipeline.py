@@ -20,6 +20,7 @@ from ppn_jax.data.loader import choose_workers, required_boxes, train_batches
 from ppn_jax.data.repeats import Repeats, build_repeats
 from ppn_jax.data.source import Source
 from ppn_jax.data.transforms.basic import Resize, build_transforms
+from ppn_jax.detection.frame import show_size
 from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.detector import Detector
 from ppn_jax.device_data import dataset
@@ -210,8 +211,8 @@ class ResidentPipeline:
   def _load(self, start: int, progress: Progress) -> dataset.ResidentData:
     count, started = self.spec.num_images, time.perf_counter()
     size = f'{dataset.data_bytes(self.spec, self.mesh) / 1e9:,.3g} GB'
-    logger.info(f'loading {count:,} images of {self.spec.stored_size} px onto the devices, '
-                f'{size} on each')
+    logger.info(f'loading {count:,} images of {show_size(self.spec.stored_size)} px onto the '
+                f'devices, {size} on each')
     data = dataset.load(
         WithSubstitutes(self.source, self.bad), self.spec, self.mesh, threads=self.threads,
         on_images=lambda done: progress.advance(start, f'loading: {done:,}/{count:,} images'))
@@ -234,13 +235,14 @@ def sample_images(config: ConfigDict, source: Source, count: int) -> Iterator[np
     InputError: If images cannot be read.
   """
   data = config.data
-  transforms = build_transforms(data.transforms)
+  transforms = build_transforms(data.transforms, data.resize_mode)
   bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
   with contextlib.closing(train_batches(
       source, transforms=transforms, image_size=config.model.image_size,
       max_boxes=required_boxes(source, data.max_boxes, transforms),
       batch_size=min(count, _SAMPLE_BATCH), seed=config.seed, threads=data.threads,
-      resize=data.resize, reduced_decoding=data.reduced_decoding, bad=bad)) as batches:
+      resize=data.resize, resize_mode=data.resize_mode, reduced_decoding=data.reduced_decoding,
+      bad=bad)) as batches:
     left = count
     while left > 0:
       images = next(batches).images[:left]
@@ -256,20 +258,20 @@ def build_input_pipeline(config: ConfigDict, source: Source, mesh: Mesh
     InputError: If an option is out of range, or the data do not fit into device memory.
   """
   data, size = config.data, config.model.image_size
-  Resize(size, data.resize, data.reduced_decoding)
+  Resize(size, data.resize, data.reduced_decoding, data.resize_mode)
   check_integer('data.threads', data.threads, 0)
   workers = choose_workers(data.workers, data.threads, cache=data.cache.where)
   check_integer('data.resident.size', data.resident.size, 0)
   repeats = build_repeats(source, data.repeat_threshold)
   source = cache_source(source, **data.cache, image_size=size)
-  transforms = build_transforms(data.transforms)
+  transforms = build_transforms(data.transforms, data.resize_mode)
   max_boxes = required_boxes(source, data.max_boxes, transforms)
   batch_size, seed = config.train.batch_size, config.seed
   bad = BadExamples('data.train', len(source), data.on_bad_example, data.max_bad_share)
   bad.record_known(source)
   if not data.resident.enabled:
     return HostPipeline(source, mesh, bad, {
-        'transforms': transforms, 'resize': data.resize,
+        'transforms': transforms, 'resize': data.resize, 'resize_mode': data.resize_mode,
         'reduced_decoding': data.reduced_decoding,
         'image_size': size, 'batch_size': batch_size, 'seed': seed, 'workers': workers,
         'threads': data.threads,
@@ -288,7 +290,8 @@ def resident_spec(config: ConfigDict, num_images: int, *, batch_size: int, max_b
     InputError: If a transform is not available on the device.
   """
   data, size = config.data, config.model.image_size
-  augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize)
+  augmentation = build_augmentation(data.transforms, image_size=size, resize=data.resize,
+                                    resize_mode=data.resize_mode)
   return dataset.ResidentSpec(
       num_images=num_images, batch_size=batch_size, max_boxes=max_boxes,
       stored_size=data.resident.size or size, augmentation=augmentation, seed=config.seed,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from ppn_jax.detection.frame import ImageSize, sides_of
 from ppn_jax.detection.losses import DetectionLoss
 from ppn_jax.detection.structures import Array, GroundTruth
 from ppn_jax.detector import Detector, Variables
@@ -185,7 +186,7 @@ def _shardings(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def abstract_batch(batch_size: int, image_size: int, max_boxes: int, mesh: Mesh
+def abstract_batch(batch_size: int, image_size: ImageSize, max_boxes: int, mesh: Mesh
                    ) -> tuple[Array, GroundTruth]:
   """Returns shapes, types and shardings of a step's (images, ground truth), to compile with."""
   split = sharding.by_rows(mesh)
@@ -194,7 +195,7 @@ def abstract_batch(batch_size: int, image_size: int, max_boxes: int, mesh: Mesh
     return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=split)
 
   boxes = (max_boxes,)
-  return array((image_size, image_size, 3), jnp.uint8), GroundTruth(
+  return array((*sides_of(image_size), 3), jnp.uint8), GroundTruth(
       array((*boxes, 4), jnp.float32), array(boxes, jnp.int32), array(boxes, jnp.bool_),
       array(boxes, jnp.bool_))
 

@@ -49,7 +49,7 @@ def draw_assigned_anchors(detector: Detector, image: Array, boxes: Array, labels
   with plot(2.9 * detector.num_levels, 3.2) as picture:
     axes = np.atleast_1d(picture.figure.subplots(1, detector.num_levels))
     for k, each in enumerate(axes):
-      each.imshow(background, extent=(0, 1, 1, 0))
+      each.imshow(background, extent=(0, 1, 1, 0), aspect=image.shape[0] / image.shape[1])
       on_level = anchors.level == k
       _draw_grid(each, anchors.boxes[on_level])
       for at in np.flatnonzero(on_level & targets.positive):

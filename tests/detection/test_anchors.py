@@ -31,6 +31,25 @@ def test_grids_need_not_be_square():
   np.testing.assert_allclose(centers, expected, atol=1e-6)
 
 
+def test_shapes_are_those_of_pixels_whatever_the_input_is():
+  """As in the reference, scales are in units of the shorter side."""
+  square = ssd_anchors(GRIDS).boxes
+  for side in (1, 300, (64, 64)):
+    assert ssd_anchors(GRIDS, side).boxes.tobytes() == square.tobytes()
+  for height, width in ((240, 320), (320, 240), (100, 400)):
+    boxes = ssd_anchors([(3, 4), (2, 2)], (height, width), min_scale=0.2, max_scale=0.9).boxes
+    sides = (boxes[:, 2:] - boxes[:, :2]) * [height, width]
+    shortest = min(height, width)
+    # The first cell of each level: five ratios at its scale, and a square up to the next scale.
+    for first, scale, coarser in ((0, 0.2, 0.9), (6 * 12, 0.9, 1.0)):
+      ratios = np.array([1, 2, 0.5, 3, 0.3333, 1])
+      scales = np.array([scale] * 5 + [np.sqrt(scale * coarser)]) * shortest
+      np.testing.assert_allclose(sides[first:first + 6],
+                                 np.stack([scales / ratios**.5, scales * ratios**.5], 1), rtol=1e-5)
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    np.testing.assert_allclose(centres[:6], [[1 / 6, 1 / 8]] * 6, atol=1e-6)
+
+
 def test_anchors_per_cell():
   grids = [(4, 3), (2, 2), (1, 1)]
   assert anchors_per_cell(ssd_anchors(grids, reduce_lowest_level=True), grids) == (3, 6, 6)

@@ -44,9 +44,10 @@ def spec_of(source, *, blocks=(), image_size=48, batch_size=8, seed=0):
 
 
 @pytest.mark.slow
-def test_without_augmentation_each_epoch_equals_the_host():
+@pytest.mark.parametrize('image_size', [48, (32, 56)])
+def test_without_augmentation_each_epoch_equals_the_host(image_size):
   source = build_source({'name': 'synthetic_shapes', 'num_images': 11, 'image_size': (40, 64)})
-  mesh, spec, counts = sharding.data_mesh(), spec_of(source), []
+  mesh, spec, counts = sharding.data_mesh(), spec_of(source, image_size=image_size), []
   data = dataset.load(source, spec, mesh, on_images=counts.append)
   assert counts[-1] == 11
   draw = jax.jit(lambda data, step: dataset.draw_batch(spec, mesh, data, step))
@@ -56,7 +57,7 @@ def test_without_augmentation_each_epoch_equals_the_host():
     rows += [(images[r], *(array[r] for array in ground_truth)) for r in range(8)]
   shown = [[], [], []]
   for position, (image, boxes, labels, crowd, valid) in enumerate(rows[:33]):
-    host = [Resize(48)(source[i]) for i in range(11)]
+    host = [Resize(image_size)(source[i]) for i in range(11)]
     index, = [i for i, example in enumerate(host) if (example.image == image).all()]
     np.testing.assert_allclose(boxes[valid], host[index].boxes, atol=1e-6)
     np.testing.assert_array_equal(labels[valid], host[index].labels)

@@ -11,6 +11,7 @@ A transform may have three attributes that the loader looks for:
   takes_others       True: it is called as `transform(example, rng, draw)`, where draw() returns
                      another Example, drawn with `rng` and sent through the transforms before it.
   box_factor         The result has at most so many times the boxes of one image.
+  resize_mode        '': `build_transforms` sets it to the config's `data.resize_mode`.
 """
 
 import dataclasses
@@ -21,9 +22,10 @@ import cv2
 import numpy as np
 
 from ppn_jax import registry
-from ppn_jax.data.checks import check_bool, check_integer, check_number, check_range
+from ppn_jax.data.checks import check_bool, check_number, check_range
 from ppn_jax.data.images.resizing import check_method
-from ppn_jax.data.transforms.geometry import mirror, resize
+from ppn_jax.data.transforms.geometry import fit, mirror
+from ppn_jax.detection.frame import ImageSize, InputFrame, check_image_size, check_mode
 from ppn_jax.detection.structures import Example
 
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -41,9 +43,18 @@ TRANSFORMS = {
 }
 
 
-def build_transforms(blocks: Sequence[Mapping[str, Any]]) -> tuple[Transform, ...]:
-  """Builds the transforms of a config's list of blocks, in order; see `registry.build`."""
-  return tuple(registry.build('transform', block, TRANSFORMS) for block in blocks)
+def build_transforms(blocks: Sequence[Mapping[str, Any]], resize_mode: str = 'stretch'
+                     ) -> tuple[Transform, ...]:
+  """Builds the transforms of a config's list of blocks, in order; see `registry.build`.
+
+  Args:
+    blocks: The config's `data.transforms`.
+    resize_mode: That of transforms that resize and whose block names none.
+  """
+  ops = (registry.build('transform', block, TRANSFORMS) for block in blocks)
+  return tuple(dataclasses.replace(op, resize_mode=resize_mode)
+               if dataclasses.is_dataclass(op) and getattr(op, 'resize_mode', None) == '' else op
+               for op in ops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +131,7 @@ def _shift_hsv(image: np.ndarray, hue: float = 0.0, saturation: float = 1.0) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-  """Resizes to `size` x `size` pixels. The aspect ratio is not kept, so boxes do not change.
+  """Resizes to `size` pixels a side, by default without keeping the aspect ratio.
 
   A JPEG that is not decoded yet (`LazyImage`) is decoded at 1/2, 1/4 or 1/8 of its size if the part
   left by crops then still has a pixel for each pixel of the result. This differs from averaging the
@@ -128,7 +139,7 @@ class Resize:
   by up to half a pixel, which boxes follow; a whole image is exact.
 
   Attributes:
-    size: Side of the result in pixels.
+    size: Side of the result in pixels, or (height, width).
     method: 'area' averages pixels along a side that shrinks and interpolates along one that grows.
       'supersample' averages two interpolated points where a side shrinks by a third or more, up to
       threefold; it differs from 'area' by half a grey level on average and takes 0.4 of the time
@@ -137,16 +148,38 @@ class Resize:
       `resizing.legacy_resize` rounded to 8 bits, the kernel that released TensorFlow checkpoints
       were trained with.
     reduced_decoding: False always decodes the whole image, and so does 'legacy'.
+    resize_mode: 'stretch' fills all of the result, so boxes do not change. 'letterbox' keeps the
+      aspect ratio: the longer side fits, the picture is at the top left, and the rest is grey, 128.
+      '' is that of `data.resize_mode`.
   """
-  size: int
+  size: ImageSize
   method: str = 'area'
   reduced_decoding: bool = True
+  resize_mode: str = ''
   takes_lazy_image: ClassVar[bool] = True
 
   def __post_init__(self):
-    check_integer('resize.size', self.size, 1)
+    check_image_size('resize.size', self.size)
     check_method('resize.method', self.method)
     check_bool('resize.reduced_decoding', self.reduced_decoding)
+    check_mode('resize.resize_mode', self.resize_mode)
+
+  @property
+  def frame(self) -> InputFrame:
+    """Returns the geometry of the result."""
+    return InputFrame.of(self.size, self.resize_mode)
 
   def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
-    return resize(example, self.size, self.size, self.method, self.reduced_decoding)
+    return fit(example, self.frame, self.method, self.reduced_decoding)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeWhole(Resize):
+  """Resizes images that nothing was cut from, as `Resize` does.
+
+  A letterbox has the aspect ratio of `Example.size`, by which detections are mapped back. That of
+  an image that is stored smaller than its original may differ by a pixel.
+  """
+
+  def __call__(self, example: Example, rng: np.random.Generator | None = None) -> Example:
+    return fit(example, self.frame, self.method, self.reduced_decoding, example.size)

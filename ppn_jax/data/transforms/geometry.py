@@ -9,6 +9,7 @@ import numpy as np
 from ppn_jax.data.images.lazy import Color, Frame, LazyImage, Window
 from ppn_jax.data.images.resizing import KERNELS, NEVER_REDUCED
 from ppn_jax.detection import boxes as box_ops
+from ppn_jax.detection.frame import FILL, InputFrame
 from ppn_jax.detection.structures import Example
 
 
@@ -58,6 +59,26 @@ def resize(example: Example, height: int, width: int, method: str = 'area',
   pixels, frame = image.resize(height, width, kernel,
                                reduce=reduced_decoding and method not in NEVER_REDUCED)
   return _reframe(example._replace(image=pixels), frame, image.shape[:2])
+
+
+def fit(example: Example, frame: InputFrame, method: str = 'area', reduced_decoding: bool = True,
+        size: tuple[int, int] | None = None) -> Example:
+  """Resizes into the network's input as `frame` says, and returns an array.
+
+  Args:
+    example: The image with its boxes.
+    frame: Geometry of the input.
+    method, reduced_decoding: See `basic.Resize`.
+    size: (height, width) whose aspect ratio is kept, if not the image's own.
+  """
+  size = size or example.image.shape[:2]
+  rows, columns = frame.content_of(size)
+  example = resize(example, rows, columns, method, reduced_decoding)
+  if (rows, columns) == (frame.height, frame.width):
+    return example
+  image = cv2.copyMakeBorder(example.image, 0, frame.height - rows, 0, frame.width - columns,
+                             cv2.BORDER_CONSTANT, value=(FILL,) * 3)
+  return example._replace(image=image, boxes=frame.to_input(example.boxes, np.array(size)))
 
 
 def keep(example: Example, which: np.ndarray) -> Example:

@@ -5,10 +5,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from ppn_jax.data.checks import check_bool, check_color, check_integer, check_number, check_range
+from ppn_jax.data.checks import check_bool, check_color, check_number, check_range
 from ppn_jax.data.images.lazy import Color, LazyImage
 from ppn_jax.data.images.resizing import check_method
 from ppn_jax.data.transforms.geometry import crop, drop_small, resize
+from ppn_jax.detection.frame import ImageSize, check_image_size, sides_of
 from ppn_jax.detection.structures import Example
 
 
@@ -46,7 +47,7 @@ class Expand:
 
 @dataclasses.dataclass(frozen=True)
 class LargeScaleJitter:
-  """Zooms the image by a random factor, then crops or pads it to a square frame.
+  """Zooms the image by a random factor, then crops or pads it to a frame.
 
   Implements large-scale jittering of Ghiasi et al., "Simple Copy-Paste is a Strong Data
   Augmentation Method for Instance Segmentation" (CVPR 2021), section 3. At factor 1 the image just
@@ -57,14 +58,14 @@ class LargeScaleJitter:
   unless they are crowds; the others are cut at the frame.
 
   Attributes:
-    size: Side of the frame in pixels, usually that of the network's input.
+    size: Side of the frame in pixels, or (height, width), usually those of the network's input.
     scale: Range of the factor; uniform. (0.8, 1.25) is the paper's "standard" jittering.
     fill: RGB of the padding.
     min_coverage: Share of a box's area that must be in the frame.
     min_side: Pixels of the frame that both sides of the visible part of a box must have.
     method, reduced_decoding: As in `Resize`.
   """
-  size: int
+  size: ImageSize
   scale: tuple[float, float] = (0.1, 2.0)
   fill: Color = (128, 128, 128)
   min_coverage: float = 0.0
@@ -74,20 +75,28 @@ class LargeScaleJitter:
   takes_lazy_image: ClassVar[bool] = True
 
   def __post_init__(self):
-    check_integer('large_scale_jitter.size', self.size, 1)
+    check_image_size('large_scale_jitter.size', self.size)
     check_range('large_scale_jitter.scale', self.scale, 0.01, 100)
     check_color('large_scale_jitter.fill', self.fill)
     check_number('large_scale_jitter.min_coverage', self.min_coverage, 0, 1)
-    check_number('large_scale_jitter.min_side', self.min_side, 0, self.size)
+    check_number('large_scale_jitter.min_side', self.min_side, 0, min(sides_of(self.size)))
     check_method('large_scale_jitter.method', self.method)
     check_bool('large_scale_jitter.reduced_decoding', self.reduced_decoding)
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     sides = example.image.shape[:2]
     # In pixels of the image, so that the zoomed image itself never exists.
-    frame = max(1, round(max(sides) / rng.uniform(*self.scale)))
-    y, x = (int(rng.integers(max(side - frame, 0) + 1)) for side in sides)
+    factor = rng.uniform(*self.scale)
+    height, width = (max(1, round(side / factor)) for side in smallest_frame(sides, self.size))
+    y, x = (int(rng.integers(max(side - shown, 0) + 1))
+            for side, shown in zip(sides, (height, width), strict=True))
     lazy = example._replace(image=LazyImage.of(example.image))
-    seen = crop(lazy, (y, x, frame, frame), self.min_coverage, self.fill)
-    return drop_small(resize(seen, self.size, self.size, self.method, self.reduced_decoding),
+    seen = crop(lazy, (y, x, height, width), self.min_coverage, self.fill)
+    return drop_small(resize(seen, *sides_of(self.size), self.method, self.reduced_decoding),
                       self.min_side)
+
+
+def smallest_frame(size: tuple[float, float], image_size: ImageSize) -> tuple[float, float]:
+  """Returns (height, width) of the smallest frame of a shape that contains an image of `size`."""
+  height, width = sides_of(image_size)
+  return max(size[0], size[1] * (height / width)), max(size[1], size[0] * (width / height))

@@ -110,6 +110,72 @@ def test_every_op_to_a_pixel(name, kind):
   assert np.abs(all_errors).max() <= 1.0 and abs(all_errors.mean()) < 0.1
 
 
+@pytest.mark.parametrize('kind', ['array', 'jpeg'])
+@pytest.mark.parametrize('name, options', [
+    ('resize', {}), ('mosaic', {}), ('mixup', {'size': 240, 'probability': 1, 'min_share': 0}),
+    ('copy_paste', {'size': 240, 'probability': 1, 'scale': (1, 1), 'min_visible': 0})])
+def test_ops_that_keep_the_aspect_ratio(name, options, kind):
+  """Checks the boxes of painted rectangles, and their shape."""
+  source = Painted(kind)
+  op, = basic.build_transforms([{'name': name, **OPS.get(name, {}), **options}], 'letterbox')
+  for index in range(12):
+    out = read_example(source, index, (op,), np.random.default_rng(index))
+    assert out.image.shape == (240, 240, 3)
+    if name in ('resize', 'mosaic'):
+      found = errors(out)
+      assert np.abs(found).max(initial=0) <= 1.0
+    if name != 'mosaic':  # Which cuts objects, and may fill its canvas.
+      assert (out.image[181:] == GREY).all() and out.boxes[:, 2].max() <= 0.75
+      sides = (out.boxes[:, 2:] - out.boxes[:, :2]) * 240
+      whole = [source.boxes(i) for i in range(12)]
+      shapes = np.array([(b[2] - b[0], b[3] - b[1]) for b in whole]) * 240 / 400
+      away = np.abs(shapes[:, None] - sides).max(axis=-1).min(axis=0)
+      assert (away <= 1.5).mean() > 0.6  # Except for what is pasted over, or itself cut.
+
+
+@pytest.mark.parametrize('mode', ['stretch', 'letterbox'])
+@pytest.mark.parametrize('name', ['large_scale_jitter', 'mosaic', 'mixup', 'copy_paste', 'resize'])
+def test_ops_with_a_result_that_is_no_square(name, mode):
+  options = {'mixup': {'probability': 1}, 'copy_paste': {'probability': 1, 'scale': (1, 1)}}
+  op, = basic.build_transforms([{'name': name, **OPS.get(name, {}), **options.get(name, {}),
+                                 'size': (130, 260)}], mode)
+  source, checked = Painted('array'), 0
+  for index in range(12):
+    out = read_example(source, index, (op,), np.random.default_rng(index))
+    assert out.image.shape == (130, 260, 3) and ((out.boxes >= 0) & (out.boxes <= 1)).all()
+    if name not in ('mixup', 'copy_paste'):
+      found = errors(out)
+      checked += len(found)
+      assert np.abs(found).max(initial=0) <= 1.0
+    elif mode == 'letterbox':  # Pictures of 300 x 400 fill 130 x 173.
+      assert out.boxes[:, 3].max() <= 174 / 260
+      checked += 4
+  assert checked >= 40 or mode == 'stretch'
+
+
+def test_jitter_shows_images_with_their_aspect_ratio():
+  op, = basic.build_transforms([{'name': 'large_scale_jitter', 'size': (100, 300), 'scale': (1, 1),
+                                 'fill': (9, 9, 9)}])
+  for size, (rows, columns) in (((200, 300), (100, 150)), ((50, 300), (50, 300))):
+    example = Painted('array', size)[0]
+    out = op(example, np.random.default_rng(0))
+    assert (out.image[rows:] == 9).all() and (out.image[:, columns:] == 9).all()
+    assert (out.image[:rows, :columns] != 9).all()
+
+
+def test_a_letterbox_has_the_pixels_of_a_resized_picture_at_the_top_left():
+  example = Painted('array', size=(90, 200))[0]
+  example.image[..., 1] = 60
+  out = basic.Resize(100, resize_mode='letterbox')(example)
+  np.testing.assert_array_equal(out.image[:45], geometry.resize(example, 45, 100).image)
+  assert (out.image[45:] == 128).all()
+  # A picture that is stored smaller is placed as its original would be.
+  stored = example._replace(image=geometry.resize(example, 9, 21).image)
+  whole = basic.ResizeWhole(100, resize_mode='letterbox')(stored)
+  assert (whole.image[45:] == 128).all() and (whole.image[44] != 128).any()
+  np.testing.assert_array_equal(whole.boxes, out.boxes)
+
+
 @pytest.mark.parametrize('name', ['large_scale_jitter', 'mosaic', 'resize'])
 @pytest.mark.parametrize('method', ['supersample', 'bilinear'])
 def test_other_kernels(name, method):
