@@ -22,6 +22,7 @@ from voc300.comparison import accuracy
 import ppn_jax
 from ppn_jax import zoo
 from ppn_jax.data.source import Source, build_source
+from ppn_jax.detection.frame import show_size, sides_of
 from ppn_jax.errors import InputError
 from ppn_jax.export.comparison import latency
 from ppn_jax.image_detector import ImageDetector
@@ -59,9 +60,9 @@ def measure(name: str, source: Source, images: int, repeats: int) -> dict[str, A
   path = pathlib.Path(zoo.find(name))
   detector = ppn_jax.load(name)
   size = detector.predictor.resize.size
-  picture = np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8)
+  picture = np.random.default_rng(0).integers(0, 256, (*sides_of(size), 3), np.uint8)
   row = {'name': name, 'file': path.name, 'megabytes': round(path.stat().st_size / 1e6, 2),
-         'image_size': size, 'images': images,
+         'image_size': show_size(size), 'images': images,
          'ms': round(1e3 * latency(lambda x: detector(x[0]), picture[None], repeats), 1)}
   if path.suffix == '.safetensors':
     model = open_model(name)

@@ -43,7 +43,8 @@ case $model in
     # shellcheck disable=SC2086
     phase 224 224 0.08 4800 $five "$frozen" --config.init.weights="$workdir/160"
     phase 300 300 0.05 2800 "$frozen" --config.init.weights="$workdir/224" \
-      --config.model.neck.num_levels=6 --config.model.anchors.max_scale=0.95
+      --config.model.neck.num_levels=6 --config.model.anchors.max_scale=0.95 \
+      --config.postprocess.iou_threshold=0.5
     ;;
   ssd_voc)
     ppn import-tf --checkpoint="$shared/weights/ssd_mobilenet_v1_0.75_coco_quant.tflite" \
