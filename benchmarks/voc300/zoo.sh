@@ -1,8 +1,7 @@
 #!/bin/bash
-# Trains the models of ppn_jax/zoo, as their cards say; any phase may be killed and repeated.
+# Trains a model of ppn_jax/zoo, as its card says; a call that was killed may be repeated.
 #
 #   benchmarks/voc300/zoo.sh ppn_voc WORKDIR   # about two hours on two CPU cores
-#   benchmarks/voc300/zoo.sh ssd_voc WORKDIR
 #
 # It is to be called in a clone, with `ppn` on the PATH. PPN_SHARED is the folder that has
 # data/voc300 and weights/ (default: ../shared).
@@ -46,19 +45,8 @@ case $model in
       --config.model.neck.num_levels=6 --config.model.anchors.max_scale=0.95 \
       --config.postprocess.iou_threshold=0.5
     ;;
-  ssd_voc)
-    ppn import-tf --checkpoint="$shared/weights/ssd_mobilenet_v1_0.75_coco_quant.tflite" \
-      --workdir="$workdir/coco"
-    phase 300 300 0.02 1500 --config.optim.freeze="('backbone/conv2d_[0-9]',)" \
-      --config.init.weights="$workdir/coco" \
-      --config.init.class_names=aeroplane=airplane,motorbike=motorcycle,sofa=couch,tvmonitor=tv \
-      --config.model.backbone.last_block=13 --config.model.neck="dict(name='conv_pyramid',
-        strides=(16, 32), depths=(384, 192, 192, 96))" \
-      --config.model.head="dict(name='per_level_box_predictor', side=1, prior=0.01)" \
-      --config.model.anchors.min_scale=0.2 --config.model.anchors.reduce_lowest_level=True
-    ;;
   *)
-    echo "unknown model $model; legal: ppn_voc, ssd_voc" >&2
+    echo "unknown model $model; legal: ppn_voc" >&2
     exit 2
     ;;
 esac
