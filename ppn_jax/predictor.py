@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ppn_jax.data.transforms.basic import Resize
-from ppn_jax.detection.frame import check_image_size
 from ppn_jax.detection.structures import Array, Category, Detections, unlabelled_example
 from ppn_jax.errors import InputError
 from ppn_jax.export.runtimes import open_export
@@ -132,7 +131,7 @@ def open_predictor(path: str | os.PathLike[str], *, batch_size: int | None = Non
     point = operating_point.parse(metadata.get('operating_point'), metadata['labels'])
   except ValueError as e:
     raise InputError(f'{path}: its thresholds are damaged: {e}; export it again') from e
-  resize = Resize(check_image_size(f'{path}: input', exported.image_size), described['resize'],
+  resize = Resize(exported.image_size, described['resize'],
                   resize_mode=described.get('resize_mode', 'stretch'))
   return Predictor(tuple(categories), metadata['step'], fixed or batch_size or 1, resize, exported,
                    point)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ppn_jax.detection.frame import ImageSize, sides_of
 from ppn_jax.detection.structures import Array, Detections
 from ppn_jax.errors import InputError
 from ppn_jax.export.detection_operation import detections
@@ -36,10 +37,10 @@ class ExportedDetector:
     return None if size == 'any' else size
 
   @property
-  def image_size(self) -> tuple[int, int]:
-    """Returns (height, width) of the images in pixels."""
+  def image_size(self) -> ImageSize:
+    """Returns the side of the images in pixels; (height, width) if they are not square."""
     height, width = self.metadata['input']['shape'][1:3]
-    return height, width
+    return height if height == width else (height, width)
 
   def __call__(self, images: np.ndarray) -> Detections:
     """Detects objects, in batches of the size that the file takes.
@@ -53,7 +54,7 @@ class ExportedDetector:
     Raises:
       InputError: If the images have another type or size, or there are none.
     """
-    height, width = self.image_size
+    height, width = sides_of(self.image_size)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, 3):
       raise InputError(f'images are {images.dtype} {list(images.shape)}; this export takes uint8 '
                        f'[B, {height}, {width}, 3]')
