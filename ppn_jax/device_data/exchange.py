@@ -86,7 +86,7 @@ def collect_by_receiver(data: Tree, indices: Array, *, rows: int, axis: str) -> 
   # Padded, because a slice that would reach beyond the end is moved to the front.
   sent = jnp.pad(routes.sent, (0, capacity))
 
-  def send(number: Array, received: Tree) -> Tree:
+  def send(number: Array, received: list[Array]) -> list[Array]:
     first = number * capacity
     begin = jnp.clip(starts, first, first + capacity)
     stop = jnp.clip(starts + routes.counts, first, first + capacity)

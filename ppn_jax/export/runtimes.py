@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ppn_jax.detection.frame import ImageSize, sides_of
+from ppn_jax.detection.frame import ImageSize, check_image_size, sides_of
 from ppn_jax.detection.structures import Array, Detections
 from ppn_jax.errors import InputError
 from ppn_jax.export.detection_operation import detections
@@ -39,8 +39,7 @@ class ExportedDetector:
   @property
   def image_size(self) -> ImageSize:
     """Returns the side of the images in pixels; (height, width) if they are not square."""
-    height, width = self.metadata['input']['shape'][1:3]
-    return height if height == width else (height, width)
+    return check_image_size('the input of the export', self.metadata['input']['shape'][1:3])
 
   def __call__(self, images: np.ndarray) -> Detections:
     """Detects objects, in batches of the size that the file takes.

@@ -158,7 +158,7 @@ def _is_class_variable(path: Path) -> bool:
 
 def _common_columns(path: Path, shapes: Mapping[Path, tuple[int, ...]],
                     categories: Sequence[Category], weights: PretrainedWeights,
-                    matched: Mapping[str, str]
+                    matched: Mapping[str | None, str | None]
                     ) -> tuple[np.ndarray, np.ndarray, set[str | None]] | None:
   """Finds the class columns that the detector and the weights have in common.
 
@@ -171,13 +171,12 @@ def _common_columns(path: Path, shapes: Mapping[Path, tuple[int, ...]],
   """
   theirs = weights.values[path].shape
   boxes = (*path[:-1], 'box_bias')
-  # Classes without a counterpart are called '' here, a name that no class has.
-  names = {'here': [matched.get(c.name, '') for c in categories],
-           'there': [c.name for c in weights.categories]}
+  matched = {_BACKGROUND: _BACKGROUND, **matched}
+  names = {'here': [c.name for c in categories], 'there': [c.name for c in weights.categories]}
   if boxes not in shapes or boxes not in weights.values:
-    if theirs != shapes[path] or names['here'] != names['there']:
+    if theirs != shapes[path] or [matched.get(n) for n in names['here']] != names['there']:
       return None
-    return (*[np.arange(theirs[-1])] * 2, set(names['here']))
+    return (*[np.arange(theirs[-1])] * 2, set(names['there']))
   anchors = shapes[boxes][0] // 4
   if (theirs[:-1] != shapes[path][:-1] or weights.values[boxes].shape != shapes[boxes]
       or theirs[-1] % anchors):
@@ -188,12 +187,13 @@ def _common_columns(path: Path, shapes: Mapping[Path, tuple[int, ...]],
            else [_BACKGROUND])
   if here is None or there is None:
     return None
-  pairs = [(column, there.index(name)) for column, name in enumerate(here) if name in there]
+  pairs = [(column, there.index(matched[name])) for column, name in enumerate(here)
+           if name in matched and matched[name] in there]
   to, source = (
       np.array([anchor * count + pair[side] for anchor in range(anchors) for pair in pairs],
                np.int64)
       for side, count in enumerate((shapes[path][-1] // anchors, theirs[-1] // anchors)))
-  return to, source, {here[column] for column, _ in pairs}
+  return to, source, {there[column] for _, column in pairs}
 
 
 def _column_names(classes: list[str], count: int) -> list[str | None] | None:
