@@ -157,7 +157,12 @@ def _moved(instruction: Instruction, shapes: dict[str, Shapes]) -> int:
 
 
 def _exchanged(instruction: Instruction, shapes: dict[str, Shapes]) -> int:
-  """Returns the size of a collective's input or output in bytes, whichever is larger."""
+  """Returns the size of a collective's input or output in bytes, whichever is larger.
+
+  Of a ragged all-to-all it is that of the output: its input has room for more than is sent.
+  """
+  if instruction.opcode.startswith('ragged-all-to-all'):
+    return _bytes(instruction.shapes[-1])
   taken = sum(_bytes(s) for name in instruction.operands for s in shapes.get(name, ()))
   given = sum(map(_bytes, instruction.shapes))
   # The result of most asynchronous collectives repeats the operands.
