@@ -171,6 +171,8 @@ def _setup(args: argparse.Namespace) -> tuple[recipes.Profile, list[RunKey], dic
     raise InputError(f'unknown --profile={args.profile}; '
                      f'{did_you_mean(args.profile, recipes.PROFILES)}')
   profile = recipes.PROFILES[args.profile]
+  if args.tune:
+    profile = profile.for_tuning()
   models = sorted(_listed('--models', args.models, recipes.MODELS), key=recipes.MODELS.index)
   names = _listed('--recipe', args.recipe, recipes.RECIPES) if args.recipe else (
       list(recipes.RECIPES) if args.tune else [profile.recipe])
@@ -185,7 +187,7 @@ def _setup(args: argparse.Namespace) -> tuple[recipes.Profile, list[RunKey], dic
     if not (args.data / file).exists():
       raise InputError(f'--data={args.data} has no {file}; give the folder of voc300, or set '
                        'PPN_SHARED to the folder that contains data/voc300')
-  epochs = args.epochs or (profile.tune_epochs if args.tune else profile.epochs)
+  epochs = args.epochs or profile.epochs
   setting = {'profile': args.profile, 'image_size': profile.image_size, 'epochs': epochs,
              'batch_size': args.batch_size or profile.batch_size, 'conv_form': args.conv_form,
              'tune': args.tune, 'backbone': pathlib.PurePath(_backbone(args, profile)).name,
@@ -227,8 +229,8 @@ def _seeds(args: argparse.Namespace, profile: recipes.Profile) -> list[int]:
 def _checksum(profile: recipes.Profile, name: str) -> str:
   """Returns a checksum of a recipe's configs, so that changed recipes are not mixed."""
   made = [recipes.make_config(pathlib.Path(), profile, model, recipes.RECIPES[name], seed=0,
-                              images=1, epochs=1, batch_size=1).to_json()
-          for model in recipes.MODELS]
+                              images=1, epochs=100, batch_size=1, phase=i).to_json()
+          for model in recipes.MODELS for i in range(len(profile.phases))]
   return hashlib.sha256(''.join(made).encode()).hexdigest()[:16]
 
 

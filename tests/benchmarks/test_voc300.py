@@ -309,7 +309,7 @@ def test_phases_differ_in_size_and_rate_alone(tmp_path):
     phases = [recipes.make_config(tmp_path, profile, model, recipe, seed=0, images=3200, epochs=40,
                                   batch_size=16, phase=i, weights='w' * i) for i in range(3)]
     assert [c.model.image_size for c in phases] == [160, 224, 300]
-    assert [c.train.steps for c in phases] == [4000, 2400, 1600]
+    assert [c.train.steps for c in phases] == [5400, 1800, 800]
     rates = [c.optim.learning_rate / phases[0].optim.learning_rate for c in phases]
     assert rates == pytest.approx([1, 0.5, 0.3])
     assert [c.init.weights for c in phases] == ['', 'w', 'ww']
@@ -334,17 +334,17 @@ def test_anchors_of_all_phases_have_the_same_sizes(tmp_path):
 
 
 def test_tuning_sees_nothing_of_val(tmp_path):
-  config = recipes.make_config(tmp_path, recipes.PROFILES['imagenet'], 'ppn',
-                               recipes.RECIPES['average'], seed=100, images=3200, epochs=5,
+  config = recipes.make_config(tmp_path, recipes.PROFILES['imagenet'].for_tuning(), 'ppn',
+                               recipes.RECIPES['average'], seed=100, images=3200, epochs=1,
                                batch_size=16, tune=True)
   assert config.data.eval_fraction == 0.125 and not config.data.eval.images
   assert config.train.steps == 2800 // 16
 
 
 def test_schedule():
-  found = recipes.schedule(3200, 400, 64)
+  found = recipes.schedule(3200, 400, 64, evaluations=5)
   assert found['steps'] == 20_000 and found['evaluate_every'] == 4000
-  assert recipes.schedule(3, 1, 64)['steps'] == 1
+  assert recipes.schedule(3, 1, 64, evaluations=5)['steps'] == 1
 
 
 # The command.
