@@ -109,12 +109,12 @@ PROFILES = {
     # The paper's experiment on two CPU cores: 19 epochs at 160 px, 6 at 224 and 3 at 300, where a
     # step takes 1, 1.9 and 3.5 times as long.
     'imagenet': Profile(
-        '', _GROWING, epochs=28, tune_epochs=3, batch_size=16, recipe='frozen',
+        '', _GROWING, epochs=28, tune_epochs=3, batch_size=16, recipe='frozen_adamw',
         seeds=(0, 1), model={'ppn': {}, 'ssd': {}, 'fpn': {}}, dtype='float32', train_images=2000,
         backbone='mobilenet_v1_1.0_224_quant_embedding_extractor.tflite', aim=0.45),
     # From the backbone of a detector that was trained on COCO, which has these classes.
     'coco': Profile(
-        '', _GROWING, epochs=28, tune_epochs=3, batch_size=16, recipe='frozen', seeds=(0,),
+        '', _GROWING, epochs=28, tune_epochs=3, batch_size=16, recipe='frozen_adamw', seeds=(0,),
         model={name: {'backbone.depth_multiplier': 0.75} for name in MODELS}, dtype='float32',
         train_images=2000, backbone='ssd_mobilenet_v1_0.75_coco_quant.tflite', aim=0.55),
     'cpu': Profile(

@@ -21,6 +21,7 @@ from ppn_jax.cli.libraries import quiet_libraries
 from ppn_jax.distributed import failures, interrupts
 from ppn_jax.errors import InputError, did_you_mean, exit_status
 from ppn_jax.storage import expand_home
+from ppn_jax.telemetry.host_memory import expects_cpu, keep_freed_memory
 from ppn_jax.telemetry.progress import LiveHandler
 
 # Each is a module of ppn_jax.cli with `HELP`, `TAKES_CONFIG` (whether it takes --config.key=value),
@@ -28,6 +29,9 @@ from ppn_jax.telemetry.progress import LiveHandler
 # help and error messages appear at once.
 COMMANDS = ('train', 'evaluate', 'detect', 'serve', 'data', 'summary', 'import-tf', 'prepare',
             'plan', 'export')
+
+# Those that run a network many times.
+_COMPUTE = ('train', 'evaluate', 'detect', 'serve')
 
 # Loggers of notes, such as on a truncated file, that any command may print between its lines.
 _NOTES = ('ppn_jax.cli.', 'ppn_jax.data.', 'ppn_jax.distributed.compile_cache',
@@ -186,6 +190,8 @@ def _run(argv: list[str]) -> int:
   args = argparse.Namespace(**{name: expand_home(value) for name, value in vars(args).items()})
   args.overrides = rest
   quiet_libraries()
+  if args.command in _COMPUTE and expects_cpu():
+    keep_freed_memory()  # First of all, since it must come before the threads of JAX's backend.
   return modules[args.command].run(args)
 
 

@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import functools
+import importlib.util
+import os
 import pathlib
 import sys
+from importlib import metadata
 
 import psutil
 
@@ -14,6 +17,19 @@ _NEVER = -1
 _PAD_BYTES = 256 << 20
 
 
+def expects_cpu() -> bool:
+  """Returns whether JAX is going to compute on the CPU, without starting its backend.
+
+  True if JAX_PLATFORMS begins with cpu, or names nothing and no plugin for an accelerator is
+  installed. With one installed it is False, although JAX may find no accelerator.
+  """
+  platforms = os.environ.get('JAX_PLATFORMS', '')
+  if platforms:
+    return platforms.split(',')[0].strip() == 'cpu'
+  return not (importlib.util.find_spec('libtpu') or importlib.util.find_spec('jax_plugins')
+              or metadata.entry_points(group='jax_plugins'))
+
+
 @functools.cache
 def keep_freed_memory() -> bool:
   """Makes glibc reuse freed memory instead of returning it to the kernel.
@@ -21,8 +37,9 @@ def keep_freed_memory() -> bool:
   XLA's CPU backend allocates a step's temporary buffers, hundreds of megabytes, on every call.
   By default glibc maps and unmaps them each time, and the page faults cost as much as the
   arithmetic. The price is that the process keeps its peak memory, and that all threads share one
-  pool, so it is for that backend only. Call this before the first JAX computation, since running
-  threads keep their own pools.
+  pool, so it is for that backend only. Call this before the backend exists, thus before anything
+  like `jax.devices()`: the backend's threads keep the pools that they have, from which such buffers
+  are mapped and unmapped as before.
 
   Returns:
     True if it took effect; False on systems without glibc, where nothing is changed.

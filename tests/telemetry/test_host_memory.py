@@ -1,0 +1,63 @@
+"""Reuse of freed memory on CPUs, and how the platform is foreseen."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ppn_jax.telemetry import host_memory
+
+# Each call of the function needs a temporary buffer of 64 MB, 16,000 pages.
+_FAULTS_OF_CALLS = """
+import resource
+import sys
+from ppn_jax.telemetry.host_memory import keep_freed_memory
+if 'first' in sys.argv:
+  keep_freed_memory()
+import jax
+import jax.numpy as jnp
+jax.devices()
+function = jax.jit(lambda x: jnp.flip(jax.lax.optimization_barrier(
+    jnp.sin(x)[:, None] + jnp.ones((1, 4096))), 1).max())
+x = jnp.arange(4096.0)
+faults = []
+for _ in range(12):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  function(x).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults[4:])[4])
+"""
+
+
+def _has_glibc() -> bool:
+  return sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'gnu_get_libc_version')
+
+
+@pytest.mark.skipif(not _has_glibc(), reason='other C libraries have no such settings')
+def test_temporary_buffers_of_calls_are_the_same_memory():
+  def faults(*args):
+    return int(subprocess.run(
+        [sys.executable, '-c', _FAULTS_OF_CALLS, *args], check=True, text=True,
+        stdout=subprocess.PIPE, env=os.environ | {'JAX_PLATFORMS': 'cpu'}).stdout)
+
+  usual = faults()
+  assert faults('first') < usual / 10
+
+
+@pytest.mark.parametrize('platforms, expected', [
+    ('cpu', True), ('cpu,cuda', True), ('tpu,cpu', False), ('cuda', False)])
+def test_the_platform_that_the_environment_names(monkeypatch, platforms, expected):
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  assert host_memory.expects_cpu() is expected
+
+
+def test_a_plugin_for_an_accelerator_is_no_cpu(monkeypatch, tmp_path):
+  monkeypatch.setenv('JAX_PLATFORMS', '')
+  monkeypatch.setattr(host_memory.importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(host_memory.metadata, 'entry_points', lambda group: ())
+  assert host_memory.expects_cpu()
+  monkeypatch.setattr(host_memory.importlib.util, 'find_spec',
+                      lambda name: 'found' if name == 'libtpu' else None)
+  assert not host_memory.expects_cpu()
