@@ -119,7 +119,7 @@ def base_config() -> ConfigDict:
   config.optim = dict(  # ppn_jax.training.optimizer.build_optimizer
       optimizer=dict(name='sgd', momentum=0.9, nesterov=False),
       schedule=dict(name='cosine'),
-      learning_rate=0.7, rate_batch_size=512, warmup_fraction=0.04,
+      learning_rate=0.7, rate_batch_size=512, rate_batch_exponent=1.0, warmup_fraction=0.04,
       warmup_factor=0.1333 / 0.7,  # The reference's 0.1333 beside 0.7.
       weight_decay=4e-5, clip_norm=0.0, ema_decay=0.0, freeze=(), rate_scale=dict(),
       micro_batches=1, shard_state=False)

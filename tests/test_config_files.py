@@ -442,7 +442,7 @@ def test_an_absolute_warm_up_rate_becomes_a_factor_and_stays_the_same(tmp_path, 
 @pytest.mark.parametrize('file, rates', [
     ('ppn_mobilenet_v1_coco', (.7, .1333)), ('ssd_mobilenet_v1_coco_reference', (.9, .3)),
     ('ssd_mobilenet_v1_coco_mined', (.07, .01)), ('quickstart', (.15, .01)),
-    ('own_data', (.1, .01))])
+    ('own_data', (1e-3, 1e-4))])
 def test_the_warm_up_follows_the_rate(file, rates):
   path = str(CONFIGS / f'{file}.py')
   optim = load_config(path, []).optim

@@ -25,7 +25,9 @@ phase() {
       probability=0.3, ratio=(1.0, 2.0)), dict(name='ssd_random_crop'),
       dict(name='horizontal_flip'), dict(name='photometric_distortion'))" \
     --config.model.image_size="$size" --config.model.backbone.depth_multiplier=0.75 \
-    --config.optim.learning_rate="$rate" --config.optim.weight_decay=2e-4 \
+    --config.optim.optimizer="dict(name='sgd')" --config.optim.learning_rate="$rate" \
+    --config.optim.rate_batch_size=32 --config.optim.rate_batch_exponent=1 \
+    --config.optim.weight_decay=2e-4 \
     --config.optim.ema_decay=0.999 --config.seed=1 --config.train.batch_size=16 \
     --config.train.steps="$steps" --config.train.checkpoint_every=250 \
     --config.train.evaluate_every="$steps" "$@"

@@ -51,11 +51,11 @@ class Optimizer:
 
 def build_optimizer(*, steps: int, batch_size: int, optimizer: Mapping[str, Any] = _SGD,
                     schedule: Mapping[str, Any] = _COSINE, learning_rate: float = 0.7,
-                    rate_batch_size: int = 512, warmup_fraction: float = 0.04,
-                    warmup_factor: float = 0.1333 / 0.7, weight_decay: float = 4e-5,
-                    clip_norm: float = 0.0, ema_decay: float = 0.0, freeze: Sequence[str] = (),
-                    rate_scale: Mapping[str, float] = _NO_SCALES, micro_batches: int = 1,
-                    shard_state: bool = False) -> Optimizer:
+                    rate_batch_size: int = 512, rate_batch_exponent: float = 1.0,
+                    warmup_fraction: float = 0.04, warmup_factor: float = 0.1333 / 0.7,
+                    weight_decay: float = 4e-5, clip_norm: float = 0.0, ema_decay: float = 0.0,
+                    freeze: Sequence[str] = (), rate_scale: Mapping[str, float] = _NO_SCALES,
+                    micro_batches: int = 1, shard_state: bool = False) -> Optimizer:
   """Builds the optimizer of a run, by default the reference's.
 
   That is momentum SGD with a linear warm-up and a cosine decay: a <- momentum a + g and
@@ -68,7 +68,9 @@ def build_optimizer(*, steps: int, batch_size: int, optimizer: Mapping[str, Any]
     schedule: A `name` of `schedules.SCHEDULES` or a dotted path, and its options.
     learning_rate: Highest learning rate.
     rate_batch_size: Batch size that `learning_rate` is meant for; rates are scaled by
-      batch_size / rate_batch_size. 0 takes them as they are.
+      (batch_size / rate_batch_size) ** rate_batch_exponent. 0 takes them as they are.
+    rate_batch_exponent: 1 for SGD (Goyal et al., arXiv 1706.02677), 0.5 for Adam, whose steps do
+      not shrink with the noise of the gradient (Malladi et al., arXiv 2205.10287).
     warmup_fraction: Fraction of the steps that warms up, 0 to below 1.
     warmup_factor: Learning rate at step 0 as a fraction of `learning_rate`. A config may have
       `warmup_learning_rate`, the rate itself, instead.
@@ -96,9 +98,9 @@ def build_optimizer(*, steps: int, batch_size: int, optimizer: Mapping[str, Any]
   """
   for name, value, below in [
       ('learning_rate', learning_rate, None), ('rate_batch_size', rate_batch_size, None),
-      ('warmup_factor', warmup_factor, None), ('warmup_fraction', warmup_fraction, 1),
-      ('weight_decay', weight_decay, None), ('clip_norm', clip_norm, None),
-      ('ema_decay', ema_decay, 1)]:
+      ('rate_batch_exponent', rate_batch_exponent, None), ('warmup_factor', warmup_factor, None),
+      ('warmup_fraction', warmup_fraction, 1), ('weight_decay', weight_decay, None),
+      ('clip_norm', clip_norm, None), ('ema_decay', ema_decay, 1)]:
     if not (0 <= value and (below is None or value < below)):
       limit = '' if below is None else f' and below {below}'
       raise InputError(f'optim.{name}={value} must be at least 0{limit}')
@@ -108,7 +110,7 @@ def build_optimizer(*, steps: int, batch_size: int, optimizer: Mapping[str, Any]
                      f'that divides train.batch_size={batch_size}')
   if isinstance(freeze, str) or not all(isinstance(pattern, str) for pattern in freeze):
     raise InputError(f'optim.freeze={freeze!r} must be a tuple of patterns')
-  scale = batch_size / rate_batch_size if rate_batch_size else 1.0
+  scale = (batch_size / rate_batch_size) ** rate_batch_exponent if rate_batch_size else 1.0
   rate = build_schedule(schedule, base_rate=scale * learning_rate, steps=steps,
                         warmup_steps=round(warmup_fraction * steps),
                         warmup_rate=scale * (learning_rate * warmup_factor))

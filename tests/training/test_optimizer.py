@@ -21,6 +21,15 @@ def test_rates_scale_with_the_batch():
       4) == pytest.approx(.4)
 
 
+def test_adams_rate_follows_the_root_of_the_batch_size():
+  make = lambda batch_size: build_optimizer(
+      steps=100, batch_size=batch_size, learning_rate=.4, rate_batch_size=32,
+      rate_batch_exponent=.5)
+  assert make(32).schedule(4) == pytest.approx(.4)
+  assert make(8).schedule(4) == pytest.approx(.2)
+  assert make(128).schedule(4) == pytest.approx(.8)
+
+
 def test_momentum_is_not_nesterovs_and_follows_the_schedule():
   optimizer = build_optimizer(steps=10, batch_size=1, learning_rate=.1, warmup_fraction=0)
   w, state = jnp.float32(1.0), optimizer.transform.init(jnp.float32(1.0))
