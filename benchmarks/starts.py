@@ -4,14 +4,16 @@
   python benchmarks/starts.py --data=voc300 --starts=coco_ssd --images=400,1600,3200 --minutes=8
 
 Trains the detector of configs/own_data.py for the same number of minutes (`train.minutes`) from
-each start and on each number of images, and evaluates on the validation split. Starts: a model that
-comes with the package; `imagenet`, a backbone trained on ImageNet, of depth multiplier 1.0;
+each start, on each number of images and by each optimizer, and evaluates on the validation split.
+The optimizers are AdamW as in the config, and SGD as the config had it before. Starts: a model
+that comes with the package; `imagenet`, a backbone trained on ImageNet, of depth multiplier 1.0;
 `coco_ssd`, the backbone of an SSD trained on COCO; `random`. Data: `bccd`, 205 and 87 images of
 blood cells; `voc300`, 3,200 and 800 photographs, which the shipped models have seen. The files lie
 in the folder PPN_SHARED. With --json the last line is JSON.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -30,6 +32,10 @@ from ppn_jax.run import open_run
 BACKBONES = {'imagenet': ('mobilenet_v1_1.0_224_quant_embedding_extractor.tflite', 1.0),
              'coco_ssd': ('ssd_mobilenet_v1_0.75_coco_quant.tflite', 0.75)}
 RANDOM = 'random'
+OPTIMIZERS = {  # Entries of `optim` that replace those of the config.
+    'adamw': {},
+    'sgd': dict(optimizer=dict(name='sgd'), learning_rate=0.1, rate_batch_size=32,
+                rate_batch_exponent=1.0, weight_decay=4e-5)}
 
 
 def main() -> None:
@@ -41,6 +47,7 @@ def main() -> None:
   parser.add_argument('--minutes', type=float, default=5.0)
   parser.add_argument('--starts', default='ppn_voc,imagenet,random',
                       help=f'of {", ".join((*zoo.names(), *BACKBONES, RANDOM))}')
+  parser.add_argument('--optimizers', default='adamw', help=f'of {", ".join(OPTIMIZERS)}')
   parser.add_argument('--image_size', type=int, default=224)
   parser.add_argument('--batch', type=int, default=8)
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
@@ -53,22 +60,28 @@ def main() -> None:
       parser.error(f'--starts={start}: it has been trained on all images of voc300')
   if args.data == 'bccd' and args.images != '0':
     parser.error(f'--images={args.images} is for --data=voc300')
+  optimizers = args.optimizers.split(',')
+  for name in optimizers:
+    if name not in OPTIMIZERS:
+      parser.error(f'--optimizers={name}: legal: {", ".join(OPTIMIZERS)}')
   rows = []
   with tempfile.TemporaryDirectory() as folder:
-    for start in starts:
-      for images in map(int, args.images.split(',')):
-        rows.append(measure(start, images, pathlib.Path(folder) / f'{start}_{images}', args))
-        print(json.dumps(rows[-1]), flush=True)
+    for start, images, optimizer in itertools.product(
+        starts, map(int, args.images.split(',')), optimizers):
+      workdir = pathlib.Path(folder) / f'{start}_{images}_{optimizer}'
+      rows.append(measure(start, images, optimizer, workdir, args))
+      print(json.dumps(rows[-1]), flush=True)
   if args.json:
     print(json.dumps({'benchmark': 'starts', 'data': args.data, 'minutes': args.minutes,
                       'batch': args.batch, 'image_size': args.image_size, 'rows': rows,
                       **hardware.describe()}))
 
 
-def measure(start: str, images: int, workdir: pathlib.Path, args: argparse.Namespace
-            ) -> dict[str, Any]:
+def measure(start: str, images: int, optimizer: str, workdir: pathlib.Path,
+            args: argparse.Namespace) -> dict[str, Any]:
   """Trains on the first `images` images from a start; returns a row of the table."""
   config = make_config(start, args)
+  config.optim.update(OPTIMIZERS[optimizer])
   if images:
     listed = json.loads(pathlib.Path(config.data.train.annotations).read_text('utf-8'))['images']
     chosen = workdir.with_suffix('.txt')
@@ -77,7 +90,8 @@ def measure(start: str, images: int, workdir: pathlib.Path, args: argparse.Names
   train(config.lock(), workdir)
   run = open_run(workdir)
   scores = [line for line in run.metrics() if 'eval/AP' in line]
-  return {'start': start, 'images': images, 'steps': run.config.train.steps,
+  return {'start': start, 'images': images, 'optimizer': optimizer,
+          'steps': run.config.train.steps,
           'depth_multiplier': run.config.model.backbone.depth_multiplier,
           **{name: round(scores[-1][f'eval/{name}'] or 0.0, 4) for name in ('AP', 'AP50', 'AP75')}}
 
