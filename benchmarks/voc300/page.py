@@ -79,6 +79,15 @@ def level_table(found: Mapping[str, Any]) -> Table:
                'score minus precision')
 
 
+def error_table(found: Mapping[str, Any]) -> Table:
+  """Returns the AP50 that each kind of error costs."""
+  variants = found['variants'].values()
+  kinds = list(next(iter(variants))['error_costs']) if variants else []
+  return Table(('', *found['variants']),
+               [(kind, *(show(v['error_costs'][kind], '.4f') for v in variants)) for kind in kinds],
+               'AP50 gained by fixing the errors of one kind alone (TIDE)')
+
+
 def other_tables(found: Mapping[str, Any]) -> list[Table]:
   """Returns tables of verdicts, tuned recipes and stopped runs, if there are any."""
   tables = []
@@ -123,7 +132,7 @@ def start_text(found: Mapping[str, Any]) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
   """Returns the tables in Markdown."""
-  tables = [main_table(found), *difference_tables(found), level_table(found),
+  tables = [main_table(found), *difference_tables(found), level_table(found), error_table(found),
             *other_tables(found)]
   return '\n\n'.join([setting_text(found), *map(_markdown_table, tables)]) + '\n'
 
@@ -175,7 +184,8 @@ def html(found: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, An
       Section('Differences', '', difference_tables(found)),
       Section('Curves', '', groups=[plot(curves(found, groups), 'loss and AP by epoch')]),
       Section('Calibration by level', 'Expected calibration error of detections with a '
-              'score of at least 0.05, correct at IoU 0.5.', [level_table(found)])]
+              'score of at least 0.05, correct at IoU 0.5.', [level_table(found)]),
+      Section('Kinds of errors', '', [error_table(found)])]
   for name, runs in groups.items():
     sections.append(Section(f'Reliability of {name}', f'Seed {runs[0]["seed"]}; bands of 95%.',
                             groups=[plot(calibration_plot.draw_reliability(runs[0]['calibration']),

@@ -84,6 +84,8 @@ def _variant(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       **{k: comparison.summarize(runs, k) for k in comparison.METRICS},
       'parameters': first['parameters'], 'flops': first['flops'],
       **{k: time(k) for k in ('images_per_second', 'hours', 'data_wait')},
+      'error_costs': {kind: comparison.over_seeds([r['error_costs'][kind] for r in runs])
+                      for kind in first['error_costs']},
       'calibration_by_level': levels, 'config': first['config']}
 
 

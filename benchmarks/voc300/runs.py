@@ -18,6 +18,7 @@ from ppn_jax.jobs.evaluate import EvaluationOptions, prepare_evaluation
 from ppn_jax.jobs.summary import summarize
 from ppn_jax.jobs.train import train
 from ppn_jax.jobs.train_loop import TrainingDiverged
+from ppn_jax.metrics import error_analysis
 from ppn_jax.metrics.voc import voc_ap50
 from ppn_jax.run import build_detector, open_run, resolve_classes
 
@@ -89,6 +90,7 @@ def score(config: ConfigDict, rows: Rows, *, train_images: int, floor: float = 0
       'figures': comparison.accuracy(truth, rows) | comparison.calibration_metrics(report),
       'without_groups': comparison.without_groups(truth, rows, num_levels=detector.num_levels,
                                                   floor=floor),
+      'error_costs': error_analysis.costs(truth, rows),
       'voc_ap50_by_class': voc_ap50(truth, rows)[1], 'num_images': len(truth['images']),
       'calibration': report, 'parameters': counts.trainable, 'flops': counts.network_flops}
 
