@@ -111,10 +111,10 @@ class Notices:
     seconds = {key: {'median': round(statistics.median(one[key] for one in found), 2),
                      'most': round(max(one[key] for one in found), 2)}
                for key in ('to_saved', 'to_exit') if found}
-    cut = {'evaluations_cut_short': sum(one['cut_short'] for one in found)}
+    cut_short = ({'evaluations_cut_short': sum(one['cut_short'] for one in found)}
+                 if moment == 'evaluation' else {})
     return {'notice': notice, 'moment': moment, 'runs': len(found),
-            'saved_steps': [one['saved_step'] for one in found], **seconds,
-            **(cut if moment == 'evaluation' else {})}
+            'saved_steps': [one['saved_step'] for one in found], **seconds, **cut_short}
 
 
 def run_hooked(notice: str, moment: str, events: str, *command: str) -> int:
