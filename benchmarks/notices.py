@@ -2,7 +2,6 @@
 
   python benchmarks/notices.py
   python benchmarks/notices.py --notices=sigterm --moments=step,evaluation --repeats=1
-  python benchmarks/notices.py --notices=sigterm --processes=2
 
 Trains the quickstart's model for a few steps, undisturbed and then once for each notice at each
 moment. Notices are SIGTERM, and `preempted` and `upcoming-maintenance` of a stand-in for Google
@@ -10,8 +9,8 @@ Cloud's metadata server, which a run asks each second. Moments are before a step
 after its first batch, and in a save while it is written. The run must save and end with exit code
 75. When it is started again, it must end with the same parameters as the undisturbed run, bit for
 bit, and with each step evaluated once. `to_saved` is the time from the notice until the step is on
-disk, `to_exit` until all processes have ended, in seconds. With several processes the first one
-gets the notice. Prints one line of JSON and exits with 1 if anything was lost.
+disk, `to_exit` until the process has ended, in seconds. Prints one line of JSON and exits with 1 if
+anything was lost.
 """
 
 import argparse
@@ -53,51 +52,49 @@ class Notices:
 
   Attributes:
     folder: of the runs and of their compiled programs.
-    processes: of each run.
     flags: of `ppn train`.
     metadata: address of the stand-in for the metadata server.
     values: what it answers.
     lost: what went wrong.
   """
   folder: pathlib.Path
-  processes: int
   flags: tuple[str, ...]
   metadata: str
   values: dict[str, str]
   lost: list[str] = dataclasses.field(default_factory=list)
 
   def train(self, workdir: pathlib.Path, hooked: tuple[str, ...] = (), **variables: str
-            ) -> tuple[list[int], float]:
-    """Runs `ppn train`, by way of `run_hooked` if so asked; returns exit codes and their time."""
+            ) -> tuple[int, float]:
+    """Runs `ppn train`, by way of `run_hooked` if so asked; returns its exit code and when."""
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'NO_GCE_CHECK': 'true', **variables,
                    'JAX_COMPILATION_CACHE_DIR': str(self.folder / 'compiled'),
                    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1'}
     begin = [__file__, '--hooked', *hooked] if hooked else ['-m', 'ppn_jax.cli.main']
     processes = Processes([sys.executable, *begin, 'train', '--config=quickstart',
                            f'--workdir={workdir}', *self.flags],
-                          workdir.with_suffix('.log'), self.processes, environment)
+                          workdir.with_suffix('.log'), 1, environment)
     processes.wait(grace=60)
-    return processes.codes, time.time()
+    return processes.codes[0], time.time()
 
   def give(self, notice: str, moment: str, repeat: int, whole: pathlib.Path) -> dict | None:
     """Gives a run a notice and resumes it; returns its times, None if something went wrong."""
     workdir = self.folder / f'{notice}_{moment}_{repeat}'
     events = workdir.with_suffix('.events')
     self.values.clear()
-    codes, ended = self.train(
+    code, ended = self.train(
         workdir, (notice, moment, str(events)),
         **({} if notice == 'sigterm' else
            {'GCE_METADATA_HOST': self.metadata, 'NO_GCE_CHECK': 'false'}))
     written = events.read_text().splitlines() if events.exists() else []
     times = {event['what']: event['time'] for event in map(json.loads, written)}
-    if set(codes) != {75} or times.keys() != {'notice', 'saved'}:
-      self.lost.append(f'{workdir.name}: exit codes {codes}, events {[*times]}')
+    if code != 75 or times.keys() != {'notice', 'saved'}:
+      self.lost.append(f'{workdir.name}: exit code {code}, events {[*times]}')
       return None
     step = newest(workdir)
     cut_short = step not in evaluated_steps(workdir)
     again, _ = self.train(workdir)
-    if set(again) != {0} or checksums(workdir) != checksums(whole):
-      self.lost.append(f'{workdir.name}: exit codes {again} when resumed, or other bits')
+    if again or checksums(workdir) != checksums(whole):
+      self.lost.append(f'{workdir.name}: exit code {again} when resumed, or other bits')
     elif evaluated_steps(workdir) != evaluated_steps(whole):
       self.lost.append(f'{workdir.name}: evaluated {evaluated_steps(workdir)}')
     return {'saved_step': step, 'to_saved': times['saved'] - times['notice'],
@@ -118,15 +115,12 @@ class Notices:
 
 
 def run_hooked(notice: str, moment: str, events: str, *command: str) -> int:
-  """Runs `ppn` in this process, and gives itself a notice at a moment; for the first process.
+  """Runs `ppn` in this process, which gives itself a notice at a moment.
 
   Writes a line of JSON with the time of the notice, and one when the step is saved.
   """
   from ppn_jax.cli.main import main as ppn
   from ppn_jax.distributed.preemption import PreemptionNotice
-  first = all(not flag.startswith('--process_id=') or flag == '--process_id=0' for flag in command)
-  if not first:
-    return ppn(command)
 
   def write(what: str) -> None:
     with open(events, 'a') as file:
@@ -234,7 +228,6 @@ def main() -> int:
   parser.add_argument('--notices', default=','.join(NOTICES), metavar='LIST')
   parser.add_argument('--moments', default=','.join(MOMENTS), metavar='LIST')
   parser.add_argument('--repeats', type=int, default=3, help='runs of each')
-  parser.add_argument('--processes', type=int, default=1, help='per run, one device each')
   parser.add_argument('--eval_images', type=int, default=1000, help='of an evaluation')
   parser.add_argument('--folder', help='keep the runs here (default: a temporary folder)')
   args = parser.parse_args()
@@ -245,20 +238,19 @@ def main() -> int:
       parser.error(f'--{name}={",".join(given)}; legal: {",".join(legal)}')
   with tempfile.TemporaryDirectory() as temporary, metadata_server() as (address, values):
     flags = (*SCHEDULE, f'--config.data.eval.num_images={args.eval_images}')
-    runs = Notices(pathlib.Path(args.folder or temporary), args.processes, flags, address, values)
+    runs = Notices(pathlib.Path(args.folder or temporary), flags, address, values)
     runs.folder.mkdir(parents=True, exist_ok=True)
     if any(runs.folder.iterdir()):
       parser.error(f'--folder={runs.folder} is not empty')
     whole = runs.folder / 'whole'
-    codes, _ = runs.train(whole)
-    if set(codes) != {0}:
+    code, _ = runs.train(whole)
+    if code:
       print(whole.with_suffix('.log').read_text()[-2000:], file=sys.stderr)
       return 1
     found = [runs.measure(notice, moment, args.repeats, whole)
              for notice in args.notices for moment in args.moments]
-  print(json.dumps({'benchmark': 'notices', 'config': 'quickstart', 'processes': args.processes,
-                    'cores': os.cpu_count(), 'seconds': found, 'same_bits': not runs.lost,
-                    'lost': runs.lost}))
+  print(json.dumps({'benchmark': 'notices', 'config': 'quickstart', 'cores': os.cpu_count(),
+                    'seconds': found, 'same_bits': not runs.lost, 'lost': runs.lost}))
   return 1 if runs.lost else 0
 
 
