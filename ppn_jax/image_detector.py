@@ -18,6 +18,7 @@ from ppn_jax.export.runtimes import is_export
 from ppn_jax.export.weights_file import is_weights_file
 from ppn_jax.predictor import Predictor, load_predictor, open_predictor
 from ppn_jax.storage import expand_home
+from ppn_jax.tracking import FRAMES_PER_SECOND, Tracker
 
 if TYPE_CHECKING:
   import PIL.Image
@@ -35,12 +36,14 @@ class ImageDetections(NamedTuple):
     labels: i32 [N], indices into `ImageDetector.categories`.
     names: N class names.
     level: i32 [N], pyramid level of the anchor that the box comes from, 0 the finest.
+    track_ids: i32 [N], ids of the objects in a video, see `ImageDetector.stream`; None for images.
   """
   boxes: np.ndarray
   scores: np.ndarray
   labels: np.ndarray
   names: tuple[str, ...]
   level: np.ndarray
+  track_ids: np.ndarray | None = None
 
   @property
   def xyxy(self) -> np.ndarray:
@@ -53,7 +56,12 @@ class ImageDetections(NamedTuple):
                            else np.asarray(thresholds)[self.labels])
     names = tuple(name for name, keep in zip(self.names, kept.tolist(), strict=True) if keep)
     return ImageDetections(self.boxes[kept], self.scores[kept], self.labels[kept], names,
-                           self.level[kept])
+                           self.level[kept],
+                           None if self.track_ids is None else self.track_ids[kept])
+
+  def tracked_by(self, tracker: Tracker) -> 'ImageDetections':
+    """Returns the detections of the next frame of a video with the ids of their objects."""
+    return self._replace(track_ids=tracker.update(self.boxes, self.scores, self.labels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,14 +139,31 @@ class ImageDetector:
                                  tiles, overlap))
 
   def stream(self, images: Iterable[Image], *, threshold: float | None = None, tiles: int = 1,
-             overlap: float = 0.2) -> Iterator[ImageDetections]:
-    """Detects objects in several images, reading no more than one batch of them at a time."""
+             overlap: float = 0.2, track: bool = False,
+             frames_per_second: float = FRAMES_PER_SECOND) -> Iterator[ImageDetections]:
+    """Detects objects in several images, reading no more than one batch of them at a time.
+
+    Args:
+      images, threshold, tiles, overlap: see `__call__`.
+      track: whether the images are the frames of one video, in order. Detections then have
+        `track_ids`, numbers from 1 on that objects keep from frame to frame. An object that is not
+        detected keeps its number for a second.
+      frames_per_second: rate of the frames, for `track`.
+
+    Raises:
+      InputTypeError, InputError: As `__call__`, or if the extra `track` is not installed.
+    """
     check_tiles(tiles, overlap)
     if not _is_several(images):
       raise InputTypeError(f'images is of type {type(images).__name__}; give a list or another '
                            'iterable of images')
     named = ((image, f'image {number}') for number, image in enumerate(images))
-    return self._in_batches(named, self.thresholds_by_label(threshold), tiles, overlap)
+    thresholds = self.thresholds_by_label(threshold)
+    if not track:
+      return self._in_batches(named, thresholds, tiles, overlap)
+    tracker = Tracker(thresholds, frames_per_second)
+    return (found.tracked_by(tracker).at_least(thresholds)
+            for found in self._in_batches(named, tracker.lowest, tiles, overlap))
 
   def _in_batches(self, named: Iterable[tuple[Image, str]], thresholds: np.ndarray, tiles: int,
                   overlap: float) -> Iterator[ImageDetections]:

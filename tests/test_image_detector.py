@@ -137,7 +137,7 @@ def test_threshold(detector):
   kept = detector(image, threshold=cut)
   count = int((every.scores >= cut).sum())
   assert 0 < len(kept.scores) == count < len(every.scores)
-  assert_same(kept, ppn_jax.ImageDetections(*(field[:count] for field in every)))
+  assert_same(kept, ppn_jax.ImageDetections(*(field[:count] for field in every[:5])))
   assert detector(image, threshold=1.0).boxes.shape == (0, 4)
 
 

@@ -16,7 +16,7 @@ LAYERS = (
     ('errors', 'registry', 'config', 'config_values', 'storage'),
     ('telemetry', 'distributed', 'zoo'),
     ('detection',),
-    ('models', 'metrics', 'export', 'data.images'),
+    ('models', 'metrics', 'export', 'data.images', 'tracking'),
     ('detector', 'data'),
     ('device_data', 'visualization'),
     ('training',),

@@ -32,6 +32,9 @@ picture, and of each frame of a video those that are drawn. Videos are written a
 without sound. A number is a camera, and an address such as rtsp://... a stream, which ends
 with Ctrl-C or after --frames=N.
 
+--track gives each object of a video a number that it keeps over the frames, drawn as #1 and
+written as track_id. An object that is not found for a second, or as another class, gets a new one.
+
 --format=NAME,NAME chooses what is written (default: pictures,json):
   pictures  the pictures and videos with their boxes
   json      detections.json
@@ -43,6 +46,7 @@ All but json have the boxes of at least --threshold."""
 
 DEFAULT_THRESHOLD = 0.3  # If none are kept with the model.
 VIDEOS = frozenset({'.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.wmv'})
+WITH_IDS = frozenset({'pictures', 'json', 'jsonl', 'csv'})  # Formats that have ids of objects.
 
 TAKES_CONFIG = False
 
@@ -74,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                            '(default: %(default)s)')
   parser.add_argument('--frames', type=int, metavar='N',
                       help='end a video, camera or stream after N frames')
+  parser.add_argument('--track', action='store_true',
+                      help='follow objects over the frames of videos, cameras and streams')
 
 
 class _Options(NamedTuple):
@@ -81,13 +87,14 @@ class _Options(NamedTuple):
 
   Fields:
     formats: what is written.
-    tiles, overlap, frames: as on the command line.
+    tiles, overlap, frames, track: as on the command line.
     thresholds: f32 [C], lowest score of a box that is shown, by label; set once they are known.
   """
   formats: tuple[str, ...]
   tiles: int
   overlap: float
   frames: int | None
+  track: bool
   thresholds: 'np.ndarray' = None  # pyright: ignore
 
 
@@ -95,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.detection.tiles import check_tiles
   from ppn_jax.jobs.detection_files import is_live, make_writers
   from ppn_jax.storage import folder_path, write_text
-  options = _Options(_formats(args.format), args.tiles, args.overlap, args.frames)
+  options = _Options(_formats(args.format), args.tiles, args.overlap, args.frames,
+                     args.track)
   if args.threshold is not None and not 0 <= args.threshold <= 1:
     raise InputError(f'--threshold={args.threshold} must be between 0 and 1')
   if args.frames is not None and args.frames < 1:
@@ -107,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
   if len(live) > 1:
     raise InputError(f'{" and ".join(live)}: one camera or stream at a time')
   files = _find([name for name in args.images if name not in live]) if live != args.images else []
+  if options.track:
+    _check_tracking(files, options.formats)
   drawings = _drawing_paths(files, output, live, drawn='pictures' in options.formats)
   import json
 
@@ -114,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
   detector = _load(args, usual_batch=1 if live else 4)
   options = options._replace(
       thresholds=detector.thresholds_by_label(args.threshold, DEFAULT_THRESHOLD))
-  writers = make_writers(options.formats, output, detector.categories)
+  writers = make_writers(options.formats, output, detector.categories, track=options.track)
   entries, broken, interrupted = _detect_all(detector, files, live, drawings, options, writers)
   if len(files) == 1 and broken and not live:
     raise broken[files[0]]
@@ -148,6 +158,20 @@ def _formats(text: str) -> tuple[str, ...]:
     if name not in FORMATS:
       raise InputError(f'--format={text}: {did_you_mean(name, FORMATS)}')
   return names
+
+
+def _check_tracking(files: Sequence[pathlib.Path], formats: Sequence[str]) -> None:
+  """Raises InputError if there is a picture, nothing shows ids, or the library is missing."""
+  from ppn_jax.tracking import load_library
+  pictures = [file for file in files if not _is_video(file)]
+  if pictures:
+    more = f' and {len(pictures) - 1} more' if len(pictures) > 1 else ''
+    raise InputError('--track follows objects over the frames of videos, cameras and streams; '
+                     f'leave it or the pictures out: {pictures[0]}{more}')
+  if not WITH_IDS.intersection(formats):
+    raise InputError(f'--track: {",".join(formats)} has no place for ids; add one of '
+                     f'{",".join(sorted(WITH_IDS))} to --format')
+  load_library()
 
 
 def _load(args: argparse.Namespace, usual_batch: int) -> 'ImageDetector':
@@ -281,6 +305,7 @@ def _use_video(detector: 'ImageDetector', source: str, drawing: pathlib.Path, op
 
   from ppn_jax.data.images.video import LiveReader, VideoReader, VideoWriter
   from ppn_jax.jobs.detection_files import Shown, is_live, rows_of
+  from ppn_jax.tracking import Tracker
   frames, console, interrupted = [], Console(stderr=True), False
   with contextlib.ExitStack() as stack:
     reader = stack.enter_context(LiveReader(source) if is_live(source)
@@ -290,6 +315,7 @@ def _use_video(detector: 'ImageDetector', source: str, drawing: pathlib.Path, op
     total = options.frames if live else min(reader.stated or 0, options.frames or 2**60) or None
     drawn = stack.enter_context(VideoWriter(drawing, reader.size, rate)
                                 if 'pictures' in options.formats else contextlib.nullcontext())
+    tracker = Tracker(options.thresholds, rate) if options.track else None
     written = 0
     try:
       for number, image, found in track(
@@ -297,6 +323,8 @@ def _use_video(detector: 'ImageDetector', source: str, drawing: pathlib.Path, op
           source, total=total, console=console, transient=True,
           disable=not console.is_terminal):
         seconds = round(reader.seconds if live else number / rate, 3)
+        if tracker is not None:
+          found = found.tracked_by(tracker)
         shown = found.at_least(options.thresholds)
         # A live picture stays until the next one, so that the video has the right length.
         repeats = max(1, round(seconds * rate) + 1 - written) if live else 1
@@ -327,8 +355,9 @@ def _draw(detector: 'ImageDetector', image: 'np.ndarray', shown: 'ImageDetection
 
   from ppn_jax.visualization.drawing import draw_boxes
   size = np.float32([*image.shape[:2]] * 2)
+  notes = None if shown.track_ids is None else [f'#{track}' for track in shown.track_ids]
   return draw_boxes(image, shown.boxes / size, shown.labels,
-                    [c.name for c in detector.categories], shown.scores)
+                    [c.name for c in detector.categories], shown.scores, notes=notes)
 
 
 def _find(paths: Sequence[str]) -> list[pathlib.Path]:

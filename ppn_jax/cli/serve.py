@@ -1,6 +1,7 @@
 """`ppn serve`."""
 
 import argparse
+import math
 
 from ppn_jax.cli.flags import add_model_flags, allowed, keep_programs
 from ppn_jax.errors import InputError, install_command
@@ -49,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     raise InputError(f'--threshold={args.threshold} must be between 0 and 1')
   if not 0 <= args.port <= 65535:
     raise InputError(f'--port={args.port} must be 0 to 65535')
+  for name in ('max_megabytes', 'max_megapixels', 'timeout'):
+    if not 0 < (value := getattr(args, name)) < math.inf:
+      raise InputError(f'--{name}={value} must be a number above 0')
   if not 0 <= args.wait <= 10_000:
     raise InputError(f'--wait={args.wait} must be 0 to 10,000 milliseconds')
   from ppn_jax.serving.limits import Limits

@@ -43,16 +43,27 @@ class Writer(Protocol):
 
 def rows_of(found: ImageDetections, categories: Sequence[Category]) -> list[dict[str, Any]]:
   """Returns detections as COCO rows, with the class's name in place of the image's id."""
-  return [{'category': categories[label].name, 'category_id': categories[label].id, 'score': score,
+  rows = [{'category': categories[label].name, 'category_id': categories[label].id, 'score': score,
            'bbox': [xmin, ymin, xmax - xmin, ymax - ymin]}
           for label, score, (xmin, ymin, xmax, ymax) in zip(
               found.labels, found.scores.tolist(), found.xyxy.tolist(), strict=True)]
+  if found.track_ids is not None:
+    for row, track_id in zip(rows, found.track_ids.tolist(), strict=True):
+      row['track_id'] = track_id
+  return rows
 
 
 def make_writers(formats: Sequence[str], output: storage.Path | None,
-                 categories: Sequence[Category]) -> list[Writer]:
-  """Returns the writers of some of `FORMATS`; 'pictures' and 'json' have none."""
-  makers = {'jsonl': lambda: JsonLines(categories), 'csv': lambda: Csv(output, categories),
+                 categories: Sequence[Category], *, track: bool = False) -> list[Writer]:
+  """Returns the writers of some of `FORMATS`; 'pictures' and 'json' have none.
+
+  Args:
+    formats: names of `FORMATS`.
+    output: folder to write to; None if none of them writes a file.
+    categories: the classes, in order of label.
+    track: whether the detections have ids.
+  """
+  makers = {'jsonl': lambda: JsonLines(categories), 'csv': lambda: Csv(output, categories, track),
             'yolo': lambda: YoloTxt(output, categories), 'crops': lambda: Crops(output)}
   return [makers[name]() for name in formats if name in makers]
 
@@ -77,23 +88,25 @@ class JsonLines:
 
 
 class Csv:
-  """detections.csv, a row for each box; corners in pixels."""
+  """detections.csv, a row for each box; corners in pixels, and the id last if there are ids."""
 
-  def __init__(self, output: storage.Path, categories: Sequence[Category]):
+  def __init__(self, output: storage.Path, categories: Sequence[Category], track: bool = False):
     self._path, self._categories, self._text = output / 'detections.csv', categories, io.StringIO()
     self._rows = csv.writer(self._text, lineterminator='\n')
     self._rows.writerow(('file', 'frame', 'seconds', 'category', 'category_id', 'score', 'xmin',
-                         'ymin', 'xmax', 'ymax'))
+                         'ymin', 'xmax', 'ymax', *(['track_id'] if track else [])))
 
   def write(self, shown: Shown) -> None:
     """See `Writer`."""
-    for label, score, corners in zip(shown.found.labels, shown.found.scores, shown.found.xyxy,
-                                     strict=True):
+    ids = shown.found.track_ids
+    for label, score, corners, end in zip(
+        shown.found.labels, shown.found.scores, shown.found.xyxy,
+        [()] * len(shown.found.labels) if ids is None else ids[:, None].tolist(), strict=True):
       category = self._categories[label]
       self._rows.writerow((
           shown.file, '' if shown.frame is None else shown.frame,
           '' if shown.seconds is None else shown.seconds, category.name, category.id,
-          f'{score:.6g}', *(f'{value:.6g}' for value in corners)))
+          f'{score:.6g}', *(f'{value:.6g}' for value in corners), *end))
 
   def close(self) -> None:
     """See `Writer`."""

@@ -10,6 +10,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -83,7 +84,8 @@ class Server:
         Route('/', lambda request: PlainTextResponse(
             USAGE.replace('ADDRESS', str(request.base_url).rstrip('/')))),
         Route('/detect', self._detect, methods=['POST']),
-        Route('/health', self._health), Route('/metrics', self._metrics)])
+        Route('/health', self._health), Route('/metrics', self._metrics)],
+                         exception_handlers={HTTPException: _refuse_path})
 
   def warm_up(self) -> None:
     """Compiles the detector, so that the first request is as fast as the others."""
@@ -135,11 +137,16 @@ class Server:
     data = await self._body(request)
     try:
       height, width = decoding.stored_size(data, 'the picture')
+    except decoding.TooManyPixels as e:
+      raise _Refused(413, str(e)) from e
     except InputError as e:
       raise _Refused(400, str(e)) from e
     if height * width > self._limits.max_pixels:
       raise _Refused(413, f'the picture has {height} x {width} pixels; the largest number is '
                           f'{self._limits.max_pixels:,}')
+    if form == 'picture' and max(height, width) > decoding.MAX_JPEG_SIDE:
+      raise _Refused(413, f'the picture has {height} x {width} pixels, and a drawn one at most '
+                          f'{decoding.MAX_JPEG_SIDE:,} a side; ask for format=json')
     try:
       async with asyncio.timeout(self._limits.timeout), self._budget.take(height * width):
         image = await run_in_threadpool(self._decode, data)
@@ -198,6 +205,8 @@ class Server:
   def _decode(self, data: bytes) -> np.ndarray:
     try:
       return decoding.decode(data, name='the picture', max_pixels=self._limits.max_pixels)
+    except decoding.TooManyPixels as e:
+      raise _Refused(413, str(e)) from e
     except InputError as e:
       raise _Refused(400, str(e)) from e
 
@@ -211,3 +220,11 @@ class Server:
     return decoding.encode_jpeg(draw_boxes(
         image, found.boxes / size, found.labels, [c.name for c in self._detector.categories],
         found.scores))
+
+
+def _refuse_path(request: Request, error: Exception) -> Response:
+  """Answers a request to another path or of another method."""
+  assert isinstance(error, HTTPException)
+  return JSONResponse(
+      {'error': f'{request.method} {request.url.path}: {error.detail}; POST a picture to /detect'},
+      error.status_code, {'Connection': 'close', **(error.headers or {})})

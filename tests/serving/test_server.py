@@ -8,10 +8,12 @@ import os
 import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 from PIL import Image
 from time_limits import HANG_SECONDS
 
+from ppn_jax.cli.main import main
 from ppn_jax.detection.structures import Category
 from ppn_jax.image_detector import ImageDetections, ImageDetector
 
@@ -55,7 +58,7 @@ class OneBox:
 def serving(timeout):
   """Runs a server in a thread; yields its address and detector."""
   detector = OneBox()
-  server = Server(detector, Limits(max_bytes=20_000, max_pixels=10_000, max_requests=4,
+  server = Server(detector, Limits(max_bytes=20_000, max_pixels=100_000, max_requests=4,
                                    timeout=timeout))
   server.warm_up()
   started, place, listening = threading.Event(), [], []
@@ -102,6 +105,13 @@ def picture(size=(40, 60), grey=204, form='PNG'):
   return file.getvalue()
 
 
+def png_header(height, width):
+  """Returns the beginning of a PNG file of any size."""
+  chunk = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  return (b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + chunk
+          + struct.pack('>I', zlib.crc32(chunk)) + struct.pack('>I', 4) + b'IDAT')
+
+
 def ask(running, body=b'', path='/detect', method='POST', **headers):
   connection = http.client.HTTPConnection(running.address, timeout=HANG_SECONDS)
   connection.request(method, path, body, headers)
@@ -133,7 +143,9 @@ def test_picture(running):
     (b'no picture', '/detect', {}, 400, 'the picture'),
     (picture(form='JPEG')[:300], '/detect', {}, 400, 'the picture'),
     (b'', '/detect', {}, 400, 'the body is empty'),
-    (picture((101, 100)), '/detect', {}, 413, '101 x 100 pixels; the largest number is 10,000'),
+    (picture((401, 250)), '/detect', {}, 413, '401 x 250 pixels; the largest number is 100,000'),
+    (png_header(20_000, 20_000), '/detect', {}, 413, 'too many pixels'),
+    (picture((1, 70_000)), '/detect?format=picture', {}, 413, '65,500 a side; ask for format=json'),
     (bytes(30_000), '/detect', {}, 413, 'more than 20,000 bytes'),
     (picture(), '/detect?threshold=2', {}, 400, "threshold='2'"),
     (picture(), '/detect?threshold=x', {}, 400, "threshold='x'"),
@@ -203,7 +215,23 @@ def test_health_and_metrics(running):
   assert b'ppn_requests_total{status="200"}' in data and b'ppn_batch_pictures_bucket' in data
   _, data, _ = ask(running, path='/', method='GET')
   assert f"--data-binary @photo.jpg 'http://{running.address}/detect'".encode() in data
-  assert ask(running, path='/detect', method='GET')[0] == 405
+
+
+@pytest.mark.parametrize('method, path, status', [('GET', '/detect', 405), ('POST', '/detec', 404)])
+def test_other_paths_and_methods_are_told_the_right_one(running, method, path, status):
+  found, data, answer = ask(running, picture(), path, method)
+  assert found == status and answer.getheader('connection') == 'close'
+  error = json.loads(data)['error']
+  assert error.startswith(f'{method} {path}: ') and error.endswith('POST a picture to /detect')
+
+
+@pytest.mark.parametrize('flag', ['--max_megabytes=nan', '--max_megapixels=inf', '--timeout=inf',
+                                  '--timeout=0', '--wait=nan', '--threshold=nan', '--port=70000',
+                                  '--max_requests=0'])
+def test_bad_flags_are_reported_before_a_model_is_loaded(flag, capsys):
+  assert main(['serve', '--workdir=none', flag]) == 2
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert line.startswith('ppn: error: ') and flag.strip('-').partition('=')[0] in line
 
 
 @pytest.mark.slow

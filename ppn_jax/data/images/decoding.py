@@ -42,9 +42,16 @@ _INVERSE = {2: PIL.Image.Transpose.FLIP_LEFT_RIGHT, 3: PIL.Image.Transpose.ROTAT
             6: PIL.Image.Transpose.ROTATE_90, 7: PIL.Image.Transpose.TRANSVERSE,
             8: PIL.Image.Transpose.ROTATE_270}
 
+# Of libjpeg-turbo.
+MAX_JPEG_SIDE = 65_500
+
 _END_MARKER = b'\xff\xd9'
 _NAMED = 5  # Number of files without an end marker that a process names in its log.
 _log = logging.getLogger(__name__)
+
+
+class TooManyPixels(InputError):
+  """Image that is too large to be decoded."""
 
 
 def read(path: str) -> bytes:
@@ -94,6 +101,8 @@ def header_sizes(file: BinaryIO, name: str) -> tuple[tuple[int, int], tuple[int,
   try:
     with PIL.Image.open(file, formats=_FORMATS) as image:
       stored, orientation = _stored_size(image), _orientation(image)
+  except PIL.Image.DecompressionBombError as e:
+    raise TooManyPixels(f'{name}: too many pixels: {_line(e)}') from e
   except PIL.UnidentifiedImageError as e:
     raise InputError(f'{name}: not an image that can be read') from e
   except Exception as e:  # Pillow's plugins raise exceptions of any type for damaged files.
@@ -104,7 +113,7 @@ def header_sizes(file: BinaryIO, name: str) -> tuple[tuple[int, int], tuple[int,
 def stored_size(data: bytes, name: str) -> tuple[int, int]:
   """Returns (height, width) of an image as it is stored, from the header of its bytes."""
   try:
-    return _simplejpeg().decode_jpeg_header(data)[:2]
+    return _jpeg_header(data)[:2]
   except ValueError:
     return header_sizes(io.BytesIO(data), name)[0]
 
@@ -206,14 +215,29 @@ def _simplejpeg() -> Any:
 
 
 def encode_jpeg(image: np.ndarray, quality: int = 92) -> bytes:
-  """Encodes u8 [H, W, 3] RGB as a JPEG file without EXIF."""
+  """Encodes u8 [H, W, 3] RGB as a JPEG file without EXIF.
+
+  Raises:
+    InputError: If a side is longer than a JPEG can have.
+  """
+  if max(image.shape[:2]) > MAX_JPEG_SIDE:
+    raise InputError(f'{_show(image.shape)} pixels do not fit into a JPEG, whose longest side is '
+                     f'{MAX_JPEG_SIDE:,}')
   return _simplejpeg().encode_jpeg(np.ascontiguousarray(image), quality=quality)
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, str]:
+  """Returns (height, width, colour space); raises ValueError on other files and some JPEGs."""
+  try:
+    return _simplejpeg().decode_jpeg_header(data)[:3]
+  except KeyError as e:  # It has no name for 4:4:1.
+    raise ValueError(f'unknown sampling {e}') from e
 
 
 def _open_jpeg(data: bytes, name: str, max_pixels: int) -> tuple[StoredImage, int]:
   """Returns the image as stored, and the EXIF orientation 1..8."""
   try:
-    height, width, color, _ = _simplejpeg().decode_jpeg_header(data)
+    height, width, color = _jpeg_header(data)
   except ValueError:  # Some legal files are not supported by libjpeg's simple interface.
     return _stored(*_decode_other(data, name, max_pixels))
   _check_pixels(height, width, name, max_pixels)
@@ -261,7 +285,7 @@ def _decode_other(data: bytes, name: str, max_pixels: int) -> tuple[np.ndarray, 
     image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
     height, width = image.height, image.width
   except PIL.Image.DecompressionBombError as e:
-    raise InputError(f'{name}: too many pixels: {_line(e)}') from e
+    raise TooManyPixels(f'{name}: too many pixels: {_line(e)}') from e
   except PIL.UnidentifiedImageError as e:
     raise InputError(f'{name}: not an image that can be read; it starts with {data[:8]!r}, '
                      f"legal: {', '.join(_FORMATS)}") from e
@@ -298,8 +322,8 @@ def _stored_size(image: PIL.Image.Image) -> tuple[int, int]:
 
 def _check_pixels(height: int, width: int, name: str, max_pixels: int) -> None:
   if height * width > max_pixels:
-    raise InputError(f'{name}: too many pixels: {height} x {width} is {height * width:,}, '
-                     f'legal: up to {max_pixels:,}')
+    raise TooManyPixels(f'{name}: too many pixels: {height} x {width} is {height * width:,}, '
+                        f'legal: up to {max_pixels:,}')
 
 
 def _to_rgb(image: PIL.Image.Image) -> np.ndarray:

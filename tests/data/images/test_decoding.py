@@ -51,6 +51,23 @@ def test_jpeg(photo, options):
   assert difference(decode(save(photo, 'JPEG', quality=95, **options), name='x'), photo) <= 12
 
 
+def test_jpeg_with_a_colour_for_four_rows():
+  """4:4:1, for which simplejpeg has no name. The file has its blocks in the order of 4:2:0."""
+  grey = np.uint8([[40, 90], [150, 220]]).repeat(8, axis=0).repeat(8, axis=1)
+  data = bytearray(save(np.stack([grey] * 3, axis=-1), 'JPEG', subsampling='4:2:0', quality=100))
+  frame = data.index(b'\xff\xc0')
+  data[frame + 5:frame + 9] = bytes([0, 32, 0, 8])  # 32 x 8 pixels instead of 16 x 16.
+  data[frame + 11] = 0x14  # One column and four rows of a colour.
+  assert decoding.stored_size(bytes(data), 'a') == (32, 8)
+  pixels = decode(bytes(data), name='a')
+  assert pixels.shape == (32, 8, 3) and pixels[::8, 0, 0].tolist() == [40, 90, 150, 220]
+
+
+def test_a_side_too_long_for_a_jpeg_is_an_error():
+  with pytest.raises(InputError, match='70000 x 1 pixels do not fit into a JPEG'):
+    encode_jpeg(np.zeros((70_000, 1, 3), np.uint8))
+
+
 def test_encode_jpeg_is_decode_s_inverse(photo):
   assert difference(decode(encode_jpeg(photo[:, ::-1], 97), name='x'), photo[:, ::-1]) <= 12
 
