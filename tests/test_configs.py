@@ -69,6 +69,10 @@ DIFFERENCES = [
         'model.layers.kernel_stddev': 0.03, 'optim.learning_rate': 0.9,
         'optim.rate_batch_size': 1024, 'optim.warmup_fraction': 0.05,
         'optim.warmup_factor': 0.3 / 0.9, 'train.batch_size': 1024, 'train.steps': 20_000}),
+    ('ssd_mobilenet_v2_coco_reference', 'ssd_mobilenet_v1_coco_reference', {
+        'model.backbone': {'name': 'mobilenet_v2', 'depth_multiplier': 1.0, 'last_stride': 32},
+        'optim.learning_rate': 0.08, 'optim.rate_batch_size': 512, 'optim.warmup_fraction': 0.04,
+        'optim.warmup_factor': 0.013333 / 0.08, 'train.batch_size': 512, 'train.steps': 50_000}),
     ('ssd_mobilenet_v1_coco_mined', 'ssd_mobilenet_v1_coco', {
         'loss': {'name': 'hard_negative_mining', 'negatives_per_positive': 3.0, 'group_size': 0,
                  'localization_weight': 1.0},

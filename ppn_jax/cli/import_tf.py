@@ -18,11 +18,13 @@ TAKES_CONFIG = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--checkpoint', required=True, metavar='PREFIX',
-                      help='PREFIX of PREFIX.index, its folder, a frozen graph (.pb), a TFLite '
-                           'file (.tflite) or a Keras MobileNet (.h5, .keras)')
+                      help='PREFIX of PREFIX.index, its folder (also of the TF2 zoo), a '
+                           'frozen graph (.pb), a TFLite file (.tflite) or a Keras MobileNet (.h5, '
+                           '.keras)')
   parser.add_argument('--config', metavar='FILE',
                       help='a config of the same kind of model (default: {ppn,ssd}_mobilenet_v1_'
-                           'coco_reference, whichever the file holds)')
+                           'coco_reference or ssd_mobilenet_v2_coco_reference, whichever the file '
+                           'holds)')
   parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of the new run')
   parser.add_argument('--kind', choices=('auto', 'detector', 'backbone'), default='auto',
                       help='import a whole detector, or the backbone and initialise the rest '

@@ -21,13 +21,16 @@ from ppn_jax.models.network import BACKBONES, HEADS, NECKS
 from ppn_jax.run import Run, create_run
 from ppn_jax.training.state import first_state
 from ppn_jax.training.train_step import abstract_state, jit_init
-from ppn_jax.weights import folded_norm, importer, labels
+from ppn_jax.weights import folded_norm, importer, labels, names
 from ppn_jax.weights.architecture import describe, model_settings
 from ppn_jax.weights.initial import AUTO, with_weights
 from ppn_jax.weights.postprocessing import compare
 from ppn_jax.weights.read import WeightFile, read_weights
 
 KINDS = ('auto', 'detector', 'backbone')
+# Configs for the detectors that can be imported, by kind and backbone.
+_CONFIGS = ('ppn_mobilenet_v1_coco_reference', 'ssd_mobilenet_v1_coco_reference',
+            'ssd_mobilenet_v2_coco_reference')
 
 
 class Import(NamedTuple):
@@ -59,12 +62,14 @@ def config_of(file: WeightFile) -> str:
   Raises:
     InputError: If the file holds no whole detector.
   """
-  kind = importer.recognise(file).kind
+  contents = importer.recognise(file)
   _check_known(file)
-  if kind not in ('ppn', 'ssd'):
-    raise InputError(f'{file.path} looks like {importer.recognise(file).description}, for which '
-                     'there is no config; give --config')
-  return f'{kind}_mobilenet_v1_coco_reference'
+  importer.check_layers(file)
+  name = f'{contents.kind}_{names.NETWORKS[contents.network][2]}_coco_reference'
+  if name not in _CONFIGS:
+    raise InputError(f'{file.path} looks like {contents.description}, for which there is no '
+                     'config; give --config')
+  return name
 
 
 def _check_known(file: WeightFile) -> None:
@@ -72,7 +77,7 @@ def _check_known(file: WeightFile) -> None:
   contents = importer.recognise(file)
   if contents.kind == 'unknown':
     raise InputError(f'{file.path} looks like {contents.description}; supported: a PPN or SSD '
-                     "detector of the TF Object Detection API, slim's or Keras' MobileNet-v1")
+                     "detector of the TF Object Detection API, slim's or Keras' MobileNet")
 
 
 def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
@@ -94,6 +99,9 @@ def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
   settings = model_settings({name: tensor.shape for name, tensor in file.tensors.items()})
   if file.postprocessing is not None:
     settings |= _settings_of_detector(file, is_given('model.image_size'))
+  elif file.kind == 'checkpoint' and file.image_size and (
+      importer.recognise(file).kind in ('ppn', 'ssd')):
+    settings['model.image_size'] = file.image_size
   changed = {}
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -102,7 +110,8 @@ def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
       holder = functools.reduce(lambda inner, part: inner[part], block.split('.'), config)
       options = _defaults(block, holder) | holder.to_dict()
       if not is_given(key) and name in options and options[name] != value:
-        holder[name] = changed[key] = value
+        with holder.ignore_type():  # Of an image size that is two numbers.
+          holder[name] = changed[key] = value
     if config.model.score_activation == 'softmax' and config.loss.name == 'focal' and (
         not is_given('loss.name')):
       hard_negative_mining(config)

@@ -17,6 +17,8 @@ from ppn_jax.weights.transfer import PretrainedWeights
 _MOST_COLUMNS = 100_000  # Class columns; a larger number means a damaged file.
 _SHOWN = 3  # Names that a message, or a group in a report, shows.
 _LABELS = {'ppn': 'PPN', 'ssd': 'SSD', 'fpn': 'FPN'}
+# Kinds whose necks and heads have other layers than ours, even if some have the same names.
+_OTHER_LAYERS = ('fpn', 'ssdlite')
 # Groups of names that may be unused when a whole detector is imported: blocks 12 and 13, which PPN
 # does not have, and values for training or for TensorFlow only. Others mean a different network.
 _MAY_BE_UNUSED = ('block 12', 'block 13', 'moving averages', "the optimizer's", 'the global step',
@@ -79,6 +81,7 @@ def import_detector(file: WeightFile, like: Mapping[str, Any], *, average: bool 
       lacks, or one whose shape differs or whose values are not finite.
   """
   contents, shapes = recognise(file), _shapes(like)
+  check_layers(file)
   kind = names.detector_kind(shapes)
   if kind not in ('ppn', 'ssd'):
     raise InputError(f'only PPN and SSD can be imported as whole detectors, not '
@@ -111,6 +114,23 @@ def import_backbone(file: WeightFile, like: Mapping[str, Any], *, average: bool 
   return _fill(file, contents, shapes, _backbone_names(contents), average)
 
 
+def check_layers(file: WeightFile) -> None:
+  """Raises InputError for a detector of other layers, whose backbone alone can be imported."""
+  contents = recognise(file)
+  if contents.kind not in _OTHER_LAYERS:
+    return
+  config = 'fpn_mobilenet_v1_coco' if contents.kind == 'fpn' else 'ssd_mobilenet_v1_coco'
+  if contents.network != 'MobilenetV1':
+    config += (f' --config.model.backbone.name={names.NETWORKS[contents.network][2]}'
+               ' --config.model.backbone.last_stride=32')
+    if contents.kind == 'fpn':
+      config += ' --config.model.backbone.endpoint=output'
+  raise InputError(
+      f'{file.path} looks like {contents.description}, whose pyramid and predictor have other '
+      f"layers than this package's {contents.kind[:3].upper()}; its backbone can be taken: `ppn "
+      f'train --config={config} --config.init.backbone={file.path}`')
+
+
 def _unknown(file: WeightFile, contents: names.Contents) -> str:
   """Returns the error message for a file with an unknown network."""
   return (f"{file.path} looks like {contents.description}; a backbone can be read from "
@@ -124,7 +144,14 @@ def _check_network(file: WeightFile, contents: names.Contents,
   if here is not None and contents.kind != 'unknown' and here != contents.network:
     raise InputError(f'{file.path} looks like a {names.in_words(contents.network)}, but the '
                      f"config's backbone is a {names.in_words(here)}; set "
-                     f'model.backbone.name={names.NETWORKS[contents.network][2]}')
+                     f'model.backbone.name={names.NETWORKS[contents.network][2]}'
+                     + _last_stride_hint(contents.network, shapes))
+
+
+def _last_stride_hint(network: str, shapes: Mapping[names.Path, tuple[int, ...]]) -> str:
+  """Returns the option that another backbone needs if that of the config ends at stride 32."""
+  last = ('params', 'backbone', 'conv2d_13', 'depthwise', 'kernel')
+  return ' model.backbone.last_stride=32' if network != 'MobilenetV1' and last in shapes else ''
 
 
 def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeights:
@@ -140,6 +167,8 @@ def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeig
   if contents.kind == 'unknown':
     raise InputError(_unknown(file, contents))
   _check_network(file, contents, shapes)
+  if contents.kind in _OTHER_LAYERS:  # Layers of the same name mean something else.
+    shapes = {path: shape for path, shape in shapes.items() if path[1] == 'backbone'}
   name_of = _backbone_names(contents)
   found = {path: names.find(contents.root + pattern, file.tensors)
            for path in shapes if (pattern := name_of(path))}
@@ -173,9 +202,13 @@ def import_matching(file: WeightFile, like: Mapping[str, Any]) -> PretrainedWeig
 def _settings_that_differ(file: WeightFile, shapes: Mapping[names.Path, tuple[int, ...]]
                           ) -> dict[str, Any]:
   """Returns the config entries of a file's model where those of the detector differ."""
+  network = names.backbone_network(shapes) or 'MobilenetV1'
   known = {name.replace('#', '0'): shape for path, shape in shapes.items()
-           if (name := names.detector_name(path)) is not None}
-  here = {'model.backbone.min_depth': MIN_DEPTH} | model_settings(known)
+           if (name := names.detector_name(path, network)) is not None}
+  here = {'model.backbone.min_depth': MIN_DEPTH}
+  if ('params', 'backbone', 'conv_1', 'kernel') in shapes:
+    here['model.backbone.last_depth'] = 0
+  here |= model_settings(known)
   there = model_settings({name: tensor.shape for name, tensor in file.tensors.items()})
   return {key: value for key, value in there.items() if key in here and here[key] != value}
 

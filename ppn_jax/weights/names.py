@@ -3,7 +3,8 @@
 There are three conventions: detectors of the TF Object Detection API
 ('FeatureExtractor/MobilenetV1/...' and a box predictor's scope, docs/reference.md section 13),
 slim's classifiers ('MobilenetV1/...'), and Keras' MobileNet ('conv_dw_1/kernel'). Each has
-MobileNet-v1, v2 and v3.
+MobileNet-v1, v2 and v3. Detectors of TensorFlow 2 get the first one's names when they are read, see
+`object_graph`.
 """
 
 import re
@@ -25,14 +26,14 @@ AVERAGE = '/ExponentialMovingAverage'
 # Endings of variable names, which tell them from the thousands of other constants in a graph.
 _VARIABLE = re.compile(r'/(weights|depthwise_weights|biases|gamma|beta|moving_mean|'
                        r'moving_variance|kernel|bias)$')
-_SLOT = re.compile(r'/(Momentum|RMSProp(_1)?|Adam(_1)?|Adagrad)$')
+_SLOT = re.compile(r'/(Momentum|RMSProp(_1)?|Adam(_1)?|Adagrad)$|^optimizer/|/\.OPTIMIZER_SLOT/')
 
 
 class Contents(NamedTuple):
   """Network that a file holds, recognised by its names.
 
   Fields:
-    kind: 'ppn', 'ssd', 'fpn', 'slim', 'keras' or 'unknown'.
+    kind: 'ppn', 'ssd', 'ssdlite', 'fpn', 'slim', 'keras' or 'unknown'.
     root: prefix of all names, '' or such as 'import/'.
     description: the network in words, for messages.
     network: its backbone, one of `NETWORKS`.
@@ -69,7 +70,11 @@ def _with_scopes(names: list[str], prefix: str, network: str) -> Contents:
   root = prefix.removesuffix('FeatureExtractor/')
   inner = [n.removeprefix(root) for n in names if n.startswith(root)]
   if any('/fpn/' in n for n in inner):
-    return Contents('fpn', root, 'a MobileNet FPN detector', network)
+    lite = any(n.endswith(('/pointwise_kernel', '/pointwise_weights')) for n in inner)
+    return Contents('fpn', root, 'a MobileNet FPN detector'
+                    + (' of separable convolutions (FPNLite)' if lite else ''), network)
+  if any('Predictor_depthwise/' in n for n in inner):
+    return Contents('ssdlite', root, 'an SSD detector of separable convolutions (SSDLite)', network)
   if any(n.startswith(f'{_SHARED}/') for n in inner):
     return Contents('ppn', root, f'a PPN detector ({_SHARED})', network)
   if any(n.startswith('BoxPredictor_0/') for n in inner):
@@ -182,7 +187,7 @@ def group(name: str) -> str:
     return 'moving averages'
   if _SLOT.search(name):
     return "the optimizer's"
-  if name.rpartition('/')[2] in ('global_step', 'learning_rate'):
+  if name.rpartition('/')[2] in ('global_step', 'learning_rate', 'step', 'save_counter'):
     return 'the global step'
   if not _VARIABLE.search(name):
     return 'other values'

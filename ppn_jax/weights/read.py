@@ -7,11 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from google.protobuf import text_format
 
+from ppn_jax.detection.frame import ImageSize
 from ppn_jax.errors import InputError
 from ppn_jax.storage import local_path
 from ppn_jax.weights.folded_norm import unfold
 from ppn_jax.weights.frozen_graph import read_frozen_graph
 from ppn_jax.weights.keras import HDF5_MAGIC, read_keras_file
+from ppn_jax.weights.object_graph import with_variable_names
 from ppn_jax.weights.tf_bundle import MAGIC, read_tf_bundle
 from ppn_jax.weights.tf_protos import CheckpointState
 from ppn_jax.weights.tflite_file import MAGIC as TFLITE_MAGIC
@@ -29,7 +31,7 @@ class WeightFile(NamedTuple):
     kind: 'checkpoint', 'frozen graph', 'TFLite file' or 'Keras file'.
     tensors: NumPy arrays by name.
     description: the network in words, if the file tells more than its names; '' otherwise.
-    image_size: side of the network's input in pixels, 0 if the file does not tell.
+    image_size: side of the network's input in pixels, or (height, width); 0 if unknown.
     labels: class names of a detector in order of label, '' for unused ids; () if unknown.
     postprocessing: what follows the network of a detector in a TFLite file; None for others.
   """
@@ -37,7 +39,7 @@ class WeightFile(NamedTuple):
   kind: str
   tensors: dict[str, np.ndarray]
   description: str = ''
-  image_size: int = 0
+  image_size: ImageSize = 0
   labels: tuple[str, ...] = ()
   postprocessing: PostProcessing | None = None
 
@@ -47,8 +49,8 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
 
   Args:
     path: PREFIX or PREFIX.index of a checkpoint, a folder with a `checkpoint` file or exactly one
-      checkpoint, a frozen graph (.pb), a TFLite file (.tflite), or a Keras file (.h5, .hdf5,
-      .keras).
+      checkpoint, the folder around such a folder `checkpoint`, a frozen graph (.pb), a TFLite file
+      (.tflite), or a Keras file (.h5, .hdf5, .keras).
 
   Where batch norm is folded into convolutions, one that only adds the bias takes its place, see
   `folded_norm`.
@@ -76,7 +78,26 @@ def read_weights(path: str | pathlib.Path) -> WeightFile:
     raise InputError(f'{path}: no file {prefix.name}.index beside it; {LEGAL}')
   if not prefix.with_name(prefix.name + '.index').exists():
     raise InputError(f'no checkpoint at {path}; {LEGAL}')
-  return WeightFile(str(prefix), 'checkpoint', _single_scopes(read_tf_bundle(prefix)))
+  tensors = with_variable_names(read_tf_bundle(prefix), str(prefix))
+  return WeightFile(str(prefix), 'checkpoint', _single_scopes(tensors),
+                    image_size=_image_size(prefix))
+
+
+def _image_size(prefix: pathlib.Path) -> ImageSize:
+  """Returns the image size in the pipeline.config beside a checkpoint; 0 if there is none.
+
+  The zoo's archives have it in the folder of the checkpoint, or around the folder `checkpoint`.
+  """
+  folders = [prefix.parent, *([prefix.parent.parent] if prefix.parent.name == 'checkpoint' else [])]
+  for path in (folder / 'pipeline.config' for folder in folders):
+    if path.is_file():
+      text = re.sub(r'#.*', '', path.read_text('utf-8', errors='replace'))
+      resizer = re.search(r'\bfixed_shape_resizer\s*:?\s*\{([^{}]*)\}', text)
+      sides = [re.search(rf'\b{side}\s*:\s*(\d+)', resizer[1]) if resizer else None
+               for side in ('height', 'width')]
+      height, width = (int(side[1]) if side else 0 for side in sides)
+      return height if height == width else (height, width) if height and width else 0
+  return 0
 
 
 def _single_scopes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -87,6 +108,8 @@ def _single_scopes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
   """Returns the prefix of the checkpoint in a folder."""
+  if (folder / 'checkpoint').is_dir():  # As the detection zoo's archives of TensorFlow 2 have it.
+    folder /= 'checkpoint'
   there = sorted(p.with_suffix('') for p in folder.glob('*.index'))
   state = folder / 'checkpoint'
   if state.is_file():
@@ -104,6 +127,9 @@ def _checkpoint_in(folder: pathlib.Path) -> pathlib.Path:
   if (folder / 'categories.json').is_file() and (folder / 'checkpoints').is_dir():
     raise InputError(f'{folder} is the workdir of a run, which needs no import; evaluate or use it '
                      f'as it is, or train from it with --config.init.weights={folder}')
+  if not there and (folder / 'saved_model.pb').is_file():
+    raise InputError(f'{folder} is a SavedModel, which is not read; give the checkpoint that came '
+                     f'with it, such as {folder.parent / "checkpoint"}')
   names = ', '.join(p.name for p in there[:5])
   raise InputError(f'{folder}: no checkpoint in this folder; {LEGAL}' if not there else
                    f'{folder}: {len(there)} checkpoints in this folder; give one of them: {names}')

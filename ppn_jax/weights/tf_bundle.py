@@ -27,7 +27,8 @@ from ppn_jax.weights.tf_protos import (
   type_name,
 )
 
-# TensorFlow 2's object-based checkpoints name values by their path through Python objects.
+# Entry of TensorFlow 2's object-based checkpoints, which name values by their path through Python
+# objects; see `object_graph`.
 OBJECT_GRAPH = '_CHECKPOINTABLE_OBJECT_GRAPH'
 MAGIC = bytes.fromhex('57fb808b247547db')
 FOOTER = 48  # Two handles, padded to 40 bytes, and the magic number.
@@ -47,11 +48,12 @@ def read_tf_bundle(prefix: str | pathlib.Path) -> dict[str, np.ndarray]:
     prefix: PREFIX of PREFIX.index and its shards.
 
   Returns:
-    Arrays by variable name. Strings are left out.
+    Arrays by variable name, or by key in an object-based checkpoint. Strings are left out, except
+    for the object graph: [n] uint8, the bytes of its protocol buffer, as `OBJECT_GRAPH`.
 
   Raises:
     InputError: If a file is missing, truncated or damaged, or the checkpoint is of a kind that is
-      not supported: written on a big-endian machine, object-based, or with sliced variables.
+      not supported: written on a big-endian machine, or with sliced variables.
   """
   prefix = pathlib.Path(prefix)
   index = prefix.with_name(prefix.name + '.index')
@@ -61,17 +63,17 @@ def read_tf_bundle(prefix: str | pathlib.Path) -> dict[str, np.ndarray]:
   header = _parse(BundleHeader, table.pop(b'', b''), index, 'header')
   if header.endianness:
     raise InputError(f'{index}: written on a big-endian machine, which is not supported')
-  if OBJECT_GRAPH.encode() in table:
-    raise InputError(
-        f'{index}: an object-based checkpoint of TensorFlow 2, whose values are not stored by '
-        'variable name; import the frozen graph or the Keras file of this model instead')
   entries = {key.decode('utf-8', 'replace'): _parse(BundleEntry, value, index, repr(key))
              for key, value in table.items()}
+  graph = entries.get(OBJECT_GRAPH)
   entries = {name: entry for name, entry in entries.items()
              if type_name(entry.dtype) != 'DT_STRING'}
   shards = _Shards(prefix, header.num_shards)
   shards.check(entries)
-  return {name: shards.read(name, entry) for name, entry in entries.items()}
+  tensors = {name: shards.read(name, entry) for name, entry in entries.items()}
+  if graph is not None:
+    tensors[OBJECT_GRAPH] = np.frombuffer(shards.read_string(OBJECT_GRAPH, graph), np.uint8)
+  return tensors
 
 
 def _parse(message: type, data: bytes, index: pathlib.Path, what: str):
@@ -125,14 +127,45 @@ class _Shards:
       InputError: If its bytes are missing or do not match their checksum.
     """
     kind, shape = type_name(entry.dtype), shape_of(entry.shape)
+    data = self._bytes(name, entry)
+    self._check_crc(name, entry, data)
+    return np.frombuffer(data, DTYPES[kind]).reshape(shape)
+
+  def read_string(self, name: str, entry: BundleEntry) -> bytes:
+    """Returns the only string of an entry.
+
+    It is stored as its length, the masked crc32c of the length as 4 bytes, and its own bytes. The
+    entry's checksum is that of all three, but with the length as 4 bytes.
+
+    Raises:
+      InputError: If it is not a single string, its bytes are missing or do not match their
+        checksum.
+    """
+    data = bytes(self._bytes(name, entry))
+    damaged = f'{self._path(entry.shard_id)}: damaged: {name}'
+    try:
+      length, start = read_varint(data, 0)
+    except Damaged as e:
+      raise InputError(f'{damaged}: {e}; copy the checkpoint again') from e
+    if type_name(entry.dtype) != 'DT_STRING' or shape_of(entry.shape) != () or (
+        length != len(data) - start - 4):
+      raise InputError(f'{damaged} is not a single string; copy the checkpoint again')
+    self._check_crc(name, entry, length.to_bytes(8, 'little')[:4] + data[start:])
+    return data[start + 4:]
+
+  def _bytes(self, name: str, entry: BundleEntry) -> memoryview:
+    """Returns the bytes of an entry; raises InputError if some are missing."""
     data = self._shard(entry.shard_id)[max(entry.offset, 0):max(entry.offset, 0) + entry.size]
     if entry.offset < 0 or len(data) != entry.size:
       raise InputError(f'{self._path(entry.shard_id)}: truncated: {name} should be {entry.size} '
                        f'bytes at {entry.offset}; copy the checkpoint again')
+    return data
+
+  def _check_crc(self, name: str, entry: BundleEntry, data: bytes | memoryview) -> None:
+    """Raises InputError if `data` does not have the checksum of an entry."""
     if masked_crc32c(bytes(data)) != entry.crc32c:
       raise InputError(f'{self._path(entry.shard_id)}: damaged: the checksum of {name} is wrong; '
                        'copy the checkpoint again')
-    return np.frombuffer(data, DTYPES[kind]).reshape(shape)
 
   def _path(self, shard: int) -> pathlib.Path:
     return self._prefix.with_name(f'{self._prefix.name}.data-{shard:05}-of-{self._count:05}')

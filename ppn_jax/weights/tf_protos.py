@@ -19,8 +19,8 @@ _SHAPE = '.tensorboardX.TensorShapeProto'
 _VERSION = '.tensorboardX.VersionDef'
 
 # Message -> {field: (number, type, repeated)}; a type with a dot is a message's or an enum's name.
-# From tensorflow/core/protobuf/tensor_bundle.proto and python/training/checkpoint_state.proto.
-# Other fields are left out.
+# From tensor_bundle.proto and trackable_object_graph.proto in tensorflow/core/protobuf, and from
+# python/training/checkpoint_state.proto. Other fields are left out.
 _MESSAGES = {
     'BundleHeaderProto': {
         'num_shards': (1, _FIELD.TYPE_INT32, False), 'endianness': (2, _FIELD.TYPE_INT32, False),
@@ -33,6 +33,11 @@ _MESSAGES = {
     'CheckpointState': {
         'model_checkpoint_path': (1, _FIELD.TYPE_STRING, False),
         'all_model_checkpoint_paths': (2, _FIELD.TYPE_STRING, True)},
+    'SerializedTensor': {
+        'name': (1, _FIELD.TYPE_STRING, False), 'full_name': (2, _FIELD.TYPE_STRING, False),
+        'checkpoint_key': (3, _FIELD.TYPE_STRING, False)},
+    'TrackableObject': {'attributes': (2, '.ppn_jax.weights.SerializedTensor', True)},
+    'TrackableObjectGraph': {'nodes': (1, '.ppn_jax.weights.TrackableObject', True)},
 }
 
 
@@ -61,6 +66,7 @@ _CLASSES = _define()
 BundleHeader = _CLASSES['BundleHeaderProto']
 BundleEntry = _CLASSES['BundleEntryProto']
 CheckpointState = _CLASSES['CheckpointState']
+TrackableObjectGraph = _CLASSES['TrackableObjectGraph']
 
 
 def type_name(number: int) -> str:

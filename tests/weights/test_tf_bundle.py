@@ -81,13 +81,6 @@ def test_entries_that_are_rejected(tmp_path, options, message):
     read_tf_bundle(write_bundle(tmp_path / 'x', TENSORS, **options))
 
 
-def test_object_based_checkpoint(tmp_path):
-  tensors = {'model/conv/kernel/.ATTRIBUTES/VARIABLE_VALUE': np.zeros(3),
-             '_CHECKPOINTABLE_OBJECT_GRAPH': np.zeros(1)}
-  with pytest.raises(InputError, match='object-based checkpoint'):
-    read_tf_bundle(write_bundle(tmp_path / 'x', tensors))
-
-
 def test_missing_files(tmp_path):
   prefix = write_bundle(tmp_path / 'x', TENSORS, shards=2)
   (tmp_path / 'x.data-00001-of-00002').unlink()
