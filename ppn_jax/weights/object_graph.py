@@ -13,7 +13,7 @@ both. All other values keep the name in the program, or the path.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -139,13 +139,13 @@ class _Names:
     return ''
 
 
-def _network(full: Sequence[str]) -> str:
+def _network(full: Iterable[str]) -> str:
   """Returns the network of `names.NETWORKS` that has these names in the program; '' if none."""
   layers = {name.partition('/')[0] for name in full}
   return next((network for network in _LAST if {*names.NETWORKS[network][1]} <= layers), '')
 
 
-def _network_of_numbers(keys: Sequence[str]) -> str:
+def _network_of_numbers(keys: Iterable[str]) -> str:
   """Returns the network of `names.NETWORKS` whose layers are numbered so; '' if none.
 
   Networks differ in which of their layers are depthwise.
