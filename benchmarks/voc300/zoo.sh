@@ -2,7 +2,7 @@
 # Trains a model of ppn_jax/zoo, as its card says; a call that was killed may be repeated.
 #
 #   benchmarks/voc300/zoo.sh ppn_voc WORKDIR   # about two hours on two CPU cores
-#   benchmarks/voc300/zoo.sh ssd_voc WORKDIR   # about ten minutes
+#   benchmarks/voc300/zoo.sh ssd_voc WORKDIR   # about six minutes
 #
 # It is to be called in a clone, with `ppn` on the PATH. PPN_SHARED is the folder that has
 # data/voc300 and weights/ (default: ../shared).
@@ -48,7 +48,7 @@ case $model in
       --config.model.anchors.max_scale=0.95 --config.postprocess.iou_threshold=0.5
     ;;
   ssd_voc)
-    phase 300 300 800 --config.optim.learning_rate=2e-4 --config.optim.ema_decay=0.99 \
+    phase 300 300 500 --config.optim.learning_rate=2e-4 --config.optim.ema_decay=0.99 \
       --config.init.weights="$shared/weights/ssd_mobilenet_v1_0.75_coco_quant.tflite" \
       --config.init.class_names=aeroplane=airplane,motorbike=motorcycle,sofa=couch,tvmonitor=tv \
       --config.model.backbone.last_block=13 --config.model.neck="dict(name='conv_pyramid',
