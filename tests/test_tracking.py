@@ -156,7 +156,9 @@ def test_streams_have_ids(library, film, tmp_path, notes, capsys):
       thread.join()
   assert code == 0
   line, = map(json.loads, capsys.readouterr().out.splitlines())
-  assert [row['track_id'] for row in line['detections']] == [1, 2]
+  # A stream gives the newest frame, which may be any of the film.
+  ids = [row['track_id'] for row in line['detections']]
+  assert len(ids) >= 2 and sorted(ids) == list(range(1, len(ids) + 1))
 
 
 def test_without_it_nothing_has_ids(film, tmp_path, notes, capsys):
