@@ -26,7 +26,7 @@ from voc300.pieces import Diverged, Folder, Piece, RunKey, pack, work  # noqa: E
 from ppn_jax.data.transforms.basic import build_transforms  # noqa: E402
 from ppn_jax.device_data.transforms import build_augmentation  # noqa: E402
 from ppn_jax.errors import InputError  # noqa: E402
-from ppn_jax.metrics import calibration, coco, matching  # noqa: E402
+from ppn_jax.metrics import calibration, coco, error_analysis, matching  # noqa: E402
 from ppn_jax.metrics.voc import voc_ap50  # noqa: E402
 from ppn_jax.run import build_detector  # noqa: E402
 
@@ -426,6 +426,7 @@ def _scored_run(model, seed, recipe='decay'):
   return {
       'model': model, 'recipe': recipe, 'seed': seed, 'step': 8, 'calibration': made,
       'figures': figures, 'voc_ap50_by_class': voc_ap50(truth, rows)[1], 'num_images': 40,
+      'error_costs': error_analysis.costs(truth, rows),
       'without_groups': comparison.without_groups(truth, rows, num_levels=3, floor=0.05),
       'training': {'images_per_second': 900.0 + seed, 'slowest': 1.0, 'fastest': 2.0,
                    'hours': 0.5, 'data_wait': 0.01},
@@ -456,7 +457,8 @@ def test_a_report_of_three_seeds(tmp_path):
   html_page.check_self_contained(tree)
   assert len(pictures) == 3  # Curves, and the reliability of each model.
   text = ' '.join(tree.itertext())
-  for wanted in ('1,234,567', '901 ± 1', "PPN's AP is at most 0.005 below SSD's", 'commit abc'):
+  for wanted in ('1,234,567', '901 ± 1', 'poorly placed', "PPN's AP is at most 0.005 below SSD's",
+                 'commit abc'):
     assert wanted in text
   assert 'REDUCED' not in text and f'{ppn["AP"]["mean"]:.4f} ± ' in text
 
