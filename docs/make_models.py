@@ -34,8 +34,10 @@ found = ppn_jax.load('ppn_voc')('photo.jpg', threshold=0.4)
 Your own training starts from one with `--config.init.weights=ppn_voc`; classes of the same name
 keep their columns.
 
-They are small models, trained on 3,200 photographs of Pascal VOC 2007 on two CPU cores. The paper's
-PPN was trained on the 118,000 photographs of COCO on a cluster; nobody has repeated that here.
+They are small models, trained on 3,200 photographs of Pascal VOC 2007 on two CPU cores. `ssd_voc`
+is ahead because it starts from a whole SSD that has learned from COCO, not because it is an SSD:
+from the same start, see [PPN against SSD](results.md#ppn-against-ssd). The paper's PPN was trained
+on the 118,000 photographs of COCO on a cluster; nobody has repeated that here.
 
 """
 
