@@ -1,10 +1,11 @@
 """Exchange of rows between devices: each gets its rows of a batch from those that hold them.
 
 Device d of n holds rows [d H, (d + 1) H) of an array, and rows [d R, (d + 1) R) of a batch of
-B = n R indices into it are to lie on device d. On TPUs each row is sent once, from the device that
-holds it to the one that it is for: R rows a device on average, whatever n is. Other platforms lack
-that operation in XLA (CPUs) or have few devices: there all devices send B rows, of which R are
-read.
+B = n R indices into it are to lie on device d. On TPUs of up to RAGGED_DEVICES devices each row is
+sent once, from the device that holds it to the one that it is for: R rows a device on average,
+whatever n is. On v5e:16x16 the compiler refuses that operation ("not supported in limited ICI
+routing settings"), CPUs lack it in XLA, and GPUs are few: there all devices send B rows, of which R
+are read.
 """
 
 import functools
@@ -17,6 +18,8 @@ from jax import lax
 from ppn_jax.detection.structures import Array
 
 Tree = TypeVar('Tree')
+# The largest TPU slice for which the compiler was seen to take a ragged all-to-all (v5e:2x4).
+RAGGED_DEVICES = 8
 
 
 class Routes(NamedTuple):
@@ -46,9 +49,12 @@ def collect_rows(data: Tree, indices: Array, rows: int, axis: str) -> Tree:
   Returns:
     Arrays [R, ...] in place of those of `data`.
   """
+  from_all = functools.partial(collect_from_all, rows=rows, axis=axis)
+  if len(indices) // rows > RAGGED_DEVICES:
+    return from_all(data, indices)
   return lax.platform_dependent(
       data, indices, tpu=functools.partial(collect_by_receiver, rows=rows, axis=axis),
-      default=functools.partial(collect_from_all, rows=rows, axis=axis))
+      default=from_all)
 
 
 def collect_from_all(data: Tree, indices: Array, *, rows: int, axis: str) -> Tree:
