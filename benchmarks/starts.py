@@ -23,6 +23,7 @@ from typing import Any
 
 import hardware
 from ml_collections import ConfigDict
+from voc300.recipes import SGD
 
 from ppn_jax import zoo
 from ppn_jax.config_files import load_config
@@ -32,10 +33,7 @@ from ppn_jax.run import open_run
 BACKBONES = {'imagenet': ('mobilenet_v1_1.0_224_quant_embedding_extractor.tflite', 1.0),
              'coco_ssd': ('ssd_mobilenet_v1_0.75_coco_quant.tflite', 0.75)}
 RANDOM = 'random'
-OPTIMIZERS = {  # Entries of `optim` that replace those of the config.
-    'adamw': {},
-    'sgd': dict(optimizer=dict(name='sgd'), learning_rate=0.1, rate_batch_size=32,
-                rate_batch_exponent=1.0, weight_decay=4e-5)}
+OPTIMIZERS = {'adamw': {}, 'sgd': SGD}  # Entries of `optim` that replace those of the config.
 
 
 def main() -> None:

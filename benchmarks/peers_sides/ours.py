@@ -1,6 +1,5 @@
 """ppn_jax as a side of benchmarks/peers.py, by the package's own functions."""
 
-import os
 import pathlib
 import sys
 
@@ -16,7 +15,7 @@ from ppn_jax.detector import jit_detect
 from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.run import build_detector
 from ppn_jax.telemetry import profiling
-from ppn_jax.telemetry.host_memory import keep_freed_memory
+from ppn_jax.telemetry.host_memory import expects_cpu, keep_freed_memory
 from ppn_jax.training.optimizer import build_optimizer
 from ppn_jax.training.state import first_state
 from ppn_jax.training.train_step import jit_train_step
@@ -84,6 +83,6 @@ def describe() -> dict:
 
 if __name__ == '__main__':
   # As `train` does. It must come first, because it does not affect running threads.
-  if os.environ.get('JAX_PLATFORMS') == 'cpu':
+  if expects_cpu():
     keep_freed_memory()
   serve(prepare, describe)

@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
   drawings = _drawing_paths(files, output, live, drawn='pictures' in options.formats)
   import json
 
+  from ppn_jax.telemetry.host_memory import keep_freed_memory
+  keep_freed_memory()
   keep_programs()
   detector = _load(args, usual_batch=1 if live else 4)
   options = options._replace(

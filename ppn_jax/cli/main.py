@@ -30,9 +30,6 @@ from ppn_jax.telemetry.progress import LiveHandler
 COMMANDS = ('train', 'evaluate', 'detect', 'serve', 'data', 'summary', 'import-tf', 'prepare',
             'plan', 'export')
 
-# Those that run a network many times.
-_COMPUTE = ('train', 'evaluate', 'detect', 'serve')
-
 # Loggers of notes, such as on a truncated file, that any command may print between its lines.
 _NOTES = ('ppn_jax.cli.', 'ppn_jax.data.', 'ppn_jax.distributed.compile_cache',
           'ppn_jax.visualization.')
@@ -190,8 +187,8 @@ def _run(argv: list[str]) -> int:
   args = argparse.Namespace(**{name: expand_home(value) for name, value in vars(args).items()})
   args.overrides = rest
   quiet_libraries()
-  if args.command in _COMPUTE and expects_cpu():
-    keep_freed_memory()  # First of all, since it must come before the threads of JAX's backend.
+  if args.command in ('train', 'evaluate') and expects_cpu():
+    keep_freed_memory()  # Before processes are joined, which may start JAX's backend.
   return modules[args.command].run(args)
 
 

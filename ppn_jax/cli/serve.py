@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.image_detector import load
   from ppn_jax.serving.app import Server
   from ppn_jax.serving.run import serve
+  from ppn_jax.telemetry.host_memory import keep_freed_memory
+  keep_freed_memory()
   keep_programs()
   path = args.workdir if args.model is None else args.model
   batch_size = args.batch_size

@@ -19,7 +19,7 @@ from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source, open_example
 from ppn_jax.detection.frame import ImageSize, show_size, sides_of
 from ppn_jax.detection.structures import Array, Batch, Example, GroundTruth
-from ppn_jax.device_data.exchange import RAGGED_DEVICES, collect_rows, send_capacity
+from ppn_jax.device_data.exchange import collect_rows, exchanged_rows
 from ppn_jax.device_data.shuffle import example_at, repeated_images
 from ppn_jax.device_data.transforms import Augmentation, Stored
 from ppn_jax.distributed import sharding
@@ -81,8 +81,7 @@ def check_memory(spec: ResidentSpec, mesh: Mesh, steps: int) -> None:
   pixels, stored = (math.prod(sides_of(size))
                     for size in (spec.augmentation.image_size, spec.stored_size))
   rows = spec.batch_size // mesh.size
-  ragged = mesh.devices.flat[0].platform == 'tpu' and mesh.size <= RAGGED_DEVICES
-  exchanged = rows + send_capacity(rows) if ragged else 2 * spec.batch_size
+  exchanged = exchanged_rows(rows, mesh.size, mesh.devices.flat[0].platform)
   step = (rows * pixels * _STEP_BYTES_PER_PIXEL
           + exchanged * 3 * stored * _images_per_row(spec))
   free = min(map(_free_memory, mesh.local_devices))

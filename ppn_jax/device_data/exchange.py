@@ -50,11 +50,19 @@ def collect_rows(data: Tree, indices: Array, rows: int, axis: str) -> Tree:
     Arrays [R, ...] in place of those of `data`.
   """
   from_all = functools.partial(collect_from_all, rows=rows, axis=axis)
-  if len(indices) // rows > RAGGED_DEVICES:
-    return from_all(data, indices)
+  by_receiver = functools.partial(collect_by_receiver, rows=rows, axis=axis)
   return lax.platform_dependent(
-      data, indices, tpu=functools.partial(collect_by_receiver, rows=rows, axis=axis),
+      data, indices, tpu=by_receiver if _is_ragged('tpu', len(indices) // rows) else from_all,
       default=from_all)
+
+
+def exchanged_rows(rows: int, devices: int, platform: str) -> int:
+  """Returns how many rows `collect_rows` has in memory on a device, sent and received."""
+  return rows + send_capacity(rows) if _is_ragged(platform, devices) else 2 * rows * devices
+
+
+def _is_ragged(platform: str, devices: int) -> bool:
+  return platform == 'tpu' and devices <= RAGGED_DEVICES
 
 
 def collect_from_all(data: Tree, indices: Array, *, rows: int, axis: str) -> Tree:

@@ -30,7 +30,7 @@ from ppn_jax.jobs.shared_scans import SharedScans
 from ppn_jax.metrics import coco
 from ppn_jax.metrics.coco import write_scores
 from ppn_jax.run import Run, open_model
-from ppn_jax.telemetry.host_memory import expects_cpu, keep_freed_memory
+from ppn_jax.telemetry.host_memory import keep_freed_memory_on_cpu
 from ppn_jax.trained_model import SharedModel, TrainedModel
 from ppn_jax.visualization import class_page
 from ppn_jax.visualization.drawing import contact_sheet, draw_boxes, save_png
@@ -240,10 +240,7 @@ def prepare_evaluation(run: TrainedModel, options: EvaluationOptions) -> Evaluat
         f'{run.name} is a weights file, which names no data to evaluate on; give some, such as '
         '--config=own_data:coco_json --config.data.eval.images=... '
         '--config.data.eval.annotations=..., in Python data=dict(name=...)')
-  # With an accelerator, one arena would hold up the input workers. Asking for the backend starts
-  # it, after which this has less effect, so that comes second.
-  if expects_cpu() or jax.default_backend() == 'cpu':
-    keep_freed_memory()
+  keep_freed_memory_on_cpu()
   mesh, detector = sharding.data_mesh(), run.detector()
   evaluator = _open_evaluator(run, detector, mesh, options.scorer)
   for line in report(evaluator.source, 'data.eval').warnings:

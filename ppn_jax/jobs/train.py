@@ -36,7 +36,7 @@ from ppn_jax.metrics.coco import Scores
 from ppn_jax.run import Run, check_batch, create_run
 from ppn_jax.telemetry import profiling
 from ppn_jax.telemetry.goodput import Timeline
-from ppn_jax.telemetry.host_memory import expects_cpu, keep_freed_memory
+from ppn_jax.telemetry.host_memory import keep_freed_memory_on_cpu
 from ppn_jax.telemetry.loggers import Loggers, check_loggers
 from ppn_jax.telemetry.metrics import MetricsWriter
 from ppn_jax.telemetry.progress import Progress, duration
@@ -81,10 +81,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path, *, profile: str = '',
     Preempted: On SIGTERM, or notice of maintenance of a TPU, after the step is saved.
     SaveFailed: If the last step could not be saved, or any with train.on_save_error='stop'.
   """
-  # With an accelerator, one arena would hold up the input workers. Asking for the backend starts
-  # it, after which this has less effect, so that comes second.
-  if expects_cpu() or jax.default_backend() == 'cpu':
-    keep_freed_memory()
+  keep_freed_memory_on_cpu()
   timeline = Timeline(process_started)
   # 1. Check all of the user's input before anything is written.
   config = complete(config)

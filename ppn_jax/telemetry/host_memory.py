@@ -53,6 +53,16 @@ def keep_freed_memory() -> bool:
               mallopt(_M_TRIM_THRESHOLD, _NEVER), mallopt(_M_TOP_PAD, _PAD_BYTES)])
 
 
+def keep_freed_memory_on_cpu() -> None:
+  """Calls `keep_freed_memory` unless JAX has an accelerator, whose input workers it would hold up.
+
+  Asking for the backend starts it, after which the call has less effect, so that comes second.
+  """
+  import jax
+  if expects_cpu() or jax.default_backend() == 'cpu':
+    keep_freed_memory()
+
+
 def available_memory() -> int:
   """Returns how many bytes this machine can still allocate without swapping."""
   return psutil.virtual_memory().available
