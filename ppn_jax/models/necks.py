@@ -23,11 +23,14 @@ class PoolingPyramid(nn.Module):
     stride: stride of the backbone's map to start from, in input pixels per cell.
     num_levels: number of levels, the first being the map itself; 0 for all levels down to 1x1.
     projection: depth of a 1x1 ConvNorm before the first level; 0 for none.
+    repeat_1x1: whether levels may follow a 1x1 one, 1x1 as well, as in detectors of the Object
+      Detection API for small images; otherwise they are an error.
     policy: see LayerPolicy.
   """
   stride: int = 16
   num_levels: int = 6
   projection: int = 0
+  repeat_1x1: bool = False
   policy: LayerPolicy = LayerPolicy()
 
   def __post_init__(self):
@@ -44,13 +47,14 @@ class PoolingPyramid(nn.Module):
       `num_levels` maps of equal depth, finest first.
 
     Raises:
-      InputError: If the backbone has no map at `stride`, or a map is 1x1 before the last level.
+      InputError: If the backbone has no map at `stride`, or a map is 1x1 before the last level
+        without `repeat_1x1`.
     """
     x = _feature_map(features, self.stride)
     if self.projection:
       x = ConvNorm(self.projection, policy=self.policy, name='projection')(x, train=train)
     levels = [x]
-    while _needs_level(levels, self.num_levels):
+    while _needs_level(levels, self.num_levels, self.repeat_1x1):
       levels.append(max_pool(levels[-1], form=self.policy.conv_form))
     return tuple(levels)
 
@@ -126,11 +130,13 @@ class FeaturePyramid(nn.Module):
     strides: strides of the backbone's maps to use, in input pixels per cell, finest first.
     num_levels: number of levels, at least one for each stride; 0 for all levels down to 1x1.
     depth: depth of every level.
+    repeat_1x1: see PoolingPyramid.
     policy: see LayerPolicy.
   """
   strides: tuple[int, ...] = (16, 32)
   num_levels: int = 6
   depth: int = 256
+  repeat_1x1: bool = False
   policy: LayerPolicy = LayerPolicy()
 
   def __post_init__(self):
@@ -151,7 +157,8 @@ class FeaturePyramid(nn.Module):
       `num_levels` maps of depth `depth`, finest first.
 
     Raises:
-      InputError: If the backbone lacks one of `strides`, or a map is 1x1 before the last level.
+      InputError: If the backbone lacks one of `strides`, or a map is 1x1 before the last level
+        without `repeat_1x1`.
     """
     sums = []  # Coarsest first.
     for i in reversed(range(len(self.strides))):
@@ -161,7 +168,7 @@ class FeaturePyramid(nn.Module):
       sums.append(x + _upsample(sums[-1], x.shape[1:3]) if sums else x)
     levels = [ConvNorm(self.depth, side=3, policy=self.policy, name=f'smooth_{i}')(x, train=train)
               for i, x in enumerate(reversed(sums))]
-    while _needs_level(levels, self.num_levels):
+    while _needs_level(levels, self.num_levels, self.repeat_1x1):
       levels.append(ConvNorm(self.depth, side=3, stride=2, policy=self.policy,
                              name=f'coarse_{len(levels)}')(levels[-1], train=train))
     return tuple(levels)
@@ -191,11 +198,11 @@ def _check_num_levels(num_levels: int) -> None:
                      'for as many as the image size allows')
 
 
-def _needs_level(levels: list[Array], num_levels: int) -> bool:
+def _needs_level(levels: list[Array], num_levels: int, repeat_1x1: bool) -> bool:
   """Returns whether a pyramid needs a level after these; raises InputError if it cannot have it."""
   if num_levels == 0:
     return levels[-1].shape[1:3] != (1, 1)
-  if len(levels) < num_levels:
+  if len(levels) < num_levels and not repeat_1x1:
     _check_shrinkable(levels, f'num_levels={num_levels}',
                       f'set model.neck.num_levels={len(levels)}, or 0 for all levels down to 1x1')
   return len(levels) < num_levels
