@@ -93,7 +93,7 @@ def _reduced(width: float, levels: int, head: int, depths: tuple[int, ...], fpn_
 
 # At 160 and 224 px the levels after the one of 1x1 pixel are 1x1 as well, so that all six, with
 # their anchors, are trained from the beginning.
-_REPEAT = dict.fromkeys(MODELS, {'neck.repeat_1x1': True})
+_REPEAT = {model: {'neck.repeat_1x1': True} for model in MODELS}
 _GROWING = (Phase(160, 0.58, 1.0, _REPEAT), Phase(224, 0.23, 0.5, _REPEAT),
             Phase(300, 0.19, 0.5))
 

@@ -151,14 +151,21 @@ def _defaults(block: str, given: ConfigDict) -> dict[str, Any]:
 
 
 def _repeats_1x1(config: ConfigDict) -> bool:
-  """Returns whether the neck of an SSD would have a level after a 1x1 one."""
+  """Returns whether the neck would have a level after a 1x1 one."""
   neck = config.model.neck
   options = _defaults('model.neck', neck) | neck.to_dict()
-  if neck.name != 'conv_pyramid' or not options['depths']:
-    return False
+  match neck.name:
+    case 'pooling_pyramid':
+      coarsest, further = options['stride'], options['num_levels'] - 1
+    case 'conv_pyramid':
+      coarsest, further = max(options['strides']), len(options['depths'])
+    case 'feature_pyramid':
+      coarsest = max(options['strides'])
+      further = options['num_levels'] - len(options['strides'])
+    case _:
+      return False
   # Each level, and each stride of the backbone, halves the side, rounded up.
-  smallest = max(options['strides']) * 2 ** (len(options['depths']) - 1)
-  return max(sides_of(config.model.image_size)) <= smallest
+  return further > 0 and max(sides_of(config.model.image_size)) <= coarsest * 2 ** (further - 1)
 
 
 def import_run(checkpoint: str | pathlib.Path | WeightFile, config: ConfigDict,

@@ -10,7 +10,7 @@ from ppn_jax.config_files import load_config
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 from ppn_jax.jobs.import_tf import config_of, fit_config, import_run
-from ppn_jax.run import create_run
+from ppn_jax.run import build_detector, create_run, resolve_classes
 from ppn_jax.weights import importer
 from ppn_jax.weights.postprocessing import compare
 from ppn_jax.weights.read import read_weights
@@ -106,3 +106,14 @@ def test_images_of_other_shapes_need_a_size(tmp_path, image, text):
 
 def test_a_batch_of_images_is_of_their_size(tmp_path):
   assert fitted(tmp_path, image=(4, 320, 320, 3))[1].model.image_size == 320
+
+
+def test_levels_of_a_pyramid_at_a_small_size(shared):
+  file = read_weights(shared / 'golden/ckpt_ppn_s1')
+  for size, repeats in ((160, True), (256, True), (257, False)):
+    config = load_config(config_of(file)).copy_and_resolve_references().unlock()
+    config.model.image_size = size
+    config, line = fit_config(config, file, ('model.image_size',))
+    assert ('model.neck.repeat_1x1=True' in line) is repeats, line
+    assert build_detector(resolve_classes(config, [
+        Category(i + 1, f'{i}') for i in range(3)])).num_levels == 6

@@ -185,6 +185,21 @@ def test_zero_levels_means_all_down_to_one_cell(neck, features, sides):
   assert [level.shape[1] for level in levels] == sides
 
 
+@pytest.mark.parametrize('neck, features', [
+    (PoolingPyramid(num_levels=5, repeat_1x1=True), {16: 4}),
+    (FeaturePyramid(num_levels=5, depth=4, repeat_1x1=True), {16: 4, 32: 2}),
+    (ConvPyramid(depths=(4, 4, 4), repeat_1x1=True), {16: 4, 32: 2})])
+def test_levels_after_one_of_one_cell(neck, features):
+  maps = {stride: jnp.arange(16.0 * side * side).reshape(1, side, side, 16)
+          for stride, side in features.items()}
+  levels, _ = neck.init_with_output(jax.random.key(0), maps, train=False)
+  assert [level.shape[1] for level in levels] == [4, 2, 1, 1, 1]
+  if isinstance(neck, PoolingPyramid):
+    np.testing.assert_array_equal(levels[4], maps[16].max((1, 2), keepdims=True))
+  with pytest.raises(InputError, match='1x1 after 3 levels'):
+    neck.clone(repeat_1x1=False).init(jax.random.key(0), maps, train=False)
+
+
 def test_neck_pools_and_projects():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 5, 8)), jnp.float32)
   levels = PoolingPyramid(num_levels=4).apply({}, {16: x}, train=False)
