@@ -19,7 +19,7 @@ from ppn_jax.data.repeats import Repeats
 from ppn_jax.data.source import Source, open_example
 from ppn_jax.detection.frame import ImageSize, show_size, sides_of
 from ppn_jax.detection.structures import Array, Batch, Example, GroundTruth
-from ppn_jax.device_data.exchange import collect_rows, exchanged_rows
+from ppn_jax.device_data.exchange import Grid, choose_grid, collect_rows
 from ppn_jax.device_data.shuffle import example_at, repeated_images
 from ppn_jax.device_data.transforms import Augmentation, Stored
 from ppn_jax.distributed import sharding
@@ -29,6 +29,7 @@ from ppn_jax.telemetry.host_memory import available_memory
 # Order, augmentation, repeats and the images that mixup adds have random streams of their own.
 _ORDER_TAG, _AUGMENT_TAG, _REPEAT_TAG, _OTHER_TAG = 0x0de5, 0xa064, 0x4e9f, 0x07e1
 _LANES, _SUBLANES = 128, 32  # A TPU's tile of bytes: rows of whole tiles waste and split none.
+_GRID_AXES = ('data_rows', 'data_columns')  # Of the mesh as the exchange sees it.
 _CHUNK = 64  # Images that are copied to a device at a time.
 # Estimated memory of a training step per pixel of its input. For PPN, the TPU compiler reports 235
 # in bfloat16 (1.35 GB for 64 images of 300 px); float32 needs twice that, SSD and FPN less.
@@ -81,7 +82,7 @@ def check_memory(spec: ResidentSpec, mesh: Mesh, steps: int) -> None:
   pixels, stored = (math.prod(sides_of(size))
                     for size in (spec.augmentation.image_size, spec.stored_size))
   rows = spec.batch_size // mesh.size
-  exchanged = exchanged_rows(rows, mesh.size, mesh.devices.flat[0].platform)
+  exchanged = 2 * choose_grid(rows, mesh.size).exchanged  # Sent and received.
   step = (rows * pixels * _STEP_BYTES_PER_PIXEL
           + exchanged * 3 * stored * _images_per_row(spec))
   free = min(map(_free_memory, mesh.local_devices))
@@ -167,14 +168,17 @@ def draw_batch(spec: ResidentSpec, mesh: Mesh, data: ResidentData, step: Array
   Returns:
     Images u8 [B, S, S, 3] and their ground truth, split by rows.
   """
-  replicated, split = PartitionSpec(), PartitionSpec(sharding.AXIS)
-  draw = functools.partial(_draw_rows, spec, spec.batch_size // mesh.size)
+  replicated, split = PartitionSpec(), PartitionSpec(_GRID_AXES)
+  rows = spec.batch_size // mesh.size
+  grid = choose_grid(rows, mesh.size)
+  draw = functools.partial(_draw_rows, spec, rows, grid)
   # The check of varying axes rejects loops and random bits that do not vary over the mesh.
-  return jax.shard_map(draw, mesh=mesh, in_specs=(split, replicated), out_specs=split,
-                       check_vma=False)(data, step)
+  return jax.shard_map(
+      draw, mesh=sharding.as_grid(mesh, (grid.height, grid.width), _GRID_AXES),
+      in_specs=(split, replicated), out_specs=split, check_vma=False)(data, step)
 
 
-def _draw_rows(spec: ResidentSpec, rows: int, data: ResidentData, step: Array
+def _draw_rows(spec: ResidentSpec, rows: int, grid: Grid, data: ResidentData, step: Array
                ) -> tuple[Array, GroundTruth]:
   """Draws this device's rows of the batch, from its part of the data."""
   key = jax.random.key(spec.seed, impl='threefry2x32')
@@ -184,14 +188,14 @@ def _draw_rows(spec: ResidentSpec, rows: int, data: ResidentData, step: Array
   epochs, places = example_at(positions, length, jax.random.fold_in(key, _ORDER_TAG))
   indices = places if spec.repeats is None else repeated_images(
       epochs, places, spec.repeats, jax.random.fold_in(key, _REPEAT_TAG))
-  drawn = collect_rows(data, indices.astype(jnp.int32), rows, sharding.AXIS)
-  first = jax.lax.axis_index(sharding.AXIS) * rows
+  drawn = collect_rows(data, indices.astype(jnp.int32), rows, grid, _GRID_AXES)
+  first = jax.lax.axis_index(_GRID_AXES) * rows
   others = None
   if _images_per_row(spec) > 1:
     of_others = jax.random.fold_in(key, _OTHER_TAG)
     others = collect_rows(data, jax.vmap(lambda epoch, place: jax.random.randint(
         jax.random.fold_in(jax.random.fold_in(of_others, epoch), place), (), 0, spec.num_images))(
-            epochs, places), rows, sharding.AXIS)
+            epochs, places), rows, grid, _GRID_AXES)
   epochs, places = (jax.lax.dynamic_slice(a, (first,), (rows,)) for a in (epochs, places))
 
   def stored(example: ResidentData) -> Stored:

@@ -1,14 +1,17 @@
 """Exchange of rows between devices: each gets its rows of a batch from those that hold them.
 
 Device d of n holds rows [d H, (d + 1) H) of an array, and rows [d R, (d + 1) R) of a batch of
-B = n R indices into it are to lie on device d. On TPUs of up to RAGGED_DEVICES devices each row is
-sent once, from the device that holds it to the one that it is for: R rows a device on average,
-whatever n is. On v5e:16x16 the compiler refuses that operation ("not supported in limited ICI
-routing settings"), CPUs lack it in XLA, and GPUs are few: there all devices send B rows, of which R
-are read.
+B = n R indices into it are to lie on device d. The devices form a grid of a x b, in row-major
+order. A row that device (i, j) holds for (k, l) goes to (i, l) first, among the devices of a row of
+the grid, and then to (k, l), among those of a column. Each device sends the same number of rows to
+every other, of which some are padding, since XLA's exchanges of varying numbers do not compile for
+large TPU slices, and not at all for CPUs. The indices of a shuffled data set spread evenly, so that
+little padding is enough: for 128 rows a device, each sends 432 in each of the two steps on 256
+devices (16 x 16), and 576 on 1,024. Up to 32 devices exchange their rows directly, in a grid of one
+column. More rows than expected between two devices take another round.
 """
 
-import functools
+import math
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -18,103 +21,130 @@ from jax import lax
 from ppn_jax.detection.structures import Array
 
 Tree = TypeVar('Tree')
-# The largest TPU slice for which the compiler was seen to take a ragged all-to-all (v5e:2x4).
-RAGGED_DEVICES = 8
 
 
-class Routes(NamedTuple):
-  """Who sends what to whom; known to all devices, since all know the indices.
+class Grid(NamedTuple):
+  """Arrangement of devices, and how many rows they exchange in a round.
 
   Fields:
-    counts: i32 [n, n], number of rows from each device (first axis) to each other.
-    sent: i32 [B], numbers within the batch of the rows that this device sends, in order of their
-      receivers; arbitrary behind them.
-    received: i32 [R], place of each own row among those that arrive, which are in order of their
-      senders.
+    height, width: a and b; n = a b.
+    along_rows: number of rows from a device to each of its row of the grid; 0 if b is 1.
+    along_columns: number of rows from a device to each of its column.
   """
-  counts: Array
-  sent: Array
-  received: Array
+  height: int
+  width: int
+  along_rows: int
+  along_columns: int
+
+  @property
+  def exchanged(self) -> int:
+    """Returns how many rows a device sends, and receives, in a round."""
+    return self.width * self.along_rows + self.height * self.along_columns
 
 
-def collect_rows(data: Tree, indices: Array, rows: int, axis: str) -> Tree:
+def choose_grid(rows: int, devices: int) -> Grid:
+  """Returns the grid of `devices` that exchanges the fewest rows, for `rows` (R) on each."""
+  grids = []
+  for width in range(1, devices + 1):
+    if devices % width == 0:
+      height = devices // width
+      first = _capacity(rows / width, height * rows) if width > 1 else 0
+      grids.append(Grid(height, width, first, _capacity(rows / height, rows)))
+  return min(grids, key=lambda grid: grid.exchanged)
+
+
+def _capacity(mean: float, most: int) -> int:
+  """Returns a number that a Poisson variable of this mean exceeds less than once in a million."""
+  return min(most, math.ceil(mean + 5 * math.sqrt(mean) + 4))
+
+
+class _Routes(NamedTuple):
+  """The elements of a batch, in order of the pairs of devices between which they are sent.
+
+  Fields:
+    order: i32 [B], the elements by pair.
+    starts: i32 [P + 1], place in `order` of the first element of each pair.
+    ranks: i32 [B], number of each element within its pair.
+  """
+  order: Array
+  starts: Array
+  ranks: Array
+
+  @classmethod
+  def by_pairs(cls, pairs: Array, number: int) -> '_Routes':
+    """Returns the routes of elements that are sent between `pairs`, i32 [B], of P = `number`."""
+    order = jnp.argsort(pairs, stable=True)
+    starts = jnp.searchsorted(pairs[order], jnp.arange(number + 1)).astype(jnp.int32)
+    places = jnp.zeros_like(pairs).at[order].set(jnp.arange(len(pairs), dtype=pairs.dtype))
+    return cls(order, starts, places - starts[pairs])
+
+  def rounds(self, capacity: int) -> Array:
+    """Returns how many rounds of `capacity` elements send the largest pair's."""
+    return -(-jnp.max(jnp.diff(self.starts)) // capacity)
+
+  def sent(self, pairs: Array, capacity: int, number: Array) -> Array:
+    """Returns the elements of `pairs` [K] in a round, i32 [K capacity]; arbitrary behind them."""
+    places = self.starts[pairs][:, None] + number * capacity + jnp.arange(capacity)
+    return self.order.at[places.ravel()].get(mode='clip')
+
+
+def collect_rows(data: Tree, indices: Array, rows: int, grid: Grid, axes: tuple[str, str]) -> Tree:
   """Returns this device's rows of a batch, from the parts of all devices; within `shard_map`.
 
   Args:
     data: arrays [H, ...], this device's part.
     indices: i32 [B], the batch: numbers of rows of all parts together, equal on all devices.
     rows: R.
-    axis: name of the mesh axis.
+    grid: result of `choose_grid`.
+    axes: names of the mesh axes of size a and b.
 
   Returns:
     Arrays [R, ...] in place of those of `data`.
   """
-  from_all = functools.partial(collect_from_all, rows=rows, axis=axis)
-  by_receiver = functools.partial(collect_by_receiver, rows=rows, axis=axis)
-  return lax.platform_dependent(
-      data, indices, tpu=by_receiver if _is_ragged('tpu', len(indices) // rows) else from_all,
-      default=from_all)
+  if grid.height == grid.width == 1:
+    return jax.tree.map(lambda array: array[indices], data)
+  height, width, along_rows, along_columns = grid
+  held = len(jax.tree.leaves(data)[0])
+  i, j = map(lax.axis_index, axes)
+  device = i * width + j
+  owners, receivers = indices // held, jnp.arange(len(indices), dtype=indices.dtype) // rows
+  # By holder and column of the receiver; then by row of the holder, and receiver.
+  first = _Routes.by_pairs(owners * width + receivers % width, height * width * width)
+  second = _Routes.by_pairs(owners // width * height * width + receivers, height * height * width)
+  first_rounds = first.rounds(along_rows) if width > 1 else 1
+  own = device * rows + jnp.arange(rows)
 
+  def look_up(elements: Array) -> list[Array]:
+    at = indices[elements] - device * held
+    return _pack(jax.tree.map(lambda array: array.at[at].get(mode='clip'), data))
 
-def exchanged_rows(rows: int, devices: int, platform: str) -> int:
-  """Returns how many rows `collect_rows` has in memory on a device, sent and received."""
-  return rows + send_capacity(rows) if _is_ragged(platform, devices) else 2 * rows * devices
+  def pick(packed: list[Array], at: Array) -> list[Array]:
+    return [array.at[at].get(mode='clip') for array in packed]
 
+  def send(packed: list[Array], axis: str) -> list[Array]:
+    return [lax.all_to_all(array, axis, 0, 0, tiled=True) for array in packed]
 
-def _is_ragged(platform: str, devices: int) -> bool:
-  return platform == 'tpu' and devices <= RAGGED_DEVICES
-
-
-def collect_from_all(data: Tree, indices: Array, *, rows: int, axis: str) -> Tree:
-  """Implements `collect_rows` by an all-to-all of B rows."""
-  held, device = len(jax.tree.leaves(data)[0]), lax.axis_index(axis)
-  owners = lax.dynamic_slice(indices // held, (device * rows,), (rows,))
-
-  def collect(array: Array) -> Array:
-    # For rows that it does not hold, a device sends arbitrary ones, which are never read.
-    sent = array.at[indices - device * held].get(mode='clip')
-    received = lax.all_to_all(sent, axis, 0, 0, tiled=True)
-    return received.reshape(-1, rows, *array.shape[1:])[owners, jnp.arange(rows)]
-
-  return jax.tree.map(collect, data)
-
-
-def send_capacity(rows: int) -> int:
-  """Returns how many rows a device sends in one round, at most.
-
-  The indices of a shuffled data set hit a device about R times; twice as often and 64 times more
-  is so rare that one round is enough, and others cost time only.
-  """
-  return 2 * rows + 64
-
-
-def collect_by_receiver(data: Tree, indices: Array, *, rows: int, axis: str) -> Tree:
-  """Implements `collect_rows` by a ragged all-to-all of the rows that are needed."""
-  held, device = len(jax.tree.leaves(data)[0]), lax.axis_index(axis)
-  capacity = min(send_capacity(rows), len(indices))
-  routes = _routes(indices // held, rows, axis)
-  # Rows are sent from places `starts` of a device's list to places `ends` of what others receive.
-  starts = jnp.cumsum(routes.counts, axis=1) - routes.counts
-  ends = jnp.cumsum(routes.counts, axis=0) - routes.counts
-  rounds = -(-jnp.max(jnp.sum(routes.counts, axis=1)) // capacity)
-  # Padded, because a slice that would reach beyond the end is moved to the front.
-  sent = jnp.pad(routes.sent, (0, capacity))
-
-  def send(number: Array, received: list[Array]) -> list[Array]:
-    first = number * capacity
-    begin = jnp.clip(starts, first, first + capacity)
-    stop = jnp.clip(starts + routes.counts, first, first + capacity)
-    to = ends + begin - starts
-    chosen = indices[lax.dynamic_slice(sent, (first,), (capacity,))] - device * held
-    operands = _pack(jax.tree.map(lambda array: array.at[chosen].get(mode='clip'), data))
-    return [lax.ragged_all_to_all(
-        operand, into, begin[device] - first, (stop - begin)[device], to[device],
-        (stop - begin)[:, device], axis_name=axis)
-            for operand, into in zip(operands, received, strict=True)]
+  def one_round(number: Array, received: list[Array]) -> list[Array]:
+    one, two = number % first_rounds, number // first_rounds
+    elements = second.sent((i * height + jnp.arange(height)) * width + j, along_columns, two)
+    if width > 1:
+      passed = send(look_up(first.sent(device * width + jnp.arange(width), along_rows, one)),
+                    axes[1])
+      # Where the elements are among those from the devices of this row of the grid.
+      at = owners[elements] % width * along_rows + first.ranks[elements] - one * along_rows
+      passed = send(pick(passed, at), axes[0])
+      arrived = first.ranks[own] // along_rows == one
+    else:
+      passed = send(look_up(elements), axes[0])
+      arrived = True
+    arrived &= second.ranks[own] // along_columns == two
+    at = owners[own] // width * along_columns + second.ranks[own] - two * along_columns
+    return [jnp.where(arrived.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+            for new, old in zip(pick(passed, at), received, strict=True)]
 
   blank = jax.tree.map(lambda array: jnp.zeros((rows, *array.shape[1:]), array.dtype), data)
-  received = _unpack(lax.fori_loop(0, rounds, send, _pack(blank)), blank)
-  return jax.tree.map(lambda array: array[routes.received], received)
+  rounds = first_rounds * second.rounds(along_columns)
+  return _unpack(lax.fori_loop(0, rounds, one_round, _pack(blank)), blank)
 
 
 def _pack(tree: Any) -> list[Array]:
@@ -148,14 +178,3 @@ def _unpack(packed: list[Array], like: Tree) -> Tree:
 
 def _is_word(array: Array) -> bool:
   return array.dtype == bool or array.dtype.itemsize == 4
-
-
-def _routes(owners: Array, rows: int, axis: str) -> Routes:
-  """Finds the routes of a batch whose rows are held by the devices `owners`, i32 [B]."""
-  devices, device = lax.axis_size(axis), lax.axis_index(axis)
-  receivers = jnp.arange(len(owners)) // rows
-  counts = jnp.zeros((devices, devices), jnp.int32).at[owners, receivers].add(1)
-  sent, = jnp.nonzero(owners == device, size=len(owners), fill_value=0)
-  own = lax.dynamic_slice(owners, (device * rows,), (rows,))
-  arrived = jnp.argsort(own, stable=True)  # Number of the own row at each place.
-  return Routes(counts, sent, jnp.zeros_like(own).at[arrived].set(jnp.arange(rows)))

@@ -20,8 +20,8 @@ _NAME = re.compile(r'%([\w.\-]+)')
 # have groups within it.
 _ACROSS_SLICES = '_xla_host_transfer_handler_name="xla_megascale_runtime"'
 
-COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
-               'collective-permute', 'collective-broadcast')
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute',
+               'collective-broadcast')
 # These name or regroup results of other instructions. A `-done` waits for what its `-start` moves.
 _FREE = frozenset(('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while',
                    'conditional', 'call', 'after-all', 'partition-id', 'replica-id'))
@@ -157,12 +157,7 @@ def _moved(instruction: Instruction, shapes: dict[str, Shapes]) -> int:
 
 
 def _exchanged(instruction: Instruction, shapes: dict[str, Shapes]) -> int:
-  """Returns the size of a collective's input or output in bytes, whichever is larger.
-
-  Of a ragged all-to-all it is that of the output: its input has room for more than is sent.
-  """
-  if instruction.opcode.startswith('ragged-all-to-all'):
-    return _bytes(instruction.shapes[-1])
+  """Returns the size of a collective's input or output in bytes, whichever is larger."""
   taken = sum(_bytes(s) for name in instruction.operands for s in shapes.get(name, ()))
   given = sum(map(_bytes, instruction.shapes))
   # The result of most asynchronous collectives repeats the operands.

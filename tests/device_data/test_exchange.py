@@ -3,56 +3,55 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppn_jax.device_data import exchange
+from ppn_jax.device_data.exchange import Grid, choose_grid, collect_rows
 
 
-def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *,
-                      axis_name):
-  """Computes what the documentation of `jax.lax.ragged_all_to_all` says, which CPUs lack."""
-  operands, starts, sizes, ends = (
-      jax.lax.all_gather(a, axis_name)
-      for a in (operand, input_offsets, send_sizes, output_offsets))
-  me = jax.lax.axis_index(axis_name)
-  places = jnp.arange(len(output))
-  for sender in range(len(operands)):
-    start, size, end = (a[sender, me] for a in (starts, sizes, ends))
-    size = jnp.where(size == recv_sizes[sender], size, -10**6)  # Both sides have to agree.
-    here = (places >= end) & (places < end + size)
-    values = operands[sender].at[places - end + start].get(mode='clip')
-    output = jnp.where(here.reshape(-1, *[1] * (output.ndim - 1)), values, output)
-  return output
-
-
-@pytest.mark.parametrize('devices, rows, held, capacity', [
-    (1, 4, 9, 100), (4, 3, 5, 100), (4, 3, 5, 2), (3, 1, 1, 1), (2, 5, 1, 3)])
-@pytest.mark.parametrize('implementation', ['collect_from_all', 'collect_by_receiver'])
-def test_every_device_gets_its_rows(monkeypatch, implementation, devices, rows, held, capacity):
-  monkeypatch.setattr(jax.lax, 'ragged_all_to_all', ragged_all_to_all)
-  monkeypatch.setattr(exchange, 'send_capacity', lambda rows: capacity)
-  collect = functools.partial(getattr(exchange, implementation), rows=rows, axis='i')
+@pytest.mark.parametrize('grid, rows, held', [
+    (Grid(1, 1, 0, 4), 4, 9), (Grid(4, 1, 0, 3), 3, 5), (Grid(4, 1, 0, 2), 3, 5),
+    (Grid(3, 1, 0, 1), 1, 1), (Grid(2, 2, 6, 3), 3, 5), (Grid(2, 2, 2, 1), 3, 5),
+    (Grid(3, 2, 1, 2), 4, 7), (Grid(2, 4, 3, 2), 5, 3), (Grid(1, 3, 2, 4), 4, 2)])
+def test_every_device_gets_its_rows(grid, rows, held):
+  devices = grid.height * grid.width
   rng = np.random.default_rng(devices * rows)
   data = {'a': np.arange(1, devices * held * 6 + 1, dtype=np.int32).reshape(devices, held, 2, 3),
           'b': rng.random((devices, held), np.float32),
           'c': rng.integers(0, 256, (devices, held, 4), np.uint8),
           'd': rng.random((devices, held, 2)) < 0.5}
-  step = jax.jit(jax.vmap(collect, in_axes=(0, None), axis_name='i'))
-  every = rng.integers(0, devices * held, (3, devices * rows)).astype(np.int32)
+  collect = functools.partial(collect_rows, rows=rows, grid=grid, axes=('i', 'j'))
+  step = jax.jit(jax.vmap(jax.vmap(collect, in_axes=(0, None), axis_name='j'),
+                          in_axes=(0, None), axis_name='i'))
+  every = rng.integers(0, devices * held, (4, devices * rows)).astype(np.int32)
   every[1] = devices * held - 1  # All from one device.
+  every[2] = np.repeat(every[2, :devices] // held * held, rows)  # All that one has to one.
   for indices in every:
-    found = step(data, indices)
+    found = step(jax.tree.map(
+        lambda a: a.reshape(grid.height, grid.width, *a.shape[1:]), data), indices)
     for name, array in data.items():
       expected = array.reshape(-1, *array.shape[2:])[indices]
-      np.testing.assert_array_equal(
-          found[name], expected.reshape(devices, rows, *array.shape[2:]))
+      np.testing.assert_array_equal(found[name].reshape(expected.shape), expected)
 
 
-def test_a_usual_batch_takes_one_round():
-  """Of 256 devices with 128 rows each, none sends more than the capacity."""
-  rng = np.random.default_rng(0)
+@pytest.mark.parametrize('devices, rows, most', [
+    (1, 128, 1), (2, 128, 2), (8, 128, 2.5), (16, 128, 3.5), (64, 128, 5), (256, 128, 7),
+    (1024, 128, 9), (256, 32, 14), (8, 1, 8), (7, 64, 3.3)])
+def test_rows_exchanged_hardly_depend_on_the_number_of_devices(devices, rows, most):
+  grid = choose_grid(rows, devices)
+  assert grid.height * grid.width == devices
+  assert grid.exchanged <= most * rows, grid
+
+
+@pytest.mark.parametrize('devices, rows', [(8, 128), (64, 16), (256, 128)])
+def test_a_usual_batch_takes_one_round(devices, rows):
+  grid, rng = choose_grid(rows, devices), np.random.default_rng(0)
+  held = 118_287 // devices + 1
   for _ in range(20):
-    owners = rng.permutation(118_000)[:256 * 128] // 461
-    assert np.bincount(owners).max() <= exchange.send_capacity(128)
+    owners = rng.permutation(118_287)[:devices * rows] // held
+    receivers = np.arange(devices * rows) // rows
+    second = owners // grid.width * devices + receivers
+    assert np.bincount(second).max() <= grid.along_columns
+    if grid.width > 1:
+      first = owners * grid.width + receivers % grid.width
+      assert np.bincount(first).max() <= grid.along_rows

@@ -138,16 +138,3 @@ def test_reads_what_this_compiler_prints():
 def test_text_without_an_entry_is_an_error():
   with pytest.raises(ValueError, match='no entry'):
     hlo.parse('HloModule nothing')
-
-
-def test_a_ragged_exchange_counts_what_arrives():
-  costs = hlo.costs(hlo.parse("""\
-ENTRY %main (rows: u8[20,128], into: u8[4,128], sizes: s32[2]) -> u8[4,128] {
-  %rows = u8[20,128]{1,0:T(8,128)(4,1)} parameter(0)
-  %into = u8[4,128]{1,0:T(8,128)(4,1)} parameter(1)
-  %sizes = s32[2]{0:T(128)} parameter(2)
-  ROOT %got = u8[4,128]{1,0:T(8,128)(4,1)} ragged-all-to-all(%rows, %into, %sizes, %sizes, \
-%sizes, %sizes), channel_id=1, replica_groups={{0,1}}
-}
-"""))
-  assert costs.collectives == {'ragged-all-to-all': (1, 4 * 128)}
