@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1] / PACKAGE
 
 # From the bottom up: folders, and modules that stand beside them.
 LAYERS = (
-    ('errors', 'registry', 'config', 'config_values', 'storage'),
+    ('errors', 'registry', 'config', 'config_values', 'storage', 'processor'),
     ('telemetry', 'distributed', 'zoo'),
     ('detection',),
     ('models', 'metrics', 'export', 'data.images', 'tracking'),

@@ -17,6 +17,7 @@ import platformdirs
 from ppn_jax import storage
 from ppn_jax.distributed import coordination
 from ppn_jax.errors import InputError
+from ppn_jax.processor import processor_flags
 
 logger = logging.getLogger(__name__)
 
@@ -168,8 +169,4 @@ def remove_incomplete_programs(folder: pathlib.Path) -> None:
 
 def _processor() -> str:
   """Returns a name for processors with the same instructions, since machines may share a home."""
-  flags = platform.processor()
-  with contextlib.suppress(OSError):
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    flags = next((s for s in lines if s.startswith(('flags', 'Features'))), flags)
-  return f'{platform.machine()}-{hashlib.sha256(flags.encode()).hexdigest()[:12]}'
+  return f'{platform.machine()}-{hashlib.sha256(processor_flags().encode()).hexdigest()[:12]}'

@@ -161,7 +161,7 @@ def _detectors(run: TrainedModel, options: ExportOptions) -> tuple[Detector, Det
     return (run.detector(),) * 2
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
-    config.model.layers.dtype = 'float32'
+    config.model.layers.update(dtype='float32', matmul_dtype='')
     reference = build_detector(config)
     config.model.layers.conv_form = 'native'
   return build_detector(config), reference

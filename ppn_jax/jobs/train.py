@@ -279,7 +279,7 @@ def _in_float32(run: Run) -> Detector:
   """Builds the detector of a run with layers that compute in float32."""
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
-    config.model.layers.dtype = 'float32'
+    config.model.layers.update(dtype='float32', matmul_dtype='')
   return dataclasses.replace(run, config=config.lock()).detector()
 
 

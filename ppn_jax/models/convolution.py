@@ -10,6 +10,10 @@ sums over devices in the type that a gradient is computed in. 'auto' uses 'shift
 lowered for CPUs, 'dense' for TPUs and 'native' for others; the machine that lowers a program need
 not have the platform.
 
+The operands of matrix products may be rounded to bfloat16 while everything else stays float32
+(`conv`, `matmul_dtype`). Processors with instructions for it multiply them about twice as fast,
+whereas the rest of a step is slower on CPUs in bfloat16.
+
 Arrays are NHWC and kernels HWIO; a depthwise kernel is [k, k, 1, C], Flax's convention (the TF
 Object Detection API's is [k, k, C, 1]). Padding is TensorFlow's SAME: of the total
 max((ceil(n / s) - 1) s + k - n, 0) the smaller half goes in front.
@@ -17,20 +21,26 @@ max((ceil(n / s) - 1) s + k - n, 0) the smaller half goes in front.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ppn_jax.processor import multiplies_bfloat16
+
 Array = jax.Array
 CONV_FORMS = ('auto', 'native', 'shifted', 'dense')
+MATMUL_DTYPES = ('', 'bfloat16', 'auto')
 
 # The 'dense' form is used up to this many channels; with more, multiplying zeros takes longer than
 # it saves.
 DENSE_CHANNELS = 64
 # Rows in each step of a depthwise kernel gradient on CPUs: the fastest of 1 to 8 for most layers.
 _ROWS = 5
+# Matrix products are only rounded if each sum has at least this many terms, and a row that many
+# sums; in smaller ones, rounding takes longer than it saves.
+_ROUNDED_TERMS = 128
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -64,6 +74,8 @@ def _choose(form: str, forms: dict[str, Callable], *operands: Any) -> Any:
 
 def _with_forms(native: Callable, *, vjps: Mapping[str, Callable], **others: Callable) -> Callable:
   """Returns op(form, stride, *operands), which computes `native` or another form, and its gradient.
+
+  In place of the stride, an operation may take any options that can be hashed.
 
   The form is chosen inside a custom gradient, because differentiating a conditional would keep the
   residuals of all its branches.
@@ -145,7 +157,7 @@ def _depthwise_dense(stride: int, x: Array, kernel: Array) -> Array:
   channels = x.shape[-1]
   if channels > DENSE_CHANNELS:
     return _depthwise_native(stride, x, kernel)
-  return _conv_native(stride, x, kernel * jnp.eye(channels, dtype=kernel.dtype))
+  return _conv_native(_ConvOptions(stride), x, kernel * jnp.eye(channels, dtype=kernel.dtype))
 
 
 def _depthwise_shifted(stride: int, x: Array, kernel: Array) -> Array:
@@ -258,22 +270,100 @@ def depthwise_conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'aut
   return _depthwise(form, stride, x, kernel)
 
 
-def _conv_native(stride: int, x: Array, kernel: Array) -> Array:
-  return lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), 'SAME',
+class _ConvOptions(NamedTuple):
+  """Stride of a convolution, and `matmul_dtype` as in `conv`."""
+  stride: int
+  matmul_dtype: str = ''
+
+
+def _is_rounded(options: _ConvOptions, kernel: Array, *, auto: bool = False) -> bool:
+  """Returns whether the operands are rounded; `auto` tells what 'auto' means."""
+  return _is_large(kernel) and (options.matmul_dtype == 'bfloat16'
+                                or (auto and options.matmul_dtype == 'auto'))
+
+
+def _is_large(kernel: Array) -> bool:
+  side, _, depth, features = kernel.shape
+  return min(side * side * depth, features) >= _ROUNDED_TERMS
+
+
+def _round(x: Array) -> Array:
+  """Rounds to the values of bfloat16, without changing the type."""
+  return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _conv_native(options: _ConvOptions, x: Array, kernel: Array) -> Array:
+  kernel = kernel.astype(x.dtype)
+  if _is_rounded(options, kernel):
+    x, kernel = _round(x), _round(kernel)
+  return lax.conv_general_dilated(x, kernel, (options.stride,) * 2, 'SAME',
                                   dimension_numbers=_DIMENSIONS)
 
 
-def _conv_matmul(stride: int, x: Array, kernel: Array) -> Array:
+def _conv_vjp(options: _ConvOptions, x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+  """Computes the gradients of `_conv_native`; where it rounds, the cotangent is rounded too."""
+  kernel_of_x = kernel.astype(x.dtype)
+  if _is_rounded(options, kernel):
+    x, kernel_of_x, g = map(_round, (x, kernel_of_x, g))
+  plain = functools.partial(_conv_native, options._replace(matmul_dtype=''))
+  of_x, of_kernel = jax.vjp(plain, x, kernel_of_x)[1](g)
+  return of_x, of_kernel.astype(kernel.dtype)
+
+
+def _conv_matmul(options: _ConvOptions, x: Array, kernel: Array) -> Array:
   """Convolves by one matrix product of all patches with the kernel (im2col)."""
   side, _, depth, features = kernel.shape
   # A gradient is a sum too, over the patches that share a pixel.
   wide = accumulator(x.dtype)
   patches = x.astype(wide)
-  if (side, stride) != (1, 1):
-    patches = _patches(patches, side, stride)
-  kernel = kernel.astype(x.dtype).astype(wide)
-  y = patches.reshape(-1, side * side * depth) @ kernel.reshape(-1, features)
-  return y.astype(x.dtype).reshape(*patches.shape[:-1], features)
+  if (side, options.stride) != (1, 1):
+    patches = _patches(patches, side, options.stride)
+  shape = patches.shape[:-1]
+  patches = patches.reshape(-1, side * side * depth)
+  matrix = kernel.astype(x.dtype).astype(wide).reshape(-1, features)
+  fast = multiplies_bfloat16()
+  rounded = _is_rounded(options, kernel, auto=fast)
+  if rounded or (fast and x.dtype == jnp.bfloat16 and _is_large(kernel)):
+    y = _rounded_product(fast, patches, matrix)
+  else:
+    y = patches @ matrix
+  return y.astype(x.dtype).reshape(*shape, features)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_product(narrow: bool, a: Array, b: Array) -> Array:
+  """Computes the product of two float32 matrices, of operands rounded to bfloat16.
+
+  Args:
+    narrow: whether the operands are multiplied in bfloat16, or in float32 with the same values.
+    a, b: [N, K] and [K, M].
+  """
+  return _multiply(_narrowed(narrow, a), _narrowed(narrow, b), a.dtype)
+
+
+def _narrowed(narrow: bool, x: Array) -> Array:
+  return x.astype(jnp.bfloat16) if narrow else _round(x)
+
+
+def _multiply(a: Array, b: Array, dtype: Any) -> Array:
+  return jnp.matmul(a, b, preferred_element_type=dtype)
+
+
+def _rounded_product_forward(narrow: bool, a: Array, b: Array
+                             ) -> tuple[Array, tuple[Array, Array]]:
+  # The barriers make XLA write operands once that both passes, or both gradients, read.
+  operands = lax.optimization_barrier((_narrowed(narrow, a), _narrowed(narrow, b)))
+  return _multiply(*operands, a.dtype), operands
+
+
+def _rounded_product_backward(narrow: bool, operands: tuple[Array, Array], g: Array
+                              ) -> tuple[Array, Array]:
+  a, b = operands
+  rounded = lax.optimization_barrier(_narrowed(narrow, g))
+  return _multiply(rounded, b.T, g.dtype), _multiply(a.T, rounded, g.dtype)
+
+
+_rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
 def _patches(x: Array, side: int, stride: int) -> Array:
@@ -291,11 +381,19 @@ def _patches(x: Array, side: int, stride: int) -> Array:
   return jnp.concatenate([tap(i, j) for i in range(side) for j in range(0, side, stride)], axis=-1)
 
 
+def _conv_dense_vjp(options: _ConvOptions, x: Array, kernel: Array, g: Array
+                    ) -> tuple[Array, Array]:
+  if _is_rounded(options, kernel):
+    return _conv_vjp(options, x, kernel, g)
+  return _wide_vjp(_conv_native)(options, x, kernel, g)
+
+
 _conv = _with_forms(_conv_native, shifted=_conv_matmul, dense=_conv_native,
-                  vjps={'dense': _wide_vjp(_conv_native)})
+                  vjps={'native': _conv_vjp, 'dense': _conv_dense_vjp})
 
 
-def conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'auto') -> Array:
+def conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'auto',
+         matmul_dtype: str = '') -> Array:
   """Convolves with SAME padding.
 
   Args:
@@ -303,11 +401,12 @@ def conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'auto') -> Arr
     kernel: [k, k, Cin, Cout], rounded to the type of `x`; its gradient keeps the kernel's own type.
     stride: 1 or 2.
     form: one of `CONV_FORMS`.
+    matmul_dtype: one of `MATMUL_DTYPES`, see `LayerPolicy`.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), Cout].
   """
-  return _conv(form, stride, x, kernel)
+  return _conv(form, _ConvOptions(stride, matmul_dtype), x, kernel)
 
 
 def _max_pool_native(stride: int, x: Array) -> Array:

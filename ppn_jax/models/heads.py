@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ppn_jax.detection.structures import Outputs
 from ppn_jax.errors import InputError
-from ppn_jax.models.convolution import accumulator, conv
+from ppn_jax.models.convolution import accumulator
 from ppn_jax.models.layers import BatchNorm, LayerPolicy, relu6
 
 Array = jax.Array
@@ -63,7 +63,7 @@ class SharedBoxPredictor(nn.Module):
     policy = self.policy
     kernel = self.param('tower_kernel', policy.kernel_init, (1, 1, x.shape[-1], self.depth),
                         jnp.float32)
-    x = conv(x[:, :, None].astype(policy.dtype), kernel, form=policy.conv_form)[:, :, 0]
+    x = policy.conv(x[:, :, None].astype(policy.dtype), kernel)[:, :, 0]
     if not self.norm_per_level:
       return relu6(BatchNorm(policy, name='norm')(x, train=train))
     starts = [sum(cells[:i]) for i in range(1, len(cells))]
@@ -140,7 +140,7 @@ def _predict(head: nn.Module, x: Array, anchors: int, *, side: int = 1) -> Outpu
     kernel = head.param(f'{name}_kernel', nn.initializers.normal(0.01),
                         (side, side, x.shape[-1], anchors * width), jnp.float32)
     b = head.param(f'{name}_bias', nn.initializers.constant(bias), (anchors * width,), jnp.float32)
-    y = conv(x, kernel, form=head.policy.conv_form) + b
+    y = head.policy.conv(x, kernel) + b
     return y.reshape(x.shape[0], -1, width)
 
   boxes = convolve('box', 4, 0.0)

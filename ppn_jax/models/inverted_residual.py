@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ppn_jax.errors import InputError, did_you_mean
-from ppn_jax.models.convolution import accumulator, conv
+from ppn_jax.models.convolution import accumulator
 from ppn_jax.models.layers import ConvNorm, LayerPolicy, relu6
 
 Array = jax.Array
@@ -77,7 +77,7 @@ class SqueezeExcite(nn.Module):
     kernel = self.param(f'{name}_kernel', self.policy.kernel_init, (1, 1, x.shape[-1], features),
                         jnp.float32)
     bias = self.param(f'{name}_bias', nn.initializers.zeros, (features,), jnp.float32)
-    return conv(x, kernel, form=self.policy.conv_form) + bias.astype(x.dtype)
+    return self.policy.conv(x, kernel) + bias.astype(x.dtype)
 
 
 class InvertedResidual(nn.Module):

@@ -11,7 +11,13 @@ from jax import lax
 
 from ppn_jax.detection.batch_groups import check_group_size, num_groups
 from ppn_jax.errors import InputError, did_you_mean
-from ppn_jax.models.convolution import CONV_FORMS, accumulator, conv, depthwise_conv
+from ppn_jax.models.convolution import (
+    CONV_FORMS,
+    MATMUL_DTYPES,
+    accumulator,
+    conv,
+    depthwise_conv,
+)
 
 Array = jax.Array
 NORMS = ('batch', 'frozen')
@@ -24,6 +30,10 @@ class LayerPolicy:
   Attributes:
     dtype: float type of the computation. Parameters, statistics and the heads' outputs are float32
       in any case.
+    matmul_dtype: 'bfloat16' rounds the operands of large matrix products, and their cotangents, to
+      bfloat16; all else is as `dtype` says, and sums are float32. With dtype='float32' this is
+      faster on CPUs that multiply bfloat16 (avx512_bf16, amx_bf16) and slower on others. 'auto'
+      does it there alone. '' rounds nothing.
     norm: 'batch', or 'frozen': batch norm uses its moving averages in training too and does not
       update them, as the reference's freeze_batchnorm; its scales and biases are still trained. For
       small batches, from pretrained weights.
@@ -44,6 +54,7 @@ class LayerPolicy:
     InputError: If a value is outside its range.
   """
   dtype: Any = jnp.float32
+  matmul_dtype: str = ''
   norm: str = 'batch'
   norm_decay: float = 0.97
   norm_epsilon: float = 1e-3
@@ -61,6 +72,9 @@ class LayerPolicy:
       is_float = False
     if not is_float:
       raise InputError(f"dtype {self.dtype!r} is not a float type; use 'float32' or 'bfloat16'")
+    if self.matmul_dtype not in MATMUL_DTYPES:
+      raise InputError(f'unknown matmul_dtype {self.matmul_dtype!r}; '
+                       f'{did_you_mean(str(self.matmul_dtype), MATMUL_DTYPES)}')
     if self.norm not in NORMS:
       raise InputError(f'unknown norm {self.norm!r}; {did_you_mean(str(self.norm), NORMS)}')
     if not 0 <= self.norm_decay < 1:
@@ -70,6 +84,10 @@ class LayerPolicy:
     check_group_size('norm_group_size', self.norm_group_size)
     if self.kernel_stddev is not None and not self.kernel_stddev > 0:
       raise InputError(f"kernel_stddev {self.kernel_stddev} is not positive; None uses He et al.'s")
+
+  def conv(self, x: Array, kernel: Array, *, stride: int = 1) -> Array:
+    """Convolves, see `convolution.conv`."""
+    return conv(x, kernel, stride=stride, form=self.conv_form, matmul_dtype=self.matmul_dtype)
 
   @property
   def kernel_init(self) -> Callable[..., Array]:
@@ -163,8 +181,11 @@ class ConvNorm(nn.Module):
     side = max(self.side, 3) if self.depthwise else self.side
     shape = (side, side, 1, depth) if self.depthwise else (side, side, depth, self.features)
     kernel = self.param('kernel', policy.kernel_init, shape, jnp.float32)
-    convolve = depthwise_conv if self.depthwise else conv
-    y = convolve(x.astype(policy.dtype), kernel, stride=self.stride, form=policy.conv_form)
+    x = x.astype(policy.dtype)
+    if self.depthwise:
+      y = depthwise_conv(x, kernel, stride=self.stride, form=policy.conv_form)
+    else:
+      y = policy.conv(x, kernel, stride=self.stride)
     y = BatchNorm(policy, name='norm')(y, train=train)
     return relu6(y) if self.activation else y
 

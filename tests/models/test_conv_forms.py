@@ -69,6 +69,38 @@ def test_shifted_bfloat16_sums_in_float32_and_rounds_once(stride):
       np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.parametrize('fast', [False, True])
+@pytest.mark.parametrize(('side', 'depth'), [(1, 128), (3, 16)])
+def test_rounded_products_agree_and_equal_those_of_rounded_operands(monkeypatch, side, depth, fast):
+  monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: fast)
+  x = random((2, 5, 6, depth), dtype=np.float32)
+  kernel = random((side, side, depth, 130), 1, np.float32)
+  op = functools.partial(convolution.conv, matmul_dtype='bfloat16')
+  assert_forms_agree(op, x, kernel, tolerance=1e-5)
+  rounded = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)
+  found = value_and_gradients(functools.partial(op, form='shifted'), x, kernel)
+  y, vjp = jax.vjp(functools.partial(convolution.conv, form='native'), rounded(x), rounded(kernel))
+  for a, b in zip(found, (y, *vjp(rounded(random(y.shape, 9, np.float32)))), strict=True):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+  plain = convolution.conv(x, kernel, form='shifted')
+  assert 1e-5 < float(jnp.abs(found[0] - plain).max() / jnp.abs(plain).max()) < 2**-7
+
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_auto_rounds_where_the_processor_multiplies_bfloat16(monkeypatch, fast):
+  monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: fast)
+  x, kernel = jnp.zeros((1, 4, 4, 128)), jnp.zeros((1, 1, 128, 128))
+  convolve = jax.jit(functools.partial(convolution.conv, matmul_dtype='auto'))
+  traced = convolve.trace(x, kernel)
+  assert ('bf16' in traced.lower(lowering_platforms=('cpu',)).as_text()) is fast
+  for platform in ('tpu', 'cuda'):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert 'bf16' not in text and 'reduce_precision' not in text
+  # Small products stay as they are.
+  assert 'bf16' not in convolve.trace(x, kernel[..., :64]).lower().as_text()
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize('size', SIZES)
 def test_max_pool_forms_agree_even_on_ties(size, dtype):

@@ -1,0 +1,24 @@
+"""What the processor of this machine reports about itself."""
+
+import functools
+import pathlib
+import platform
+
+# Instructions that multiply bfloat16 numbers and add up in float32: Intel since Cooper Lake and
+# Sapphire Rapids, AMD since Zen 4.
+_BFLOAT16_FLAGS = frozenset(('avx512_bf16', 'amx_bf16'))
+
+
+@functools.cache
+def processor_flags() -> str:
+  """Returns the instruction sets of the processor, as Linux lists them, or else its name."""
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    lines = []
+  return next((s for s in lines if s.startswith(('flags', 'Features'))), platform.processor())
+
+
+def multiplies_bfloat16() -> bool:
+  """Returns whether the processor has matrix instructions for bfloat16."""
+  return not _BFLOAT16_FLAGS.isdisjoint(processor_flags().split())
