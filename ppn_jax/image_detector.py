@@ -197,7 +197,8 @@ class ImageDetector:
 
 
 def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | None = None,
-         batch_size: int | None = None, allow: Sequence[str] = ()) -> ImageDetector:
+         batch_size: int | None = None, matmul_dtype: str | None = None,
+         allow: Sequence[str] = ()) -> ImageDetector:
   """Loads a trained detector from a run, or from a file that `ppn export` wrote.
 
   The detector of a run or of a weights file is compiled on the first call for `batch_size` images,
@@ -213,6 +214,9 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
     ema: for a run: True for the moving average of the weights, False for the weights themselves;
       None for the average if the run keeps one.
     batch_size: number of images that are processed at a time; by default that of the file, or 1.
+    matmul_dtype: for a run or weights file: 'bfloat16' rounds operands of large matrix products,
+      which is faster on CPUs that multiply bfloat16, 'auto' does so on those alone, '' does not;
+      None is what the config says.
     allow: packages or modules of your own that a run or weights file may import, such as
       'my_nets', if its backbone, neck, head or loss is given by a dotted path. None are imported
       by default, because it may come from anyone.
@@ -227,16 +231,19 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
     # Imported here, as below, because other files do not need it.
     from ppn_jax.trained_model import open_weights_file
     return ImageDetector(load_predictor(open_weights_file(path, allow=allow), step=step, ema=ema,
-                                        batch_size=one))
+                                        batch_size=one, matmul_dtype=matmul_dtype))
   if not is_export(path):
     if '://' not in path and not os.path.exists(path):
       raise InputError(f'{path} is neither a workdir nor an exported file{zoo.suggestion(path)}')
     from ppn_jax.run import open_run
     return ImageDetector(load_predictor(open_run(path, allow=allow), step=step, ema=ema,
-                                        batch_size=one))
+                                        batch_size=one, matmul_dtype=matmul_dtype))
   if step is not None or ema is not None:
     raise InputError(f'step and ema choose a checkpoint of a run, but {path} is an exported file; '
                      'leave them out')
+  if matmul_dtype is not None:
+    raise InputError(f'matmul_dtype={matmul_dtype} is for runs and weights files, but {path} is an '
+                     'exported file, whose types are fixed; leave it out')
   return ImageDetector(open_predictor(path, batch_size=batch_size))
 
 

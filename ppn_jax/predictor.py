@@ -75,7 +75,7 @@ class Predictor:
 
 
 def load_predictor(model: 'TrainedModel', *, step: int | None = None, ema: bool | None = None,
-                   batch_size: int = 1) -> Predictor:
+                   batch_size: int = 1, matmul_dtype: str | None = None) -> Predictor:
   """Loads the detector of a run's saved step or of a weights file, on one device.
 
   Args:
@@ -84,6 +84,7 @@ def load_predictor(model: 'TrainedModel', *, step: int | None = None, ema: bool 
     ema: for a run: True for the moving average of the weights, False for the weights themselves;
       None for the average if the run keeps one.
     batch_size: number of images that are processed at a time.
+    matmul_dtype: see `models.layers.LayerPolicy`; None for that of the model's config.
 
   Raises:
     InputError: If there is no such checkpoint or average, the batch size is below 1, or a file does
@@ -95,7 +96,7 @@ def load_predictor(model: 'TrainedModel', *, step: int | None = None, ema: bool 
   from ppn_jax.distributed import sharding
   _check_batch_size(batch_size)
   model.check_average(ema, 'ema')
-  detector = model.detector()
+  detector = model.detector(**({} if matmul_dtype is None else {'matmul_dtype': matmul_dtype}))
   # One device, because splitting a few images over several does not pay off.
   mesh = sharding.data_mesh(jax.local_devices()[:1])
   step, variables = model.load_variables(detector, mesh, step=step, ema=ema)

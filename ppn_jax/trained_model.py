@@ -44,9 +44,12 @@ class TrainedModel(abc.ABC):
   def name(self) -> str:
     """Name of the folder or file, for titles."""
 
-  def detector(self) -> Detector:
-    """Builds the detector of the config."""
-    return build_detector(self.config)
+  def detector(self, **layers: Any) -> Detector:
+    """Builds the detector of the config, with these entries of `config.model.layers` changed."""
+    config = self.config.copy_and_resolve_references()
+    with config.unlocked():
+      config.model.layers.update(layers)
+    return build_detector(config.lock())
 
   def with_eval_data(self, data: Mapping[str, Any]) -> Self:
     """Returns the model with entries of `config.data.eval` changed.

@@ -12,11 +12,13 @@ from PIL import Image
 from tiny import tiny_config, untrained_run
 
 import ppn_jax
+from ppn_jax import zoo
 from ppn_jax.cli.main import main
 from ppn_jax.data.transforms.basic import Resize
 from ppn_jax.detection.structures import Category, Detections, unlabelled_example
 from ppn_jax.distributed import sharding
 from ppn_jax.errors import InputError
+from ppn_jax.models import convolution
 from ppn_jax.run import create_run, load_variables, open_run
 
 
@@ -192,6 +194,20 @@ def test_step_and_average(run):
   assert scores[('step', 3),] not in (scores[()], scores[('ema', False),])
 
 
+def test_products_of_bfloat16_operands(monkeypatch):
+  monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: False)
+  model = zoo.find('ppn_voc')
+  (image, *_), found = pictures((300, 300)), {}
+  for name in (None, '', 'bfloat16', 'auto'):
+    found[name] = ppn_jax.load(model, matmul_dtype=name)(image, threshold=0.0)
+  assert_same(found[None], found[''])
+  assert_same(found[None], found['auto'])
+  difference = np.abs(found[''].scores - found['bfloat16'].scores).max()
+  assert 0 < difference < 0.02
+  with pytest.raises(InputError, match="matmul_dtype 'float16'; did you mean 'bfloat16'"):
+    ppn_jax.load(model, matmul_dtype='float16')
+
+
 @pytest.fixture(scope='module')
 def exported(run, tmp_path_factory):
   pytest.importorskip('flatbuffers', reason="pip install 'ppn_jax[export]'")
@@ -233,6 +249,7 @@ def test_export_is_loaded_without_models_and_training(exported):
 def test_mistakes_with_exports(exported, tmp_path):
   for options, message in [({'step': 6}, 'step and ema choose'),
                         ({'ema': False}, 'step and ema choose'),
+                        ({'matmul_dtype': 'auto'}, 'exported file, whose types are fixed'),
                         ({'batch_size': 2}, 'takes 3 images at a time'),
                         ({'batch_size': 0}, 'at least 1')]:
     with pytest.raises(InputError, match=message):

@@ -12,7 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ppn_jax import zoo
-from ppn_jax.cli.flags import add_model_flags, allowed, keep_programs
+from ppn_jax.cli.flags import (
+  add_matmul_dtype_flag,
+  add_model_flags,
+  allowed,
+  keep_programs,
+)
 from ppn_jax.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -70,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--batch_size', type=int, metavar='N',
                       help='images at a time (default: 4, or the batch size of the exported file; '
                            '1 for cameras and streams)')
+  add_matmul_dtype_flag(parser)
   parser.add_argument('--tiles', type=int, default=1, metavar='N',
                       help='also look at N overlapping tiles along the longer side, for small '
                            'objects in large pictures (default: %(default)s)')
@@ -193,7 +199,8 @@ def _load(args: argparse.Namespace, usual_batch: int) -> 'ImageDetector':
   batch_size = args.batch_size
   if batch_size is None and (args.model is None or is_weights_file(path)):
     batch_size = usual_batch
-  return load(path, step=args.step, ema=args.ema, batch_size=batch_size, allow=allowed(args))
+  return load(path, step=args.step, ema=args.ema, batch_size=batch_size,
+              matmul_dtype=args.matmul_dtype, allow=allowed(args))
 
 
 def _count(entries: Sequence[dict]) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ppn_jax.cli.flags import (
   CONFIG_HELP,
+  add_matmul_dtype_flag,
   add_model_flags,
   add_process_flags,
   join_processes,
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       help='use the moving average of the weights, or the weights themselves, '
                            'which --follow and --steps score in WORKDIR/evaluation_raw '
                            '(default: the average if the run keeps one)')
+  add_matmul_dtype_flag(parser)
   parser.add_argument('--scorer', choices=('hotcoco', 'pycocotools'), default='hotcoco',
                       help='hotcoco gives the same results as pycocotools, faster '
                            '(default: %(default)s)')
@@ -100,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
   from ppn_jax.storage import folder_path
   if args.pictures < 0:
     raise InputError(f'--pictures={args.pictures} must be at least 0')
-  if (args.overrides or args.config) and not args.output:
-    raise InputError('give --output=DIR with --config entries, so that the results of the '
-                     "run's own evaluation are not overwritten")
+  if (args.overrides or args.config or args.matmul_dtype) and not args.output:
+    raise InputError('give --output=DIR with --config entries and --matmul_dtype, so that the '
+                     "results of the run's own evaluation are not overwritten")
   if args.model is not None and (args.follow or args.steps is not None):
     raise InputError('--follow and --steps are for the checkpoints of a run; give its --workdir')
   if args.model is not None and is_weights_file(args.model) and not args.output:
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
       floor=args.calibration_floor, train_images=args.calibration_images)
   options = EvaluationOptions(scorer=args.scorer, ema=args.ema, pictures=args.pictures,
                               report=args.report, calibrate=args.calibrate,
+                              matmul_dtype=args.matmul_dtype,
                               calibration=calibration if args.calibration else None)
   polling = follow.Polling(args.poll, args.timeout)
   selected = follow.parse_steps('all' if args.steps is None else args.steps)

@@ -3,7 +3,12 @@
 import argparse
 import math
 
-from ppn_jax.cli.flags import add_model_flags, allowed, keep_programs
+from ppn_jax.cli.flags import (
+  add_matmul_dtype_flag,
+  add_model_flags,
+  allowed,
+  keep_programs,
+)
 from ppn_jax.errors import InputError, install_command
 
 HELP = """Answer pictures over HTTP by the objects in them.
@@ -28,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--batch_size', type=int, metavar='N',
                       help='pictures that are detected at a time (default: 4, or that of the '
                            'exported file)')
+  add_matmul_dtype_flag(parser)
   parser.add_argument('--wait', type=float, default=5, metavar='MS',
                       help='milliseconds that a picture waits for others (default: %(default)s)')
   parser.add_argument('--max_megabytes', type=float, default=10, metavar='N',
@@ -70,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
   batch_size = args.batch_size
   if batch_size is None and (is_weights_file(path) or not is_export(path)):
     batch_size = 4
-  detector = load(path, step=args.step, batch_size=batch_size, allow=allowed(args))
+  detector = load(path, step=args.step, batch_size=batch_size, matmul_dtype=args.matmul_dtype,
+                  allow=allowed(args))
   server = Server(detector, limits, threshold=args.threshold, wait=args.wait / 1000)
   server.warm_up()
   serve(server, args.host, args.port, max_connections=8 * args.max_requests, timeout=args.timeout,

@@ -59,6 +59,7 @@ class EvaluationOptions:
     report: writes an HTML report, `report.html`.
     calibrate: fits a calibration of the scores, 'temperature' or 'platt', and keeps it with the
       step; '' for none.
+    matmul_dtype: see `models.layers.LayerPolicy`; None for that of the run.
   """
   scorer: str = 'hotcoco'
   ema: bool | None = None
@@ -66,6 +67,7 @@ class EvaluationOptions:
   calibration: CalibrationOptions | None = None
   report: bool = False
   calibrate: str = ''
+  matmul_dtype: str | None = None
 
   def __post_init__(self):
     class_report.check_method(self.calibrate)
@@ -241,7 +243,9 @@ def prepare_evaluation(run: TrainedModel, options: EvaluationOptions) -> Evaluat
         '--config=own_data:coco_json --config.data.eval.images=... '
         '--config.data.eval.annotations=..., in Python data=dict(name=...)')
   keep_freed_memory_on_cpu()
-  mesh, detector = sharding.data_mesh(), run.detector()
+  mesh = sharding.data_mesh()
+  detector = run.detector(**({} if options.matmul_dtype is None
+                             else {'matmul_dtype': options.matmul_dtype}))
   evaluator = _open_evaluator(run, detector, mesh, options.scorer)
   for line in report(evaluator.source, 'data.eval').warnings:
     logger.warning(line)

@@ -21,7 +21,6 @@ from ppn_jax.data.source import Source
 from ppn_jax.data.sources import scans
 from ppn_jax.data.splits import check_data, describe_fraction, open_splits
 from ppn_jax.detection.frame import show_size
-from ppn_jax.detector import Detector
 from ppn_jax.distributed import coordination, failures, sharding
 from ppn_jax.distributed.compile_cache import CacheUse
 from ppn_jax.distributed.ownership import Ownership, owned_by_first
@@ -264,7 +263,8 @@ def _with_batch_norm(run: Run, state: TrainState, source: Source, count: int
     if run.config.model.layers.norm != 'frozen':
       logger.warning(f'{what}, and with init.norm_images=0 batch statistics will rescale them')
     return run, state
-  restored = restore_batch_norm(_in_float32(run), state.variables, layers,
+  exact = run.detector(dtype='float32', matmul_dtype='')
+  restored = restore_batch_norm(exact, state.variables, layers,
                                 sample_images(run.config, source, count))
   line = (f'{what}: put back from {count:,} training images; {restored.still:,} of '
           f'{restored.channels:,} channels never move')
@@ -273,14 +273,6 @@ def _with_batch_norm(run: Run, state: TrainState, source: Source, count: int
   if line not in report:  # It is there after a kill before the first checkpoint.
     run = _with_init(run, run.config.init, report=(*report, line))
   return run, with_weights(state, restored.variables)
-
-
-def _in_float32(run: Run) -> Detector:
-  """Builds the detector of a run with layers that compute in float32."""
-  config = run.config.copy_and_resolve_references()
-  with config.unlocked():
-    config.model.layers.update(dtype='float32', matmul_dtype='')
-  return dataclasses.replace(run, config=config.lock()).detector()
 
 
 def _with_init(run: Run, init: ConfigDict, **changes: Any) -> Run:

@@ -93,6 +93,7 @@ def test_a_killed_follower_goes_on_where_it_was(run):
     (['--follow', '--poll=0'], '--poll=0'),
     (['--follow', '--timeout=-1'], '--timeout=-1'),
     (['--follow', '--config.eval.batch_size=2'], '--output'),
+    (['--matmul_dtype=auto'], '--output'),
 ])
 def test_mistakes(run, capsys, flags, said):
   assert jax.process_count() == 1
