@@ -155,6 +155,8 @@ def detect(codes: tf.Tensor, logits: tf.Tensor, anchors: tf.Tensor, spec: dict):
 def prepare(task: Task):
   tf.config.threading.set_intra_op_parallelism_threads(task.threads)
   tf.config.threading.set_inter_op_parallelism_threads(task.options.get('inter_op', 1))
+  if task.dtype == 'bfloat16':
+    tf.config.optimizer.set_experimental_options({'auto_mixed_precision_onednn_bfloat16': True})
   network = Network(task.weights, task.spec)
   return (_train if task.kind == 'train' else _infer)(task, network, tf.constant(task.images))
 

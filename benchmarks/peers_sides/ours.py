@@ -27,7 +27,7 @@ compiled = None  # The program of the task, for `describe`.
 
 
 def prepare(task: Task):
-  config = paper_config(task.spec['num_classes'], task.dtype)
+  config = paper_config(task.spec['num_classes'], task.dtype, task.device)
   config.model.layers.conv_form = task.options.get('conv_form', 'auto')
   detector, mesh = build_detector(config), data_mesh()
   variables = traverse_util.unflatten_dict(

@@ -14,7 +14,7 @@ import peers  # noqa: E402
 
 @pytest.mark.parametrize('flags, named', [
     (['--sides=ours,caffe'], 'caffe'), (['--sides=torch'], 'ours'), (['--batch=8,x'], '8,x'),
-    (['--batch=0'], '--batch'), (['--rounds=0'], '--rounds'), (['--dtypes=bfloat16'], 'cuda'),
+    (['--batch=0'], '--batch'), (['--rounds=0'], '--rounds'), (['--dtypes=float16'], 'float16'),
     (['--workloads=fly'], 'fly'), (['--device=cuda', '--sides=ours,tensorflow'], 'tensorflow')])
 def test_bad_flags_are_reported_with_code_2(flags, named, capsys):
   with pytest.raises(SystemExit) as e:
@@ -34,6 +34,9 @@ def test_ratios_are_taken_round_by_round_against_the_peer_of_the_lowest_median()
   assert got == {'best_peer': 'fast', 'ratio_to_best_peer': {
       'median': 0.5, 'fastest': 0.5, 'slowest': 1.5}}
   assert peers.ratios({'ours': [1.0]})['ratio_to_best_peer'] is None
+  got = peers.ratios({'ours': [10], 'torch': [5], 'torch_float32': [20]})
+  assert got['best_peer'] == 'torch' and got['best_float32_peer'] == 'torch_float32'
+  assert got['ratio_to_best_float32_peer']['median'] == 0.5
 
 
 def test_achieved_divides_by_the_median_time():
