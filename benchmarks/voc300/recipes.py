@@ -91,10 +91,11 @@ def _reduced(width: float, levels: int, head: int, depths: tuple[int, ...], fpn_
           'fpn': pooled | {'neck.depth': fpn_depth}}
 
 
-# At 160 and 224 px the levels after the one of 1x1 pixel are 1x1 as well, so that all six, with
-# their anchors, are trained from the beginning.
-_REPEAT = {model: {'neck.repeat_1x1': True} for model in MODELS}
-_GROWING = (Phase(160, 0.58, 1.0, _REPEAT), Phase(224, 0.23, 0.5, _REPEAT),
+# At 160 and 224 px PPN and FPN have the five levels that the image allows, with the scales 0.15 to
+# 0.95, and six of the same range at 300 px. SSD has six throughout, since each has variables of its
+# own; the last two are of 1x1 pixel there.
+_SMALLER = {'ppn': {}, 'ssd': {'neck.repeat_1x1': True}, 'fpn': {}}
+_GROWING = (Phase(160, 0.58, 1.0, _SMALLER), Phase(224, 0.23, 0.5, _SMALLER),
             Phase(300, 0.19, 0.5))
 
 PROFILES = {
