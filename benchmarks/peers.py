@@ -130,9 +130,11 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     result = measure(args, pathlib.Path(folder))
   for name, workload in result['workloads'].items():
-    print(name, f"({workload['ratio_to_best_peer'] or 'no ratio'})")
+    for ratio in ('ratio_to_best_peer', 'ratio_to_best_float32_peer'):
+      if ratio in workload:
+        print(name, ratio, workload[ratio] or 'unknown')
     for side, results in workload['sides'].items():
-      print(f'  {side:15}', results.get('error') or
+      print(f'  {side:23}', results.get('error') or
             f'{results["ms"]["median"]:9.1f} ms ({results["ms"]["fastest"]:.1f} to '
             f'{results["ms"]["slowest"]:.1f}), {results["images_per_s"]} images/s')
   if args.json:
@@ -410,7 +412,7 @@ def summary(times: Sequence[float]) -> dict[str, float]:
 def ratios(times: Mapping[str, Sequence[float]]) -> dict:
   """Returns the time of ppn_jax over that of the peer with the lowest median, by round.
 
-  Peers that stay in float32 are compared with apart.
+  Peers that stay in float32 are compared separately.
   """
   in_float32 = [side for side in times if side.endswith(FLOAT32)]
   peers = [side for side in times if side != 'ours' and side not in in_float32]

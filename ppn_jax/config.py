@@ -84,7 +84,7 @@ def base_config() -> ConfigDict:
           min_scale=0.15, max_scale=0.95, aspect_ratios=(1.0, 2.0, 0.5, 3.0, 0.3333),
           reduce_lowest_level=False),
       layers=dict(  # ppn_jax.models.layers.LayerPolicy
-          dtype='float32', matmul_dtype='', norm='batch', norm_decay=0.97, norm_epsilon=0.001,
+          dtype='float32', matmul_dtype='same', norm='batch', norm_decay=0.97, norm_epsilon=0.001,
           norm_group_size=0, conv_form='auto', kernel_stddev=placeholder(float)))  # None: He.
   config.matching = dict(  # ppn_jax.detection.matching.assign_targets
       matched_iou=0.5, force_match=True, ignore_crowd=True)

@@ -214,9 +214,9 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, ema: bool | N
     ema: for a run: True for the moving average of the weights, False for the weights themselves;
       None for the average if the run keeps one.
     batch_size: number of images that are processed at a time; by default that of the file, or 1.
-    matmul_dtype: for a run or weights file: 'bfloat16' rounds operands of large matrix products,
-      which is faster on CPUs that multiply bfloat16, 'auto' does so on those alone, '' does not;
-      None is what the config says.
+    matmul_dtype: for a run or weights file: 'bfloat16' rounds the numbers that large matrix
+      products multiply, which is faster on CPUs with instructions for it, 'auto' does so on those
+      alone, 'same' never; None is what the config says.
     allow: packages or modules of your own that a run or weights file may import, such as
       'my_nets', if its backbone, neck, head or loss is given by a dotted path. None are imported
       by default, because it may come from anyone.

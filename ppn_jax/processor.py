@@ -4,6 +4,7 @@ import functools
 import pathlib
 import platform
 
+_CPU_INFO = pathlib.Path('/proc/cpuinfo')
 # Instructions that multiply bfloat16 numbers and add up in float32: Intel since Cooper Lake and
 # Sapphire Rapids, AMD since Zen 4.
 _BFLOAT16_FLAGS = frozenset(('avx512_bf16', 'amx_bf16'))
@@ -13,10 +14,11 @@ _BFLOAT16_FLAGS = frozenset(('avx512_bf16', 'amx_bf16'))
 def processor_flags() -> str:
   """Returns the instruction sets of the processor, as Linux lists them, or else its name."""
   try:
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+    lines = _CPU_INFO.read_text().splitlines()
   except OSError:
     lines = []
-  return next((s for s in lines if s.startswith(('flags', 'Features'))), platform.processor())
+  flags = next((s for s in lines if s.startswith(('flags', 'Features'))), '')
+  return flags or platform.processor()
 
 
 def multiplies_bfloat16() -> bool:

@@ -198,11 +198,15 @@ def test_products_of_bfloat16_operands(monkeypatch):
   monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: False)
   model = zoo.find('ppn_voc')
   (image, *_), found = pictures((300, 300)), {}
-  for name in (None, '', 'bfloat16', 'auto'):
+  for name in (None, 'same', 'bfloat16', 'auto'):
     found[name] = ppn_jax.load(model, matmul_dtype=name)(image, threshold=0.0)
-  assert_same(found[None], found[''])
+  assert_same(found[None], found['same'])
   assert_same(found[None], found['auto'])
-  difference = np.abs(found[''].scores - found['bfloat16'].scores).max()
+  difference = np.abs(found['same'].scores - found['bfloat16'].scores).max()
+  assert 0 < difference < 0.02
+  monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: True)
+  difference = np.abs(ppn_jax.load(model, matmul_dtype='auto')(image, threshold=0.0).scores
+                      - found['same'].scores).max()
   assert 0 < difference < 0.02
   with pytest.raises(InputError, match="matmul_dtype 'float16'; did you mean 'bfloat16'"):
     ppn_jax.load(model, matmul_dtype='float16')

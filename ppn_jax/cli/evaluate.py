@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
   if args.pictures < 0:
     raise InputError(f'--pictures={args.pictures} must be at least 0')
   if (args.overrides or args.config or args.matmul_dtype) and not args.output:
-    raise InputError('give --output=DIR with --config entries and --matmul_dtype, so that the '
+    raise InputError('give --output=DIR with --config entries or --matmul_dtype, so that the '
                      "results of the run's own evaluation are not overwritten")
   if args.model is not None and (args.follow or args.steps is not None):
     raise InputError('--follow and --steps are for the checkpoints of a run; give its --workdir')

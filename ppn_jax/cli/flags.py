@@ -42,11 +42,11 @@ def add_allow_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_matmul_dtype_flag(parser: argparse.ArgumentParser) -> None:
   """Adds --matmul_dtype, which changes `config.model.layers.matmul_dtype` of a trained model."""
-  # MATMUL_DTYPES without '', which is the config's default; models are not imported for --help.
-  parser.add_argument('--matmul_dtype', choices=('bfloat16', 'auto'),
-                      help='multiply matrices of bfloat16: faster on CPUs that have it '
-                           '(avx512_bf16, amx_bf16); auto does so on those alone (default: as in '
-                           'training)')
+  # MATMUL_DTYPES, since models are not imported for --help.
+  parser.add_argument('--matmul_dtype', choices=('same', 'bfloat16', 'auto'),
+                      help='bfloat16 rounds the numbers that large matrix products multiply, which '
+                           'is faster on CPUs with instructions for it (avx512_bf16, amx_bf16); '
+                           'auto does so on those alone, same never (default: as in training)')
 
 
 def open_model(args: argparse.Namespace, *, data: str | None = None) -> 'TrainedModel':

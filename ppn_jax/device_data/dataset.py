@@ -30,7 +30,7 @@ from ppn_jax.telemetry.host_memory import available_memory
 _ORDER_TAG, _AUGMENT_TAG, _REPEAT_TAG, _OTHER_TAG = 0x0de5, 0xa064, 0x4e9f, 0x07e1
 _LANES, _SUBLANES = 128, 32  # A TPU's tile of bytes: rows of whole tiles waste and split none.
 _GRID_AXES = ('data_rows', 'data_columns')  # Of the mesh as the exchange sees it.
-_CHUNK = 64  # Images that are copied to a device at a time.
+_CHUNK = 64  # The most images that are copied to a device at a time.
 # Estimated memory of a training step per pixel of its input. For PPN, the TPU compiler reports 235
 # in bfloat16 (1.35 GB for 64 images of 300 px); float32 needs twice that, SSD and FPN less.
 _STEP_BYTES_PER_PIXEL = 512
@@ -142,7 +142,7 @@ def load(source: Source, spec: ResidentSpec, mesh: Mesh, *, threads: int = 0,
     part = jax.tree.map(
         lambda a, device=device: jnp.zeros((rows, *a.shape[1:]), a.dtype, device=device), shapes)
     examples = _Subset(source, range(min(first, len(source)), min(first + rows, len(source))))
-    for number, batch in enumerate(_batches(examples, spec, min(_CHUNK, rows), threads)):
+    for number, batch in enumerate(_batches(examples, spec, _chunk(spec, mesh), threads)):
       chunk = batch.images, batch.size, batch.ground_truth
       part = _insert(part, *jax.device_put(chunk, device), number * len(batch.images))
       done += int(batch.valid.sum())
@@ -256,9 +256,21 @@ class _Subset:
 
 def _rows(spec: ResidentSpec, mesh: Mesh) -> int:
   """Returns the rows on each device, a multiple of the chunk: one program inserts all chunks."""
-  rows = -(-spec.num_images // mesh.size)
-  chunk = min(_CHUNK, rows)
-  return -(-rows // chunk) * chunk
+  chunk = _chunk(spec, mesh)
+  return -(-_images_per_device(spec, mesh) // chunk) * chunk
+
+
+def _chunk(spec: ResidentSpec, mesh: Mesh) -> int:
+  """Returns how many images are copied to a device at a time.
+
+  Padding to whole chunks is kept small, because the exchange expects all devices to hold as many.
+  """
+  images = _images_per_device(spec, mesh)
+  return -(-images // -(-images // _CHUNK))
+
+
+def _images_per_device(spec: ResidentSpec, mesh: Mesh) -> int:
+  return -(-spec.num_images // mesh.size)
 
 
 def _free_memory(device: jax.Device) -> int:

@@ -145,13 +145,9 @@ def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
   return Mesh(np.array(by_slice(devices)), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def as_grid(mesh: Mesh | AbstractMesh, shape: tuple[int, int], names: tuple[str, str]
-            ) -> Mesh | AbstractMesh:
+def as_grid(mesh: Mesh, shape: tuple[int, int], names: tuple[str, str]) -> Mesh:
   """Returns a one-dimensional mesh's devices as a mesh of two dimensions, in row-major order."""
-  types = (AxisType.Auto,) * 2
-  if isinstance(mesh, AbstractMesh):
-    return AbstractMesh(shape, names, axis_types=types)
-  return Mesh(mesh.devices.reshape(shape), names, axis_types=types)
+  return Mesh(mesh.devices.reshape(shape), names, axis_types=(AxisType.Auto,) * 2)
 
 
 def by_slice(devices: Sequence[jax.Device]) -> list[jax.Device]:

@@ -159,7 +159,8 @@ class EvaluationJob:
   def conditions(self) -> dict[str, Any]:
     """Returns what scores depend on in addition to the checkpoint; see `retention.Record.about`."""
     average = self.options.ema is not False and bool(self.run.config.optim.ema_decay)
-    return {'average': average, 'images': len(self.evaluator.source)}
+    return {'average': average, 'images': len(self.evaluator.source),
+            'matmul_dtype': self.options.matmul_dtype}
 
   def evaluate(self, step: int, variables: Variables, folder: storage.Path) -> Evaluation:
     """Scores variables of a step and writes the results to a folder.
@@ -283,7 +284,7 @@ def evaluate(run: TrainedModel | str | os.PathLike[str], *, step: int | None = N
     options: what to compute and draw.
     output: folder to write to; by default `evaluation/STEP` in the workdir, or
       `evaluation_raw/STEP` for the weights themselves of a run that keeps an average. Needed for
-      weights files and other data.
+      weights files, other data and another `matmul_dtype`.
     allow: packages or modules of your own that the config of a workdir may import, see
       `run.open_run`.
     data: entries of `data.eval` to change; a weights file names no data.
@@ -296,10 +297,10 @@ def evaluate(run: TrainedModel | str | os.PathLike[str], *, step: int | None = N
   """
   if not isinstance(run, TrainedModel):
     run = open_model(run, allow=allow)
+  if output is None and (data or options.matmul_dtype is not None):
+    raise InputError(f'{"data" if data else "matmul_dtype"} is given, so give output=DIR too: the '
+                     "results of the run's own evaluation are not overwritten")
   if data:
-    if output is None:
-      raise InputError("data is given, so give output=DIR too: the results of the run's own "
-                       'evaluation are not overwritten')
     run = run.with_eval_data(data)
   folder = None if output is None else storage.folder_path(output, 'output')
   return prepare_evaluation(run, options).score(step, folder)

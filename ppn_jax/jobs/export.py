@@ -155,13 +155,15 @@ def size_of(path: pathlib.Path) -> int:
 def _detectors(run: TrainedModel, options: ExportOptions) -> tuple[Detector, Detector]:
   """Returns the run's detector in the form to write, and the one to compare with.
 
-  For TensorFlow's formats, convolutions have their native form and are computed in float32.
+  For TensorFlow's formats, convolutions have their native form and are computed in float32. No file
+  depends on the processor of the machine that writes it.
   """
   if options.format == 'stablehlo':
-    return (run.detector(),) * 2
+    automatic = run.config.model.layers.matmul_dtype == 'auto'
+    return (run.detector(**({'matmul_dtype': 'same'} if automatic else {})),) * 2
   config = run.config.copy_and_resolve_references()
   with config.unlocked():
-    config.model.layers.update(dtype='float32', matmul_dtype='')
+    config.model.layers.update(dtype='float32', matmul_dtype='same')
     reference = build_detector(config)
     config.model.layers.conv_form = 'native'
   return build_detector(config), reference

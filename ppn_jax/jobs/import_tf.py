@@ -116,7 +116,8 @@ def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
         not is_given('loss.name')):
       hard_negative_mining(config)
       changed['loss.name'] = config.loss.name
-    if _repeats_1x1(config) and not is_given('model.neck.repeat_1x1'):
+    is_detector = file.postprocessing is not None or importer.recognise(file).kind in ('ppn', 'ssd')
+    if is_detector and _repeats_1x1(config) and not is_given('model.neck.repeat_1x1'):
       config.model.neck.repeat_1x1 = changed['model.neck.repeat_1x1'] = True
   return config.lock(), f'set from the file: {describe(changed)}' if changed else ''
 

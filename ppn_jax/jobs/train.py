@@ -263,7 +263,7 @@ def _with_batch_norm(run: Run, state: TrainState, source: Source, count: int
     if run.config.model.layers.norm != 'frozen':
       logger.warning(f'{what}, and with init.norm_images=0 batch statistics will rescale them')
     return run, state
-  exact = run.detector(dtype='float32', matmul_dtype='')
+  exact = run.detector(dtype='float32', matmul_dtype='same')
   restored = restore_batch_norm(exact, state.variables, layers,
                                 sample_images(run.config, source, count))
   line = (f'{what}: put back from {count:,} training images; {restored.still:,} of '

@@ -31,7 +31,7 @@ from ppn_jax.processor import multiplies_bfloat16
 
 Array = jax.Array
 CONV_FORMS = ('auto', 'native', 'shifted', 'dense')
-MATMUL_DTYPES = ('', 'bfloat16', 'auto')
+MATMUL_DTYPES = ('same', 'bfloat16', 'auto')
 
 # The 'dense' form is used up to this many channels; with more, multiplying zeros takes longer than
 # it saves.
@@ -87,12 +87,6 @@ def _with_forms(native: Callable, *, vjps: Mapping[str, Callable], **others: Cal
   """
   forms = {'native': native, **others}
 
-  def vjp_of(function, stride):
-    def backward(*operands_and_cotangent):
-      *operands, g = operands_and_cotangent
-      return jax.vjp(functools.partial(function, stride), *operands)[1](g)
-    return backward
-
   @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
   def op(form, stride, *operands):
     return _choose(form, {name: functools.partial(function, stride)
@@ -103,11 +97,20 @@ def _with_forms(native: Callable, *, vjps: Mapping[str, Callable], **others: Cal
 
   def backward(form, stride, operands, g):
     gradients = {name: functools.partial(vjps[name], stride) if name in vjps
-                 else vjp_of(function, stride) for name, function in forms.items()}
+                 else functools.partial(_plain_vjp(function), stride)
+                 for name, function in forms.items()}
     return _choose(form, gradients, *operands, g)
 
   op.defvjp(forward, backward)
   return op
+
+
+def _plain_vjp(function: Callable) -> Callable:
+  """Returns the gradient of an operation as JAX derives it."""
+  def backward(stride, *operands_and_cotangent):
+    *operands, g = operands_and_cotangent
+    return jax.vjp(functools.partial(function, stride), *operands)[1](g)
+  return backward
 
 
 def _wide_vjp(function: Callable) -> Callable:
@@ -273,7 +276,7 @@ def depthwise_conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'aut
 class _ConvOptions(NamedTuple):
   """Stride of a convolution, and `matmul_dtype` as in `conv`."""
   stride: int
-  matmul_dtype: str = ''
+  matmul_dtype: str = 'same'
 
 
 def _is_rounded(options: _ConvOptions, kernel: Array, *, auto: bool = False) -> bool:
@@ -302,12 +305,21 @@ def _conv_native(options: _ConvOptions, x: Array, kernel: Array) -> Array:
 
 def _conv_vjp(options: _ConvOptions, x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
   """Computes the gradients of `_conv_native`; where it rounds, the cotangent is rounded too."""
-  kernel_of_x = kernel.astype(x.dtype)
+  return _plain_vjp(_conv_native)(*_rounded_operands(options, x, kernel, g))
+
+
+def _conv_dense_vjp(options: _ConvOptions, x: Array, kernel: Array, g: Array
+                    ) -> tuple[Array, Array]:
+  """Computes the gradients as `_conv_vjp`, that of the kernel in float32."""
+  return _wide_vjp(_conv_native)(*_rounded_operands(options, x, kernel, g))
+
+
+def _rounded_operands(options: _ConvOptions, x: Array, kernel: Array, g: Array
+                      ) -> tuple[_ConvOptions, Array, Array, Array]:
+  """Rounds operands and cotangent where `options` say so; returns options that no longer do."""
   if _is_rounded(options, kernel):
-    x, kernel_of_x, g = map(_round, (x, kernel_of_x, g))
-  plain = functools.partial(_conv_native, options._replace(matmul_dtype=''))
-  of_x, of_kernel = jax.vjp(plain, x, kernel_of_x)[1](g)
-  return of_x, of_kernel.astype(kernel.dtype)
+    x, kernel, g = map(_round, (x, kernel, g))
+  return options._replace(matmul_dtype='same'), x, kernel, g
 
 
 def _conv_matmul(options: _ConvOptions, x: Array, kernel: Array) -> Array:
@@ -351,7 +363,7 @@ def _multiply(a: Array, b: Array, dtype: Any) -> Array:
 
 def _rounded_product_forward(narrow: bool, a: Array, b: Array
                              ) -> tuple[Array, tuple[Array, Array]]:
-  # The barriers make XLA write operands once that both passes, or both gradients, read.
+  # The barriers make XLA write operands once, in the narrow type, that several products read.
   operands = lax.optimization_barrier((_narrowed(narrow, a), _narrowed(narrow, b)))
   return _multiply(*operands, a.dtype), operands
 
@@ -381,19 +393,12 @@ def _patches(x: Array, side: int, stride: int) -> Array:
   return jnp.concatenate([tap(i, j) for i in range(side) for j in range(0, side, stride)], axis=-1)
 
 
-def _conv_dense_vjp(options: _ConvOptions, x: Array, kernel: Array, g: Array
-                    ) -> tuple[Array, Array]:
-  if _is_rounded(options, kernel):
-    return _conv_vjp(options, x, kernel, g)
-  return _wide_vjp(_conv_native)(options, x, kernel, g)
-
-
 _conv = _with_forms(_conv_native, shifted=_conv_matmul, dense=_conv_native,
                   vjps={'native': _conv_vjp, 'dense': _conv_dense_vjp})
 
 
 def conv(x: Array, kernel: Array, *, stride: int = 1, form: str = 'auto',
-         matmul_dtype: str = '') -> Array:
+         matmul_dtype: str = 'same') -> Array:
   """Convolves with SAME padding.
 
   Args:

@@ -29,7 +29,8 @@ _POOLING = frozenset({'reduce_window_max', 'reduce_window_min', 'reduce_window_s
 _REDUCTIONS = frozenset({'reduce', 'reduce_window'})
 # These pass on the values of their first operand, and with them the argument that they came from.
 _VIEWS = frozenset({'broadcast_in_dim', 'convert_element_type', 'copy', 'copy_p', 'reshape',
-                    'squeeze', 'stop_gradient', 'transpose', 'expand_dims'})
+                    'squeeze', 'stop_gradient', 'transpose', 'expand_dims', 'reduce_precision',
+                    'optimization_barrier'})
 
 
 class Operation(NamedTuple):

@@ -30,10 +30,12 @@ class LayerPolicy:
   Attributes:
     dtype: float type of the computation. Parameters, statistics and the heads' outputs are float32
       in any case.
-    matmul_dtype: 'bfloat16' rounds the operands of large matrix products, and their cotangents, to
-      bfloat16; all else is as `dtype` says, and sums are float32. With dtype='float32' this is
-      faster on CPUs that multiply bfloat16 (avx512_bf16, amx_bf16) and slower on others. 'auto'
-      does it there alone. '' rounds nothing.
+    matmul_dtype: type of the numbers that matrix products multiply, if each sum has at least 128
+      terms and there are 128 sums a row. 'same' is `dtype`. 'bfloat16' rounds them, and gradients
+      before they are multiplied; everything else keeps `dtype`, and sums are float32. It is faster
+      on CPUs with instructions for it (avx512_bf16, amx_bf16), slower on other CPUs and of no use
+      on GPUs and TPUs. 'auto' rounds on CPUs with these instructions alone; the machine that
+      compiles the program decides.
     norm: 'batch', or 'frozen': batch norm uses its moving averages in training too and does not
       update them, as the reference's freeze_batchnorm; its scales and biases are still trained. For
       small batches, from pretrained weights.
@@ -54,7 +56,7 @@ class LayerPolicy:
     InputError: If a value is outside its range.
   """
   dtype: Any = jnp.float32
-  matmul_dtype: str = ''
+  matmul_dtype: str = 'same'
   norm: str = 'batch'
   norm_decay: float = 0.97
   norm_epsilon: float = 1e-3

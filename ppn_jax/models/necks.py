@@ -24,7 +24,8 @@ class PoolingPyramid(nn.Module):
     num_levels: number of levels, the first being the map itself; 0 for all levels down to 1x1.
     projection: depth of a 1x1 ConvNorm before the first level; 0 for none.
     repeat_1x1: whether levels may follow a 1x1 one, 1x1 as well, as in detectors of the Object
-      Detection API for small images; otherwise they are an error.
+      Detection API for images of up to 256 px; otherwise they are an error. With num_levels=0 there
+      are none.
     policy: see LayerPolicy.
   """
   stride: int = 16

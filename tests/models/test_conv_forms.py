@@ -54,6 +54,20 @@ def test_conv_forms_agree(size, side, stride):
   assert_forms_agree(op, x.astype(jnp.float32), kernel.astype(jnp.float32), tolerance=1e-5)
 
 
+@pytest.mark.parametrize('fast', [False, True])
+def test_large_products_of_bfloat16_sum_in_float32(monkeypatch, fast):
+  monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: fast)
+  x = random((2, 5, 6, 128), dtype=np.float32).astype(jnp.bfloat16)
+  kernel = random((1, 1, 128, 130), 1, np.float32)
+  op = functools.partial(convolution.conv, form='shifted')
+  found = value_and_gradients(op, x, kernel)
+  rounded = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+  y, vjp = jax.vjp(op, x.astype(jnp.float32), rounded)
+  exact = (y, *vjp(random(y.shape, 9).astype(jnp.bfloat16).astype(jnp.float32)))
+  for a, b in zip(found, exact, strict=True):
+    np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize('stride', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_shifted_bfloat16_sums_in_float32_and_rounds_once(stride):
   x = random((2, 19, 19, 8), dtype=np.float32).astype(jnp.bfloat16)
@@ -85,6 +99,15 @@ def test_rounded_products_agree_and_equal_those_of_rounded_operands(monkeypatch,
     np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
   plain = convolution.conv(x, kernel, form='shifted')
   assert 1e-5 < float(jnp.abs(found[0] - plain).max() / jnp.abs(plain).max()) < 2**-7
+
+
+def test_kernel_gradients_of_rounded_products_stay_float32_on_tpus():
+  x, kernel = jnp.zeros((1, 4, 4, 128), jnp.bfloat16), jnp.zeros((1, 1, 128, 130))
+  gradient = jax.jit(jax.grad(lambda k: convolution.conv(
+      x, k, form='dense', matmul_dtype='bfloat16').sum().astype(jnp.float32)))
+  text = gradient.trace(kernel).lower(lowering_platforms=('tpu',)).as_text()
+  products = [line for line in text.splitlines() if 'stablehlo.convolution' in line]
+  assert products[-1].endswith('tensor<1x1x128x130xf32>'), products
 
 
 @pytest.mark.parametrize('fast', [False, True])
