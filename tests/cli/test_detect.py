@@ -9,9 +9,11 @@ from PIL import Image
 from tiny import untrained_run
 
 import ppn_jax
+from ppn_jax import image_detector
 from ppn_jax.cli.detect import _drawing_paths
 from ppn_jax.cli.main import main
 from ppn_jax.data.images import decoding, video
+from ppn_jax.errors import InputError
 
 
 @pytest.fixture(scope='module')
@@ -200,3 +202,22 @@ def test_mistakes(run, tmp_path, monkeypatch, capsys, arguments, message):
   assert main(['detect', f'--workdir={run}', '--output=out', *arguments]) == 2
   assert message in command_lines(capsys)[-1]
   assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize('command', ['detect', 'serve'])
+def test_matmul_dtype_reaches_the_detector(monkeypatch, tmp_path, run, command):
+  if command == 'serve':
+    pytest.importorskip('starlette', reason="pip install 'ppn_jax[serve]'")
+  draw(tmp_path / 'a.png')
+  given = []
+
+  def load(path, **options):
+    given.append(options['matmul_dtype'])
+    raise InputError('loaded')
+
+  monkeypatch.setattr(image_detector, 'load', load)
+  arguments = [str(tmp_path / 'a.png'), f'--output={tmp_path / "found"}']
+  for flags in ([], ['--matmul_dtype=bfloat16']):
+    assert main([command, f'--workdir={run}', *flags,
+                 *(arguments if command == 'detect' else [])]) == 2
+  assert given == [None, 'bfloat16']

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tiny import untrained_run
 
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.data.sources import scans
@@ -76,3 +77,14 @@ def test_a_run_is_evaluated_with_the_scans_of_its_workdir(tmp_path, monkeypatch)
   assert seen == ['scanned']
   open_evaluator(SimpleNamespace(), None, None, 'hotcoco')  # A weights file has no workdir.
   assert seen == ['scanned'] * 2
+
+
+def test_another_matmul_dtype_needs_a_folder_of_its_own(tmp_path):
+  run = untrained_run(tmp_path / 'run')
+  options = evaluate_job.EvaluationOptions(matmul_dtype='bfloat16')
+  with pytest.raises(InputError, match='matmul_dtype is given, so give output=DIR'):
+    evaluate_job.evaluate(run, options=options)
+  config = SimpleNamespace(optim=SimpleNamespace(ema_decay=0))
+  job = evaluate_job.EvaluationJob(SimpleNamespace(config=config), None,
+                                   SimpleNamespace(source=range(3)), options)
+  assert job.conditions() == {'average': False, 'images': 3, 'matmul_dtype': 'bfloat16'}

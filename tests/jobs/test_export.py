@@ -1,5 +1,6 @@
 """`ppn export`: the file that jax.export opens, and what is rejected or not kept."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -216,3 +217,17 @@ def test_other_files_are_rejected(tmp_path, content):
     path.write_bytes(content)
   with pytest.raises(ValueError, match=r'no file|not a file of `ppn export`|needs onnxruntime'):
     open_export(path)
+
+
+@pytest.mark.parametrize('format, given, written', [
+    ('tflite', 'bfloat16', 'same'), ('stablehlo', 'auto', 'same'),
+    ('stablehlo', 'bfloat16', 'bfloat16')])
+def test_files_do_not_depend_on_the_processor(workdir, format, given, written):
+  run = open_run(workdir)
+  config = run.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.layers.matmul_dtype = given
+  run = dataclasses.replace(run, config=config.lock())
+  options = SimpleNamespace(format=format)
+  for detector in export_job._detectors(run, options):
+    assert detector.network.policy.matmul_dtype == written
