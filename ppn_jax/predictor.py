@@ -96,7 +96,7 @@ def load_predictor(model: 'TrainedModel', *, step: int | None = None, ema: bool 
   from ppn_jax.distributed import sharding
   _check_batch_size(batch_size)
   model.check_average(ema, 'ema')
-  detector = model.detector(**({} if matmul_dtype is None else {'matmul_dtype': matmul_dtype}))
+  detector = model.detector(matmul_dtype=matmul_dtype)
   # One device, because splitting a few images over several does not pay off.
   mesh = sharding.data_mesh(jax.local_devices()[:1])
   step, variables = model.load_variables(detector, mesh, step=step, ema=ema)

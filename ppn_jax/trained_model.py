@@ -45,10 +45,14 @@ class TrainedModel(abc.ABC):
     """Name of the folder or file, for titles."""
 
   def detector(self, **layers: Any) -> Detector:
-    """Builds the detector of the config, with these entries of `config.model.layers` changed."""
+    """Builds the detector of the config, with entries of `config.model.layers` changed.
+
+    Args:
+      **layers: the entries; None leaves one as it is.
+    """
     config = self.config.copy_and_resolve_references()
     with config.unlocked():
-      config.model.layers.update(layers)
+      config.model.layers.update({k: v for k, v in layers.items() if v is not None})
     return build_detector(config.lock())
 
   def with_eval_data(self, data: Mapping[str, Any]) -> Self:

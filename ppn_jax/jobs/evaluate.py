@@ -244,9 +244,7 @@ def prepare_evaluation(run: TrainedModel, options: EvaluationOptions) -> Evaluat
         '--config=own_data:coco_json --config.data.eval.images=... '
         '--config.data.eval.annotations=..., in Python data=dict(name=...)')
   keep_freed_memory_on_cpu()
-  mesh = sharding.data_mesh()
-  detector = run.detector(**({} if options.matmul_dtype is None
-                             else {'matmul_dtype': options.matmul_dtype}))
+  mesh, detector = sharding.data_mesh(), run.detector(matmul_dtype=options.matmul_dtype)
   evaluator = _open_evaluator(run, detector, mesh, options.scorer)
   for line in report(evaluator.source, 'data.eval').warnings:
     logger.warning(line)

@@ -28,7 +28,7 @@ from ppn_jax.export.formats import ExportOptions, companion_file, make_metadata,
 from ppn_jax.export.runtimes import ExportedDetector, open_export
 from ppn_jax.jobs import mediapipe_file, postprocess_file
 from ppn_jax.storage import local_path
-from ppn_jax.trained_model import SharedModel, TrainedModel, build_detector
+from ppn_jax.trained_model import SharedModel, TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -160,13 +160,9 @@ def _detectors(run: TrainedModel, options: ExportOptions) -> tuple[Detector, Det
   """
   if options.format == 'stablehlo':
     automatic = run.config.model.layers.matmul_dtype == 'auto'
-    return (run.detector(**({'matmul_dtype': 'same'} if automatic else {})),) * 2
-  config = run.config.copy_and_resolve_references()
-  with config.unlocked():
-    config.model.layers.update(dtype='float32', matmul_dtype='same')
-    reference = build_detector(config)
-    config.model.layers.conv_form = 'native'
-  return build_detector(config), reference
+    return (run.detector(matmul_dtype='same' if automatic else None),) * 2
+  exact = {'dtype': 'float32', 'matmul_dtype': 'same'}
+  return run.detector(**exact, conv_form='native'), run.detector(**exact)
 
 
 def _write(path: pathlib.Path, run: TrainedModel, detector: Detector, variables: Any,

@@ -97,10 +97,10 @@ def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
     return any(key == other or key.startswith(f'{other}.') for other in given)
 
   settings = model_settings({name: tensor.shape for name, tensor in file.tensors.items()})
+  is_detector = file.postprocessing is not None or importer.recognise(file).kind in ('ppn', 'ssd')
   if file.postprocessing is not None:
     settings |= _settings_of_detector(file, is_given('model.image_size'))
-  elif file.kind == 'checkpoint' and file.image_size and (
-      importer.recognise(file).kind in ('ppn', 'ssd')):
+  elif file.kind == 'checkpoint' and file.image_size and is_detector:
     settings['model.image_size'] = file.image_size
   changed = {}
   config = config.copy_and_resolve_references()
@@ -116,7 +116,6 @@ def fit_config(config: ConfigDict, file: WeightFile, given: Collection[str] = ()
         not is_given('loss.name')):
       hard_negative_mining(config)
       changed['loss.name'] = config.loss.name
-    is_detector = file.postprocessing is not None or importer.recognise(file).kind in ('ppn', 'ssd')
     if is_detector and _repeats_1x1(config) and not is_given('model.neck.repeat_1x1'):
       config.model.neck.repeat_1x1 = changed['model.neck.repeat_1x1'] = True
   return config.lock(), f'set from the file: {describe(changed)}' if changed else ''

@@ -12,11 +12,11 @@ from jax import lax
 from ppn_jax.detection.batch_groups import check_group_size, num_groups
 from ppn_jax.errors import InputError, did_you_mean
 from ppn_jax.models.convolution import (
-    CONV_FORMS,
-    MATMUL_DTYPES,
-    accumulator,
-    conv,
-    depthwise_conv,
+  CONV_FORMS,
+  MATMUL_DTYPES,
+  accumulator,
+  conv,
+  depthwise_conv,
 )
 
 Array = jax.Array
