@@ -144,7 +144,10 @@ class ImageDetector:
     """Detects objects in several images, reading no more than one batch of them at a time.
 
     Args:
-      images, threshold, tiles, overlap: see `__call__`.
+      images: the images, as for `__call__`.
+      threshold: see `__call__`.
+      tiles: see `__call__`.
+      overlap: see `__call__`.
       track: whether the images are the frames of one video, in order. Detections then have
         `track_ids`, numbers from 1 on that objects keep from frame to frame. An object that is not
         detected keeps its number for a second.

@@ -104,6 +104,25 @@ def float64():
 
 
 @pytest.fixture
+def import_from(monkeypatch):
+  """Returns a function that makes a folder's modules importable, until the end of the test.
+
+  They are forgotten then, since other tests may write modules of the same names.
+  """
+  folders = []
+
+  def add(folder):
+    monkeypatch.syspath_prepend(folder)
+    folders.append(pathlib.Path(folder))
+
+  yield add
+  for name, module in list(sys.modules.items()):
+    file = getattr(module, '__file__', None)
+    if file and any(folder in pathlib.Path(file).parents for folder in folders):
+      del sys.modules[name]
+
+
+@pytest.fixture
 def log_lines():
   """Returns the lines that the package has logged in this test so far."""
   from log_lines import logged

@@ -47,12 +47,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def importable(folder, monkeypatch):
+def importable(folder, monkeypatch, import_from):
   monkeypatch.chdir(folder)
-  monkeypatch.syspath_prepend(folder)
-  yield folder
-  for name in FILES:
-    sys.modules.pop(name.removesuffix('.py'), None)
+  import_from(folder)
+  return folder
 
 
 def test_the_page_has_the_files_and_commands():

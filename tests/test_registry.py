@@ -50,9 +50,9 @@ def test_did_you_mean_without_anything_near_lists_all():
   assert did_you_mean('zzz', ['b', 'a']) == "legal: 'a', 'b'"
 
 
-def test_a_blocked_name_is_not_imported(tmp_path, monkeypatch):
+def test_a_blocked_name_is_not_imported(tmp_path, import_from):
   (tmp_path / 'planted.py').write_text('raise RuntimeError("imported")')
-  monkeypatch.syspath_prepend(tmp_path)
+  import_from(tmp_path)
   config = registry.block_imports(
       {'name': 'counter', 'inner': [{'name': 'planted:X', 'depth': 3}]}, (), 'W')
   assert config == {'name': 'counter', 'inner': ({'name': 'planted:X', 'depth': 3},)}

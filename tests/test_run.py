@@ -118,11 +118,11 @@ USES = {
 
 
 @pytest.mark.parametrize('place', USES)
-def test_opening_a_run_imports_nothing_that_its_files_name(tmp_path, place, monkeypatch):
+def test_opening_a_run_imports_nothing_that_its_files_name(tmp_path, place, import_from):
   package = tmp_path / 'planted'
   package.mkdir()
   (package / '__init__.py').write_text('raise RuntimeError("imported")')
-  monkeypatch.syspath_prepend(tmp_path)
+  import_from(tmp_path)
 
   def change(written):
     *blocks, last = [int(key) if key.isdecimal() else key for key in place.split('.')]

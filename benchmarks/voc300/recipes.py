@@ -94,7 +94,7 @@ def _reduced(width: float, levels: int, head: int, depths: tuple[int, ...], fpn_
 # At 160 and 224 px PPN and FPN have the five levels that the image allows, with the scales 0.15 to
 # 0.95, and six of the same range at 300 px. SSD has six throughout, since each has variables of its
 # own; the last two are of 1x1 pixel there.
-_SMALLER = {'ppn': {}, 'ssd': {'neck.repeat_1x1': True}, 'fpn': {}}
+_SMALLER = {'ppn': {}, 'ssd': {'neck.repeat_1x1': True}, 'fpn': {'neck.num_levels': 0}}
 _GROWING = (Phase(160, 0.58, 1.0, _SMALLER), Phase(224, 0.23, 0.5, _SMALLER),
             Phase(300, 0.19, 0.5))
 

@@ -257,9 +257,9 @@ HEAD = ('params', 'head', 'box_bias')
     (lambda c, v: c['model']['neck'].update(name='none'), "unknown neck 'none'"),
     (lambda c, v: c.update(model=3), 'its config cannot be used'),
     (lambda c, v: c['model']['backbone'].update(name='planted:Net'), '--allow=planted')])
-def test_a_file_that_does_not_fit_its_own_config(shared, tmp_path, monkeypatch, change, message):
+def test_a_file_that_does_not_fit_its_own_config(shared, tmp_path, import_from, change, message):
   (tmp_path / 'planted.py').write_text('raise AssertionError("imported")')
-  monkeypatch.syspath_prepend(tmp_path)
+  import_from(tmp_path)
   path = rewritten(shared, tmp_path / 'a.safetensors', change)
   with pytest.raises(InputError, match=message) as caught:
     ppn_jax.load(path)
@@ -274,9 +274,9 @@ def test_keys_of_a_newer_version_are_ignored(shared, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_component_that_is_allowed(shared, tmp_path, monkeypatch):
+def test_a_component_that_is_allowed(shared, tmp_path, import_from):
   (tmp_path / 'my_nets.py').write_text('from ppn_jax.models.mobilenet_v1 import MobileNetV1 as Net')
-  monkeypatch.syspath_prepend(tmp_path)
+  import_from(tmp_path)
   path = rewritten(shared, tmp_path / 'a.safetensors',
                    lambda c, v: c['model']['backbone'].update(name='my_nets:Net'))
   assert ppn_jax.load(path, allow=('my_nets',)).step == 6

@@ -75,11 +75,11 @@ def test_training_starts_from_it_and_its_file_says_so(earlier, tmp_path, steps_n
   assert 'circle, star' in init['report'][2] and len(init['report']) <= 5
 
 
-def test_custom_components_are_not_imported(earlier, tmp_path, monkeypatch):
+def test_custom_components_are_not_imported(earlier, tmp_path, import_from):
   """Only names and shapes of the variables count, not what the file's config names."""
   from ppn_jax.export.weights_file import read_weights_file, write_weights_file
   (tmp_path / 'planted.py').write_text('raise AssertionError("imported")')
-  monkeypatch.syspath_prepend(tmp_path)
+  import_from(tmp_path)
   file = read_weights_file(earlier[1])
   config = json.loads(json.dumps(file.header['config']))
   config['model']['backbone']['name'] = 'planted:Net'
