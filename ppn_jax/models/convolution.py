@@ -41,6 +41,9 @@ _ROWS = 5
 # Matrix products are only rounded if each sum has at least this many terms, and a row that many
 # sums; in smaller ones, rounding takes longer than it saves.
 _ROUNDED_TERMS = 128
+# Rows of a chunk, where the gradient of a kernel is the sum of products over chunks of rows, so that
+# a chunk's operands stay in a processor's cache.
+_CHUNK_ROWS = 6_000
 _DIMENSIONS = ('NHWC', 'HWIO', 'NHWC')
 
 
@@ -372,10 +375,32 @@ def _rounded_product_backward(narrow: bool, operands: tuple[Array, Array], g: Ar
                               ) -> tuple[Array, Array]:
   a, b = operands
   rounded = lax.optimization_barrier(_narrowed(narrow, g))
-  return _multiply(rounded, b.T, g.dtype), _multiply(a.T, rounded, g.dtype)
+  if not narrow:
+    return _multiply(rounded, b.T, g.dtype), _multiply(a.T, rounded, g.dtype)
+  chunked = (-1, _chunk_rows(len(a)))
+  of_b = _multiply(_transposed(a.reshape(*chunked, a.shape[1])),
+                   rounded.reshape(*chunked, g.shape[1]), g.dtype)
+  return _multiply(rounded, _transposed(b), g.dtype), jnp.sum(of_b, axis=0)
 
 
 _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
+
+
+def _chunk_rows(rows: int) -> int:
+  """Returns the largest divisor of `rows` up to `_CHUNK_ROWS`, or `rows` if that is tiny."""
+  size = next(n for n in range(min(_CHUNK_ROWS, rows), 0, -1) if rows % n == 0)
+  return size if size >= _CHUNK_ROWS // 8 else rows
+
+
+def _transposed(x: Array) -> Array:
+  """Transposes the last two axes, and makes XLA write the result to memory.
+
+  XLA's CPU backend multiplies in bfloat16 only if both operands are stored by rows; otherwise it
+  widens them to float32. It decides this before it optimises the program, when a transpose counts
+  as stored by columns and one that was flattened does not.
+  """
+  transposed = jnp.swapaxes(x, -1, -2)
+  return lax.optimization_barrier(transposed.reshape(-1)).reshape(transposed.shape)
 
 
 def _patches(x: Array, side: int, stride: int) -> Array:

@@ -1,6 +1,7 @@
 """Forms for CPUs and TPUs equal the native ones in value and gradient."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from ppn_jax.models import convolution, layers
+from ppn_jax.processor import multiplies_bfloat16
 
 SIZES = ((7, 8), *(pytest.param(size, marks=pytest.mark.slow) for size in ((8, 8), (9, 6), (1, 2))))
 
@@ -99,6 +101,44 @@ def test_rounded_products_agree_and_equal_those_of_rounded_operands(monkeypatch,
     np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
   plain = convolution.conv(x, kernel, form='shifted')
   assert 1e-5 < float(jnp.abs(found[0] - plain).max() / jnp.abs(plain).max()) < 2**-7
+
+
+@pytest.mark.parametrize(('most', 'chunks'), [(6000, 1), (20, 3), (7, 10), (59, 2), (16, 4)])
+def test_kernel_gradients_by_chunks_of_rows(monkeypatch, most, chunks):
+  rows = {3: 60, 10: 70, 2: 62, 4: 64}.get(chunks, 61)
+  monkeypatch.setattr(convolution, '_CHUNK_ROWS', most)
+  monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: True)
+  assert rows // convolution._chunk_rows(rows) == chunks
+  x, kernel = random((1, 1, rows, 128), 0, np.float32), random((1, 1, 128, 130), 1, np.float32)
+  op = functools.partial(convolution.conv, matmul_dtype='bfloat16', form='shifted')
+  y, *gradients = value_and_gradients(op, x, kernel)
+  rounded = lambda a: np.asarray(jnp.bfloat16(a), np.float64)
+  g = rounded(random(y.shape, 9, np.float32))[0, 0]
+  expected = g @ rounded(kernel)[0, 0].T, rounded(x)[0, 0].T @ g
+  for found, exact in zip(gradients, expected, strict=True):
+    np.testing.assert_allclose(found[0, 0], exact, atol=1e-5 * np.abs(exact).max())
+
+
+def test_rows_without_a_useful_divisor_are_one_chunk():
+  assert [convolution._chunk_rows(n) for n in (6007, 12_014, 45_000, 180_000, 1)] == [
+      6007, 12_014, 5625, 6000, 1]
+
+
+def test_gradients_multiply_in_bfloat16_where_the_product_does():
+  if not multiplies_bfloat16():
+    pytest.skip('the processor has no instructions for products of bfloat16')
+  x, kernel = jnp.ones((4, 8, 8, 128)), jnp.ones((1, 1, 128, 256))
+  op = functools.partial(convolution.conv, matmul_dtype='bfloat16', form='shifted')
+
+  def products(function):
+    text = jax.jit(function).lower(x, kernel).compile().as_text()
+    types = dict(re.findall(r'(%[\w.\-]+) = (\w+)\[', text))
+    return [{types[name] for name in (a, b)} for a, b in re.findall(
+        r' dot\((?:\S+ )?(%[\w.\-]+), (?:\S+ )?(%[\w.\-]+)\)', text)]
+
+  if products(op) != [{'bf16'}]:
+    pytest.skip('this version of XLA widens products of bfloat16')
+  assert products(lambda x, k: jax.vjp(op, x, k)[1](jnp.ones((4, 8, 8, 256)))) == [{'bf16'}] * 2
 
 
 def test_kernel_gradients_of_rounded_products_stay_float32_on_tpus():
