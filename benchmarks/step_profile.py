@@ -1,15 +1,16 @@
 """Shows where the time of a training step goes on a CPU, by kind of work; the parts add up.
 
   python benchmarks/step_profile.py --json
-  python benchmarks/step_profile.py --conv_form=native --top=20
+  python benchmarks/step_profile.py --work=detect --batch=1 --top=20
 
-Traces steps of PPN with JAX's profiler, which records when each operation of the compiled program
-ran. The program's metadata tells the layer and the primitive that an operation comes from, and thus
-its kind. At each moment, the operations that run at the same time on several cores share the time
-equally, so the kinds and what is left ('between operations') add up to the time of the steps.
-Some products of float32 run in threads that the profiler does not see; while nothing else runs,
-their time is 'between operations' as well. Times of operations inside loops count for themselves,
-not for the loop. XLA fuses operations of several kinds into one; it counts as its last one.
+Traces steps of PPN, or calls of the network or of detection, with JAX's profiler, which records
+when each operation of the compiled program ran. The program's metadata tells the layer and the
+primitive that an operation comes from, and thus its kind. At each moment, the operations that run
+at the same time on several cores share the time equally, so the kinds and what is left ('between
+operations') add up to the time of the steps. Some products of float32 run in threads that the
+profiler does not see; while nothing else runs, their time is 'between operations' as well. Times of
+operations inside loops count for themselves, not for the loop. XLA fuses operations of several
+kinds into one; it counts as its last one.
 
 `traced_over_untraced` compares with the same steps without the profiler. With --json the last line
 is JSON.
@@ -23,14 +24,18 @@ import re
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import hardware
 import jax
 from jax.profiler import ProfileData
-from train_step import set_up
+from train_step import blocking, random_batch, set_up
 
 from ppn_jax.config import base_config
+from ppn_jax.detector import jit_detect
+from ppn_jax.distributed.sharding import data_mesh
+from ppn_jax.run import build_detector
+from ppn_jax.telemetry.host_memory import keep_freed_memory
 
 BETWEEN = 'between operations'
 UNNAMED = 'operations that XLA added'
@@ -48,6 +53,7 @@ KINDS = (
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--work', default='train', choices=('train', 'network', 'detect'))
   parser.add_argument('--batch', type=int, default=8)
   parser.add_argument('--image_size', type=int, default=300)
   parser.add_argument('--num_classes', type=int, default=90)
@@ -63,21 +69,21 @@ def main() -> None:
   config.model.image_size, config.model.num_classes = args.image_size, args.num_classes
   config.model.layers.update(dtype=args.dtype, conv_form=args.conv_form,
                              matmul_dtype=args.matmul_dtype)
-  setup = set_up(config, args.batch)
-  untraced = timed(setup.train_step, args.steps)
+  run, compiled = prepare(config, args.work, args.batch)
+  untraced = timed(run, args.steps)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
-      timed(setup.train_step, args.steps)
+      timed(run, args.steps)
     by_operation, total = operation_times(folder, args.steps)
-  paths = operation_paths(setup.compiled.as_text())
+  paths = operation_paths(compiled.as_text())
   kinds = defaultdict(float)
   for operation, ms in by_operation.items():
     kinds[kind_of(operation, paths)] += ms
   assert abs(sum(kinds.values()) - total) < 1e-6 * total
   result = {
-      'benchmark': 'step_profile', 'batch': args.batch, 'image_size': args.image_size,
-      'num_classes': args.num_classes, 'dtype': args.dtype, 'matmul_dtype': args.matmul_dtype,
-      'conv_form': args.conv_form, 'steps': args.steps,
+      'benchmark': 'step_profile', 'work': args.work, 'batch': args.batch,
+      'image_size': args.image_size, 'num_classes': args.num_classes, 'dtype': args.dtype,
+      'matmul_dtype': args.matmul_dtype, 'conv_form': args.conv_form, 'steps': args.steps,
       'step_ms': round(total, 1), 'traced_over_untraced': round(total / untraced, 3),
       'kinds_ms': {k: round(v, 1) for k, v in sorted(kinds.items(), key=lambda x: -x[1])},
       **hardware.describe()}
@@ -91,7 +97,22 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def timed(step, steps: int) -> float:
+def prepare(config, work: str, batch: int) -> tuple[Callable[[], object], jax.stages.Compiled]:
+  """Returns a function that runs the work once and waits for it, and its compiled program."""
+  if work == 'train':
+    setup = set_up(config, batch)
+    return setup.train_step, setup.compiled
+  keep_freed_memory()  # As all commands do on a CPU.
+  detector = build_detector(config)
+  images, _ = random_batch(batch, detector.image_size, detector.num_classes)
+  function = (jax.jit(detector.forward) if work == 'network'
+              else jit_detect(detector, data_mesh()))
+  arguments = jax.jit(detector.init)(jax.random.key(0)), images
+  compiled = function.lower(*arguments).compile()
+  return blocking(compiled, *arguments), compiled
+
+
+def timed(step: Callable[[], object], steps: int) -> float:
   """Returns the milliseconds of a step, after three that are not timed."""
   for _ in range(3):
     step()

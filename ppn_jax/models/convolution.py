@@ -40,7 +40,7 @@ DENSE_CHANNELS = 64
 _ROWS = 5
 # Matrix products are only rounded if each sum has at least this many terms, and a row that many
 # sums; in smaller ones, rounding takes longer than it saves.
-_ROUNDED_TERMS = 128
+_ROUNDED_TERMS = 32
 # Most rows of a chunk. Gradients of kernels are sums of products over chunks of rows, whose
 # operands stay in a cache of the processor.
 _CHUNK_ROWS = 6_000

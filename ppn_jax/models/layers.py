@@ -30,8 +30,8 @@ class LayerPolicy:
   Attributes:
     dtype: float type of the computation. Parameters, statistics and the heads' outputs are float32
       in any case.
-    matmul_dtype: type of the numbers that matrix products multiply, if each sum has at least 128
-      terms and there are 128 sums a row. 'same' is `dtype`. 'bfloat16' rounds them, and gradients
+    matmul_dtype: type of the numbers that matrix products multiply, if each sum has at least 32
+      terms and each row at least 32 sums. 'same' is `dtype`. 'bfloat16' rounds them, and gradients
       before they are multiplied; everything else keeps `dtype`, and sums are float32. It is faster
       on CPUs with instructions for it (avx512_bf16, amx_bf16), slower on other CPUs and of no use
       on GPUs and TPUs. 'auto' rounds on CPUs with these instructions alone; the machine that
