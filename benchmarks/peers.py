@@ -60,12 +60,13 @@ MALLOC = ':'.join(f'glibc.malloc.{name}' for name in (
 # 1e-7, its gradient to 0.2%.
 TOLERANCES = {
     'float32': {'outputs': 2e-3, 'outputs_mean': 2e-4, 'loss': 3e-4, 'update': 0.3,
-                'head_update': 0.02, 'averages': 2e-3, 'scores': 1e-3, 'boxes': 1e-3,
-                'unmatched': 0.02},
-    # The largest difference is that of 200,000 outputs; peers keep activations in bfloat16 too.
-    'bfloat16': {'outputs': 5.0, 'outputs_mean': 0.2, 'loss': 2e-2, 'update': 1.0,
-                 'head_update': 0.2, 'averages': 5e-2, 'scores': 0.1, 'boxes': 0.1,
-                 'unmatched': 1.0}}
+                'head_update': 0.02, 'averages': 2e-3, 'scores': 1e-3,
+                'scores_mean': 1e-4, 'boxes': 1e-3, 'unmatched': 0.02},
+    # Peers keep activations in bfloat16 too, with random weights, and the largest difference is that
+    # of 200,000 outputs or 800 scores. float32 tells whether they compute the same.
+    'bfloat16': {'outputs': 5.0, 'outputs_mean': 0.6, 'loss': 2e-2, 'update': 1.0,
+                 'head_update': 0.4, 'averages': 5e-2, 'scores': 0.3,
+                 'scores_mean': 0.05, 'boxes': 0.1, 'unmatched': 1.0}}
 
 
 class SideFailed(Exception):
@@ -399,7 +400,8 @@ def detection_differences(a: Mapping, b: Mapping) -> dict[str, float]:
     matched = nearest < 0.01
     unmatched += int((~matched).sum()) + abs(len(mine) - len(others))
     furthest = max(furthest, float(nearest[matched].max(initial=0)))
-  return {'scores': float(np.abs(a['scores'] - b['scores']).max()), 'boxes': furthest,
+  apart = np.abs(a['scores'] - b['scores'])
+  return {'scores': float(apart.max()), 'scores_mean': float(apart.mean()), 'boxes': furthest,
           'unmatched': unmatched / max(1, int(a['valid'].sum()))}
 
 

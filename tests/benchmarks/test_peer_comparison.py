@@ -54,7 +54,8 @@ def test_a_side_that_computes_something_else_is_not_timed(tmp_path):
   np.savez(tmp_path / 'ours.npz', **_detections([1, 2, 3, 4]))
   np.savez(tmp_path / 'torch.npz', **_detections([1, 2, 3, 4]))
   task = {'kind': 'detect', 'dtype': 'float32'}
-  assert peers.compare(tmp_path, 'torch', task) == {'scores': 0, 'boxes': 0, 'unmatched': 0}
+  assert peers.compare(tmp_path, 'torch', task) == dict.fromkeys(
+      ('scores', 'scores_mean', 'boxes', 'unmatched'), 0)
   np.savez(tmp_path / 'torch.npz', **_detections([1, 2, 3, 7]))
   with pytest.raises(peers.SideFailed, match='not timed: unmatched'):
     peers.compare(tmp_path, 'torch', task)
