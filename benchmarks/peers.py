@@ -62,7 +62,7 @@ TOLERANCES = {
     'float32': {'outputs': 2e-3, 'outputs_mean': 2e-4, 'loss': 3e-4, 'update': 0.3,
                 'head_update': 0.02, 'averages': 2e-3, 'scores': 1e-3,
                 'scores_mean': 1e-4, 'boxes': 1e-3, 'unmatched': 0.02},
-    # Peers keep activations in bfloat16 too, with random weights, and the largest difference is that
+    # Peers keep activations in bfloat16 too, with random weights, and the largest difference is one
     # of 200,000 outputs or 800 scores. float32 tells whether they compute the same.
     'bfloat16': {'outputs': 5.0, 'outputs_mean': 0.6, 'loss': 2e-2, 'update': 1.0,
                  'head_update': 0.4, 'averages': 5e-2, 'scores': 0.3,
