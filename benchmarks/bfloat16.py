@@ -13,16 +13,11 @@ import json
 from collections.abc import Callable, Mapping
 
 import hardware
-import jax
 import numpy as np
-from train_step import blocking, in_turns, random_batch, set_up
+from train_step import in_turns, set_up, set_up_inference
 
 from ppn_jax.config import base_config
-from ppn_jax.detector import jit_detect
-from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.processor import multiplies_bfloat16
-from ppn_jax.run import build_detector
-from ppn_jax.telemetry.host_memory import keep_freed_memory
 
 VARIANTS: dict[str, dict[str, str]] = {
     'float32': {}, 'products': {'matmul_dtype': 'bfloat16'}, 'everything': {'dtype': 'bfloat16'}}
@@ -37,7 +32,6 @@ def main() -> None:
   parser.add_argument('--json', action='store_true', help='print JSON as the last line')
   args = parser.parse_args()
 
-  keep_freed_memory()  # As all commands do on a CPU.
   times = {}
   for name, batch in (('train', args.train_batch), ('network', 1), ('network', 8), ('detect', 1),
                       ('detect', 8)):
@@ -62,11 +56,7 @@ def prepare(args: argparse.Namespace, name: str, batch: int, layers: Mapping[str
   config.model.layers.update(layers)
   if name == 'train':
     return set_up(config, batch).train_step
-  detector = build_detector(config)
-  images, _ = random_batch(batch, detector.image_size, detector.num_classes)
-  function = (jax.jit(detector.forward) if name == 'network'
-              else jit_detect(detector, data_mesh()))
-  return blocking(function, jax.jit(detector.init)(jax.random.key(0)), images)
+  return set_up_inference(config, name, batch)[0]
 
 
 def compared(times: Mapping[str, list[float]]) -> dict[str, dict]:

@@ -29,13 +29,9 @@ from collections.abc import Callable, Iterable, Mapping
 import hardware
 import jax
 from jax.profiler import ProfileData
-from train_step import blocking, random_batch, set_up
+from train_step import set_up, set_up_inference
 
 from ppn_jax.config import base_config
-from ppn_jax.detector import jit_detect
-from ppn_jax.distributed.sharding import data_mesh
-from ppn_jax.run import build_detector
-from ppn_jax.telemetry.host_memory import keep_freed_memory
 
 BETWEEN = 'between operations'
 UNNAMED = 'operations that XLA added'
@@ -47,6 +43,7 @@ KINDS = (
     ('matrix products, their patches and casts', r'dot_general|conv_general_dilated|/cond/branch'),
     ('other parts of the network', r'Network'),
     ('assignment and loss', r'jvp\('),
+    ('decoding and suppression', r'^jit\(detect\)'),
     ('optimizer and averages', r'.'),
     (UNNAMED, r''))
 
@@ -69,7 +66,11 @@ def main() -> None:
   config.model.image_size, config.model.num_classes = args.image_size, args.num_classes
   config.model.layers.update(dtype=args.dtype, conv_form=args.conv_form,
                              matmul_dtype=args.matmul_dtype)
-  run, compiled = prepare(config, args.work, args.batch)
+  if args.work == 'train':
+    setup = set_up(config, args.batch)
+    run, compiled = setup.train_step, setup.compiled
+  else:
+    run, compiled = set_up_inference(config, args.work, args.batch)
   untraced = timed(run, args.steps)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
@@ -95,21 +96,6 @@ def main() -> None:
           f'{paths.get(operation, "")}')
   if args.json:
     print(json.dumps(result))
-
-
-def prepare(config, work: str, batch: int) -> tuple[Callable[[], object], jax.stages.Compiled]:
-  """Returns a function that runs the work once and waits for it, and its compiled program."""
-  if work == 'train':
-    setup = set_up(config, batch)
-    return setup.train_step, setup.compiled
-  keep_freed_memory()  # As all commands do on a CPU.
-  detector = build_detector(config)
-  images, _ = random_batch(batch, detector.image_size, detector.num_classes)
-  function = (jax.jit(detector.forward) if work == 'network'
-              else jit_detect(detector, data_mesh()))
-  arguments = jax.jit(detector.init)(jax.random.key(0)), images
-  compiled = function.lower(*arguments).compile()
-  return blocking(compiled, *arguments), compiled
 
 
 def timed(step: Callable[[], object], steps: int) -> float:

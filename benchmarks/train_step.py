@@ -28,7 +28,7 @@ from ppn_jax.data.loader import train_batches
 from ppn_jax.data.source import build_source
 from ppn_jax.data.transforms.basic import build_transforms
 from ppn_jax.detection.structures import GroundTruth, Outputs
-from ppn_jax.detector import Detector, Variables
+from ppn_jax.detector import Detector, Variables, jit_detect
 from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.run import build_detector
 from ppn_jax.telemetry.host_memory import keep_freed_memory
@@ -142,6 +142,28 @@ def set_up(config, batch_size: int, max_boxes: int = 100) -> Setup:
 
   return Setup(detector, optimizer, variables, images, ground_truth, train_step, step,
                compile_seconds)
+
+
+def set_up_inference(config, work: str, batch_size: int
+                     ) -> tuple[Callable[[], object], jax.stages.Compiled]:
+  """Compiles inference on noise, with random weights.
+
+  Args:
+    config: the config of the model.
+    work: 'network', the outputs of the network, or 'detect', detections.
+    batch_size: images in a batch.
+
+  Returns:
+    A function that runs it once and waits for the result, and the compiled program.
+  """
+  keep_freed_memory()  # As all commands do on a CPU.
+  detector = build_detector(config)
+  images, _ = random_batch(batch_size, detector.image_size, detector.num_classes)
+  function = (jax.jit(detector.forward) if work == 'network'
+              else jit_detect(detector, data_mesh()))
+  arguments = jax.jit(detector.init)(jax.random.key(0)), images
+  compiled = function.lower(*arguments).compile()
+  return blocking(compiled, *arguments), compiled
 
 
 def loss_parts(setup: Setup) -> dict[str, Callable]:

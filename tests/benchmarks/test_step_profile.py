@@ -1,33 +1,21 @@
 """The profile of a step attributes all of its time, once."""
 
-import importlib.util
 import pathlib
 import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'))
+import step_profile
 
 
-@pytest.fixture(scope='module')
-def step_profile():
-  sys.path.insert(0, str(FOLDER))
-  try:
-    spec = importlib.util.spec_from_file_location('step_profile', FOLDER / 'step_profile.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-  finally:
-    sys.path.remove(str(FOLDER))
-
-
-def test_inner_operations_count_for_themselves(step_profile):
+def test_inner_operations_count_for_themselves():
   events = [(0, 10, 'loop'), (2, 4, 'a'), (4, 5, 'b'), (12, 13, 'c')]
   assert step_profile.innermost(events) == [
       (0, 2, 'loop'), (2, 4, 'a'), (4, 5, 'b'), (5, 10, 'loop'), (12, 13, 'c')]
 
 
-def test_operations_of_the_same_moment_share_it(step_profile):
+def test_operations_of_the_same_moment_share_it():
   spans = [(1, 5, 'a'), (3, 7, 'b'), (3, 5, 'a'), (8, 9, 'c')]
   times = step_profile.shared_times(spans, 0, 10)
   assert times == pytest.approx({
@@ -35,7 +23,7 @@ def test_operations_of_the_same_moment_share_it(step_profile):
   assert sum(times.values()) == pytest.approx(10)
 
 
-def test_kinds_come_from_the_paths_of_operations(step_profile):
+def test_kinds_come_from_the_paths_of_operations():
   program = '\n'.join([
       '  %fusion.1 = f32[2]{0} fusion(%a), kind=kLoop, metadata={op_name="jit(f)/jvp(Network)/'
       'conv2d_1/depthwise/norm/reduce_sum" stack_frame_id=3}',
@@ -47,4 +35,6 @@ def test_kinds_come_from_the_paths_of_operations(step_profile):
   kinds = [step_profile.kind_of(name, paths) for name in ('fusion.1', 'dot.2', 'copy.3', 'add.4')]
   assert kinds == ['batch norm and ReLU6', 'matrix products, their patches and casts',
                    step_profile.UNNAMED, 'optimizer and averages']
+  assert step_profile.kind_of('top.1', {'top.1': 'jit(detect)/vmap()/top_k'}) == (
+      'decoding and suppression')
   assert step_profile.kind_of(step_profile.BETWEEN, paths) == step_profile.BETWEEN

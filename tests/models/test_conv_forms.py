@@ -103,9 +103,9 @@ def test_rounded_products_agree_and_equal_those_of_rounded_operands(monkeypatch,
   assert 1e-5 < float(jnp.abs(found[0] - plain).max() / jnp.abs(plain).max()) < 2**-7
 
 
-@pytest.mark.parametrize(('most', 'chunks'), [(6000, 1), (20, 3), (7, 10), (59, 2), (16, 4)])
-def test_kernel_gradients_by_chunks_of_rows(monkeypatch, most, chunks):
-  rows = {3: 60, 10: 70, 2: 62, 4: 64}.get(chunks, 61)
+@pytest.mark.parametrize(('rows', 'most', 'chunks'), [
+    (61, 6000, 1), (60, 20, 3), (70, 7, 10), (62, 59, 2), (64, 16, 4)])
+def test_kernel_gradients_by_chunks_of_rows(monkeypatch, rows, most, chunks):
   monkeypatch.setattr(convolution, '_CHUNK_ROWS', most)
   monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: True)
   assert rows // convolution._chunk_rows(rows) == chunks
