@@ -3,11 +3,12 @@
   python benchmarks/reports.py
   python benchmarks/reports.py --processes=2,4 --reports=50
 
-At each report every process publishes how long it waited for data, and the first one looks at what
-all have published (`distributed.status`); no device takes part and nobody waits. Starts so many
-processes on this machine, which do nothing but report at the same time, and prints medians in
-milliseconds as JSON: elapsed time, which with more processes than cores includes waiting for a
-core, and processor time.
+At each report every process hands how long it waited for data to a thread, which publishes it; in
+the first process the thread also looks up what all have published (`distributed.status`). No device
+takes part and nobody waits. Starts so many processes on this machine, which do nothing but report
+at the same time, and prints medians in milliseconds as JSON, of the training's thread ("report")
+and of the work that it hands over ("thread"): elapsed time, which with more processes than cores
+includes waiting for a core, and processor time.
 """
 
 import argparse
@@ -52,8 +53,9 @@ def measure(count: int, reports: int) -> dict:
   if any(process.returncode for process in processes):
     raise SystemExit(f'exit codes {[process.returncode for process in processes]}')
   first, *others = (json.loads(output.splitlines()[-1]) for output in outputs)
-  return {'first': first,
-          'others': {key: round(statistics.median(o[key] for o in others), 3) for key in first}}
+  return {'first': first, 'others': {
+      part: {key: round(statistics.median(other[part][key] for other in others), 4)
+             for key in first[part]} for part in first}}
 
 
 def run_process(coordinator: str, count: str, number: str, reports: int) -> int:
@@ -61,29 +63,32 @@ def run_process(coordinator: str, count: str, number: str, reports: int) -> int:
   from ppn_jax.distributed import coordination, sharding, status
   sharding.join_processes(coordinator=coordinator, num_processes=int(count),
                           process_id=int(number), local_devices=1)
-  elapsed, used = [], []
 
-  def report(step: int) -> None:
+  def work(step: int) -> None:
     status.publish(data_wait=step / reports)
     if number == '0':
       status.published()
 
-  for step in range(reports):
-    coordination.wait_for_all()
-    took = timed(report, step)
-    elapsed.append(took[0])
-    used.append(took[1])
-  print(json.dumps({'elapsed': round(1e3 * statistics.median(elapsed), 3),
-                    'processor': round(1e3 * statistics.fmean(used), 3)}))
+  with status.StatusExchange() as statuses:
+    found = {'report': time_all(lambda step: statuses.exchange(data_wait=step / reports), reports),
+             'thread': time_all(work, reports)}
+  print(json.dumps(found))
   coordination.wait_for_all()
   return 0
 
 
-def timed(act: Callable[[int], None], step: int) -> tuple[float, float]:
-  """Returns the elapsed seconds of a call, and those of this thread on a processor."""
-  started, used = time.perf_counter(), time.thread_time()
-  act(step)
-  return time.perf_counter() - started, time.thread_time() - used
+def time_all(act: Callable[[int], object], reports: int) -> dict[str, float]:
+  """Returns the milliseconds of a call, which all processes start together, and what it used."""
+  from ppn_jax.distributed import coordination
+  elapsed, used = [], []
+  for step in range(reports):
+    coordination.wait_for_all()
+    started, before = time.perf_counter(), time.thread_time()
+    act(step)
+    elapsed.append(time.perf_counter() - started)
+    used.append(time.thread_time() - before)
+  return {'elapsed': round(1e3 * statistics.median(elapsed), 4),
+          'processor': round(1e3 * statistics.median(used), 4)}
 
 
 if __name__ == '__main__':

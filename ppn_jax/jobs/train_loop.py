@@ -76,6 +76,7 @@ class TrainLoop:
     stopwatch: Times them.
     timeline: What the time is spent on.
     watch: Notices a step that hangs.
+    statuses: Tells the first process how long each waits for data.
     cache_use: Counts programs that were found in the cache; None if nobody counts.
     warned: Whether the user knows that metrics cannot be written at the moment.
     point: Thresholds of the last evaluation; None before it, and in other processes.
@@ -98,6 +99,7 @@ class TrainLoop:
   stopwatch: Stopwatch = dataclasses.field(default_factory=Stopwatch)
   timeline: Timeline = dataclasses.field(default_factory=Timeline)
   watch: StepWatch = dataclasses.field(default_factory=lambda: StepWatch(0, 1, print))
+  statuses: status.StatusExchange = dataclasses.field(default_factory=status.StatusExchange)
   cache_use: CacheUse | None = None
   warned: bool = False
   point: OperatingPoint | None = None
@@ -121,7 +123,7 @@ class TrainLoop:
     if self.notice.given():
       raise self.notice.end(f'no step was taken, and {self.run.workdir} is unchanged')
     with (pipeline.open(start, self.progress) as batches, self.trace, self.budget.counting(),
-          self.watch, self.timeline.during('steps')):
+          self.watch, self.statuses, self.timeline.during('steps')):
       for step in range(start + 1, train.steps + 1):
         with self.watch.step(step):
           batch = self._next(batches)
@@ -248,7 +250,6 @@ class TrainLoop:
     means = {name: float(np.mean(values)) for name, values in series._asdict().items()}
     means['learning_rate'] = float(series.learning_rate[-1])
     means |= self.stopwatch.rates(self.run.config.train.batch_size) | profiling.peak_memory()
-    status.publish(data_wait=means['data_wait'])
     means, slowest = self._with_slowest(means)
     left = (self.last_step - step) * self.stopwatch.seconds / self.stopwatch.steps
     self.stopwatch = Stopwatch()
@@ -264,9 +265,11 @@ class TrainLoop:
   def _with_slowest(self, means: dict[str, float]) -> tuple[dict[str, float], str]:
     """Returns the metrics with those of the process that waits longest for data, and its name.
 
-    In the first of several processes; the others, and one that works alone, have no more to say.
+    In the first of several processes, from its second report on; the others, and one that works
+    alone, have no more to say.
     """
-    if not self.writer or not (found := status.published()):
+    found = self.statuses.exchange(data_wait=means['data_wait'])
+    if not found:
       return means, ''
     slowest = max(found, key=lambda process: found[process]['data_wait'])
     wait = found[slowest]['data_wait']
