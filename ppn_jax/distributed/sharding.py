@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,8 @@ def join_processes(*, distributed: str = '', coordinator: str | None = None,
       otherwise it ends the process, like one that works alone.
 
   Raises:
-    InputError: If arguments do not fit together, 'auto' finds nothing, or the port is in use.
+    InputError: If arguments do not fit together, 'auto' finds nothing, the port is in use, or
+      the name of this machine has no address.
     Stopped: If the processes that 'auto' has found cannot be joined.
   """
   given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
@@ -63,6 +65,7 @@ def join_processes(*, distributed: str = '', coordinator: str | None = None,
     jax.config.update('jax_num_cpu_devices', local_devices)
   if not explicit and not distributed:
     return
+  _check_host_name(socket.gethostname())
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   jax.config.update('jax_enable_preemption_service', hear_sigterm)
   arguments = ({'coordinator_address': coordinator, 'num_processes': num_processes,
@@ -114,6 +117,15 @@ def _check_processes(distributed: str, given: dict[str, Any], local_devices: int
     raise InputError(f'--coordinator={given["coordinator"]} is not HOST:PORT, such as '
                      'localhost:8476')
   return True
+
+
+def _check_host_name(name: str) -> None:
+  """Raises InputError unless the name of this machine has an address, which Gloo looks up."""
+  try:
+    socket.getaddrinfo(name, None)
+  except OSError as e:
+    raise InputError(f"this machine's name {name!r} has no address ({e}), by which the other "
+                     'processes could reach it; add a line for it to /etc/hosts') from e
 
 
 @contextlib.contextmanager

@@ -243,6 +243,12 @@ def test_flags_that_do_not_fit_together(arguments, message):
     sharding.join_processes(**arguments)
 
 
+def test_a_machine_whose_name_has_no_address(monkeypatch):
+  monkeypatch.setattr(socket, 'gethostname', lambda: 'nobody-knows.invalid')
+  with pytest.raises(InputError, match=r"name 'nobody-knows\.invalid' has no address .*/etc/hosts"):
+    sharding.join_processes(coordinator='localhost:1', num_processes=2, process_id=0)
+
+
 @pytest.mark.parametrize('process, code', [(0, 2), (1, 2)])
 def test_missing_processes_end_in_one_line(process, code):
   result = subprocess.run(
