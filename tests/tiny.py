@@ -29,7 +29,8 @@ def get_config():
 """
 
 
-def untrained_run(workdir, steps=(6,), *, ema_decay=0.0, categories=None):
+def untrained_run(workdir, steps=(6,), *, ema_decay=0.0, categories=None, image_size=64,
+                  resize_mode='stretch'):
   """Creates a run with saved steps of random weights, different for each step and its average."""
   from ppn_jax.detection.structures import Category
   from ppn_jax.distributed import sharding
@@ -37,6 +38,9 @@ def untrained_run(workdir, steps=(6,), *, ema_decay=0.0, categories=None):
   from ppn_jax.training.train_step import jit_init
   config = tiny_config().copy_and_resolve_references().unlock()
   config.optim.ema_decay = ema_decay
+  with config.ignore_type():
+    config.model.image_size = image_size
+  config.data.resize_mode = resize_mode
   run = create_run(workdir, config, categories or [
       Category(10 * i, name) for i, name in enumerate(('circle', 'square', 'star'))])
   run.save()

@@ -246,6 +246,23 @@ def assert_loads_as_its_run(path, workdir):
       np.testing.assert_array_equal(one.boxes, again.boxes)
 
 
+@pytest.mark.parametrize('output_format, layout, modules', [
+    ('saved_model', 'detections', ()),
+    ('tflite', 'detections', ('ai_edge_litert',)),
+    ('tflite', 'detection_postprocess', ('ai_edge_litert',)),
+    ('onnx', 'detections', ('tf2onnx', 'onnxruntime')),
+])
+def test_a_letterboxed_rectangle_finds_what_its_run_does(tmp_path, output_format, layout, modules):
+  for module in modules:
+    pytest.importorskip(module, reason=f"pip install 'ppn_jax[{output_format}]'")
+  workdir = untrained_run(tmp_path / 'run', image_size=(48, 96), resize_mode='letterbox')
+  path = tmp_path / 'model'
+  assert main(['export', f'--workdir={workdir}', f'--format={output_format}',
+               f'--layout={layout}', f'--output={path}']) == 0
+  assert open_export(path).metadata['input']['shape'] == [1, 48, 96, 3]
+  assert_loads_as_its_run(path, workdir)
+
+
 @pytest.mark.parametrize('output_format, batch, precision, modules', [
     ('saved_model', 'free', 'float32', ()),
     ('tflite', '2', 'float32', ('ai_edge_litert',)),
