@@ -40,7 +40,7 @@ def evaluation_page(title: str, gallery: Gallery, scores: coco.Scores,
     title: of the page.
     gallery: the evaluation data and its detections.
     scores: of the gallery's rows.
-    metrics: lines of the run's `metrics.jsonl`.
+    metrics: lines of the run's `metrics.jsonl`; none of a file, and no section then.
     num_levels: L, of the pyramid.
     floor: least score that counts in the plots of reliability.
     scorer: see `coco.score`.
@@ -53,7 +53,8 @@ def evaluation_page(title: str, gallery: Gallery, scores: coco.Scores,
   table = coco.precision_table(gallery.ground_truth, gallery.rows, scorer=scorer)
   sections = [
       _metrics(scores),
-      Section('Training', groups=[plot(curves.training(metrics), 'curves of training')]),
+      *([Section('Training', groups=[plot(curves.training(metrics), 'curves of training')])]
+        if metrics else []),
       Section('Precision and recall', groups=[
           plot(curves.precision_recall(table, names), 'precision against recall')]),
       Section('By class and size', groups=[

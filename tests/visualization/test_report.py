@@ -86,7 +86,7 @@ def page_of(rows, metrics=()):
 
 def test_no_detections_and_names_with_markup():
   tree, pictures = parse(page_of([]))
-  assert headings(tree) == [*HEADINGS[:4], *HEADINGS[7:]]
+  assert headings(tree) == ['Metrics', *HEADINGS[2:4], *HEADINGS[7:]]
   assert headings(tree, 'h3') == [
       'Missed: no detection matches it or, but for its class or place, would match it']
   texts = list(tree.itertext())
