@@ -3,11 +3,12 @@
   python benchmarks/tpu_forms.py --json
 
 Compiles PPN at 300 px with 90 classes in bfloat16 by `ppn plan` for one v5e and one v6e chip: the
-naive form, then with each change added to those before it, at the commit that introduced it. Needs
-libtpu (extra `tpu`) but no TPU, and takes one to three minutes per compilation. Cycles are the sum
-of the compiler's estimates, and bytes what the program reads from and writes to HBM; images/s
-follow from either at the chip's clock and bandwidth. With --json the last line is JSON. Results in
---output are not compiled again, so that an interrupted call can be repeated.
+naive form, then with each change added to those before it, at the commit that introduced it, and
+last the step of the newest commit. Needs libtpu (extra `tpu`) but no TPU, and takes one to three
+minutes per compilation. Cycles are the sum of the compiler's estimates, and bytes what the program
+reads from and writes to HBM; images/s follow from either at the chip's clock and bandwidth. With
+--json the last line is JSON. Results in --output are not compiled again, so that an interrupted
+call can be repeated.
 """
 
 import argparse
@@ -28,6 +29,7 @@ STAGES = (
     ('narrow depthwise convolutions dense', 'becf990', ()),
     ('focal loss by cell', '6c61d10', ()),
     ('float32 kernel gradients', '6192ef4', ()),
+    ('newest commit', 'HEAD', ()),
 )
 # The first and last stage are compiled at all of these, the others at the second only.
 BATCHES = (64, 128, 256)
@@ -80,8 +82,9 @@ def _plan(folder: pathlib.Path, topology: str, stage: int, batch: int) -> dict:
   command = [sys.executable, '-m', 'ppn_jax.cli.main', 'plan',
              '--config=configs/ppn_mobilenet_v1_coco.py', '--config.model.num_classes=90',
              f'--topology={topology}', f'--batch_per_chip={batch}', '--json', *flags]
+  path = os.pathsep.join(filter(None, (str(tree), os.environ.get('PYTHONPATH'))))
   result = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False,
-                          env=os.environ | {'PYTHONPATH': str(tree)})
+                          env=os.environ | {'PYTHONPATH': path})
   if result.returncode:
     raise SystemExit(f'{" ".join(command)}: {result.stderr.strip()[-2000:]}')
   estimate, = json.loads(result.stdout)

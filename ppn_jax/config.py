@@ -112,7 +112,7 @@ def base_config() -> ConfigDict:
       resize_mode='stretch',  # Or 'letterbox', which keeps aspect ratios; of the same function.
       reduced_decoding=True,  # Decodes JPEGs at 1/2, 1/4 or 1/8 where that leaves enough pixels.
       on_bad_example='raise',  # For an image that cannot be read: 'raise', or 'skip' and report it.
-      max_bad_share=0.01,  # Largest share of the images that may be skipped.
+      max_bad_share=0.01,  # Largest share of the images that may be skipped; one always may.
       max_boxes=0,  # Boxes that each image's ground truth is padded to; 0: the largest number.
       workers='auto',  # Decode and augment: 'threads', 'processes'; 'auto': by their number.
       threads=0)  # Number of these threads or processes; 0: one for each processor core.

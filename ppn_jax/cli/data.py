@@ -46,8 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from ppn_jax.config_files import config_names
     name = args.folder.partition(':')[0]
     meant = name.endswith('.py') or name in config_names()
-    raise InputError(f'no folder {args.folder!r}'
-                     + (f'; did you mean --config={args.folder}?' if meant else ''))
+    advice = (f'; did you mean --config={args.folder}?' if meant else
+              '; it is a file: give the folder that it is in, and unpack an archive first'
+              if os.path.exists(args.folder) else '')
+    raise InputError(f'no folder {args.folder!r}{advice}')
   if args.config and (args.format or args.write):
     raise InputError('--format and --write go with a FOLDER, not with --config')
   from ppn_jax import storage
@@ -72,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
   else:
     print('--output=DIR shows images and plots')
   if args.folder:
-    print(f'to train: ppn train --config={shlex.quote(path)} --workdir=DIR')
+    # The flags are not in the file.
+    print(f'to train: ppn train {shlex.join([f"--config={path}", *args.overrides])} --workdir=DIR\n'
+          'for as many steps as fit into an hour, add --config.train.minutes=60')
   return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ppn_jax.data.checks import check_number, check_on_bad_example
+from ppn_jax.data.checks import MAX_BAD_SHARE, check_number, check_on_bad_example
 from ppn_jax.data.source import Source, evenly_spaced, known_unreadable
 from ppn_jax.detection.structures import Example
 from ppn_jax.errors import InputError, StoreError, is_outage
@@ -20,13 +20,15 @@ class BadExamples:
     num_images: Number of images of the data set.
     policy: 'raise', or 'skip': in training another example takes the place of a bad one, in
       evaluation its image counts as one without detections.
-    most: Largest share of the images that 'skip' accepts, 0 to 1.
+    most: Largest share of the images that 'skip' accepts, 0 to 1. Unless it is 0, one always may be
+      skipped, so that a small data set can have a damaged image.
 
   Raises:
     InputError: If an option is outside its range.
   """
 
-  def __init__(self, what: str, num_images: int, policy: str = 'raise', most: float = 0.01):
+  def __init__(self, what: str, num_images: int, policy: str = 'raise',
+               most: float = MAX_BAD_SHARE):
     check_on_bad_example(policy)
     check_number('data.max_bad_share', most, 0, 1)
     self._what, self._num_images, self._policy, self._most = what, num_images, policy, most
@@ -55,7 +57,7 @@ class BadExamples:
     with self._lock:
       self._reasons.setdefault(str(error))
       count = len(self._reasons)
-    if count > self._most * self._num_images:
+    if count > max(self._most * self._num_images, self._most > 0):
       first = next(iter(self._reasons))
       raise InputError(
           f'{self._what}: {count} of {self._num_images:,} examples cannot be read, which is more '

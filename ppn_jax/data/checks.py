@@ -1,5 +1,6 @@
 """Checks of the options of data sets and transforms, with the legal values in the error."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,17 @@ from ppn_jax.errors import InputError, did_you_mean
 ON_BAD_EXAMPLE = ('raise', 'skip')  # What to do if an image cannot be read.
 # Advice about images that are missing or damaged.
 SKIP_IMAGES = 'a few such images can be skipped (--config.data.on_bad_example=skip)'
+MAX_BAD_SHARE = 0.01  # Default of `data.max_bad_share`.
+
+
+def advise_skipping(count: int, total: int) -> str:
+  """Returns advice about `count` of `total` images that are missing or damaged."""
+  if count <= max(1, MAX_BAD_SHARE * total):
+    return SKIP_IMAGES
+  # Twice their share, because that in a part of the data may be larger.
+  share = min(math.ceil(200 * count / total) / 100, 1)
+  return ('such images can be skipped (--config.data.on_bad_example=skip '
+          f'--config.data.max_bad_share={share:g})')
 
 
 def check_bool(what: str, value: Any) -> None:

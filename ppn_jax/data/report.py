@@ -14,6 +14,7 @@ from ppn_jax.errors import InputError
 
 _WIDTH = 80
 _FEW = 6  # Up to this many classes are listed one by one.
+_FEW_IMAGES = 30  # Fewer images to evaluate on are spoken of.
 
 
 class Report(NamedTuple):
@@ -58,6 +59,8 @@ def report(source: Source, key: str, *, image_size: ImageSize = 0, resize_mode: 
            counted(int(objects.sum()), 'box')]
   if not objects.all():
     facts.append(counted(int((~objects).sum()), 'crowd'))
+  if not image_size and len(source) < _FEW_IMAGES:
+    facts.append('so few that metrics depend on chance')
   if image_size and objects.any():
     shares = contents.shares[objects]
     sizes = np.maximum(contents.sides[objects], 1e-9) / np.maximum(shares, 1e-9)

@@ -67,7 +67,8 @@ def _examples(found: DataStatistics) -> list[Picture]:
       truth = [column[row][batch.ground_truth.valid[row]] for column in batch.ground_truth]
       drawn = draw_boxes(image, truth[0], truth[1], names, min_side=_SAMPLE_SIDE, weight=1.2,
                          notes=['(crowd)' if crowd else '' for crowd in truth[2]])
-      caption = f'image {batch.image_id[row]}'
+      number = int(batch.image_id[row])
+      caption = found.file_names.get(number, f'image {number}')
       pictures.append(html_page.picture(drawn, caption, caption, width=_WIDTH))
   return pictures
 

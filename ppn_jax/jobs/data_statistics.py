@@ -74,6 +74,7 @@ class DataStatistics(NamedTuple):
   num_crowds: int
   boxes: BoxStatistics
   examples: tuple[Batch, ...]  # The first images, as batches.
+  file_names: Mapping[int, str]  # Of the images, by id.
   report: Report  # On all images of the data set, by their annotations.
   skipped: tuple[str, ...]  # Images that were skipped as the config allows, a line each.
   suggestions: tuple[Change, ...]  # Changes of the config that fit more boxes; () if enough fit.
@@ -118,6 +119,8 @@ def collect_statistics(config: ConfigDict, *, split: str = 'train', samples: int
       split=split, image_size=detector.image_size, categories=tuple(source.categories),
       anchors=detector.anchors, matching=config.matching.to_dict(), num_images=seen,
       total_images=len(source), num_crowds=crowds, boxes=boxes, examples=tuple(examples),
+      file_names={image['id']: image['file_name'] for image in source.ground_truth()['images']
+                  if 'file_name' in image},
       report=report(source, f'data.{split}', ignore_crowd=config.matching.ignore_crowd,
                     image_size=detector.image_size if split == 'train' else 0,
                     resize_mode=data.resize_mode),
@@ -269,7 +272,8 @@ def format_table(summary: Mapping[str, Any]) -> str:
   """Formats what `summarize` returns as aligned text."""
   every = summary['all']
   lines = [
-      f'{summary["split"]}: {summary["images"]:,} of {summary["images_in_all"]:,} images, '
+      f'{summary["split"]}{", as augmented" * (summary["split"] == "train")}: '
+      f'{summary["images"]:,} of {summary["images_in_all"]:,} images, '
       f'{every["boxes"]:,} boxes ({summary["boxes_an_image"]["mean"]:.1f} per image, at most '
       f'{summary["boxes_an_image"]["most"]}), {summary["images_without_boxes"]:,} images without '
       f'boxes, {summary["crowds"]:,} crowds']

@@ -213,7 +213,8 @@ def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, sta
     if notice.reached():
       raise notice.end('no step was taken, the workdir is unchanged')
 
-  logger.info(f'train.minutes={config.train.minutes:g}: measuring how many steps fit')
+  logger.info(f'train.minutes={config.train.minutes:g}: measuring how many steps fit, '
+              'by compiling the step and the evaluation and running them')
   # Steps donate their state.
   state = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)
   compiled = compile_with(train_step.lower(state, *pipeline.arguments()),

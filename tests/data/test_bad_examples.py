@@ -10,6 +10,7 @@ from tiny import tiny_config
 
 from ppn_jax import storage
 from ppn_jax.data.bad_examples import BadExamples, WithSubstitutes, evenly_spaced_examples
+from ppn_jax.data.checks import MAX_BAD_SHARE, advise_skipping
 from ppn_jax.data.images import decoding
 from ppn_jax.data.loader import eval_batches, train_batches
 from ppn_jax.data.sources.synthetic import SyntheticShapes
@@ -178,3 +179,25 @@ def test_samples_are_spread_and_others_take_the_place_of_bad_ones(step, count, e
 def test_samples_of_a_set_that_must_be_whole():
   with pytest.raises(InputError, match=r'0\.jpg: damaged'):
     list(evenly_spaced_examples(Damaged(), 3, BadExamples('data.eval', 10).record))
+
+
+def test_the_default_share_is_that_of_the_config():
+  assert tiny_config().data.max_bad_share == MAX_BAD_SHARE
+
+
+def test_one_image_of_a_small_data_set_may_be_damaged():
+  small = skipping(most=0.01)
+  small.record(InputError('a.jpg: damaged'))
+  with pytest.raises(InputError, match=r'2 of 10 examples .*max_bad_share=0.01'):
+    small.record(InputError('b.jpg: damaged'))
+  with pytest.raises(InputError, match='1 of 10'):
+    skipping(most=0).record(InputError('a.jpg: damaged'))
+
+
+@pytest.mark.parametrize('count, total, share', [
+    (1, 10, None), (1, 1000, None), (10, 1000, None), (11, 1000, 0.03), (4, 61, 0.14), (9, 9, 1)])
+def test_advice_names_a_share_that_is_enough(count, total, share):
+  advice = advise_skipping(count, total)
+  assert ('max_bad_share' in advice) == (share is not None)
+  if share:
+    assert f'max_bad_share={share:g})' in advice and share * total >= count

@@ -141,6 +141,33 @@ def test_what_is_ambiguous_or_unknown(tmp_path):
     recognise(str(tmp_path / 'set'))
 
 
+def test_label_studio_s_exports_in_coco_s_format(tmp_path):
+  content = instances(IMAGES) | {'info': {'contributor': 'Label Studio'}}
+  for image in content['images']:
+    image['file_name'] = f'../files/upload/1/0a1b2c3d-{image["file_name"]}'
+  picture(tmp_path / 'set/images/0a1b2c3d-a1.jpg', (48, 64))
+  (tmp_path / 'set/result.json').write_text(json.dumps(content))
+  assert recognise(str(tmp_path / 'set')).train['images'] == str(tmp_path / 'set')
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('export.zip', '', 'unpack the archive first'),
+    ('labels/0a1b2c3d-a.txt', '0 0.5 0.5 0.1 0.1', "look like those of YOLO.*'YOLO with Images'")])
+def test_what_is_nearly_a_data_set(tmp_path, name, text, message):
+  picture(tmp_path / 'set/a.jpg', (8, 8))
+  (tmp_path / 'set' / name).parent.mkdir(exist_ok=True)
+  (tmp_path / 'set' / name).write_text(text)
+  with pytest.raises(InputError, match=message):
+    recognise(str(tmp_path / 'set'))
+
+
+def test_pictures_that_cannot_be_read_are_spoken_of(tmp_path):
+  write(tmp_path / 'set', 'coco_json')
+  (tmp_path / 'set' / 'IMG_1.HEIC').write_bytes(b'')
+  assert recognise(str(tmp_path / 'set')).lines[-1].startswith(
+      'left alone: 1 HEIC pictures such as IMG_1.HEIC')
+
+
 def test_two_label_maps(tmp_path):
   pytest.importorskip('tensorflow_datasets', reason='its copy of tf.train.Example is the writer')
   folder = write(tmp_path / 'set', 'tf_records')
@@ -199,7 +226,8 @@ def test_each_format_trains(tmp_path, data_format, monkeypatch, capsys):
       'model.image_size=64', 'model.backbone.depth_multiplier=0.25', 'model.backbone.last_block=5',
       'model.neck.stride=8', 'model.neck.num_levels=3', 'model.head.depth=16')]
   assert main(['data', 'photos', *tiny]) == 0
-  assert 'to train: ppn train --config=photos_config.py' in capsys.readouterr().out
+  assert (f'to train: ppn train --config=photos_config.py {" ".join(tiny)} --workdir=DIR'
+          in capsys.readouterr().out)
   steps = [f'--config.{entry}' for entry in (
       'train.steps=20', 'train.batch_size=2', 'train.evaluate_every=20', 'train.log_every=10',
       'optim.learning_rate=0.01')]

@@ -3,18 +3,21 @@
 import csv
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ppn_jax.data.recognition.tree import (
   Part,
   Tree,
   file_names_of,
   head_of,
+  is_from_label_studio,
   json_kind,
   xml_kind,
 )
 from ppn_jax.data.sources import open_images, yolo
+from ppn_jax.data.sources.labelled_images import ImageFinder
 from ppn_jax.data.sources.tf_example import index_records
+from ppn_jax.data.sources.uploaded_names import original_names
 from ppn_jax.errors import InputError
 
 _CLASS_LISTS = ('classes.txt', 'obj.names', 'labels.txt', '_darknet.labels',
@@ -33,13 +36,25 @@ def find_coco(tree: Tree) -> list[Part]:
   for file in files:
     split = tree.split_of(file)
     names = file_names_of(file)
-    folder = tree.images_called(names, split)
+    folder = tree.images_called(names, split) or (
+        tree.images_near(file, split) if _has_uploads(tree, file, names) else '')
     if not folder:
       shown = f' such as {names[0]!r}' if names else ''
       raise InputError(f'{file} is a COCO file, but none of its images{shown} is in {tree.root}')
     parts.append(Part('coco_json', {'images': folder, 'annotations': file}, split,
                       tree.relative(file)))
   return parts
+
+
+def _has_uploads(tree: Tree, file: str, names: Sequence[str]) -> bool:
+  """Returns whether a file is Label Studio's, and images have the names from before an upload."""
+  if not tree.images or not is_from_label_studio(file):
+    return False
+  finder = ImageFinder(tree.root)
+  try:
+    return any(finder.find(*original_names(name)) for name in names)
+  except InputError:  # Several images may be meant; reading them says which.
+    return True
 
 
 def find_voc(tree: Tree) -> list[Part]:
@@ -104,13 +119,13 @@ def find_yolo(tree: Tree) -> list[Part]:
     return parts
   for folder, images in tree.image_folders.items():
     files = [f for f in yolo.label_files(images) if os.path.isfile(f)]
-    if any(map(_is_yolo, files[:20])):
+    if any(map(is_yolo, files[:20])):
       parts.append(Part('yolo_txt', {'images': folder, 'names': _class_names(tree, folder, files)},
                         tree.split_of(folder), tree.relative(folder)))
   return parts
 
 
-def _is_yolo(path: str) -> bool:
+def is_yolo(path: str) -> bool:
   """Returns whether a text file begins with a class and at least four numbers."""
   first = next(iter(head_of(path).decode('utf-8', 'replace').split('\n')), '')
   return bool(re.fullmatch(r'\s*\d+(\.0*)?(\s+[-+.\deE]+){4,}\s*', first))

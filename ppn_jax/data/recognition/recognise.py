@@ -4,7 +4,7 @@ import collections
 import os
 from typing import Any, NamedTuple
 
-from ppn_jax.data.recognition.formats import FORMATS
+from ppn_jax.data.recognition.formats import FORMATS, is_yolo
 from ppn_jax.data.recognition.tree import Part, Tree
 from ppn_jax.errors import InputError, did_you_mean
 
@@ -59,6 +59,9 @@ def recognise(folder: str, data_format: str = '') -> Recognised:
            f'train on {train.where}',
            f'evaluate on {evaluation.where}' if evaluation else
            'evaluate on a tenth of the training images, as nothing else is there']
+  if heic := tree.with_suffix('.heic', '.heif'):
+    lines.append(f'left alone: {len(heic):,} HEIC pictures such as {tree.relative(heic[0])}; '
+                 'convert them to JPEG')
   return Recognised(source, FORMATS[source][0], train.options,
                     evaluation.options if evaluation else None, tuple(lines))
 
@@ -94,4 +97,14 @@ def _nothing(tree: Tree, data_format: str) -> str:
   others = ', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common(5)) or 'no other file'
   names = [name for source, (name, _) in FORMATS.items() if data_format in ('', source)]
   return (f'{tree.root}: no annotations that are known ({len(tree.images):,} images, {others}); '
-          f'legal: {", ".join(names)}')
+          f'{_advice(tree)}legal: {", ".join(names)}')
+
+
+def _advice(tree: Tree) -> str:
+  """Returns the next step for files that are nearly a data set, '' if there are none."""
+  if tree.with_suffix('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'):
+    return 'unpack the archive first; '
+  if any(map(is_yolo, tree.with_suffix('.txt')[:50])):
+    return ('the text files look like those of YOLO, but no image has the name of one: export them '
+            "with their images (Label Studio's 'YOLO with Images'); ")
+  return ''

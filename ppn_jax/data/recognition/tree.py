@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ppn_jax.data.images import folders
+from ppn_jax.data.sources.uploaded_names import CONTRIBUTOR
 from ppn_jax.errors import InputError
 
 _HEAD = 1 << 16  # Bytes of a large file that are looked at, at its beginning and end.
@@ -181,6 +182,13 @@ def file_names_of(path: str) -> list[str]:
     names = [json.loads(f'"{name}"') for name in names]
   names = [name for name in names if isinstance(name, str) and '\0' not in name]
   return names[:: max(1, len(names) // 20)][:20]
+
+
+def is_from_label_studio(path: str) -> bool:
+  """Returns whether a COCO file says that Label Studio wrote it, at its beginning or end."""
+  text = _ends_of(path) if os.path.getsize(path) > 2 * _HEAD else head_of(path, 2 * _HEAD).decode(
+      'utf-8', 'replace')
+  return bool(re.search(rf'"contributor"\s*:\s*"{CONTRIBUTOR}"', text))
 
 
 def xml_kind(path: str) -> str:

@@ -1,15 +1,14 @@
 """Images in folders with COCO instances files, which are read and checked once."""
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ppn_jax.data.checks import SKIP_IMAGES, check_bool, check_on_bad_example
+from ppn_jax.data.checks import check_bool, check_on_bad_example
 from ppn_jax.data.source import check_categories, match_categories
-from ppn_jax.data.sources import coco_json
+from ppn_jax.data.sources import coco_images, coco_json
 from ppn_jax.data.sources.annotations import (
   BORDER_TOLERANCE,
   AnnotatedImages,
@@ -26,8 +25,9 @@ from ppn_jax.data.sources.annotations import (
   join_names,
   parse_boxes,
   quote,
-  stays_inside,
 )
+from ppn_jax.data.sources.turned_images import with_upright_sizes
+from ppn_jax.data.sources.uploaded_names import CONTRIBUTOR
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError
 
@@ -41,6 +41,7 @@ class CocoFile(NamedTuple):
   images: Images
   categories: tuple[Category, ...]
   annotations: coco_json.Table
+  from_label_studio: bool
   # Id in the file -> number, if `Table.ids` numbers them; else empty.
   image_numbers: dict[str, int]
   category_numbers: dict[str, int]
@@ -55,7 +56,10 @@ class CocoJson(AnnotatedImages):
   `annotations.BORDER_TOLERANCE` pixels are cut at its border for training and unchanged in
   `ground_truth`. Ids of annotations are not used, since some files repeat or lack them. Ids of
   images and categories that are strings stand for their numbers, or are numbered in the order of
-  the file. File names may have backslashes, or begin with the folder of images.
+  the file. File names may have backslashes, or begin with the folder of images. In Label Studio's
+  exports they count by their last part, and may be those before the upload. Where sizes are those
+  of images on their side and boxes those of upright ones, see `turned_images`, the upright image is
+  used.
 
   Several folders with one file each form one data set, in this order. COCO's usual training set of
   2014 consists of train and val without the ids of minival, which are ids of val:
@@ -112,12 +116,13 @@ class CocoJson(AnnotatedImages):
         np.cumsum([len(part.images.ids) for part in parts])[:-1])
     read, missing = [], {}
     for part, folder, chosen in zip(parts, folders, kept, strict=True):
-      columns, findings = read_boxes(part, chosen, self.categories, on_bad_box=on_bad_box,
-                                     boxes_from=boxes_from)
-      paths, absent = _find_files(columns.images, part.file, folder, on_bad_example)
+      images, absent = coco_images.find_files(
+          part.images, chosen, part.file, folder, uploaded=part.from_label_studio,
+          on_bad_example=on_bad_example)
       start = sum(len(columns.images.ids) for columns, _ in read)
       missing |= {start + i: why for i, why in absent.items()}
-      read.append((columns._replace(images=columns.images._replace(files=paths)), findings))
+      read.append(read_boxes(part._replace(images=images), chosen, self.categories,
+                             on_bad_box=on_bad_box, boxes_from=boxes_from))
     columns, findings = join([c for c, _ in read]), join_findings([f for _, f in read])
     if merge_images:
       columns, findings, missing = _merge_images(columns, findings, missing)
@@ -139,7 +144,9 @@ def read_file(file: str, folder: str, tables: Mapping[str, coco_json.Table]) -> 
     InputError: If one of them is wrong.
   """
   categories, category_numbers = _read_categories(file, tables['categories'])
-  images, image_numbers = _read_images(file, folder, tables['images'])
+  from_label_studio = tables['info'].optional('contributor') == [CONTRIBUTOR]
+  images, image_numbers = coco_images.read_images(file, folder, tables['images'],
+                                                  uploaded=from_label_studio)
   notes = []
   for what, numbers in (('image', image_numbers), ('category', category_numbers)):
     if numbers:
@@ -150,8 +157,8 @@ def read_file(file: str, folder: str, tables: Mapping[str, coco_json.Table]) -> 
     ids = [c.id for c in categories if c.name == name]
     notes.append(f'{file}: {len(ids)} classes are called {quote(name)}, ids '
                  f'{" and ".join(map(str, ids))}; they are learned as different classes')
-  return CocoFile(file, images, categories, tables['annotations'], image_numbers,
-                  category_numbers, tuple(notes))
+  return CocoFile(file, images, categories, tables['annotations'], from_label_studio,
+                  image_numbers, category_numbers, tuple(notes))
 
 
 def read_boxes(part: CocoFile, kept: np.ndarray, categories: Sequence[Category], *,
@@ -178,9 +185,10 @@ def read_boxes(part: CocoFile, kept: np.ndarray, categories: Sequence[Category],
                  strict=True)])
   entries = np.flatnonzero(kept[owners])
   place = np.cumsum(kept) - 1
-  images = Images(images.ids[kept], list(itertools.compress(images.names, kept)),
-                  list(itertools.compress(images.files, kept)), images.sizes[kept])
+  images = coco_images.select(images, kept)
   given, reasons = parse_boxes([written[i] for i in entries.tolist()])
+  images, notes = with_upright_sizes(images, given, reasons, place[owners[entries]],
+                                     certain=part.from_label_studio, file=file)
   corners = _describe_corners(given, reasons, images.sizes[place[owners[entries]]])
   outlines = boxes_from == 'bbox' and reasons.any() and any(
       map(table.optional('segmentation').__getitem__, entries[reasons > 0].tolist()))
@@ -189,11 +197,11 @@ def read_boxes(part: CocoFile, kept: np.ndarray, categories: Sequence[Category],
       show=lambda i: f'{file}: bbox {quote(written[entries[i]])} (x, y, width, height)',
       advice=f'; {coco_json.USE_SEGMENTATION}' if outlines else f'; {corners}' if corners else '')
   if findings.clipped and corners:
-    findings = findings._replace(notes=(f'{file}: {corners}',))
+    notes = (*notes, f'{file}: {corners}')
   rows = entries[boxes.rows]
   cut = (boxes.bboxes != given[boxes.rows]).any(axis=-1)
   return AnnotationTable(images, boxes, labels[rows].astype(np.int32), _crowd(table, rows),
-                 _areas(table, boxes.bboxes, rows, cut)), findings
+                 _areas(table, boxes.bboxes, rows, cut)), findings._replace(notes=notes)
 
 
 def _list_paths(images: Paths, annotations: Paths) -> tuple[list[str], list[str]]:
@@ -237,45 +245,6 @@ def _read_categories(file: str, table: coco_json.Table
   return tuple(sorted(map(Category, ids.tolist(), names))), numbers
 
 
-def _read_images(file: str, folder: str, table: coco_json.Table
-                 ) -> tuple[Images, dict[str, int]]:
-  """Reads the images of a file, which are in `folder`, and `CocoFile.image_numbers`."""
-  if not len(table):
-    raise InputError(f'{file}: no images')
-  ids, numbers = table.ids()
-  names = table.column('file_name', lambda v: isinstance(v, str), 'a path')
-  names = [_inside(name, folder) if os.path.isabs(name) else name for name in names]
-  for i, name in enumerate(names):
-    if not stays_inside(name):
-      raise table.error(i, f'file_name is {quote(name)}, legal: a path inside the folder of '
-                           f'images{_suggest(name, folder)}')
-  sizes = np.stack([table.integers('height'), table.integers('width')], axis=-1)
-  for i in np.flatnonzero((sizes < 1).any(axis=-1))[:1]:
-    raise table.error(i, f'height and width are {sizes[i].tolist()}, legal: 1 and more')
-  return Images(ids, names, [os.path.join(folder, name) for name in names], sizes), numbers
-
-
-def _inside(path: str, folder: str) -> str:
-  """Makes an absolute path relative to the folder, if it is in it."""
-  start = os.path.join(os.path.abspath(folder), '')
-  return path[len(start):] if path.startswith(start) else path
-
-
-def _suggest(name: str, folder: str) -> str:
-  """Returns a hint about similar file names, for the end of an error about a missing image."""
-  try:
-    entries = os.listdir(folder)
-  except OSError:
-    return ''
-  base = name.replace('\\', '/').rpartition('/')[2]
-  # The same name in another case or with another suffix; other similar names mean nothing.
-  for part in (lambda name: name.casefold(), lambda name: os.path.splitext(name)[0].casefold()):
-    for entry in entries:
-      if part(entry) == part(base):
-        return f'; did you mean {entry!r}?'
-  return ''
-
-
 def _renumber(parts: list[CocoFile]) -> list[CocoFile]:
   """Moves image ids that `Table.ids` assigned behind all others."""
   if len(parts) < 2:
@@ -300,46 +269,6 @@ def _join_ids(parts: Sequence[CocoFile]) -> np.ndarray:
     both = [part.file for part in parts if value in part.images.ids]
     raise InputError(f'image id {value} is in {" and ".join(both)}; ids must be unique')
   return ids
-
-
-def _find_files(images: Images, file: str, folder: str, on_bad_example: str
-                ) -> tuple[list[str], dict[int, str]]:
-  """Returns the path of every image, and image -> reason for those that are missing.
-
-  Folders are listed, which is cheaper than checking every file. File names may come from Windows,
-  or begin with the folder of images itself.
-  """
-  listed: dict[str, frozenset[str]] = {}
-
-  def exists(name: str) -> bool:
-    inside, base = os.path.split(name)
-    if inside not in listed:
-      try:
-        listed[inside] = frozenset(os.listdir(os.path.join(folder, inside)))
-      except (OSError, ValueError):
-        listed[inside] = frozenset()
-    return base in listed[inside]
-
-  files, missing = [], {}
-  for i, name in enumerate(images.names):
-    found = next((n for n in itertools.chain([name], _readings(name, folder)) if exists(n)), None)
-    files.append(os.path.join(folder, found or name))
-    if found is None:
-      missing[i] = f'{join_names([os.path.join(folder, name)])}: no such image'
-  if missing and on_bad_example == 'raise':
-    names = [images.names[i] for i in missing]
-    raise InputError(f'{len(missing)} of the {len(images.names)} images that {file} lists are not '
-                     f'in {folder!r}: {join_names(names)}{_suggest(names[0], folder)}; '
-                     f'{SKIP_IMAGES}')
-  return files, missing
-
-
-def _readings(name: str, folder: str) -> list[str]:
-  """Returns other interpretations of a file name: with slashes, without the folder of images."""
-  parts = [p for p in name.replace('\\', '/').split('/') if p not in ('', '.')]
-  around = os.path.abspath(folder).split(os.sep)
-  return ['/'.join(parts), *('/'.join(parts[n:]) for n in range(1, len(parts))
-                             if parts[:n] == around[-n:])]
 
 
 def _same_files(images: Images) -> np.ndarray:
@@ -374,9 +303,7 @@ def _merge_images(columns: AnnotationTable, findings: Findings, missing: dict[in
   merged = Boxes(boxes.rows[order], np.bincount(owners, minlength=kept.sum()), boxes.boxes[order],
                  boxes.bboxes[order])
   emptied = (np.bincount(place, findings.emptied) > 0) & (merged.counts == 0)
-  images = Images(images.ids[kept], list(itertools.compress(images.names, kept)),
-                  list(itertools.compress(images.files, kept)), images.sizes[kept])
-  return (AnnotationTable(images, merged, *(column[order] for column in (
+  return (AnnotationTable(coco_images.select(images, kept), merged, *(column[order] for column in (
       columns.labels, columns.crowd, columns.areas))), findings._replace(emptied=emptied),
           {int(place[i]): why for i, why in missing.items()})
 

@@ -24,6 +24,9 @@ USE_SEGMENTATION = ("boxes_from='segmentation' takes the box around its segmenta
 def read(file: str) -> dict[str, 'Table']:
   """Reads the tables 'images', 'annotations' and 'categories' of a COCO instances file.
 
+  Returns:
+    The tables, and as the only entry of a table 'info' what the file says about itself.
+
   Raises:
     InputError: If there is no such file, or it is not JSON or not an instances file.
   """
@@ -47,7 +50,9 @@ def parse(text: bytes | str, file: str) -> dict[str, 'Table']:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
       raise InputError(f'{file}: not a COCO instances file: no list {key!r} in it; '
                        f'{_guess_file(content)}')
-  return {key: Table(file, key, content[key]) for key in ('images', 'annotations', 'categories')}
+  info = content.get('info')
+  return {key: Table(file, key, content[key]) for key in ('images', 'annotations', 'categories')
+          } | {'info': Table(file, 'info', [info if isinstance(info, dict) else {}])}
 
 
 class Table:

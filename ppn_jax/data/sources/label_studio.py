@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from ppn_jax.data.sources.labelled_images import (
   stated_size,
   turned_box,
 )
+from ppn_jax.data.sources.uploaded_names import original_names
 from ppn_jax.errors import InputError
 
 _MAX_BYTES = 4 << 30
@@ -36,7 +36,8 @@ class LabelStudio(LabelledImages):
   them. Masks and key points are left out and counted, as are tasks without an annotation, which
   nobody has looked at. Of several annotations of a task, the one marked as ground truth counts, or
   else the first. An uploaded image is found by the name it had before, without the eight letters
-  and digits that Label Studio puts in front. Image ids are those of `annotations.number_images`.
+  and digits that Label Studio puts in front, and with the spaces and brackets that it takes out.
+  Image ids are those of `annotations.number_images`.
 
   Args:
     annotations: The JSON file, exported as JSON or JSON-MIN.
@@ -162,12 +163,7 @@ def _names_of(url: str, task: Mapping[str, Any]) -> list[str]:
   parts = urllib.parse.urlsplit(url)
   local = urllib.parse.parse_qs(parts.query).get('d', [])
   paths = [*local, urllib.parse.unquote(parts.path), url, str(task.get('file_upload') or '')]
-  return [name for path in paths if path for name in (path, _without_prefix(path))]
-
-
-def _without_prefix(path: str) -> str:
-  """Removes the eight letters and digits that Label Studio puts before an uploaded file's name."""
-  return re.sub(r'(^|/)[0-9a-f]{8}-([^/]+)$', r'\1\2', path)
+  return [name for path in paths if path for name in original_names(path)]
 
 
 def _read_image(where: str, url: str, regions: Sequence[Mapping[str, Any]]

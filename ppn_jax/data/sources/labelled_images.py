@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ppn_jax.data.checks import SKIP_IMAGES
+from ppn_jax.data.checks import SKIP_IMAGES, advise_skipping
 from ppn_jax.data.images import folders
 from ppn_jax.data.sources.annotations import (
   AnnotatedImages,
@@ -24,6 +24,7 @@ from ppn_jax.data.sources.annotations import (
   reader_pool,
   sizes_of_boxes,
 )
+from ppn_jax.data.sources.uploaded_names import name_after_upload
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
 
@@ -67,32 +68,39 @@ class ImageFinder:
       raise InputError(f'no images in {folder!r}')
     self._exact = {os.path.relpath(file, folder).replace(os.sep, '/'): file for file in self.files}
     self._named: dict[str, list[str]] = {}
+    self._uploaded: dict[str, list[str]] = {}
     for file in self.files:
       base = os.path.basename(file)
       for name in {base, os.path.splitext(base)[0]}:
         self._named.setdefault(name, []).append(file)
+      self._uploaded.setdefault(name_after_upload(base), []).append(file)
 
   def find(self, *names: str) -> str | None:
     """Returns the file of the first name that leads to one, None if none does.
 
     A name is a path as another machine may have written it, of which as much of the end counts as
-    is there, or a file name with or without its suffix.
+    is there, or a file name with or without its suffix, or as an upload changes it.
 
     Raises:
       InputError: If only the file name fits, and several images have it.
     """
-    for name in names:
-      parts = [p for p in name.replace('\\', '/').split('/') if p not in ('', '.', '..')]
+    split = [[p for p in name.replace('\\', '/').split('/') if p not in ('', '.', '..')]
+             for name in names]
+    for parts in split:
       for start in range(len(parts)):
         if file := self._exact.get('/'.join(parts[start:])):
           return file
-      files = self._named.get(parts[-1], []) if parts else []
-      if len(files) > 1:
-        raise InputError(f'{quote(name)} can be {len(files)} images: {join_names(files)}; give '
-                         'each its own name')
-      if files:
-        return files[0]
-    return None
+      if file := self._only(self._named, parts):
+        return file
+    return next(filter(None, (self._only(self._uploaded, parts) for parts in split)), None)
+
+  def _only(self, named: Mapping[str, list[str]], parts: Sequence[str]) -> str | None:
+    """Returns the file with the last part of a path as its name."""
+    files = named.get(parts[-1], []) if parts else []
+    if len(files) > 1:
+      raise InputError(f'{quote(parts[-1])} can be {len(files)} images: {join_names(files)}; give '
+                       'each its own name')
+    return files[0] if files else None
 
 
 class LabelledImages(AnnotatedImages):
@@ -117,8 +125,10 @@ class LabelledImages(AnnotatedImages):
     missing = {i: f'{image.where}: {quote(image.name)} is not in {folder!r}'
                for i, (image, file) in enumerate(zip(read, files, strict=True)) if file is None}
     if missing and on_bad_example == 'raise':
+      others = join_names([read[i].name for i in missing][1:])
       raise InputError(f'{len(missing)} of {len(read)} images are missing: '
-                       f'{next(iter(missing.values()))}; {SKIP_IMAGES}')
+                       f'{next(iter(missing.values()))}{f", nor {others}" if others else ""}; '
+                       f'{advise_skipping(len(missing), len(read))}')
     paths = [file or os.path.join(folder, image.name)
              for image, file in zip(read, files, strict=True)]
     sizes, unreadable = _read_sizes(read, files, on_bad_example, check_size)

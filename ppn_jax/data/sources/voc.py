@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ppn_jax.data.checks import SKIP_IMAGES, check_on_bad_example
+from ppn_jax.data.checks import SKIP_IMAGES, advise_skipping, check_on_bad_example
 from ppn_jax.data.images import folders
 from ppn_jax.data.sources.annotations import (
   AnnotatedImages,
@@ -273,7 +273,8 @@ def _find_images(folder: str, names: Sequence[str], found: Mapping[str, list[str
   absent = [n for n in names if n not in found]
   if absent and on_bad_example == 'raise':
     raise InputError(f'{len(absent)} of the {len(names)} images with an xml file in '
-                     f'{xml_folder!r} are not in {folder!r}: {join_names(absent)}; {SKIP_IMAGES}')
+                     f'{xml_folder!r} are not in {folder!r}: {join_names(absent)}; '
+                     f'{advise_skipping(len(absent), len(names))}')
   files, missing = [], {}
   for i, name in enumerate(names):
     entries = found.get(name, ())

@@ -5,6 +5,7 @@ import json
 import os
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from ppn_jax.data.images.decoding import encode_jpeg
@@ -524,3 +525,48 @@ def test_the_area_of_a_box_that_is_cut(folder):
   assert load(folder, content).ground_truth()['annotations'][0]['area'] == 600
   content['annotations'][1]['area'] = 123  # The area of a mask.
   assert load(folder, content).ground_truth()['annotations'][0]['area'] == 123
+
+
+def turned_image(path):
+  """Writes an image that is 20 high and 40 wide as stored, and 40 high and 20 wide upright."""
+  image = PIL.Image.fromarray(np.full((20, 40, 3), 100, np.uint8))
+  exif = PIL.Image.Exif()
+  exif[0x0112] = 6
+  image.save(path, exif=exif)
+
+
+def label_studio_export(name, *boxes):
+  return {'images': [{'id': 0, 'file_name': f'../files/upload/1/{name}', 'height': 20,
+                      'width': 40}],
+          'annotations': [{'id': i, 'image_id': 0, 'category_id': 0, 'bbox': box}
+                          for i, box in enumerate(boxes)],
+          'categories': [{'id': 0, 'name': 'dog'}], 'info': {'contributor': 'Label Studio'}}
+
+
+@pytest.mark.parametrize('stored', ['0a1b2c3d-a_1.jpg', 'a (1).jpg'])
+def test_label_studio_s_exports(tmp_path, stored):
+  (tmp_path / 'images').mkdir()
+  turned_image(tmp_path / 'images' / stored)
+  source = load(tmp_path, label_studio_export('0a1b2c3d-a_1.jpg', [5, 5, 10, 10]))
+  assert source[0].image.shape == (40, 20, 3)
+  np.testing.assert_allclose(source[0].boxes, [[5 / 40, 5 / 20, 15 / 40, 15 / 20]])
+  note, = source.contents.notes
+  assert '1 images are stored on their side' in note and stored in note
+  with pytest.raises(InputError, match=r'inside the folder of images'):
+    load(tmp_path, label_studio_export('0a1b2c3d-b.jpg', [5, 5, 10, 10]))
+
+
+def test_boxes_of_upright_images_with_the_sizes_of_stored_ones(tmp_path):
+  (tmp_path / 'images').mkdir()
+  turned_image(tmp_path / 'images' / 'a.jpg')
+  content = label_studio_export('', [5, 5, 10, 10], [5, 25, 10, 10])
+  del content['info']
+  content['images'][0]['file_name'] = 'a.jpg'
+  source = load(tmp_path, content)
+  assert source[0].image.shape == (40, 20, 3) and len(source.contents.notes) == 1
+  content['annotations'][1]['bbox'] = [5, 5, 30, 10]  # Inside the stored image only.
+  source = load(tmp_path, content)
+  assert source[0].image.shape == (20, 40, 3) and not source.contents.notes
+  content['annotations'].append({'id': 2, 'image_id': 0, 'category_id': 0, 'bbox': [5, 25, 10, 10]})
+  with pytest.raises(InputError, match='outside the image'):  # Neither fits all.
+    load(tmp_path, content)

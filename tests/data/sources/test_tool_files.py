@@ -185,6 +185,22 @@ def test_label_studio_finds_images(tmp_path, url):
   assert source.ground_truth()['images'][0]['file_name'] == 'a1.jpg'
 
 
+def test_label_studio_finds_images_by_their_names_before_an_upload(tmp_path):
+  path = studio(tmp_path, task() | {'data': {
+      'image': '/data/upload/7/0a1b2c3d-A_dog_1__%C3%BC.jpg'}})
+  (tmp_path / 'images/a1.jpg').rename(tmp_path / 'images/A dog (1) – ü.jpg')
+  source = load(path, 'label_studio')
+  assert source.ground_truth()['images'][0]['file_name'] == 'A dog (1) – ü.jpg'
+
+
+def test_all_missing_images_are_counted_and_some_named(tmp_path):
+  tasks = [task() | {'data': {'image': f'far/{i}.jpg'}, 'file_upload': ''} for i in range(3)]
+  with pytest.raises(InputError, match=(
+      r"3 of 3 images are missing: .*'far/0.jpg' is not in .*, nor far/1.jpg, far/2.jpg; such "
+      r'images can be skipped .*max_bad_share=1\)')):
+    load(studio(tmp_path, *tasks), 'label_studio')
+
+
 def test_label_studio_json_min(tmp_path):
   region = task()['annotations'][0]['result'][0]
   small = {'image': '/data/upload/7/0a1b2c3d-a1.jpg', 'id': 1, 'annotator': 1,
