@@ -33,6 +33,7 @@ from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import is_timed, slow_step_seconds, steps_that_fit
+from ppn_jax.training.train_step import steps_in_flight
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +224,8 @@ def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, sta
   least, most = _TIMING_SECONDS
   limit = min(max(_TIMING_SHARE * budget.left, least), most, budget.left)
   with pipeline.open(start, progress) as batches:
-    state, step_seconds = _time_steps(compiled, state, batches, limit, check_notice)
+    state, step_seconds = _time_steps(compiled, state, batches, limit, check_notice,
+                                      queued=steps_in_flight(pipeline.mesh) > 0)
     state, save_seconds = _time_save(compiled, state, batches, step_seconds, workdir / SCRATCH,
                                      check_notice)
   evaluation_seconds = 0.0
@@ -251,14 +253,20 @@ def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, sta
 
 
 def _time_steps(train_step: Callable, state: TrainState, batches: Prefetcher | Constant,
-                limit: float, check_notice: Callable[[], None]) -> tuple[TrainState, float]:
-  """Takes steps for about `limit` seconds; returns the last state and the seconds of a step."""
+                limit: float, check_notice: Callable[[], None], *, queued: bool
+                ) -> tuple[TrainState, float]:
+  """Takes steps for about `limit` seconds; returns the last state and the seconds of a step.
+
+  `queued` tells whether a step may be queued while another runs.
+  """
   chunks: list[float] = []
   while not is_timed(chunks, limit):
     check_notice()
     began = now()
     for _ in range(_STEPS_PER_CHUNK):
       state, metrics = train_step(state, *next(batches))
+      if not queued:
+        jax.block_until_ready(metrics)
     jax.block_until_ready(metrics)
     chunks.append(coordination.broadcast_json(now() - began))  # All processes take equally many.
   return state, slow_step_seconds(chunks, _STEPS_PER_CHUNK)

@@ -32,13 +32,9 @@ from ppn_jax.telemetry.stuck import StepWatch
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import EarlyStopping
-from ppn_jax.training.train_step import StepMetrics
+from ppn_jax.training.train_step import StepMetrics, steps_in_flight
 
 logger = logging.getLogger(__name__)
-
-# How many steps may be queued on the device: enough to keep it busy, few enough that their batches
-# do not fill its memory.
-STEPS_IN_FLIGHT = 2
 
 # After this many failed saves in a row a run stops, whatever train.on_save_error says: later steps
 # would probably be lost too.
@@ -119,7 +115,7 @@ class TrainLoop:
     """
     train = self.run.config.train
     train_step = self._compile(train_step, state, pipeline)
-    scores = None
+    in_flight, scores = steps_in_flight(self.mesh), None
     if self.notice.given():
       raise self.notice.end(f'no step was taken, and {self.run.workdir} is unchanged')
     with (pipeline.open(start, self.progress) as batches, self.trace, self.budget.counting(),
@@ -130,8 +126,8 @@ class TrainLoop:
           with self.trace.step(step, self.pending), self.stopwatch.compute():
             state, metrics = train_step(state, *batch)
             self.pending.append((step, metrics))
-            if len(self.pending) > STEPS_IN_FLIGHT:
-              jax.block_until_ready(self.pending[-1 - STEPS_IN_FLIGHT])
+            if len(self.pending) > in_flight:
+              jax.block_until_ready(self.pending[-1 - in_flight])
         self.progress.advance(step)
         self.timeline.reached(step)
 

@@ -125,6 +125,16 @@ def _mean_over_parts(function: Callable[..., _Part], batch: Any, count: int) -> 
   return jax.tree.map(lambda x: x / count, total)
 
 
+def steps_in_flight(mesh: Mesh) -> int:
+  """Returns how many steps may be queued while another one runs.
+
+  On accelerators enough to keep them busy, and few enough that their batches do not fill the
+  memory. On CPUs none: XLA allocates the temporary buffers of a step, gigabytes at 300 px and batch
+  32, when it is queued, and a step takes so long that queuing it late costs nothing.
+  """
+  return 0 if mesh.devices.flat[0].platform == 'cpu' else 2
+
+
 def jit_init(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> Callable[[int], TrainState]:
   """Returns a function from a seed to the first state, created on the devices of the mesh."""
   # It runs once. At its usual optimization level LLVM takes three times as long to compile the

@@ -10,6 +10,7 @@ from tiny import tiny_config
 
 from ppn_jax.data.bad_examples import BadExamples
 from ppn_jax.distributed.preemption import Preempted
+from ppn_jax.distributed.sharding import data_mesh
 from ppn_jax.jobs import resuming
 from ppn_jax.jobs.train_loop import DIVERGED_STEPS, TrainingDiverged, TrainLoop
 from ppn_jax.telemetry.metrics import FIRST_LOSS, MetricsWriter
@@ -70,8 +71,8 @@ def run_through(tmp_path, monkeypatch, losses, *, start=0, end_at=None, first_lo
   progress = SimpleNamespace(advance=lambda *_: None, report=lambda *_: None)
   saved = Saved()
   with MetricsWriter(tmp_path, start) as writer:
-    loop = TrainLoop(SimpleNamespace(config=config, workdir=tmp_path), None, saved, progress,
-                     writer, None, notice, Trace(), first_loss=first_loss)
+    loop = TrainLoop(SimpleNamespace(config=config, workdir=tmp_path), data_mesh(), saved,
+                     progress, writer, None, notice, Trace(), first_loss=first_loss)
     try:
       loop.run_steps(None, start, train_step, Pipeline())
     except (TrainingDiverged, Preempted) as e:
