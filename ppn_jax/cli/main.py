@@ -30,6 +30,9 @@ from ppn_jax.telemetry.progress import LiveHandler
 COMMANDS = ('train', 'evaluate', 'detect', 'serve', 'data', 'summary', 'import-tf', 'prepare',
             'plan', 'export')
 
+# Those that compute for long.
+_COMPUTING = ('train', 'evaluate')
+
 # Loggers of notes, such as on a truncated file, that any command may print between its lines.
 _NOTES = ('ppn_jax.cli.', 'ppn_jax.data.', 'ppn_jax.distributed.compile_cache',
           'ppn_jax.visualization.')
@@ -101,7 +104,10 @@ def _config_names() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command line, by default that of this process, and returns its exit code."""
-  code = _main(list(sys.argv[1:] if argv is None else argv), as_program=argv is None)
+  arguments = list(sys.argv[1:] if argv is None else argv)
+  if arguments[:1] and arguments[0] in _COMPUTING and expects_cpu():
+    keep_freed_memory()  # Before there is a second thread.
+  code = _main(arguments, as_program=argv is None)
   if argv is None and code == interrupts.EXIT_CODE:
     # JAX threads that are still running when the interpreter ends can crash it.
     sys.stdout.flush()
@@ -187,8 +193,6 @@ def _run(argv: list[str]) -> int:
   args = argparse.Namespace(**{name: expand_home(value) for name, value in vars(args).items()})
   args.overrides = rest
   quiet_libraries()
-  if args.command in ('train', 'evaluate') and expects_cpu():
-    keep_freed_memory()  # Before processes are joined, which may start JAX's backend.
   return modules[args.command].run(args)
 
 

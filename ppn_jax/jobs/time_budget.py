@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ppn_jax import storage
@@ -33,7 +34,7 @@ from ppn_jax.telemetry.progress import Progress, duration
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import is_timed, slow_step_seconds, steps_that_fit
-from ppn_jax.training.train_step import steps_in_flight
+from ppn_jax.training.train_step import wait_for_steps
 
 logger = logging.getLogger(__name__)
 
@@ -225,9 +226,9 @@ def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, sta
   limit = min(max(_TIMING_SHARE * budget.left, least), most, budget.left)
   with pipeline.open(start, progress) as batches:
     state, step_seconds = _time_steps(compiled, state, batches, limit, check_notice,
-                                      queued=steps_in_flight(pipeline.mesh) > 0)
+                                      pipeline.mesh)
     state, save_seconds = _time_save(compiled, state, batches, step_seconds, workdir / SCRATCH,
-                                     check_notice)
+                                     check_notice, pipeline.mesh)
   evaluation_seconds = 0.0
   if evaluator:
     evaluator.compile(state.best_variables())
@@ -253,28 +254,26 @@ def make_plan(config: ConfigDict, workdir: storage.Path, budget: TimeBudget, sta
 
 
 def _time_steps(train_step: Callable, state: TrainState, batches: Prefetcher | Constant,
-                limit: float, check_notice: Callable[[], None], *, queued: bool
+                limit: float, check_notice: Callable[[], None], mesh: Mesh
                 ) -> tuple[TrainState, float]:
-  """Takes steps for about `limit` seconds; returns the last state and the seconds of a step.
-
-  `queued` tells whether a step may be queued while another runs.
-  """
+  """Takes steps for about `limit` seconds; returns the last state and the seconds of a step."""
   chunks: list[float] = []
   while not is_timed(chunks, limit):
     check_notice()
     began = now()
+    pending = []
     for _ in range(_STEPS_PER_CHUNK):
       state, metrics = train_step(state, *next(batches))
-      if not queued:
-        jax.block_until_ready(metrics)
-    jax.block_until_ready(metrics)
+      pending.append(metrics)
+      wait_for_steps(pending, mesh)
+    jax.block_until_ready(pending)
     chunks.append(coordination.broadcast_json(now() - began))  # All processes take equally many.
   return state, slow_step_seconds(chunks, _STEPS_PER_CHUNK)
 
 
 def _time_save(train_step: Callable, state: TrainState, batches: Prefetcher | Constant,
-               step_seconds: float, folder: storage.Path, check_notice: Callable[[], None]
-               ) -> tuple[TrainState, float]:
+               step_seconds: float, folder: storage.Path, check_notice: Callable[[], None],
+               mesh: Mesh) -> tuple[TrainState, float]:
   """Saves a state while steps are taken, as a run does; returns the last state and the delay.
 
   The first save compiles and is not timed.
@@ -287,6 +286,7 @@ def _time_save(train_step: Callable, state: TrainState, batches: Prefetcher | Co
     checkpoints.save(2, state)
     while coordination.broadcast_json(checkpoints.is_saving()):
       state, metrics = train_step(state, *next(batches))
+      wait_for_steps([metrics], mesh)
       jax.block_until_ready(metrics)
       count += 1
     checkpoints.wait()

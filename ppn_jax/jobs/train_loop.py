@@ -32,7 +32,7 @@ from ppn_jax.telemetry.stuck import StepWatch
 from ppn_jax.training.input_pipeline import Constant, InputPipeline, Prefetcher
 from ppn_jax.training.state import TrainState
 from ppn_jax.training.stopping import EarlyStopping
-from ppn_jax.training.train_step import StepMetrics, steps_in_flight
+from ppn_jax.training.train_step import StepMetrics, wait_for_steps
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class TrainLoop:
     """
     train = self.run.config.train
     train_step = self._compile(train_step, state, pipeline)
-    in_flight, scores = steps_in_flight(self.mesh), None
+    scores = None
     if self.notice.given():
       raise self.notice.end(f'no step was taken, and {self.run.workdir} is unchanged')
     with (pipeline.open(start, self.progress) as batches, self.trace, self.budget.counting(),
@@ -126,8 +126,7 @@ class TrainLoop:
           with self.trace.step(step, self.pending), self.stopwatch.compute():
             state, metrics = train_step(state, *batch)
             self.pending.append((step, metrics))
-            if len(self.pending) > in_flight:
-              jax.block_until_ready(self.pending[-1 - in_flight])
+            wait_for_steps(self.pending, self.mesh)
         self.progress.advance(step)
         self.timeline.reached(step)
 

@@ -37,9 +37,9 @@ def keep_freed_memory() -> bool:
   XLA's CPU backend allocates a step's temporary buffers, hundreds of megabytes, on every call.
   By default glibc maps and unmaps them each time, and the page faults cost as much as the
   arithmetic. The price is that the process keeps its peak memory, and that all threads share one
-  pool, so it is for that backend only. Call this before the backend exists, thus before anything
-  like `jax.devices()`: the backend's threads keep the pools that they have, from which such buffers
-  are mapped and unmapped as before.
+  pool, so it is for that backend only. Call this while the process has one thread, thus before
+  anything like `jax.devices()`: a second thread gets a pool of its own, which later threads share,
+  and buffers of such a pool are mapped and unmapped as before.
 
   Returns:
     True if it took effect; False on systems without glibc, where nothing is changed.

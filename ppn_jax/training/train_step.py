@@ -1,6 +1,7 @@
 """The training step, and its compilation over a mesh of devices."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,11 @@ class _Part(NamedTuple):
   gradient: Variables  # Of the parameters that are trained.
   batch_stats: Variables  # Those that have changed.
   loss: DetectionLoss
+
+_STEPS_IN_FLIGHT = 2
+# XLA frees the buffers of a step a moment after its results are ready. A step that is queued before
+# that needs others.
+_FREEING_SECONDS = 0.001
 
 
 def train_step(detector: Detector, optimizer: Optimizer, state: TrainState, images: Array,
@@ -125,14 +131,23 @@ def _mean_over_parts(function: Callable[..., _Part], batch: Any, count: int) -> 
   return jax.tree.map(lambda x: x / count, total)
 
 
-def steps_in_flight(mesh: Mesh) -> int:
-  """Returns how many steps may be queued while another one runs.
+def wait_for_steps(pending: Sequence[Any], mesh: Mesh) -> None:
+  """Waits until no more steps are queued on the devices than is good for them.
 
-  On accelerators enough to keep them busy, and few enough that their batches do not fill the
-  memory. On CPUs none: XLA allocates the temporary buffers of a step, gigabytes at 300 px and batch
-  32, when it is queued, and a step takes so long that queuing it late costs nothing.
+  Accelerators may have two in front of the newest: enough to keep them busy, and few enough that
+  their batches do not fill the memory. CPUs none: XLA allocates the temporary buffers of a step,
+  gigabytes at 300 px and batch 32, when it is queued, and a step takes so long that queuing it late
+  costs nothing.
+
+  Args:
+    pending: Results of the last steps, in order.
+    mesh: The devices.
   """
-  return 0 if mesh.devices.flat[0].platform == 'cpu' else 2
+  if mesh.devices.flat[0].platform == 'cpu':
+    jax.block_until_ready(pending[-1:])
+    time.sleep(_FREEING_SECONDS)
+  elif len(pending) > _STEPS_IN_FLIGHT:
+    jax.block_until_ready(pending[-1 - _STEPS_IN_FLIGHT])
 
 
 def jit_init(detector: Detector, optimizer: Optimizer, mesh: Mesh) -> Callable[[int], TrainState]:

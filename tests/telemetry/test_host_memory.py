@@ -62,3 +62,35 @@ def test_a_plugin_for_an_accelerator_is_no_cpu(monkeypatch, tmp_path):
   monkeypatch.setattr(host_memory.importlib.util, 'find_spec',
                       lambda name: 'found' if name == 'libtpu' else None)
   assert not host_memory.expects_cpu()
+
+
+# Of a command that starts a thread, before and after which the number of pools is printed.
+_POOLS_OF_COMMAND = """
+import ctypes, os, re, sys, tempfile, threading
+from ppn_jax.cli import main, train
+
+def run(args):
+  buffers = []
+  for _ in range(8):
+    thread = threading.Thread(target=lambda: buffers.append(bytes(1000)))
+    thread.start()
+    thread.join()
+  libc = ctypes.CDLL(None)
+  libc.fopen.restype = ctypes.c_void_p
+  path = os.path.join(tempfile.mkdtemp(), 'info')
+  file = ctypes.c_void_p(libc.fopen(path.encode(), b'w'))
+  libc.malloc_info(0, file)
+  libc.fclose(file)
+  print(len(re.findall('<heap nr', open(path).read())))
+  return 0
+
+train.run = run
+sys.exit(main.main(['train', '--config=quickstart', '--workdir=unused']))
+"""
+
+
+@pytest.mark.skipif(not _has_glibc(), reason='other C libraries have no such settings')
+def test_threads_of_a_command_share_one_pool():
+  found = subprocess.run([sys.executable, '-c', _POOLS_OF_COMMAND], check=True, text=True,
+                         stdout=subprocess.PIPE, env=os.environ | {'JAX_PLATFORMS': 'cpu'}).stdout
+  assert found == '1\n'
