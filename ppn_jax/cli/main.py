@@ -31,7 +31,7 @@ COMMANDS = ('train', 'evaluate', 'detect', 'serve', 'data', 'summary', 'import-t
             'plan', 'export')
 
 # Those that compute for long.
-_COMPUTING = ('train', 'evaluate')
+_COMPUTING = ('train', 'evaluate', 'detect', 'serve')
 
 # Loggers of notes, such as on a truncated file, that any command may print between its lines.
 _NOTES = ('ppn_jax.cli.', 'ppn_jax.data.', 'ppn_jax.distributed.compile_cache',
