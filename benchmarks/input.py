@@ -121,7 +121,8 @@ def _source(args: argparse.Namespace):
   return CocoJson(args.images, args.annotations)
 
 
-def _batches(args: argparse.Namespace, source, transforms=None, resize: str = 'supersample'):
+def _batches(args: argparse.Namespace, source, transforms=None, resize: str = 'supersample',
+             workers: str = 'threads'):
   from ppn_jax.data.loader import required_boxes, train_batches
   from ppn_jax.data.transforms.basic import HorizontalFlip
   from ppn_jax.data.transforms.random_crop import SsdRandomCrop
@@ -130,13 +131,18 @@ def _batches(args: argparse.Namespace, source, transforms=None, resize: str = 's
   keep_freed_memory()  # As training does.
   batches = train_batches(source, transforms=ops, image_size=args.image_size,
                           max_boxes=required_boxes(source), batch_size=args.batch, seed=0,
-                          resize=resize)
+                          resize=resize, workers=workers)
   return _rate(lambda: len(next(batches).images), args.seconds, warm_up=3)
 
 
 def pipeline(args: argparse.Namespace) -> float:
   """Reads as `ppn train` does by default."""
   return _batches(args, _source(args))
+
+
+def pipeline_processes(args: argparse.Namespace) -> float:
+  """Reads with `data.workers='processes'`."""
+  return _batches(args, _source(args), workers='processes')
 
 
 def pipeline_bilinear(args: argparse.Namespace) -> float:
@@ -158,7 +164,8 @@ def cache(args: argparse.Namespace) -> float:
   return _batches(args, source)
 
 
-WORKERS = {f.__name__: f for f in (decoder, pipeline, pipeline_bilinear, no_augmentation, cache)}
+WORKERS = {f.__name__: f for f in (
+    decoder, pipeline, pipeline_processes, pipeline_bilinear, no_augmentation, cache)}
 
 if __name__ == '__main__':
   main()
