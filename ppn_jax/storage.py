@@ -277,19 +277,51 @@ def upload_file(file: pathlib.Path, to: Path) -> None:
     bucket.blob(name).upload_from_filename(os.fspath(file), checksum='md5')  # It retries.
 
 
-def stored_md5s(folder: Path) -> dict[str, str]:
-  """Returns {path within the folder: MD5 in hexadecimal digits} of the objects of a bucket.
+class StoredObject(NamedTuple):
+  """What a bucket says about an object.
 
-  The MD5 is the bucket's own, '' for an object that other tools have written in parts.
+  Attributes:
+    size: In bytes.
+    generation: Its version, which each write changes.
+    md5: Hexadecimal digits; '' for an object that other tools have written in parts.
+  """
+  size: int
+  generation: int
+  md5: str
+
+
+def stored_objects(folder: Path) -> dict[str, StoredObject]:
+  """Returns {path within the folder: its object} of a folder in a bucket.
 
   Raises:
     OSError: See `write_bytes`.
   """
   with _as_store_error(folder):
     bucket, name = _blob(folder)
-    prefix = f'{name.rstrip("/")}/'
-    return {blob.name.removeprefix(prefix): base64.b64decode(blob.md5_hash or '').hex()
-            for blob in _client().list_blobs(bucket, prefix=prefix)}
+    prefix = f'{name.rstrip("/")}/' if name else ''
+    return {blob.name.removeprefix(prefix): StoredObject(
+        int(blob.size), int(blob.generation), base64.b64decode(blob.md5_hash or '').hex())
+        for blob in _client().list_blobs(bucket, prefix=prefix)}
+
+
+def stored_md5s(folder: Path) -> dict[str, str]:
+  """Returns {path within the folder: MD5} of `stored_objects`."""
+  return {name: found.md5 for name, found in stored_objects(folder).items()}
+
+
+def download_file(path: Path, to: pathlib.Path) -> None:
+  """Copies an object of a bucket to a local file, which appears when it is complete.
+
+  Raises:
+    OSError: If the file cannot be written, or a StoreError or PermissionError of the bucket.
+  """
+  to.parent.mkdir(parents=True, exist_ok=True)
+  with _as_store_error(path), tempfile.TemporaryDirectory(
+      dir=to.parent, prefix=f'.{to.name}.') as folder:
+    partial = pathlib.Path(folder) / 'partial'
+    bucket, name = _blob(path)
+    bucket.blob(name).download_to_filename(os.fspath(partial))  # It retries.
+    os.replace(partial, to)
 
 
 def _blob(path: Path) -> tuple[Any, str]:

@@ -257,3 +257,15 @@ def serve(root: pathlib.Path, refuse: Callable[[str, str, str], int] = lambda *_
   finally:
     server.shutdown()
     server.server_close()
+
+
+def forget_clients() -> None:
+  """Makes the libraries connect to another server, or to the same one again."""
+  import gcsfs
+  from etils.epath import backend
+
+  from ppn_jax import storage
+  storage._client.cache_clear()
+  storage._check_bucket.cache_clear()
+  gcsfs.GCSFileSystem.clear_instance_cache()
+  backend.fsspec_backend._get_filesystem.cache_clear()

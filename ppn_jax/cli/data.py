@@ -46,9 +46,14 @@ def run(args: argparse.Namespace) -> int:
     from ppn_jax.config_files import config_names
     name = args.folder.partition(':')[0]
     meant = name.endswith('.py') or name in config_names()
-    advice = (f'; did you mean --config={args.folder}?' if meant else
-              '; it is a file: give the folder that it is in, and unpack an archive first'
-              if os.path.exists(args.folder) else '')
+    advice = ''
+    if args.folder.startswith('gs://'):
+      advice = ('; a format is recognised on this machine only: copy the folder, or give '
+                '--config=own_data:FORMAT with paths in the bucket')
+    elif meant:
+      advice = f'; did you mean --config={args.folder}?'
+    elif os.path.exists(args.folder):
+      advice = '; it is a file: give the folder that it is in, and unpack an archive first'
     raise InputError(f'no folder {args.folder!r}{advice}')
   if args.config and (args.format or args.write):
     raise InputError('--format and --write go with a FOLDER, not with --config')

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from ppn_jax import registry
+from ppn_jax.data.bucket_copy import with_local_paths
 from ppn_jax.data.contents import Contents, contents_from_ground_truth
 from ppn_jax.detection.structures import Category, Example
 from ppn_jax.errors import InputError, did_you_mean
@@ -143,7 +144,8 @@ def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | N
   """Builds the source of a config block.
 
   Args:
-    block: {'name': a key of SOURCES or a dotted path, **keyword_arguments}.
+    block: {'name': a key of SOURCES or a dotted path, **keyword_arguments}. What is in a bucket is
+      copied to this machine first, see `bucket_copy`.
     categories: Classes of the run. Those of the data must be among them, by id and name or by name
       alone, and get the run's labels: a detector of COCO's 90 ids can be scored on a file that
       lists the 80 in use, or on one that numbers them differently. None accepts any classes.
@@ -159,7 +161,7 @@ def build_source(block: Mapping[str, Any], *, categories: Sequence[Category] | N
       if 'on_bad_example' in block:
         raise InputError('on_bad_example is no option of a source but of all data: '
                          f'data.on_bad_example={block["on_bad_example"]}')
-      block = expand_home(dict(block))
+      block = with_local_paths(expand_home(dict(block)))
     make = registry.select('source', block, SOURCES, given=['on_bad_example'])
     takes = 'on_bad_example' in inspect.signature(make).parameters
     source = make(**({'on_bad_example': on_bad_example} if takes else {}))

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from gcs_server import serve
+from gcs_server import forget_clients, serve
 from log_lines import logged
 from time_limits import HANG_SECONDS
 from tiny import CONFIG_FILE
@@ -25,15 +25,6 @@ from ppn_jax.errors import InputError, StoreError
 
 pytest.importorskip('tensorflow_datasets')
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def forget_clients():
-  import gcsfs
-  from etils.epath import backend
-  storage._client.cache_clear()
-  storage._check_bucket.cache_clear()
-  gcsfs.GCSFileSystem.clear_instance_cache()
-  backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 class Bucket:
