@@ -24,7 +24,7 @@ def test_all_content_is_on_the_page():
            html_page.plot(pixels('plot'), 'a plot')])])
   tree, pictures = parse(html)
   check_self_contained(tree)
-  assert [(p.format, p.size) for p in pictures] == [('JPEG', (400, 300)), ('PNG', (40, 30))]
+  assert [(p.format, p.size) for p in pictures] == [('JPEG', (240, 180)), ('PNG', (40, 30))]
   np.testing.assert_array_equal(np.asarray(pictures[1]), pixels('plot'))
   texts = [text.strip() for text in tree.itertext()]
   assert texts.count(NASTY) == 11  # Title twice, each of the others once, the heading also in nav.
