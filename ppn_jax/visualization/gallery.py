@@ -135,7 +135,7 @@ class Gallery:
     image, info = self.source[index].image, self.ground_truth['images'][index]
     window = _window(self._boxes(subjects, info)[0], image.shape[:2])
     top, left, bottom, right = window.tolist()
-    crop = image[top:bottom, left:right]
+    crop = _reduce(image[top:bottom, left:right], 2 * CROP_SIDE)  # Tags have to be legible.
     boxes, labels = self._boxes(self._annotations(info), info)
     crop = draw_boxes(crop, _within(boxes, window, image.shape), labels, self._names,
                       ground_truth=True, min_side=CROP_SIDE)
@@ -255,3 +255,10 @@ def _within(boxes: np.ndarray, window: np.ndarray, shape: tuple[int, ...]) -> np
   pixels = boxes * np.array([*shape[:2], *shape[:2]])
   origin, sides = window[:2], window[2:] - window[:2]
   return ((pixels - np.tile(origin, 2)) / np.tile(sides, 2)).astype(np.float32)
+
+
+def _reduce(image: np.ndarray, side: int) -> np.ndarray:
+  """Reduces an image, u8 [H, W, 3], whose longer side is longer than `side` pixels."""
+  picture = Image.fromarray(np.ascontiguousarray(image))
+  picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3)
+  return np.asarray(picture)
