@@ -299,9 +299,21 @@ def stored_objects(folder: Path) -> dict[str, StoredObject]:
   with _as_store_error(folder):
     bucket, name = _blob(folder)
     prefix = f'{name.rstrip("/")}/' if name else ''
-    return {blob.name.removeprefix(prefix): StoredObject(
-        int(blob.size), int(blob.generation), base64.b64decode(blob.md5_hash or '').hex())
-        for blob in _client().list_blobs(bucket, prefix=prefix)}
+    return {blob.name.removeprefix(prefix): _stored(blob)
+            for blob in _client().list_blobs(bucket, prefix=prefix)}
+
+
+def stored_object(path: Path) -> StoredObject | None:
+  """Returns an object of a bucket, None if there is none; see `stored_objects`."""
+  with _as_store_error(path):
+    bucket, name = _blob(path)
+    blob = bucket.get_blob(name) if name else None
+    return blob and _stored(blob)
+
+
+def _stored(blob: Any) -> StoredObject:
+  return StoredObject(int(blob.size), int(blob.generation),
+                      base64.b64decode(blob.md5_hash or '').hex())
 
 
 def stored_md5s(folder: Path) -> dict[str, str]:
@@ -309,19 +321,45 @@ def stored_md5s(folder: Path) -> dict[str, str]:
   return {name: found.md5 for name, found in stored_objects(folder).items()}
 
 
-def download_file(path: Path, to: pathlib.Path) -> None:
+def download_file(path: Path, name: str, stored: StoredObject, to: pathlib.Path,
+                  scratch: pathlib.Path) -> None:
   """Copies an object of a bucket to a local file, which appears when it is complete.
 
+  Args:
+    path: The folder of the object in the bucket.
+    name: Its name in the folder.
+    stored: Its version, which the time of modification of the file will tell, see `is_copy`.
+    to: The file.
+    scratch: A folder of the same file system for the file while it is copied.
+
   Raises:
-    OSError: If the file cannot be written, or a StoreError or PermissionError of the bucket.
+    OSError: If the file cannot be written, or a StoreError or PermissionError of the bucket, also
+      if the object has another version by now.
   """
   to.parent.mkdir(parents=True, exist_ok=True)
-  with _as_store_error(path), tempfile.TemporaryDirectory(
-      dir=to.parent, prefix=f'.{to.name}.') as folder:
-    partial = pathlib.Path(folder) / 'partial'
-    bucket, name = _blob(path)
-    bucket.blob(name).download_to_filename(os.fspath(partial))  # It retries.
-    os.replace(partial, to)
+  with tempfile.NamedTemporaryFile(dir=scratch, prefix='.copy.', delete=False) as partial:
+    pass
+  try:
+    with _as_store_error(path):
+      bucket, folder = _blob(path)
+      blob = bucket.blob(f'{folder.rstrip("/")}/{name}' if folder else name)
+      blob.download_to_filename(partial.name, if_generation_match=stored.generation)  # It retries.
+    os.utime(partial.name, ns=(_nanoseconds(stored),) * 2)
+    os.replace(partial.name, to)
+  finally:
+    pathlib.Path(partial.name).unlink(missing_ok=True)
+
+
+def is_copy(path: pathlib.Path, stored: StoredObject) -> bool:
+  """Returns whether `download_file` has copied this version of an object to a file."""
+  try:
+    return path.is_file() and path.stat().st_mtime_ns == _nanoseconds(stored)
+  except OSError:
+    return False
+
+
+def _nanoseconds(stored: StoredObject) -> int:
+  return 1000 * stored.generation  # Generations are times in microseconds.
 
 
 def _blob(path: Path) -> tuple[Any, str]:

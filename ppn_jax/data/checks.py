@@ -14,6 +14,8 @@ MAX_BAD_SHARE = 0.01  # Default of `data.max_bad_share`.
 
 def advise_skipping(count: int, total: int) -> str:
   """Returns advice about `count` of `total` images that are missing or damaged."""
+  if count == total:
+    return 'is this the right folder?'
   if count <= max(1, MAX_BAD_SHARE * total):
     return SKIP_IMAGES
   # Twice their share, because that in a part of the data may be larger.

@@ -195,7 +195,7 @@ def test_one_image_of_a_small_data_set_may_be_damaged():
 
 
 @pytest.mark.parametrize('count, total, share', [
-    (1, 10, None), (1, 1000, None), (10, 1000, None), (11, 1000, 0.03), (4, 61, 0.14), (9, 9, 1)])
+    (1, 10, None), (1, 1000, None), (10, 1000, None), (11, 1000, 0.03), (4, 61, 0.14), (8, 9, 1)])
 def test_advice_names_a_share_that_is_enough(count, total, share):
   advice = advise_skipping(count, total)
   assert ('max_bad_share' in advice) == (share is not None)

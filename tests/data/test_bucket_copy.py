@@ -1,12 +1,14 @@
 """Data sets in buckets are copied to this machine once, and again where they change."""
 
-import os
+import pathlib
 
 import pytest
 from data_formats import NAMES, write
 from gcs_server import forget_clients, serve
 
+from ppn_jax import storage
 from ppn_jax.cli.main import main
+from ppn_jax.data.bucket_copy import with_local_paths
 from ppn_jax.data.source import build_source
 from ppn_jax.errors import InputError
 
@@ -33,6 +35,12 @@ def bucket(tmp_path, monkeypatch):
   forget_clients()
 
 
+def change(path, text):
+  """Writes an object through the bucket's interface, which gives it another generation."""
+  _, _, name = path.as_posix().partition('/bucket/')
+  storage.write_text(storage.folder_path(f'gs://bucket/{name}'), text)
+
+
 PATHS = {
     'coco_json': dict(images='set/images', annotations='set/instances.json'),
     'pascal_voc': dict(folder='set'),
@@ -51,10 +59,10 @@ def test_sources_read_from_buckets(bucket, name):
   source = build_source({'name': name, **options})
   assert [c.name for c in source.categories] == list(NAMES)
   assert source[0].image.ndim == 3
-  count = len(read)
-  assert count
+  assert any(path.endswith('.jpg') for path in read)
+  read.clear()
   build_source({'name': name, **options})
-  assert len(read) == count  # Nothing has changed.
+  assert not any(path.endswith('.jpg') for path in read)  # Nothing has changed.
 
 
 def test_only_changes_are_copied_again(bucket, tmp_path, log_lines):
@@ -66,11 +74,41 @@ def test_only_changes_are_copied_again(bucket, tmp_path, log_lines):
   read.clear()
   gone, changed = sorted((folder / 'set').rglob('*.json'))[:2]
   gone.unlink()
-  os.utime(changed)
-  changed.write_text(changed.read_text() + ' ')
+  change(changed, changed.read_text() + ' ')
   assert len(build_source(block)) == before - 1
-  assert read == [changed.relative_to(folder).as_posix()]
+  assert [path for path in read if path != 'set'] == [changed.relative_to(folder).as_posix()]
   assert not list((tmp_path / 'cache').rglob(gone.name))
+
+
+def test_wildcards_and_folders_of_a_yaml_file_follow_the_bucket(bucket, tmp_path):
+  folder, _ = bucket
+  for name in ('t/train-0', 't/train-1', 't/deep/train-2', 't/other'):
+    change(folder / name, name)
+  copied = lambda: sorted(p.name for p in (tmp_path / 'cache').rglob('*') if p.is_file())
+  records = lambda: with_local_paths({'records': 'gs://bucket/t/train-*'})['records']
+  assert records().endswith('/bucket/t/train-*') and copied() == ['train-0', 'train-1']
+  (folder / 't/train-0').unlink()
+  records()
+  assert copied() == ['train-1']
+  change(folder / 'y/data.yaml', 'names: []')
+  change(folder / 'y/images/a.jpg', 'a')
+  with_local_paths({'data': 'gs://bucket/y/data.yaml'})
+  (folder / 'y/images/a.jpg').unlink()
+  with_local_paths({'data': ('gs://bucket/y/data.yaml',)})
+  assert copied() == ['data.yaml', 'train-1']
+
+
+def test_an_object_becomes_a_folder_and_a_folder_an_object(bucket):
+  folder, _ = bucket
+  for before, after in (('x', 'x/1.jpg'), ('x/1.jpg', 'x')):
+    change(folder / 's' / before, before)
+    with_local_paths({'folder': 'gs://bucket/s'})
+    (folder / 's' / before).unlink()
+    if (folder / 's/x').is_dir():
+      (folder / 's/x').rmdir()
+    change(folder / 's' / after, after)
+    copy = pathlib.Path(with_local_paths({'folder': 'gs://bucket/s'})['folder'])
+    assert (copy / after).read_text() == after
 
 
 def test_commands_take_buckets(bucket, capsys):
@@ -87,6 +125,8 @@ def test_commands_take_buckets(bucket, capsys):
 @pytest.mark.parametrize('path, message', [
     ('gs://bucket/none', r'there is nothing at gs://bucket/none'),
     ('gs://bucket/set/*.record', r'there is nothing at gs://bucket/set/\*.record'),
+    ('gs://bucket', r'there is nothing at gs://bucket'), ('gs://', 'gs://: legal: gs://BUCKET/PATH'),
+    ('gs://*', r'gs://\*: legal: gs://BUCKET/PATH'),
     ('gs://other/set', 'there is no bucket gs://other')])
 def test_what_is_not_there(bucket, path, message):
   with pytest.raises(InputError, match=f'data.train: {message}'):

@@ -161,6 +161,16 @@ def test_what_is_nearly_a_data_set(tmp_path, name, text, message):
     recognise(str(tmp_path / 'set'))
 
 
+@pytest.mark.parametrize('data_format', ['coco_json', 'pascal_voc', 'yolo_txt'])
+def test_annotations_of_heic_pictures(tmp_path, data_format):
+  folder = write(tmp_path / 'set', data_format)
+  for image in [p for p in folder.rglob('*') if p.suffix in ('.jpg', '.png')]:
+    image.rename(image.with_suffix('.HEIC'))
+  (folder / 'data.yaml').unlink(missing_ok=True)
+  with pytest.raises(InputError, match=r'HEIC pictures are not read: convert them to JPEG'):
+    recognise(str(folder))
+
+
 def test_pictures_that_cannot_be_read_are_spoken_of(tmp_path):
   write(tmp_path / 'set', 'coco_json')
   (tmp_path / 'set' / 'IMG_1.HEIC').write_bytes(b'')

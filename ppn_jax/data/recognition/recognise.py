@@ -8,6 +8,9 @@ from ppn_jax.data.recognition.formats import FORMATS, is_yolo
 from ppn_jax.data.recognition.tree import Part, Tree
 from ppn_jax.errors import InputError, did_you_mean
 
+_HEIC = ('.heic', '.heif')
+_ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.txz', '.bz2', '.tbz', '.zst', '.rar', '.7z')
+
 
 class Recognised(NamedTuple):
   """A data set that was found.
@@ -48,7 +51,10 @@ def recognise(folder: str, data_format: str = '') -> Recognised:
       except InputError as e:  # Another format may be complete.
         errors.append(e)
   if not found:
-    raise errors[0] if errors else InputError(_nothing(tree, data_format))
+    advice = _advice(tree)
+    if errors:
+      raise InputError(f'{errors[0]}; {advice}') if advice else errors[0]
+    raise InputError(_nothing(tree, data_format) + (f'; {advice}' if advice else ''))
   if len(found) > 1:
     listed = ', '.join(f'{FORMATS[s][0]} ({parts[0].where})' for s, parts in found.items())
     raise InputError(f'{tree.root} has annotations in {len(found)} formats, {listed}; choose one: '
@@ -59,7 +65,7 @@ def recognise(folder: str, data_format: str = '') -> Recognised:
            f'train on {train.where}',
            f'evaluate on {evaluation.where}' if evaluation else
            'evaluate on a tenth of the training images, as nothing else is there']
-  if heic := tree.with_suffix('.heic', '.heif'):
+  if heic := tree.with_suffix(*_HEIC):
     lines.append(f'left alone: {len(heic):,} HEIC pictures such as {tree.relative(heic[0])}; '
                  'convert them to JPEG')
   return Recognised(source, FORMATS[source][0], train.options,
@@ -97,14 +103,16 @@ def _nothing(tree: Tree, data_format: str) -> str:
   others = ', '.join(f'{n:,} {suffix}' for suffix, n in suffixes.most_common(5)) or 'no other file'
   names = [name for source, (name, _) in FORMATS.items() if data_format in ('', source)]
   return (f'{tree.root}: no annotations that are known ({len(tree.images):,} images, {others}); '
-          f'{_advice(tree)}legal: {", ".join(names)}')
+          f'legal: {", ".join(names)}')
 
 
 def _advice(tree: Tree) -> str:
   """Returns the next step for files that are nearly a data set, '' if there are none."""
-  if tree.with_suffix('.zip', '.tar', '.gz', '.tgz', '.rar', '.7z'):
-    return 'unpack the archive first; '
+  if not tree.images and tree.with_suffix(*_HEIC):
+    return 'HEIC pictures are not read: convert them to JPEG'
+  if tree.with_suffix(*_ARCHIVES):
+    return 'unpack the archive first'
   if any(map(is_yolo, tree.with_suffix('.txt')[:50])):
     return ('the text files look like those of YOLO, but no image has the name of one: export them '
-            "with their images (Label Studio's 'YOLO with Images'); ")
+            "with their images (Label Studio's 'YOLO with Images')")
   return ''

@@ -35,14 +35,13 @@ def read_images(file: str, folder: str, table: coco_json.Table, *, uploaded: boo
   ids, numbers = table.ids()
   names = table.column('file_name', lambda v: isinstance(v, str), 'a path')
   names = [_inside(name, folder) if os.path.isabs(name) else name for name in names]
-  outside = [i for i, name in enumerate(names) if not stays_inside(name)]
-  finder = ImageFinder(folder) if outside and uploaded else None
-  for i in outside:
-    found = finder.find(*original_names(names[i])) if finder else None
-    if not found:
-      raise table.error(i, f'file_name is {quote(names[i])}, legal: a path inside the folder of '
-                           f'images{_suggest(names[i], folder)}')
-    names[i] = os.path.relpath(found, folder)
+  for i, name in enumerate(names):
+    if not stays_inside(name):
+      last = name.replace('\\', '/').rpartition('/')[2]
+      if not uploaded or not stays_inside(last):
+        raise table.error(i, f'file_name is {quote(name)}, legal: a path inside the folder of '
+                             f'images{_suggest(name, folder)}')
+      names[i] = last
   sizes = np.stack([table.integers('height'), table.integers('width')], axis=-1)
   for i in np.flatnonzero((sizes < 1).any(axis=-1))[:1]:
     raise table.error(i, f'height and width are {sizes[i].tolist()}, legal: 1 and more')
@@ -88,14 +87,18 @@ def find_files(images: Images, kept: np.ndarray, file: str, folder: str, *, uplo
         listed[inside] = frozenset()
     return base in listed[inside]
 
-  finder = None
+  finder, owners = None, {}
   names, files, missing = images.names, list(images.files), {}
   for number, i in enumerate(np.flatnonzero(kept).tolist()):
     found = next((n for n in itertools.chain([names[i]], _readings(names[i], folder))
                   if exists(n)), None)
     if found is None and uploaded:
       finder = finder or ImageFinder(folder)
-      found = finder.find(*original_names(names[i]))
+      path = finder.find(*original_names(names[i]))
+      if path and owners.setdefault(path, names[i]) != names[i]:
+        raise InputError(f'{file}: {quote(owners[path])} and {quote(names[i])} can both be {path}; '
+                         'export again with the images')
+      found = path and os.path.relpath(path, folder)
     files[i] = os.path.join(folder, found or names[i])
     if found is None:
       missing[number] = f'{join_names([files[i]])}: no such image'

@@ -82,13 +82,16 @@ class ImageFinder:
     is there, or a file name with or without its suffix, or as an upload changes it.
 
     Raises:
-      InputError: If only the file name fits, and several images have it.
+      InputError: If only the file name fits, and several images have it, or of a further name have
+        it after an upload.
     """
     split = [[p for p in name.replace('\\', '/').split('/') if p not in ('', '.', '..')]
              for name in names]
-    for parts in split:
+    for number, parts in enumerate(split):
       for start in range(len(parts)):
         if file := self._exact.get('/'.join(parts[start:])):
+          if number and start == len(parts) - 1:  # The folder is a guess.
+            return self._only(self._uploaded, [name_after_upload(parts[-1])])
           return file
       if file := self._only(self._named, parts):
         return file

@@ -27,8 +27,8 @@ def with_upright_sizes(images: Images, bboxes: np.ndarray, reasons: np.ndarray,
     bboxes: f64 [M, 4], x, y, width, height in pixels.
     reasons: i64 [M], zero for boxes that are numbers.
     owners: int [M], positions in `images`.
-    certain: Whether the tool is known to do so. Otherwise some boxes have to be outside the stored
-      images, and none outside the upright ones.
+    certain: Whether the tool is known to do so. Otherwise the middle of some boxes has to be
+      outside the stored images, and no box outside the upright ones.
     file: The file, for the note.
 
   Returns:
@@ -36,8 +36,8 @@ def with_upright_sizes(images: Images, bboxes: np.ndarray, reasons: np.ndarray,
   """
   good = reasons == 0
   ends, owners = (bboxes[:, :2] + bboxes[:, 2:])[good], owners[good]
-  outside = ~_fit(ends, images.sizes[owners])
   if not certain:
+    outside = ~_fit((bboxes[:, :2] + bboxes[:, 2:] / 2)[good], images.sizes[owners])
     suspects = np.unique(owners[outside & _fit(ends, images.sizes[owners][:, ::-1])])
     if not _turned(images, suspects).any():
       return images, ()
@@ -53,10 +53,10 @@ def with_upright_sizes(images: Images, bboxes: np.ndarray, reasons: np.ndarray,
       'their size as stored, and boxes of the upright image, as which they are used',)
 
 
-def _fit(ends: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-  """Returns whether x, y of lower right corners are inside images of (height, width), bool [M]."""
+def _fit(points: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+  """Returns whether points x, y are not beyond images of (height, width), bool [M]."""
   with np.errstate(invalid='ignore'):
-    return (ends <= sizes[:, ::-1] + BORDER_TOLERANCE).all(axis=-1)
+    return (points <= sizes[:, ::-1] + BORDER_TOLERANCE).all(axis=-1)
 
 
 def _turned(images: Images, rows: Sequence[int] | np.ndarray) -> np.ndarray:

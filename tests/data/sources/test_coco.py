@@ -552,8 +552,37 @@ def test_label_studio_s_exports(tmp_path, stored):
   np.testing.assert_allclose(source[0].boxes, [[5 / 40, 5 / 20, 15 / 40, 15 / 20]])
   note, = source.contents.notes
   assert '1 images are stored on their side' in note and stored in note
-  with pytest.raises(InputError, match=r'inside the folder of images'):
-    load(tmp_path, label_studio_export('0a1b2c3d-b.jpg', [5, 5, 10, 10]))
+  missing = label_studio_export('0a1b2c3d-b.jpg', [5, 5, 10, 10])
+  with pytest.raises(InputError, match=r'1 of the 1 images .* are not in .*0a1b2c3d-b.jpg'):
+    load(tmp_path, missing)
+  assert load(tmp_path, missing, on_bad_example='skip').contents.unreadable
+
+
+def test_label_studio_s_exports_in_the_current_folder(tmp_path, monkeypatch):
+  (tmp_path / 'images').mkdir()
+  turned_image(tmp_path / 'images' / 'a.jpg')
+  (tmp_path / 'truth.json').write_text(json.dumps(label_studio_export('0a1b2c3d-a.jpg')))
+  monkeypatch.chdir(tmp_path)
+  assert CocoJson('images', 'truth.json')[0].image.shape == (40, 20, 3)
+
+
+@pytest.mark.parametrize('stored', [('a.jpg', 'sub/a.jpg'), ('a_1.jpg', 'a (1).jpg')])
+def test_uploads_that_can_be_several_images(tmp_path, stored):
+  for name in stored:
+    (tmp_path / 'images' / name).parent.mkdir(parents=True, exist_ok=True)
+    turned_image(tmp_path / 'images' / name)
+  with pytest.raises(InputError, match=r'can be 2 images: .*give each its own name'):
+    load(tmp_path, label_studio_export(f'0a1b2c3d-{stored[0]}', [5, 5, 10, 10]))
+
+
+def test_two_uploads_of_one_image(tmp_path):
+  (tmp_path / 'images').mkdir()
+  turned_image(tmp_path / 'images' / 'a.jpg')
+  content = label_studio_export('0a1b2c3d-a.jpg', [5, 5, 10, 10])
+  content['images'].append(content['images'][0] | {
+      'id': 1, 'file_name': '../files/upload/1/1a1b2c3d-a.jpg'})
+  with pytest.raises(InputError, match=r"0a1b2c3d-a.jpg' and '1a1b2c3d-a.jpg' can both be .*a.jpg"):
+    load(tmp_path, content)
 
 
 def test_boxes_of_upright_images_with_the_sizes_of_stored_ones(tmp_path):

@@ -196,9 +196,11 @@ def test_label_studio_finds_images_by_their_names_before_an_upload(tmp_path):
 def test_all_missing_images_are_counted_and_some_named(tmp_path):
   tasks = [task() | {'data': {'image': f'far/{i}.jpg'}, 'file_upload': ''} for i in range(3)]
   with pytest.raises(InputError, match=(
-      r"3 of 3 images are missing: .*'far/0.jpg' is not in .*, nor far/1.jpg, far/2.jpg; such "
-      r'images can be skipped .*max_bad_share=1\)')):
+      r"3 of 3 images are missing: .*'far/0.jpg' is not in .*, nor far/1.jpg, far/2.jpg; is this "
+      r'the right folder')):
     load(studio(tmp_path, *tasks), 'label_studio')
+  with pytest.raises(InputError, match=r'3 of 4 .*max_bad_share=1\)'):
+    load(studio(tmp_path, *tasks, task()), 'label_studio')
 
 
 def test_label_studio_json_min(tmp_path):
