@@ -365,7 +365,8 @@ def test_ctrl_c_says_that_the_slice_still_bills(cloud):
   with (cloud / 'shown').open('w') as shown:
     process = subprocess.Popen(['bash', str(TPU), 'run', *SLICE, '--type=v6e-16', '--local',
                                 '--delete', *FAST, '--', 'train'], stdout=shown,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=hear_interrupts)
   wait_until(lambda: 'life 0 of worker 0' in (cloud / 'shown').read_text())
   os.killpg(process.pid, signal.SIGINT)
   _, output = process.communicate(timeout=HANG_SECONDS)
