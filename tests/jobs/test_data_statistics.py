@@ -138,7 +138,7 @@ def test_the_command_prints_and_writes(config_file, tmp_path, capsys):
   argv = ['data', f'--config={config_file}', f'--output={tmp_path / "new"}', '--samples=6']
   assert main(argv) == 0
   out = capsys.readouterr().out
-  assert 'train: 6 of 10 images' in out and 'no anchor fits' in out
+  assert 'train, as augmented: 6 of 10 images' in out and 'no anchor fits' in out
   assert out.startswith('data.train: 10 images\n')  # Of drawn images.
   numbers = json.loads((tmp_path / 'new' / 'data.json').read_text())
   assert numbers['images'] == 6
