@@ -106,8 +106,9 @@ def _voc_xml(name, size, objects):
   parts = [f'<object><name>{label}</name><difficult>0</difficult><bndbox><xmin>{x + 1}</xmin>'
            f'<ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>'
            for label, x, y, w, h in objects]
-  return (f'<annotation><filename>{name}</filename><size><width>{size[1]}</width>'
-          f'<height>{size[0]}</height><depth>3</depth></size>{"".join(parts)}</annotation>')
+  return (f'<annotation><filename>{name}</filename>'
+          '<source><database>The VOC2007 Database</database></source>'
+          f'<size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>{"".join(parts)}</annotation>')
 
 
 def _side_by_side(folder, images):

@@ -46,7 +46,7 @@ def voc(folder, boxes, name='red'):
   for i, of_image in enumerate(boxes):
     picture(folder / f'JPEGImages/{i}.jpg')
     objects = ''.join(
-        f'<object><name>{name}</name><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}'
+        f'<object><name>{name}</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}'
         f'</xmax><ymax>{y + h}</ymax></bndbox></object>' for x, y, w, h in of_image)
     (folder / f'Annotations/{i}.xml').write_text(
         f'<annotation><size><width>{WIDTH}</width><height>{HEIGHT}</height></size>{objects}'
@@ -206,7 +206,6 @@ def test_a_crowd_is_no_repetition_of_an_object(tmp_path):
 @pytest.mark.parametrize('make', [coco, voc])
 def test_shares_in_place_of_pixels_are_refused(make, tmp_path):
   shares = (.23, .2, .31, .31)
-  shares = shares if make is coco else (.23 - 1, .2 - 1, 1.31, 1.31)  # As in its XML file.
   with pytest.raises(InputError, match=r'all 2 boxes have numbers between 0 and 1, such as .*look '
                                        r'like shares .*, here 128 and 96'):
     build_source(make(tmp_path / 'all', [[shares], [shares]]))
@@ -214,7 +213,7 @@ def test_shares_in_place_of_pixels_are_refused(make, tmp_path):
 
 @pytest.mark.parametrize('make', [coco, voc])
 def test_some_shares_among_pixels_are_noted(make, tmp_path):
-  shares = (.23, .2, .31, .31) if make is coco else (.23 - 1, .2 - 1, 1.31, 1.31)
+  shares = (.23, .2, .31, .31)
   text = told(build_source(make(tmp_path, [[shares, BOX], [shares]])))
   assert '2 of 3 boxes are smaller than a pixel or written as shares of the image, such as' in text
 

@@ -8,6 +8,7 @@ from ppn_jax.data.recognition.formats import FORMATS, is_yolo
 from ppn_jax.data.recognition.tree import Part, Tree
 from ppn_jax.errors import InputError, did_you_mean
 
+_ANNOTATIONS = ('.json', '.xml', '.txt', '.csv', '.mat')
 _HEIC = ('.heic', '.heif')
 _ARCHIVES = ('.zip', '.tar', '.gz', '.tgz', '.xz', '.txz', '.bz2', '.tbz', '.zst', '.rar', '.7z')
 
@@ -51,7 +52,7 @@ def recognise(folder: str, data_format: str = '') -> Recognised:
       except InputError as e:  # Another format may be complete.
         errors.append(e)
   if not found:
-    advice = _advice(tree)
+    advice = _advice(tree, data_format)
     if errors:
       raise InputError(f'{errors[0]}; {advice}') if advice else errors[0]
     raise InputError(_nothing(tree, data_format) + (f'; {advice}' if advice else ''))
@@ -106,7 +107,7 @@ def _nothing(tree: Tree, data_format: str) -> str:
           f'legal: {", ".join(names)}')
 
 
-def _advice(tree: Tree) -> str:
+def _advice(tree: Tree, data_format: str) -> str:
   """Returns the next step for files that are nearly a data set, '' if there are none."""
   if not tree.images and tree.with_suffix(*_HEIC):
     return 'HEIC pictures are not read: convert them to JPEG'
@@ -115,4 +116,7 @@ def _advice(tree: Tree) -> str:
   if any(map(is_yolo, tree.with_suffix('.txt')[:50])):
     return ('the text files look like those of YOLO, but no image has the name of one: export them '
             "with their images (Label Studio's 'YOLO with Images')")
+  if not data_format and tree.images and tree.with_suffix(*_ANNOTATIONS):
+    return ("if another tool wrote them, Datumaro may convert them: pip install 'datumaro[cli]', "
+            f'then datum convert -i {tree.root} -f coco_instances -o FOLDER -- --save-media')
   return ''

@@ -192,7 +192,12 @@ def is_from_label_studio(path: str) -> bool:
 
 
 def xml_kind(path: str) -> str:
-  """Returns 'voc' or 'cvat' for an XML file, '' for any other."""
+  """Returns 'voc' or 'cvat' for an XML file, '' for any other.
+
+  LabelMe on the web, and CVAT's export of its name, begin as VOC's do but have polygons.
+  """
   text = head_of(path, 4096).replace(b'\0', b'')  # Encodings of two bytes.
   root = re.search(rb'<([A-Za-z_][\w.-]*)', re.sub(rb'<[?!][^>]*>', b'', text))
+  if b'<sourceImage' in text:
+    return ''
   return {b'annotation': 'voc', b'annotations': 'cvat'}.get(root[1] if root else b'', '')

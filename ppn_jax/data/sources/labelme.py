@@ -24,15 +24,15 @@ from ppn_jax.data.sources.labelled_images import (
 from ppn_jax.errors import InputError
 
 _MAX_BYTES = 1 << 30  # A file may contain its image.
-_BOX_SHAPES = ('rectangle', 'polygon', 'mask')
+_BOX_SHAPES = ('rectangle', 'oriented_rectangle', 'polygon', 'mask')
 _OTHER_SHAPES = ('point', 'points', 'line', 'linestrip')
 
 
 class LabelMe(LabelledImages):
   """Folder of LabelMe's JSON files.
 
-  Rectangles are boxes; polygons, masks and circles count as the box around them. Points and lines
-  are left out and counted. Image ids are those of `annotations.number_images`.
+  Rectangles are boxes; polygons, masks, circles and turned rectangles count as the box around them.
+  Points and lines are left out and counted. Image ids are those of `annotations.number_images`.
 
   Args:
     folder: The JSON files, also in folders below it.

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ppn_jax.data.checks import SKIP_IMAGES, advise_skipping, check_on_bad_example
+from ppn_jax.data.checks import SKIP_IMAGES, advise_skipping, check_bool, check_on_bad_example
 from ppn_jax.data.images import folders
 from ppn_jax.data.sources.annotations import (
   AnnotatedImages,
@@ -33,6 +33,7 @@ from ppn_jax.data.sources.xml_file import parse_xml
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
 
+_VOC = re.compile(r'\bVOC ?20\d\d')
 _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 
 
@@ -43,6 +44,7 @@ class _Annotation(NamedTuple):
   classes: list[str]
   corners: list  # [xmin, ymin, xmax, ymax] as floats; shorter if some are not numbers.
   difficult: list[bool]
+  of_voc: bool  # Whether it says to be of the VOC challenges.
 
 
 class PascalVoc(AnnotatedImages):
@@ -67,14 +69,19 @@ class PascalVoc(AnnotatedImages):
     classes: Names in order of label; ids count from 1. By default all names in the XML files of the
       split and of the other lists in ImageSets/Main, so that the splits agree, in alphabetical
       order.
-    corners: 'pixels' are counted from 1 and both ends belong to the box, as in VOC and LabelImg, so
-      its edges are xmin - 1 and xmax; 'edges' are counted from 0 and used as they are.
+    corners: 'pixels' are counted from 1 and both ends belong to the box, as in VOC, so its edges
+      are xmin - 1 and xmax; 'edges' are counted from 0 and used as they are, as LabelImg, CVAT and
+      Label Studio write them; 'auto' takes as pixels the files whose <database> is VOC's, and the
+      others as edges.
     difficult_as_crowd: Whether objects marked difficult count as crowds, which are ignored in
       training and scoring, or as objects like any other.
     check_size: Whether the size in an XML file must be that of its image.
     annotations, images: Names of the folders, '.' for `folder` itself.
     duplicates: 'merge' counts repeated boxes once (same image, class and coordinates); 'keep'
       leaves all.
+    unlabelled_as_empty: Whether images without an XML file count as images without objects, for
+      which some tools write no file. Otherwise they are an error if a list names them, and not used
+      with split=''.
     on_bad_example: For images that are missing, or whose header cannot be read while their XML
       states no size: 'raise', or 'skip' until they are indexed.
 
@@ -88,21 +95,26 @@ class PascalVoc(AnnotatedImages):
   """
 
   def __init__(self, folder: str, split: str = 'train', on_bad_box: str = 'clip',
-               classes: Sequence[str] = (), corners: str = 'pixels',
+               classes: Sequence[str] = (), corners: str = 'auto',
                difficult_as_crowd: bool = True, check_size: bool = True,
                annotations: str = 'Annotations', images: str = 'JPEGImages',
-               duplicates: str = 'merge', on_bad_example: str = 'raise'):
+               duplicates: str = 'merge', unlabelled_as_empty: bool = False,
+               on_bad_example: str = 'raise'):
     check_choices(on_bad_box, duplicates)
+    check_bool('pascal_voc.unlabelled_as_empty', unlabelled_as_empty)
     check_on_bad_example(on_bad_example)
     check_paths('pascal_voc', folder=folder, annotations=annotations, images=images)
-    if corners not in ('pixels', 'edges'):
-      raise InputError(f"pascal_voc.corners is {corners!r}, legal: 'pixels', 'edges'")
+    if corners not in ('auto', 'pixels', 'edges'):
+      raise InputError(f"pascal_voc.corners is {corners!r}, legal: 'auto', 'pixels', 'edges'")
     self._folder = os.path.join(folder, annotations)
     place, lists = os.path.join(folder, images), os.path.join(folder, 'ImageSets', 'Main')
     names, file = self._read_split(lists, split)
     found, others = _list_images(place, names)
     skip = on_bad_example == 'skip'
-    self._check_xml(names, file, found if skip else None)
+    if unlabelled_as_empty and not split:
+      names = sorted({*names, *found})
+    if not unlabelled_as_empty:
+      self._check_xml(names, file, found if skip else None)
     with reader_pool() as pool:
       read = list(pool.map(self._read_xml, names))
       notes = [folders.describe_others(others)] if others else []
@@ -129,7 +141,8 @@ class PascalVoc(AnnotatedImages):
     sizes = fill_in_sizes(_sizes(read, files, stored, check_size), unreadable)
     if not split and (unused := sorted(set(found).difference(names))):
       notes.append(f'{len(unused):,} images have no xml file and are not used, such as '
-                   f'{os.path.join(place, found[unused[0]][0])}')
+                   f'{os.path.join(place, os.path.dirname(unused[0]), found[unused[0]][0])}; '
+                   'unlabelled_as_empty=True takes them as images without objects')
     self._read_boxes(read, Images(number_images(names), [os.path.basename(f) for f in files],
                                   files, sizes), on_bad_box, corners, difficult_as_crowd,
                      duplicates=duplicates, notes=notes, unreadable=unreadable if skip else {})
@@ -140,8 +153,8 @@ class PascalVoc(AnnotatedImages):
   def _read_xml(self, name: str) -> _Annotation | InputError:
     """Reads the XML file of an image; returns the error if it is wrong."""
     path = self._path(name)
-    if not os.path.exists(path):  # Accepted by `_check_xml`.
-      return _Annotation(path, (0, 0), [], [], [])
+    if not os.path.exists(path):  # An image without objects, or one that is missing itself.
+      return _Annotation(path, (0, 0), [], [], [], False)
     try:
       return _read_xml(path)
     except InputError as e:
@@ -155,7 +168,8 @@ class PascalVoc(AnnotatedImages):
   def _read_split(self, lists: str, split: str) -> tuple[list[str], str]:
     """Returns the names of the images of a split, and the file or folder that lists them."""
     if not isinstance(split, str) or (split and not stays_inside(split)):
-      raise InputError(f'pascal_voc.split is {split!r}, legal: the name of a list, or '' for all')
+      raise InputError(f"pascal_voc.split is {split!r}, legal: the name of a list, or "
+                       "'' for all")
     file = os.path.join(lists, f'{split}.txt') if split else self._folder
     names = _read_list(file) if split else sorted(self._stems())
     if not names:
@@ -169,17 +183,21 @@ class PascalVoc(AnnotatedImages):
     missing = [n for n in missing if found is None or n in found]
     if missing:
       raise InputError(f'{len(missing)} of the {len(names)} images that {file} lists have no '
-                       f'xml file in {self._folder!r}: {join_names(missing)}')
+                       f'xml file in {self._folder!r}: {join_names(missing)}; if these are images '
+                       'without objects, set unlabelled_as_empty=True '
+                       f'({command_line_flag("unlabelled_as_empty", True)})')
 
   def _read_boxes(self, read: list[_Annotation], images: Images, on_bad_box: str, corners: str,
                   difficult_as_crowd: bool, **options: Any) -> None:
     """Checks the boxes of all images and sets the annotations."""
     owners = np.repeat(np.arange(len(read)), [len(a.classes) for a in read])
     written = [box for a in read for box in a.corners]
+    from_1 = np.array([corners == 'pixels' or (corners == 'auto' and a.of_voc) for a in read], bool)
     ends, reasons = parse_boxes(written)
     shown = ', '.join(_CORNERS)
     boxes, findings = check_boxes(
-        _to_xywh(ends, corners), reasons, owners, images, on_bad_box=on_bad_box, written=ends,
+        _to_xywh(ends, from_1[owners]), reasons, owners, images, on_bad_box=on_bad_box,
+        written=ends,
         show=lambda i: f'{read[owners[i]].file}: box {quote(written[i])} ({shown})')
     label = {c.name: i for i, c in enumerate(self.categories)}
     labels = np.array([label[name] for a in read for name in a.classes], np.int32)
@@ -321,12 +339,16 @@ def _categories(classes: Sequence[str], every: Sequence[_Annotation], read: Sequ
   return tuple(Category(i, name) for i, name in enumerate(names, start=1))
 
 
-def _to_xywh(ends: np.ndarray, corners: str) -> np.ndarray:
-  """Converts xmin, ymin, xmax, ymax, f64 [M, 4], to x, y, width, height of the edges."""
+def _to_xywh(ends: np.ndarray, from_1: np.ndarray) -> np.ndarray:
+  """Converts xmin, ymin, xmax, ymax, f64 [M, 4], to x, y, width, height of the edges.
+
+  Args:
+    ends: The numbers as they are written.
+    from_1: bool [M], whether they are pixels counted from 1, of which both ends belong to the box.
+  """
   sides = ends[:, 2:] - ends[:, :2]
-  if corners == 'edges':
-    return np.concatenate([ends[:, :2], sides], axis=-1)
-  return np.concatenate([ends[:, :2] - 1, np.where(sides > 0, sides + 1, sides)], axis=-1)
+  more = from_1[:, None]
+  return np.concatenate([ends[:, :2] - more, sides + (more & (sides > 0))], axis=-1)
 
 
 def _read_xml(file: str) -> _Annotation:
@@ -338,7 +360,8 @@ def _read_xml(file: str) -> _Annotation:
   root = parse_xml(file)
   if root.tag != 'annotation':
     raise InputError(f'{file}: its outermost element is <{root.tag[:100]}>, legal: <annotation>')
-  result = _Annotation(file, _stated_size(root), [], [], [])
+  of_voc = _VOC.search(root.findtext('source/database') or '') is not None
+  result = _Annotation(file, _stated_size(root), [], [], [], of_voc)
   for number, found in enumerate(root.findall('object'), start=1):
     name = (found.findtext('name') or '').strip()
     if not name:

@@ -23,7 +23,8 @@ DOG, CAT = ('dog', (11, 6, 30, 15), 0), ('cat', (1, 1, 40, 20), 1)
 def xml(*objects, size=(20, 40)):
   sides = f'<size><width>{size[1]}</width><height>{size[0]}</height></size>' if size else ''
   body = ''.join(OBJECT.format(name=n, box=b, difficult=d) for n, b, d in objects)
-  return f'<annotation><filename>elsewhere.png</filename>{sides}{body}</annotation>'
+  return (f'<annotation><filename>elsewhere.png</filename><source><database>The VOC2007 Database'
+          f'</database></source>{sides}{body}</annotation>')
 
 
 def write(folder, name, text, split='train', size=(20, 40), exif=None):
@@ -115,6 +116,30 @@ def test_options(folder):
   assert not PascalVoc(str(folder), difficult_as_crowd=False)[0].crowd.any()
   edges = PascalVoc(str(folder), corners='edges')
   np.testing.assert_allclose(edges[0].boxes[0], [6 / 20, 11 / 40, 15 / 20, 30 / 40], rtol=1e-6)
+
+
+@pytest.mark.parametrize('database, left', [
+    ('Unknown', 11), ('The VOC2012 Database', 10), ('', 11)])
+def test_only_voc_itself_counts_pixels_from_1(folder, database, left):
+  text = xml(DOG).replace('The VOC2007 Database', database)
+  (folder / 'Annotations/b_30.xml').write_text(text)
+  assert PascalVoc(str(folder)).ground_truth()['annotations'][0]['bbox'][0] == left
+
+
+def test_images_without_xml_are_without_objects_on_request(folder):
+  write(folder, 'd_5', None)
+  write(folder, 'e_6', None, split=None)
+  with pytest.raises(InputError, match=r'1 of the 3 images .* have no xml file .*: d_5; if these '
+                                       r'are images without objects, set unlabelled_as_empty=True'):
+    PascalVoc(str(folder))
+  source = PascalVoc(str(folder), unlabelled_as_empty=True)
+  assert len(source) == 3 and source[2].boxes.shape == (0, 4) and source[2].size == (20, 40)
+  source = PascalVoc(str(folder), split='')
+  assert len(source) == 3 and any('2 images have no xml file and are not used, such as ' in note
+                                  for note in source.contents.notes)
+  source = PascalVoc(str(folder), split='', unlabelled_as_empty=True)
+  assert [i['file_name'] for i in source.ground_truth()['images']] == [
+      'a_10.jpg', 'b_30.jpg', 'c_20.jpg', 'd_5.jpg', 'e_6.jpg']
 
 
 def test_images_and_xml_in_one_folder(tmp_path):
@@ -241,7 +266,7 @@ def test_wrong_folders(folder, spoil, message):
     ({'classes': ('dog', 'kat')}, r"b_30\.xml: unknown class 'cat'; did you mean 'kat'"),
     ({'classes': ('dog', 'cat', 'dog')}, 'names one class twice'),
     ({'classes': 'dog'}, "classes is 'dog', legal: names"),
-    ({'corners': 'middle'}, "corners is 'middle', legal: 'pixels', 'edges'"),
+    ({'corners': 'middle'}, "corners is 'middle', legal: 'auto', 'pixels', 'edges'"),
     ({'on_bad_box': 'keep'}, "on_bad_box is 'keep'"),
     ({'folder': None}, 'pascal_voc.folder is None, legal: a path'),
 ])
