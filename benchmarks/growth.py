@@ -28,7 +28,7 @@ import train_step
 
 from ppn_jax.config_files import load_config
 from ppn_jax.telemetry.profiling import program_bytes
-from ppn_jax.visualization.drawing import save_png
+from ppn_jax.visualization.drawing import save_picture
 from ppn_jax.visualization.plotting import MUTED, plot
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def draw(path: pathlib.Path, result: dict) -> None:
         f'PPN, {result["dtype"]}, on {result["device"]}; dashed: batch {base["batch"]}, '
         f'{base["boxes"]} boxes, {base["classes"]} classes, {base["side"]} px, from which one '
         'is changed at a time', x=0.008, ha='left', fontsize=11)
-  save_png(path, picture.pixels)
+  save_picture(path, picture.pixels)
 
 
 def _line(axes: 'Axes', x: list, y: list, colour: str, slope: float) -> None:

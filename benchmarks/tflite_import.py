@@ -32,7 +32,7 @@ from ppn_jax.metrics import coco
 from ppn_jax.models.convolution import conv, depthwise_conv
 from ppn_jax.models.mobilenet_v1 import MobileNetV1
 from ppn_jax.run import build_detector, resolve_classes
-from ppn_jax.visualization.drawing import draw_boxes, save_png
+from ppn_jax.visualization.drawing import draw_boxes, save_picture
 from ppn_jax.weights import importer, labels
 from ppn_jax.weights.read import WeightFile, read_weights
 from ppn_jax.weights.tflite_file import Graph, read_tflite
@@ -161,7 +161,7 @@ def compare_detector(path: str, data: pathlib.Path, pictures: str, most: int) ->
       names = [c.name for c in categories]
       for name, value in (('ours', first), ('runtime', theirs)):
         shown = value.valid[0] & (value.scores[0] > 0.3)
-        save_png(pathlib.Path(pictures) / f'{number}_{name}.png', draw_boxes(
+        save_picture(pathlib.Path(pictures) / f'{number}_{name}.png', draw_boxes(
             batch.images[0], value.boxes[0][shown], value.labels[0][shown], names,
             value.scores[0][shown], min_side=600))
   truth = source.ground_truth()

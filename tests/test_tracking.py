@@ -242,7 +242,7 @@ def errors(capsys):
 def test_pictures_are_refused(film, tmp_path, notes, capsys):
   folder = tmp_path / 'photos'
   for name in ('a.png', 'b.png'):
-    drawing.save_png(folder / name, frame_pixels(0))
+    drawing.save_picture(folder / name, frame_pixels(0))
   assert command(film, folder, '--track', f'--output={tmp_path}/out') == 2
   line, = errors(capsys)
   assert 'leave it or the pictures out' in line and line.endswith(f'{folder}/a.png and 1 more')

@@ -9,7 +9,7 @@ from voc300 import comparison, page
 from voc300.pieces import Folder, RunKey
 
 from ppn_jax import storage
-from ppn_jax.visualization.drawing import save_png
+from ppn_jax.visualization.drawing import save_picture
 
 
 def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], note: str,
@@ -33,7 +33,7 @@ def write(folder: Folder, keys: Sequence[RunKey], setting: Mapping[str, Any], no
   storage.write_text(folder.path / 'report.json', f'{text}\n')
   storage.write_text(folder.path / 'table.md', page.markdown(found))
   whole = group_runs(runs)
-  save_png(folder.path / 'curves.png', page.curves(found, whole))
+  save_picture(folder.path / 'curves.png', page.curves(found, whole))
   storage.write_text(folder.path / 'report.html', page.html(found, whole))
   return found
 

@@ -41,7 +41,7 @@ with Ctrl-C or after --frames=N.
 written as track_id. An object that is not found for a second, or as another class, gets a new one.
 
 --format=NAME,NAME chooses what is written (default: pictures,json):
-  pictures  the pictures and videos with their boxes
+  pictures  the pictures and videos with their boxes: photographs as JPEG, others as PNG, MP4
   json      detections.json
   jsonl     a line for each picture or frame on stdout, as it is done; needs no --output
   csv       detections.csv, a row for each box
@@ -290,11 +290,11 @@ def _use_picture(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib
                  writers: Sequence['Writer']) -> dict:
   """Writes what was found in a picture, and returns its entry of detections.json."""
   from ppn_jax.jobs.detection_files import Shown, rows_of
-  from ppn_jax.visualization.drawing import save_png
+  from ppn_jax.visualization.drawing import save_picture
   height, width = image.shape[:2]
   drawn = {}
   if 'pictures' in options.formats:
-    save_png(drawing, _draw(detector, image, found.at_least(options.thresholds)))
+    save_picture(drawing, _draw(detector, image, found.at_least(options.thresholds)))
     drawn = {'picture': str(drawing)}
   for writer in writers:
     writer.write(Shown(str(file), drawing.stem, image, found.at_least(options.thresholds)))
@@ -417,7 +417,9 @@ def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path, live: Se
   given, taken = {f.resolve() for f in files}, set()
   drawings = []
   for file in files:
-    end = '.mp4' if _is_video(file) else '.png'
+    # A photograph stays a JPEG: as PNG it would be many times larger and slower to write.
+    end = ('.mp4' if _is_video(file) else
+           '.jpg' if file.suffix.lower() in ('.jpg', '.jpeg', '.jpe', '.jfif') else '.png')
     names = (f'{file.stem}{end}', f'{file.name}{end}',
              *(f'{file.stem}_{n}{end}' for n in range(2, len(files) + 2)))
     # Some file systems do not distinguish A.png from a.png.

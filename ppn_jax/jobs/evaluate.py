@@ -33,7 +33,7 @@ from ppn_jax.run import Run, open_model
 from ppn_jax.telemetry.host_memory import keep_freed_memory_on_cpu
 from ppn_jax.trained_model import SharedModel, TrainedModel
 from ppn_jax.visualization import class_page
-from ppn_jax.visualization.drawing import contact_sheet, draw_boxes, save_png
+from ppn_jax.visualization.drawing import contact_sheet, draw_boxes, save_picture
 from ppn_jax.visualization.gallery import Gallery
 from ppn_jax.visualization.report import evaluation_page
 
@@ -189,7 +189,7 @@ class EvaluationJob:
             num_levels=self.detector.num_levels, method=options.calibrate, scorer=options.scorer)
         class_report.write_report(folder, classes, scored)
         if options.pictures:
-          save_png(folder / 'pictures.png', draw_contact_sheet(
+          save_picture(folder / 'pictures.png', draw_contact_sheet(
               evaluator.source, rows, self.run.categories, count=options.pictures))
         if options.calibration:
           calibration = self._write_calibration(step, rows, folder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ppn_jax import storage
-from ppn_jax.visualization.drawing import save_png
+from ppn_jax.visualization.drawing import save_picture
 from ppn_jax.visualization.plotting import (
   MUTED,
   SIZE_COLOURS,
@@ -50,7 +50,7 @@ def save(path: storage.Path, report: Mapping[str, Any], title: str) -> None:
         f'{plain(title)}: {report["all"]["detections"]:,} detections of score {report["floor"]:g} '
         f'and more on {report["num_images"]:,} images, correct at IoU {report["min_iou"]:g}',
         x=0.008, ha='left', fontsize=13)
-  save_png(path, picture.pixels)
+  save_picture(path, picture.pixels)
 
 
 def draw_reliability(measured: Mapping[str, Any]) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ppn_jax import storage
+from ppn_jax.data.images.decoding import encode_jpeg
 from ppn_jax.detection import boxes as box_ops
 from ppn_jax.detection.structures import Array
 from ppn_jax.visualization.fonts import Font
@@ -114,8 +115,15 @@ def contact_sheet(images: Sequence[Array], columns: int | None = None, *,
   return np.asarray(sheet)
 
 
-def save_png(path: storage.Path, image: Array) -> None:
-  """Writes an image, u8 [H, W, 3], as PNG, atomically; creates the folder if needed."""
+def save_picture(path: storage.Path, image: Array) -> None:
+  """Writes an image, u8 [H, W, 3], atomically; creates the folder if needed.
+
+  A path that ends in .jpg becomes a JPEG file, which of a large photograph takes a twentieth of the
+  time; any other a PNG file.
+  """
+  if path.suffix == '.jpg':
+    storage.write_bytes(path, encode_jpeg(np.asarray(image)))
+    return
   png = io.BytesIO()
   _to_picture(image).save(png, format='PNG')
   storage.write_bytes(path, png.getvalue())

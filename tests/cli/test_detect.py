@@ -126,6 +126,13 @@ def test_drawings_have_different_names_on_any_file_system(tmp_path):
   assert len(set(names)) == 4
 
 
+@pytest.mark.parametrize('name, drawing', [
+    ('a.png', 'a.png'), ('a.jpg', 'a.jpg'), ('a.JPEG', 'a.jpg'), ('a.jfif', 'a.jpg'),
+    ('a.webp', 'a.png'), ('a.avi', 'a.mp4')])
+def test_a_drawing_is_of_the_kind_of_its_picture(tmp_path, name, drawing):
+  assert _drawing_paths([tmp_path / name], tmp_path / 'out') == [tmp_path / 'out' / drawing]
+
+
 @pytest.mark.slow
 def test_json_agrees_with_load(run, tmp_path):
   image = draw(tmp_path / 'a.png')

@@ -141,8 +141,16 @@ def test_contact_sheet_shows_every_image_once():
 
 def test_png_holds_the_pixels(tmp_path):
   image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-  drawing.save_png(tmp_path / 'new' / 'a.png', image)
+  drawing.save_picture(tmp_path / 'new' / 'a.png', image)
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'new' / 'a.png')), image)
+
+
+def test_jpg_holds_a_jpeg(tmp_path):
+  image = np.full((20, 30, 3), (200, 90, 30), np.uint8)
+  drawing.save_picture(tmp_path / 'new' / 'a.jpg', image)
+  picture = Image.open(tmp_path / 'new' / 'a.jpg')
+  assert picture.format == 'JPEG'
+  np.testing.assert_allclose(np.asarray(picture), image, atol=3)
 
 
 @pytest.mark.parametrize('image', [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3), np.float32),
