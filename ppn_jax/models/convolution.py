@@ -339,18 +339,19 @@ def _conv_matmul(options: _ConvOptions, x: Array, kernel: Array) -> Array:
   fast = multiplies_bfloat16()
   rounded = _is_rounded(options, kernel, auto=fast)
   if rounded or (fast and x.dtype == jnp.bfloat16 and _is_large(kernel)):
-    y = _rounded_product(fast, patches, matrix)
+    y = _rounded_product(fast, len(x), patches, matrix)
   else:
     y = patches @ matrix
   return y.astype(x.dtype).reshape(*shape, features)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded_product(narrow: bool, a: Array, b: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rounded_product(narrow: bool, images: int, a: Array, b: Array) -> Array:
   """Computes the product of two float32 matrices, of operands rounded to bfloat16.
 
   Args:
     narrow: whether the operands are multiplied in bfloat16, or in float32 with the same values.
+    images: number of images whose rows follow one another in `a`, the same number for each.
     a, b: [N, K] and [K, M].
   """
   return _multiply(_narrowed(narrow, a), _narrowed(narrow, b), a.dtype)
@@ -364,32 +365,39 @@ def _multiply(a: Array, b: Array, dtype: Any) -> Array:
   return jnp.matmul(a, b, preferred_element_type=dtype)
 
 
-def _rounded_product_forward(narrow: bool, a: Array, b: Array
+def _rounded_product_forward(narrow: bool, images: int, a: Array, b: Array
                              ) -> tuple[Array, tuple[Array, Array]]:
   # The barriers make XLA write operands once, in the narrow type, that several products read.
   operands = lax.optimization_barrier((_narrowed(narrow, a), _narrowed(narrow, b)))
   return _multiply(*operands, a.dtype), operands
 
 
-def _rounded_product_backward(narrow: bool, operands: tuple[Array, Array], g: Array
+def _rounded_product_backward(narrow: bool, images: int, operands: tuple[Array, Array], g: Array
                               ) -> tuple[Array, Array]:
   a, b = operands
   rounded = lax.optimization_barrier(_narrowed(narrow, g))
   if not narrow:
     return _multiply(rounded, b.T, g.dtype), _multiply(a.T, rounded, g.dtype)
-  chunked = (-1, _chunk_rows(len(a)))
-  of_b = _multiply(_transposed(a.reshape(*chunked, a.shape[1])),
-                   rounded.reshape(*chunked, g.shape[1]), g.dtype)
+  chunks = _num_chunks(images, len(a) // images)
+  of_b = _multiply(_transposed(a.reshape(chunks, -1, a.shape[1])),
+                   rounded.reshape(chunks, -1, g.shape[1]), g.dtype)
   return _multiply(rounded, _transposed(b), g.dtype), jnp.sum(of_b, axis=0)
 
 
 _rounded_product.defvjp(_rounded_product_forward, _rounded_product_backward)
 
 
-def _chunk_rows(rows: int) -> int:
-  """Returns the largest divisor of `rows` up to `_CHUNK_ROWS`, or `rows` if that is tiny."""
-  size = next(n for n in range(min(_CHUNK_ROWS, rows), 0, -1) if rows % n == 0)
-  return size if size >= _CHUNK_ROWS // 8 else rows
+def _num_chunks(images: int, rows: int) -> int:
+  """Returns the number of chunks of about `_CHUNK_ROWS` rows that images of `rows` each make.
+
+  A chunk is some whole images or an equal part of one, so that rows of images which lie on several
+  devices stay there.
+  """
+  if rows <= _CHUNK_ROWS:
+    return next(n for n in range(1, images + 1)
+                if images % n == 0 and images // n * rows <= _CHUNK_ROWS)
+  parts = next(n for n in range(-(-rows // _CHUNK_ROWS), rows + 1) if rows % n == 0)
+  return images * (parts if rows // parts >= _CHUNK_ROWS // 8 else 1)
 
 
 def _transposed(x: Array) -> Array:
