@@ -103,25 +103,28 @@ def test_rounded_products_agree_and_equal_those_of_rounded_operands(monkeypatch,
   assert 1e-5 < float(jnp.abs(found[0] - plain).max() / jnp.abs(plain).max()) < 2**-7
 
 
-@pytest.mark.parametrize(('rows', 'most', 'chunks'), [
-    (61, 6000, 1), (60, 20, 3), (70, 7, 10), (62, 59, 2), (64, 16, 4)])
-def test_kernel_gradients_by_chunks_of_rows(monkeypatch, rows, most, chunks):
+@pytest.mark.parametrize(('images', 'rows', 'most', 'chunks'), [
+    (1, 61, 6000, 1), (1, 60, 20, 3), (1, 70, 7, 10), (2, 62, 59, 4), (6, 16, 40, 3)])
+def test_kernel_gradients_by_chunks_of_rows(monkeypatch, images, rows, most, chunks):
   monkeypatch.setattr(convolution, '_CHUNK_ROWS', most)
   monkeypatch.setattr(convolution, 'multiplies_bfloat16', lambda: True)
-  assert rows // convolution._chunk_rows(rows) == chunks
-  x, kernel = random((1, 1, rows, 128), 0, np.float32), random((1, 1, 128, 130), 1, np.float32)
+  assert convolution._num_chunks(images, rows) == chunks
+  x = random((images, 1, rows, 128), 0, np.float32)
+  kernel = random((1, 1, 128, 130), 1, np.float32)
   op = functools.partial(convolution.conv, matmul_dtype='bfloat16', form='shifted')
   y, *gradients = value_and_gradients(op, x, kernel)
   rounded = lambda a: np.asarray(jnp.bfloat16(a), np.float64)
-  g = rounded(random(y.shape, 9, np.float32))[0, 0]
-  expected = g @ rounded(kernel)[0, 0].T, rounded(x)[0, 0].T @ g
+  g = rounded(random(y.shape, 9, np.float32)).reshape(-1, 130)
+  expected = g @ rounded(kernel)[0, 0].T, rounded(x).reshape(-1, 128).T @ g
   for found, exact in zip(gradients, expected, strict=True):
-    np.testing.assert_allclose(found[0, 0], exact, atol=1e-5 * np.abs(exact).max())
+    np.testing.assert_allclose(found.reshape(exact.shape), exact, atol=1e-5 * np.abs(exact).max())
 
 
-def test_rows_without_a_useful_divisor_are_one_chunk():
-  assert [convolution._chunk_rows(n) for n in (6007, 12_014, 45_000, 180_000, 1)] == [
-      6007, 12_014, 5625, 6000, 1]
+@pytest.mark.parametrize(('images', 'rows', 'chunks'), [
+    (8, 361, 1), (16, 361, 1), (32, 361, 2), (8, 22_500, 32), (8, 5625, 8), (7, 1444, 7), (1, 1, 1),
+    (1, 6007, 1), (3, 12_014, 3)])  # The last two have no useful divisor.
+def test_chunks_are_whole_images_or_parts_of_one(images, rows, chunks):
+  assert convolution._num_chunks(images, rows) == chunks
 
 
 def test_gradients_multiply_in_bfloat16_where_the_product_does():
