@@ -2,6 +2,7 @@
 
 import collections
 import os
+import shlex
 from typing import Any, NamedTuple
 
 from ppn_jax.data.recognition.formats import FORMATS, is_yolo
@@ -118,5 +119,6 @@ def _advice(tree: Tree, data_format: str) -> str:
             "with their images (Label Studio's 'YOLO with Images')")
   if not data_format and tree.images and tree.with_suffix(*_ANNOTATIONS):
     return ("if another tool wrote them, Datumaro may convert them: pip install 'datumaro[cli]', "
-            f'then datum convert -i {tree.root} -f coco_instances -o FOLDER -- --save-media')
+            f'then datum convert -i {shlex.quote(tree.root)} -f coco_instances -o FOLDER -- '
+            '--save-media')
   return ''
