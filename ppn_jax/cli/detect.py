@@ -289,9 +289,12 @@ def _use_picture(detector: 'ImageDetector', file: pathlib.Path, drawing: pathlib
                  image: 'np.ndarray', found: 'ImageDetections', options: _Options,
                  writers: Sequence['Writer']) -> dict:
   """Writes what was found in a picture, and returns its entry of detections.json."""
+  from ppn_jax.data.images.decoding import MAX_JPEG_SIDE
   from ppn_jax.jobs.detection_files import Shown, rows_of
   from ppn_jax.visualization.drawing import save_picture
   height, width = image.shape[:2]
+  if drawing.suffix == '.jpg' and max(height, width) > MAX_JPEG_SIDE:
+    drawing = drawing.with_suffix('.png')
   drawn = {}
   if 'pictures' in options.formats:
     save_picture(drawing, _draw(detector, image, found.at_least(options.thresholds)))
@@ -414,19 +417,24 @@ def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path, live: Se
   from ppn_jax.jobs.detection_files import file_name
   if output.exists() and not output.is_dir():
     raise InputError(f'--output={output} is a file; give a folder')
-  given, taken = {f.resolve() for f in files}, set()
+  # Some file systems do not distinguish A.png from a.png.
+  given = {str(f.resolve()).lower() for f in files}
+  places = {f.resolve().parent for f in files}
+  taken: set[str] = set()
   drawings = []
   for file in files:
     # A photograph stays a JPEG: as PNG it would be many times larger and slower to write.
     end = ('.mp4' if _is_video(file) else
            '.jpg' if file.suffix.lower() in ('.jpg', '.jpeg', '.jpe', '.jfif') else '.png')
-    names = (f'{file.stem}{end}', f'{file.name}{end}',
-             *(f'{file.stem}_{n}{end}' for n in range(2, len(files) + 2)))
-    # Some file systems do not distinguish A.png from a.png.
-    drawing = next(output / n for n in names if n.lower() not in taken)
-    if drawn and drawing.resolve() in given:
-      raise InputError(f'--output={output} would overwrite {file}; give another folder')
-    taken.add(drawing.name.lower())
+    stems = (file.stem, file.name, *(f'{file.stem}_{n}' for n in range(2, len(files) + 2)))
+    # Files of labels and crops are called as the drawing is, without its suffix.
+    kind = '.mp4' if end == '.mp4' else ''
+    stem = next(s for s in stems if f'{s}{kind}'.lower() not in taken)
+    taken.add(f'{stem}{kind}'.lower())
+    drawing = output / f'{stem}{end}'
+    if drawn and (str(drawing.resolve()).lower() in given
+                  or (drawing.exists() and drawing.resolve().parent in places)):
+      raise InputError(f'--output={output} would overwrite {drawing}; give another folder')
     drawings.append(drawing)
   for source in live:
     name = f'camera_{source}' if source.isdecimal() else file_name(source)

@@ -126,6 +126,25 @@ def test_drawings_have_different_names_on_any_file_system(tmp_path):
   assert len(set(names)) == 4
 
 
+def test_labels_and_crops_of_pictures_have_different_names_too(tmp_path):
+  files = [tmp_path / name for name in ('a.jpg', 'a.png', 'a.jpeg', 'A.webp', 'a.avi')]
+  drawings = _drawing_paths(files, tmp_path / 'out')
+  assert [d.name for d in drawings] == ['a.jpg', 'a.png.png', 'a.jpeg.jpg', 'A.webp.png', 'a.mp4']
+
+
+def test_no_drawing_takes_the_place_of_another_picture(tmp_path):
+  for name in ('a.jpeg', 'a.jpg', 'b.JPG', 'c.webp'):
+    (tmp_path / name).touch()
+  for name, drawing in (('a.jpeg', 'a.jpg'), ('b.JPG', 'b.jpg')):
+    with pytest.raises(InputError, match=f'would overwrite .*/{drawing}; give another folder'):
+      _drawing_paths([tmp_path / name], tmp_path)
+  assert _drawing_paths([tmp_path / 'c.webp'], tmp_path) == [tmp_path / 'c.png']
+  other = tmp_path / 'out'
+  other.mkdir()
+  (other / 'a.jpg').touch()  # Of an earlier run.
+  assert _drawing_paths([tmp_path / 'a.jpeg'], other) == [other / 'a.jpg']
+
+
 @pytest.mark.parametrize('name, drawing', [
     ('a.png', 'a.png'), ('a.jpg', 'a.jpg'), ('a.JPEG', 'a.jpg'), ('a.jfif', 'a.jpg'),
     ('a.webp', 'a.png'), ('a.avi', 'a.mp4')])

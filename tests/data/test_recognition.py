@@ -164,6 +164,13 @@ def test_what_is_nearly_a_data_set(tmp_path, name, text, message):
     recognise(str(tmp_path / 'set'))
 
 
+def test_an_error_of_a_known_format_gets_no_advice_on_others(tmp_path):
+  picture(tmp_path / 'set/b.jpg', (8, 8))
+  (tmp_path / 'set/one.json').write_text(json.dumps(instances(IMAGES)))
+  with pytest.raises(InputError, match=r'but none of its images such as .a1.jpg. is in \S+$'):
+    recognise(str(tmp_path / 'set'))
+
+
 @pytest.mark.parametrize('data_format', ['coco_json', 'pascal_voc', 'yolo_txt'])
 def test_annotations_of_heic_pictures(tmp_path, data_format):
   folder = write(tmp_path / 'set', data_format)

@@ -53,9 +53,10 @@ def recognise(folder: str, data_format: str = '') -> Recognised:
       except InputError as e:  # Another format may be complete.
         errors.append(e)
   if not found:
-    advice = _advice(tree, data_format)
+    advice = _advice(tree)
     if errors:
       raise InputError(f'{errors[0]}; {advice}') if advice else errors[0]
+    advice = advice or _advice_on_others(tree, data_format)
     raise InputError(_nothing(tree, data_format) + (f'; {advice}' if advice else ''))
   if len(found) > 1:
     listed = ', '.join(f'{FORMATS[s][0]} ({parts[0].where})' for s, parts in found.items())
@@ -108,17 +109,22 @@ def _nothing(tree: Tree, data_format: str) -> str:
           f'legal: {", ".join(names)}')
 
 
-def _advice(tree: Tree, data_format: str) -> str:
-  """Returns the next step for files that are nearly a data set, '' if there are none."""
+def _advice(tree: Tree) -> str:
+  """Returns the next step for files that cannot be read as they are, '' if there are none."""
   if not tree.images and tree.with_suffix(*_HEIC):
     return 'HEIC pictures are not read: convert them to JPEG'
   if tree.with_suffix(*_ARCHIVES):
     return 'unpack the archive first'
+  return ''
+
+
+def _advice_on_others(tree: Tree, data_format: str) -> str:
+  """Returns the next step for files of no format that is known, '' if there are none."""
   if any(map(is_yolo, tree.with_suffix('.txt')[:50])):
     return ('the text files look like those of YOLO, but no image has the name of one: export them '
             "with their images (Label Studio's 'YOLO with Images')")
   if not data_format and tree.images and tree.with_suffix(*_ANNOTATIONS):
-    return ("if another tool wrote them, Datumaro may convert them: pip install 'datumaro[cli]', "
-            f'then datum convert -i {shlex.quote(tree.root)} -f coco_instances -o FOLDER -- '
-            '--save-media')
+    return ('if some are annotations of another tool, Datumaro may convert them: pip install '
+            f"'datumaro[cli]', then datum convert -i {shlex.quote(tree.root)} -f coco_instances "
+            '-o FOLDER -- --save-media')
   return ''

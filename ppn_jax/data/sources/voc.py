@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ppn_jax.data.checks import SKIP_IMAGES, advise_skipping, check_bool, check_on_bad_example
+from ppn_jax.data.contents import counted
 from ppn_jax.data.images import folders
 from ppn_jax.data.sources.annotations import (
   AnnotatedImages,
@@ -33,7 +34,7 @@ from ppn_jax.data.sources.xml_file import parse_xml
 from ppn_jax.detection.structures import Category
 from ppn_jax.errors import InputError, did_you_mean
 
-_VOC = re.compile(r'\bVOC ?20\d\d')
+_VOC = re.compile(r'voc[\s_-]*(20)?(0[5-9]|1[0-2])(?!\d)', re.I)  # VOC2005 to VOC2012.
 _CORNERS = ('xmin', 'ymin', 'xmax', 'ymax')
 
 
@@ -45,6 +46,11 @@ class _Annotation(NamedTuple):
   corners: list  # [xmin, ymin, xmax, ymax] as floats; shorter if some are not numbers.
   difficult: list[bool]
   of_voc: bool  # Whether it says to be of the VOC challenges.
+
+  @property
+  def counts_from_1(self) -> bool:
+    """Whether its pixels are counted from 1: not if one has the number 0, whatever it says."""
+    return self.of_voc and min((n for box in self.corners for n in box[:2]), default=1) >= 1
 
 
 class PascalVoc(AnnotatedImages):
@@ -108,13 +114,15 @@ class PascalVoc(AnnotatedImages):
       raise InputError(f"pascal_voc.corners is {corners!r}, legal: 'auto', 'pixels', 'edges'")
     self._folder = os.path.join(folder, annotations)
     place, lists = os.path.join(folder, images), os.path.join(folder, 'ImageSets', 'Main')
+    self._files: dict[str, dict[str, str]] = {}
     names, file = self._read_split(lists, split)
     found, others = _list_images(place, names)
+    if not split:
+      others += _other_folders(place, self._folder, os.path.dirname(lists))
     skip = on_bad_example == 'skip'
     if unlabelled_as_empty and not split:
       names = sorted({*names, *found})
-    if not unlabelled_as_empty:
-      self._check_xml(names, file, found if skip else None)
+    self._check_names(names, file, found, unlabelled_as_empty, skip)
     with reader_pool() as pool:
       read = list(pool.map(self._read_xml, names))
       notes = [folders.describe_others(others)] if others else []
@@ -125,7 +133,7 @@ class PascalVoc(AnnotatedImages):
         raise error
       more = () if classes else sorted(_listed(lists) & self._stems() - set(names))
       more = list(pool.map(self._read_xml, more))
-      files, missing = _find_images(place, names, found, self._folder, on_bad_example)
+      files, missing = _find_images(place, names, found, file, on_bad_example)
       stored = list(pool.map(read_header_sizes, files))
     broken = [a for a in more if isinstance(a, InputError)]
     if broken:
@@ -140,20 +148,45 @@ class PascalVoc(AnnotatedImages):
         raise InputError(f'{unreadable[i]}; {SKIP_IMAGES}')
     sizes = fill_in_sizes(_sizes(read, files, stored, check_size), unreadable)
     if not split and (unused := sorted(set(found).difference(names))):
-      notes.append(f'{len(unused):,} images have no xml file and are not used, such as '
-                   f'{os.path.join(place, os.path.dirname(unused[0]), found[unused[0]][0])}; '
-                   'unlabelled_as_empty=True takes them as images without objects')
+      first = os.path.join(place, os.path.dirname(unused[0]), found[unused[0]][0])
+      notes.append(f'{counted(len(unused), "image")} without an xml file not used, such as '
+                   f'{os.path.normpath(first)}; unlabelled_as_empty=True takes them as images '
+                   f'without objects ({command_line_flag("unlabelled_as_empty", True)})')
+    kinds = [a.counts_from_1 for a in read if a.corners]
+    if corners == 'auto' and 0 < sum(kinds) < len(kinds):
+      notes.append(f'{sum(kinds):,} of {len(kinds):,} xml files say in <database> that they are of '
+                   'VOC, so their pixels are counted from 1, those of the others from 0; '
+                   f"corners='pixels' or 'edges' reads all alike")
     self._read_boxes(read, Images(number_images(names), [os.path.basename(f) for f in files],
                                   files, sizes), on_bad_box, corners, difficult_as_crowd,
                      duplicates=duplicates, notes=notes, unreadable=unreadable if skip else {})
 
   def _path(self, name: str) -> str:
-    return os.path.join(self._folder, f'{name}.xml')
+    """Returns the path of an image's XML file, or where it would be if there is none."""
+    place, stem = os.path.split(name)
+    return os.path.join(self._folder, place, self._listed_in(place).get(stem, f'{stem}.xml'))
+
+  def _has_xml(self, name: str) -> bool:
+    place, stem = os.path.split(name)
+    return stem in self._listed_in(place)
+
+  def _listed_in(self, place: str) -> dict[str, str]:
+    """Returns name without suffix -> name of the XML files in a folder that are not hidden."""
+    if place not in self._files:
+      try:
+        entries = sorted(_list_folder(os.path.join(self._folder, place)), reverse=True)
+      except InputError:
+        if not place:
+          raise
+        entries = []
+      self._files[place] = {e[:-4]: e for e in entries
+                            if e.lower().endswith('.xml') and not e.startswith('.')}
+    return self._files[place]
 
   def _read_xml(self, name: str) -> _Annotation | InputError:
     """Reads the XML file of an image; returns the error if it is wrong."""
     path = self._path(name)
-    if not os.path.exists(path):  # An image without objects, or one that is missing itself.
+    if not self._has_xml(name):  # An image without objects, or one that is missing itself.
       return _Annotation(path, (0, 0), [], [], [], False)
     try:
       return _read_xml(path)
@@ -162,8 +195,7 @@ class PascalVoc(AnnotatedImages):
 
   def _stems(self) -> set[str]:
     """Returns the names of all XML files that are not hidden."""
-    return {e[:-4] for e in _list_folder(self._folder)
-            if e.endswith('.xml') and not e.startswith('.')}
+    return set(self._listed_in(''))
 
   def _read_split(self, lists: str, split: str) -> tuple[list[str], str]:
     """Returns the names of the images of a split, and the file or folder that lists them."""
@@ -176,23 +208,32 @@ class PascalVoc(AnnotatedImages):
       raise InputError(f'{file}: no images')
     return names, file
 
-  def _check_xml(self, names: Sequence[str], file: str, found: Mapping[str, Any] | None) -> None:
-    """Raises InputError if XML files are missing, with `found` only for images in it."""
-    missing = sorted(set(names).difference(self._stems()))
-    missing = [n for n in missing if '/' not in n or not os.path.isfile(self._path(n))]
-    missing = [n for n in missing if found is None or n in found]
-    if missing:
-      raise InputError(f'{len(missing)} of the {len(names)} images that {file} lists have no '
-                       f'xml file in {self._folder!r}: {join_names(missing)}; if these are images '
-                       'without objects, set unlabelled_as_empty=True '
-                       f'({command_line_flag("unlabelled_as_empty", True)})')
+  def _check_names(self, names: Sequence[str], file: str, found: Mapping[str, Any],
+                   unlabelled_as_empty: bool, skip: bool) -> None:
+    """Raises InputError if names have suffixes, or images have no XML file and have to have one.
+
+    With `skip`, images that are missing themselves need none.
+    """
+    missing = sorted(n for n in names if not self._has_xml(n))
+    count = f'{len(missing)} of the {len(names)} images that {file} lists have no xml file in'
+    named = [n for n in missing if n not in found and folders.has_suffix(n)]
+    if named:
+      raise InputError(f'{count} {self._folder!r}: {join_names(named)}; names in lists have no '
+                       f'suffix, so write {os.path.splitext(named[0])[0]!r}')
+    missing = [n for n in missing if n in found or not skip]
+    if missing and not unlabelled_as_empty:
+      advice = '' if any(n not in found for n in missing) else (
+          '; if these are images without objects, set unlabelled_as_empty=True '
+          f'({command_line_flag("unlabelled_as_empty", True)})')
+      raise InputError(f'{count} {self._folder!r}: {join_names(missing)}{advice}')
 
   def _read_boxes(self, read: list[_Annotation], images: Images, on_bad_box: str, corners: str,
                   difficult_as_crowd: bool, **options: Any) -> None:
     """Checks the boxes of all images and sets the annotations."""
     owners = np.repeat(np.arange(len(read)), [len(a.classes) for a in read])
     written = [box for a in read for box in a.corners]
-    from_1 = np.array([corners == 'pixels' or (corners == 'auto' and a.of_voc) for a in read], bool)
+    from_1 = np.array([a.counts_from_1 if corners == 'auto' else corners == 'pixels'
+                       for a in read], bool)
     ends, reasons = parse_boxes(written)
     shown = ', '.join(_CORNERS)
     boxes, findings = check_boxes(
@@ -266,9 +307,17 @@ def _list_images(folder: str, names: Sequence[str]) -> tuple[dict[str, list[str]
         continue
       if folders.has_suffix(entry):
         found.setdefault(os.path.join(inside, stem), []).append(entry)
-      elif suffix != '.xml' and not os.path.isdir(os.path.join(folder, inside, entry)):
+      elif suffix.lower() != '.xml' and not os.path.isdir(os.path.join(folder, inside, entry)):
         others.append(os.path.join(folder, inside, entry))
   return found, others
+
+
+def _other_folders(place: str, *known: str) -> list[str]:
+  """Returns the folders in one of images that are not `known` to hold something else."""
+  known = {os.path.realpath(path) for path in known}
+  paths = [os.path.join(place, entry) for entry in sorted(_list_folder(place))
+           if not entry.startswith('.')]
+  return [path for path in paths if os.path.isdir(path) and os.path.realpath(path) not in known]
 
 
 def _without_strays(names: list[str], read: list[_Annotation | InputError],
@@ -286,12 +335,12 @@ def _without_strays(names: list[str], read: list[_Annotation | InputError],
 
 
 def _find_images(folder: str, names: Sequence[str], found: Mapping[str, list[str]],
-                 xml_folder: str, on_bad_example: str) -> tuple[list[str], dict[int, str]]:
+                 listed: str, on_bad_example: str) -> tuple[list[str], dict[int, str]]:
   """Returns the image file of every name, with any suffix, and image -> reason if it is missing."""
   absent = [n for n in names if n not in found]
   if absent and on_bad_example == 'raise':
-    raise InputError(f'{len(absent)} of the {len(names)} images with an xml file in '
-                     f'{xml_folder!r} are not in {folder!r}: {join_names(absent)}; '
+    raise InputError(f'{len(absent)} of the {len(names)} images that {listed!r} names are not in '
+                     f'{folder!r}: {join_names(absent)}; '
                      f'{advise_skipping(len(absent), len(names))}')
   files, missing = [], {}
   for i, name in enumerate(names):
@@ -366,6 +415,9 @@ def _read_xml(file: str) -> _Annotation:
     name = (found.findtext('name') or '').strip()
     if not name:
       raise InputError(f'{file}: object {number} has no name')
+    if found.find('polygon') is not None and found.find('bndbox') is None:
+      raise InputError(f'{file}: object {number} has a polygon and no bndbox, as LabelMe on the '
+                       'web writes it; convert such files as docs/data.md shows, or take them away')
     difficult = (found.findtext('difficult') or '0').strip()
     if difficult not in ('0', '1'):
       raise InputError(f'{file}: object {number}: difficult is {quote(difficult)}, legal: 0, 1')

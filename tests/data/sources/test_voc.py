@@ -119,11 +119,68 @@ def test_options(folder):
 
 
 @pytest.mark.parametrize('database, left', [
-    ('Unknown', 11), ('The VOC2012 Database', 10), ('', 11)])
+    ('Unknown', 11), ('The VOC2012 Database', 10), ('', 11), ('PASCAL_voc-2007', 10),
+    ('VOC\n 07', 10), ('VOC20071', 11)])
 def test_only_voc_itself_counts_pixels_from_1(folder, database, left):
   text = xml(DOG).replace('The VOC2007 Database', database)
   (folder / 'Annotations/b_30.xml').write_text(text)
   assert PascalVoc(str(folder)).ground_truth()['annotations'][0]['bbox'][0] == left
+
+
+def test_pixel_0_is_none_that_is_counted_from_1(folder):
+  (folder / 'Annotations/b_30.xml').write_text(xml(DOG, ('cat', (0, 0, 40, 20), 0)))
+  source = PascalVoc(str(folder))
+  assert [a['bbox'] for a in source.ground_truth()['annotations']] == [
+      [11, 6, 19, 9], [0, 0, 40, 20]]
+
+
+def test_files_that_count_in_different_ways_are_noted(folder):
+  write(folder, 'd_5', xml(DOG).replace('VOC2007', 'my'))
+  assert '1 of 2 xml files say in <database> that they are of VOC' in (
+      PascalVoc(str(folder)).contents.notes[0])
+  assert not PascalVoc(str(folder), corners='edges').contents.notes
+
+
+def test_suffixes_of_xml_files_are_of_any_case(folder):
+  (folder / 'Annotations/b_30.xml').rename(folder / 'Annotations/b_30.XML')
+  for options in ({}, {'split': ''}, {'unlabelled_as_empty': True}):
+    assert PascalVoc(str(folder), **options).ground_truth()['annotations'][0]['bbox'] == [
+        10, 5, 20, 10]
+
+
+def test_a_dangling_link_is_no_image_without_objects(folder):
+  (folder / 'Annotations/b_30.xml').unlink()
+  (folder / 'Annotations/b_30.xml').symlink_to(folder / 'nowhere')
+  with pytest.raises(InputError, match=r'b_30.xml'):
+    PascalVoc(str(folder), unlabelled_as_empty=True)
+
+
+@pytest.mark.parametrize('options', [{}, {'unlabelled_as_empty': True}])
+def test_names_in_lists_have_no_suffix(folder, options):
+  (folder / 'ImageSets/Main/train.txt').write_text('b_30.jpg\na_10.jpg\n')
+  with pytest.raises(InputError, match=r"no suffix, so write 'a_10'$"):
+    PascalVoc(str(folder), **options)
+
+
+def test_the_advice_is_only_for_images_that_are_there(folder):
+  write(folder, 'd_5', None, size=None)
+  with pytest.raises(InputError, match=r'have no xml file in .*: d_5$'):
+    PascalVoc(str(folder))
+  with pytest.raises(InputError, match=r"1 of the 3 images that '.*train.txt' names are not in .*"):
+    PascalVoc(str(folder), unlabelled_as_empty=True)
+
+
+def test_folders_of_images_are_not_looked_into(folder):
+  (folder / 'JPEGImages/more').mkdir()
+  assert '1 folder not looked into: more' in PascalVoc(
+      str(folder), split='', unlabelled_as_empty=True).contents.notes
+
+
+def test_labelme_xml_among_the_files(folder):
+  (folder / 'Annotations/b_30.xml').write_text(
+      '<annotation><object><name>dog</name><polygon/></object></annotation>')
+  with pytest.raises(InputError, match=r'b_30.xml: object 1 has a polygon and no bndbox, as Label'):
+    PascalVoc(str(folder), on_bad_box='drop')
 
 
 def test_images_without_xml_are_without_objects_on_request(folder):
@@ -135,8 +192,9 @@ def test_images_without_xml_are_without_objects_on_request(folder):
   source = PascalVoc(str(folder), unlabelled_as_empty=True)
   assert len(source) == 3 and source[2].boxes.shape == (0, 4) and source[2].size == (20, 40)
   source = PascalVoc(str(folder), split='')
-  assert len(source) == 3 and any('2 images have no xml file and are not used, such as ' in note
-                                  for note in source.contents.notes)
+  assert len(source) == 3 and any(
+      '2 images without an xml file not used, such as ' in note
+      and '--config.data.train.unlabelled_as_empty=True' in note for note in source.contents.notes)
   source = PascalVoc(str(folder), split='', unlabelled_as_empty=True)
   assert [i['file_name'] for i in source.ground_truth()['images']] == [
       'a_10.jpg', 'b_30.jpg', 'c_20.jpg', 'd_5.jpg', 'e_6.jpg']
