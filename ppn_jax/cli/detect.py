@@ -427,10 +427,10 @@ def _drawing_paths(files: Sequence[pathlib.Path], output: pathlib.Path, live: Se
     end = ('.mp4' if _is_video(file) else
            '.jpg' if file.suffix.lower() in ('.jpg', '.jpeg', '.jpe', '.jfif') else '.png')
     stems = (file.stem, file.name, *(f'{file.stem}_{n}' for n in range(2, len(files) + 2)))
-    # Files of labels and crops are called as the drawing is, without its suffix.
-    kind = '.mp4' if end == '.mp4' else ''
-    stem = next(s for s in stems if f'{s}{kind}'.lower() not in taken)
-    taken.add(f'{stem}{kind}'.lower())
+    # Labels and crops of a picture are called as its drawing without the suffix, whatever that is.
+    key = (lambda stem: f'{stem}.mp4'.lower()) if end == '.mp4' else str.lower
+    stem = next(s for s in stems if key(s) not in taken)
+    taken.add(key(stem))
     drawing = output / f'{stem}{end}'
     if drawn and (str(drawing.resolve()).lower() in given
                   or (drawing.exists() and drawing.resolve().parent in places)):

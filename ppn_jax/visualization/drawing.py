@@ -129,6 +129,13 @@ def save_picture(path: storage.Path, image: Array) -> None:
   storage.write_bytes(path, png.getvalue())
 
 
+def reduced(image: Array, width: int, height: int) -> np.ndarray:
+  """Reduces an image, u8 [H, W, 3], that is larger than this many pixels; its shape stays."""
+  picture = _to_picture(image)
+  picture.thumbnail((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
+  return np.asarray(picture)
+
+
 class _Style(NamedTuple):
   """Line widths and type in pixels of one picture."""
   line: int

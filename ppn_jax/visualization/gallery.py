@@ -14,7 +14,7 @@ from ppn_jax.detection.structures import Array, Category
 from ppn_jax.errors import InputError
 from ppn_jax.metrics import error_analysis, matching
 from ppn_jax.metrics.error_analysis import KINDS, Errors
-from ppn_jax.visualization.drawing import draw_boxes
+from ppn_jax.visualization.drawing import draw_boxes, reduced
 from ppn_jax.visualization.fonts import Font
 
 PANEL_SIDE, CROP_SIDE = 400, 200  # Smaller pictures are enlarged to these, in pixels.
@@ -135,7 +135,8 @@ class Gallery:
     image, info = self.source[index].image, self.ground_truth['images'][index]
     window = _window(self._boxes(subjects, info)[0], image.shape[:2])
     top, left, bottom, right = window.tolist()
-    crop = _reduce(image[top:bottom, left:right], 2 * CROP_SIDE)  # Tags have to be legible.
+    # Tags have to be legible.
+    crop = reduced(image[top:bottom, left:right], 2 * CROP_SIDE, 2 * CROP_SIDE)
     boxes, labels = self._boxes(self._annotations(info), info)
     crop = draw_boxes(crop, _within(boxes, window, image.shape), labels, self._names,
                       ground_truth=True, min_side=CROP_SIDE)
@@ -255,10 +256,3 @@ def _within(boxes: np.ndarray, window: np.ndarray, shape: tuple[int, ...]) -> np
   pixels = boxes * np.array([*shape[:2], *shape[:2]])
   origin, sides = window[:2], window[2:] - window[:2]
   return ((pixels - np.tile(origin, 2)) / np.tile(sides, 2)).astype(np.float32)
-
-
-def _reduce(image: np.ndarray, side: int) -> np.ndarray:
-  """Reduces an image, u8 [H, W, 3], whose longer side is longer than `side` pixels."""
-  picture = Image.fromarray(np.ascontiguousarray(image))
-  picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3)
-  return np.asarray(picture)

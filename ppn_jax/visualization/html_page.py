@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ppn_jax.detection.structures import Array
-from ppn_jax.visualization.drawing import class_colour
+from ppn_jax.visualization.drawing import class_colour, reduced
 
 _JPEG_QUALITY = 88
 _PHOTO_COLOURS = 4096  # Images with more distinct colours are photographs, too large as PNG.
@@ -57,10 +57,9 @@ def picture(image: Array, alt: str, caption: str = '', *, width: int = 0) -> Pic
     width: on the page, in pixels; by default that of the image. A wider image is reduced to twice
       that, as much as fine screens show.
   """
+  if width:
+    image = reduced(image, 2 * width, len(image))
   made = Image.fromarray(np.ascontiguousarray(image))
-  if width and made.width > 2 * width:
-    made = made.resize((2 * width, max(1, round(made.height * 2 * width / made.width))),
-                       Image.Resampling.LANCZOS, reducing_gap=3)
   buffer = io.BytesIO()
   is_plot = made.resize((256, 256), Image.Resampling.NEAREST).getcolors(_PHOTO_COLOURS) is not None
   if is_plot:

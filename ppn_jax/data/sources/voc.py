@@ -117,8 +117,10 @@ class PascalVoc(AnnotatedImages):
     self._files: dict[str, dict[str, str]] = {}
     names, file = self._read_split(lists, split)
     found, others = _list_images(place, names)
-    if not split:
-      others += _other_folders(place, self._folder, os.path.dirname(lists))
+    # Without a list, images in folders below are not used; with one, it says what is.
+    known = {os.path.realpath(path) for path in (self._folder, os.path.dirname(lists))}
+    others = [path for path in others if not os.path.isdir(path)
+              or (not split and os.path.realpath(path) not in known)]
     skip = on_bad_example == 'skip'
     if unlabelled_as_empty and not split:
       names = sorted({*names, *found})
@@ -215,17 +217,17 @@ class PascalVoc(AnnotatedImages):
     With `skip`, images that are missing themselves need none.
     """
     missing = sorted(n for n in names if not self._has_xml(n))
-    count = f'{len(missing)} of the {len(names)} images that {file} lists have no xml file in'
-    named = [n for n in missing if n not in found and folders.has_suffix(n)]
-    if named:
-      raise InputError(f'{count} {self._folder!r}: {join_names(named)}; names in lists have no '
-                       f'suffix, so write {os.path.splitext(named[0])[0]!r}')
-    missing = [n for n in missing if n in found or not skip]
-    if missing and not unlabelled_as_empty:
-      advice = '' if any(n not in found for n in missing) else (
-          '; if these are images without objects, set unlabelled_as_empty=True '
-          f'({command_line_flag("unlabelled_as_empty", True)})')
-      raise InputError(f'{count} {self._folder!r}: {join_names(missing)}{advice}')
+    wrong, advice = [n for n in missing if n not in found and folders.has_suffix(n)], ''
+    if wrong:
+      advice = f'; names in lists have no suffix, so write {os.path.splitext(wrong[0])[0]!r}'
+    elif not unlabelled_as_empty:
+      wrong = [n for n in missing if n in found or not skip]
+      if found.keys() >= set(wrong):
+        advice = ('; if these are images without objects, set unlabelled_as_empty=True '
+                  f'({command_line_flag("unlabelled_as_empty", True)})')
+    if wrong:
+      raise InputError(f'{len(wrong)} of the {len(names)} images that {file} lists have no xml '
+                       f'file in {self._folder!r}: {join_names(wrong)}{advice}')
 
   def _read_boxes(self, read: list[_Annotation], images: Images, on_bad_box: str, corners: str,
                   difficult_as_crowd: bool, **options: Any) -> None:
@@ -297,7 +299,7 @@ def _listed(lists: str) -> set[str]:
 
 
 def _list_images(folder: str, names: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-  """Lists the folders of `names`: image files by name without suffix, and other files."""
+  """Lists the folders of `names`: image files by name without suffix, and other entries."""
   found: dict[str, list[str]] = {}
   others = []
   for inside in sorted({os.path.dirname(n) for n in names}):
@@ -307,17 +309,9 @@ def _list_images(folder: str, names: Sequence[str]) -> tuple[dict[str, list[str]
         continue
       if folders.has_suffix(entry):
         found.setdefault(os.path.join(inside, stem), []).append(entry)
-      elif suffix.lower() != '.xml' and not os.path.isdir(os.path.join(folder, inside, entry)):
+      elif suffix.lower() != '.xml':
         others.append(os.path.join(folder, inside, entry))
   return found, others
-
-
-def _other_folders(place: str, *known: str) -> list[str]:
-  """Returns the folders in one of images that are not `known` to hold something else."""
-  known = {os.path.realpath(path) for path in known}
-  paths = [os.path.join(place, entry) for entry in sorted(_list_folder(place))
-           if not entry.startswith('.')]
-  return [path for path in paths if os.path.isdir(path) and os.path.realpath(path) not in known]
 
 
 def _without_strays(names: list[str], read: list[_Annotation | InputError],

@@ -170,6 +170,13 @@ def test_the_advice_is_only_for_images_that_are_there(folder):
     PascalVoc(str(folder), unlabelled_as_empty=True)
 
 
+def test_skipping_counts_only_the_images_that_are_there(folder):
+  write(folder, 'd_5', None)
+  write(folder, 'f_9', None, size=None)
+  with pytest.raises(InputError, match=r'1 of the 4 images .* have no xml file .*: d_5; if these'):
+    PascalVoc(str(folder), on_bad_example='skip')
+
+
 def test_folders_of_images_are_not_looked_into(folder):
   (folder / 'JPEGImages/more').mkdir()
   assert '1 folder not looked into: more' in PascalVoc(
